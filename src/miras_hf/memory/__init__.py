@@ -1,0 +1,54 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The mathematics of Miras memories in pure PyTorch: the four choices, and one function per form of the recurrence."""
+
+from .architecture import MEMORY_ARCHITECTURES, Factors, MatrixMemory, MLPMemory
+from .attentional_bias import ATTENTIONAL_BIASES, L2, AttentionalBias, HuberCoordinate, HuberMixture, HuberNorm, Lp
+from .chunk import chunk_miras
+from .learning import LEARNING_ALGORITHMS, GradientDescent
+from .recurrent import recurrent_miras
+from .retention import KL, RETENTION_GATES, ChunkWeights, Decay, Lq, LqMirror, RetentionGate
+from .rule import MemoryParameters, MemoryState, MirasRule, initial_memory_state
+from .step import step_miras
+
+
+__all__ = [
+    "ATTENTIONAL_BIASES",
+    "KL",
+    "L2",
+    "LEARNING_ALGORITHMS",
+    "MEMORY_ARCHITECTURES",
+    "RETENTION_GATES",
+    "AttentionalBias",
+    "ChunkWeights",
+    "Decay",
+    "Factors",
+    "GradientDescent",
+    "HuberCoordinate",
+    "HuberMixture",
+    "HuberNorm",
+    "Lp",
+    "Lq",
+    "LqMirror",
+    "MLPMemory",
+    "MatrixMemory",
+    "MemoryParameters",
+    "MemoryState",
+    "MirasRule",
+    "RetentionGate",
+    "chunk_miras",
+    "initial_memory_state",
+    "recurrent_miras",
+    "step_miras",
+]

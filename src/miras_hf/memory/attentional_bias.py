@@ -1,0 +1,159 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Choice (ii) of Miras: the attentional bias, the inner loss a memory minimises on each (key, value) pair.
+
+An attentional bias sees the error `e = M(W; k) - v` of one token and one head and gives the residual `r = dloss/de`,
+which the memory's architecture carries back to its weights. Equations are those of arXiv 2504.13173.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+def _norm(x: Tensor) -> Tensor:
+    # the tiny term keeps the derivative of the root finite at an error of exactly zero
+    return (x.square().sum(-1, keepdim=True) + 1e-24).sqrt()
+
+
+@dataclass(frozen=True)
+class AttentionalBias:
+    """Base class: a loss on the error, its gradient, and the guard that bounds one token's write.
+
+    Args:
+        residual_clip (`float`, *optional*, defaults to 3.0):
+            Largest root mean square of the residual: `||r||_2 <= residual_clip * sqrt(head_dim)`.
+    """
+
+    residual_clip: float = 3.0
+
+    delta_granularity: ClassVar[str | None] = None
+    """`None` for a loss without threshold, `"head"` for one threshold a head, `"channel"` for one a channel."""
+
+    def loss(self, error: Tensor, delta: Tensor | None = None) -> Tensor:
+        """The loss `[..., 1]` of errors `[..., head_dim]`, summed over channels, without the guard."""
+        raise NotImplementedError
+
+    def gradient(self, error: Tensor, delta: Tensor | None = None) -> Tensor:
+        """`dloss/de`, same shape as the error, without the guard."""
+        raise NotImplementedError
+
+    def residual(self, error: Tensor, delta: Tensor | None = None) -> Tensor:
+        """The gradient, its norm clipped: what the memory writes."""
+        gradient = self.gradient(error, delta)
+        limit = self.residual_clip * math.sqrt(error.shape[-1])
+        return gradient * (limit / _norm(gradient)).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class L2(AttentionalBias):
+    """Half the squared error (the regression loss of equations (9) and (31)): `r = e`."""
+
+    def loss(self, error, delta=None):
+        return 0.5 * error.square().sum(-1, keepdim=True)
+
+    def gradient(self, error, delta=None):
+        return error
+
+
+@dataclass(frozen=True)
+class Lp(AttentionalBias):
+    """Equations (10), (11): `sum |e|^p`, hence `r = p sign(e) |e|^(p-1)` with `|e| = sqrt(e^2 + 1e-6)`.
+
+    Args:
+        power (`float`, *optional*, defaults to 3.0): p, at least 1.
+        error_cap (`float`, *optional*, defaults to 4.0): errors are cut here before the power is taken.
+        sign (`str`, *optional*, defaults to `"exact"`): `"exact"`, or `"tanh"` for `tanh(sharpness * e)` (Remark 5).
+        sharpness (`float`, *optional*, defaults to 10.0): a of Remark 5.
+    """
+
+    power: float = 3.0
+    error_cap: float = 4.0
+    sign: str = "exact"
+    sharpness: float = 10.0
+
+    smoothing: ClassVar[float] = 1e-6
+
+    def loss(self, error, delta=None):
+        # the primitive of `gradient` for the exact sign; the smooth sign of Remark 5 has none in closed form
+        magnitude = (error.square() + self.smoothing).sqrt()
+        return magnitude.pow(self.power).sum(-1, keepdim=True)
+
+    def gradient(self, error, delta=None):
+        error = error.clamp(-self.error_cap, self.error_cap)
+        squared = error.square() + self.smoothing
+        sign = torch.sign(error) if self.sign == "exact" else torch.tanh(self.sharpness * error)
+        if self.power == 3.0:
+            return self.power * sign * squared
+        return self.power * sign * squared.pow((self.power - 1.0) / 2.0)
+
+
+@dataclass(frozen=True)
+class HuberCoordinate(AttentionalBias):
+    """Equation (14): the Huber loss of each coordinate, `r = clamp(e, -delta, delta)`, delta per channel."""
+
+    delta_granularity: ClassVar[str | None] = "channel"
+
+    def loss(self, error, delta=None):
+        size = error.abs()
+        return torch.where(size <= delta, 0.5 * size.square(), delta * (size - 0.5 * delta)).sum(-1, keepdim=True)
+
+    def gradient(self, error, delta=None):
+        return torch.maximum(torch.minimum(error, delta), -delta)
+
+
+@dataclass(frozen=True)
+class HuberNorm(AttentionalBias):
+    """Equation (15): the Huber loss of the error's l2 norm, `r = e min(1, delta / ||e||)`, delta per head."""
+
+    delta_granularity: ClassVar[str | None] = "head"
+
+    def loss(self, error, delta=None):
+        size = _norm(error)
+        return torch.where(size <= delta, 0.5 * size.square(), delta * (size - 0.5 * delta))
+
+    def gradient(self, error, delta=None):
+        return error * (delta / _norm(error)).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class HuberMixture(AttentionalBias):
+    """Equations (16), (26): l2 where `||e||_2 <= delta`, `delta * l1` elsewhere; `r = e` or `delta sign(e)`.
+
+    The two branches do not meet at the border: the loss jumps there, as printed. Delta is one number per head.
+    """
+
+    delta_granularity: ClassVar[str | None] = "head"
+
+    def loss(self, error, delta=None):
+        return torch.where(
+            _norm(error) <= delta,
+            0.5 * error.square().sum(-1, keepdim=True),
+            delta * error.abs().sum(-1, keepdim=True),
+        )
+
+    def gradient(self, error, delta=None):
+        return torch.where(_norm(error) <= delta, error, delta * torch.sign(error))
+
+
+ATTENTIONAL_BIASES: dict[str, type[AttentionalBias]] = {
+    "l2": L2,
+    "lp": Lp,
+    "huber_coordinate": HuberCoordinate,
+    "huber_norm": HuberNorm,
+    "huber_mixture": HuberMixture,
+}

@@ -1,0 +1,314 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The chunk-parallel form: matrix products inside a chunk, a loop over chunks, recomputation over groups of chunks.
+
+Section 3.2 of arXiv 2504.13173 (equations (28), (29)): all gradients of a chunk are taken at its start's weights, so
+they come from one forward and backward pass of the memory over the chunk's keys; the reads add the chunk's own writes
+as products with rank-one factors. Numbers equal those of the recurrent reference to rounding.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .architecture import Factors
+from .layout import ChunkLayout, build_layout, check_layout_arguments
+from .rule import (
+    MemoryInputs,
+    MemoryParameters,
+    MemoryState,
+    MirasRule,
+    check_inputs,
+    check_state,
+    starting_dual,
+)
+
+
+def chunk_miras(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    log_alpha: Tensor,
+    delta: Tensor | None = None,
+    *,
+    rule: MirasRule,
+    parameters: MemoryParameters,
+    initial_state: MemoryState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    chunks_per_group: int | None = None,
+) -> tuple[Tensor, MemoryState | None]:
+    """Reads tokens with a memory that learns from each of them; a token's read sees its own write.
+
+    Costs `56 d^2 + 20 C d` FLOPs per token and head for an MLP memory of expansion 4 (`16 d^2` more for
+    `decay_target="init"`), about four times that for forward and backward.
+
+    Args:
+        q, k (`torch.Tensor` of shape `[batch, tokens, heads, head_dim]`): queries and keys, l2-normalised by the caller.
+        v (`torch.Tensor` of the same shape): values.
+        eta (`torch.Tensor` of shape `[batch, tokens, heads]` or `[batch, tokens, heads, head_dim]`):
+            Step of every token, per head or per channel, not negative.
+        log_alpha (`torch.Tensor`, as `eta`):
+            Log retention of every token, at most 0; cut at `rule.min_log_alpha`.
+        delta (`torch.Tensor`, as `eta`, *optional*): threshold of the Huber biases, positive.
+        rule (`MirasRule`): the four choices.
+        parameters (`MemoryParameters`): initial memory and layer norm.
+        initial_state (`MemoryState`, *optional*): where to go on from, also in the middle of a chunk.
+        output_final_state (`bool`, *optional*, defaults to `False`): whether to return the state after the last token.
+        cu_seqlens (`torch.Tensor` of shape `[sequences + 1]`, *optional*):
+            Borders of sequences packed into one row (`batch` is 1 then). Each has its own grid and start state;
+            states have one row a sequence.
+        mask (`torch.Tensor` of shape `[batch, tokens]`, bool, *optional*):
+            False at pad tokens, which neither write nor decay nor advance the grid; their output is zero.
+        chunks_per_group (`int`, *optional*):
+            Chunks whose activations are recomputed together in the backward pass; only the states between groups are
+            kept. Defaults to the number that balances the two.
+
+    Returns:
+        `y` of the shape and dtype of `q`, and the final `MemoryState` or `None`.
+
+    Raises:
+        `ValueError`: naming the argument, its value and what is allowed.
+    """
+    x = check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters)
+    batch, tokens, heads, head_dim = q.shape
+    check_layout_arguments(batch, tokens, cu_seqlens, mask)
+    rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    phase = None
+    if initial_state is not None:
+        check_state(initial_state, rule, heads, head_dim, rows, x.eta.shape[-1])
+        phase = initial_state.count % rule.chunk_size
+    layout = build_layout(batch, tokens, rule.chunk_size, q.device, cu_seqlens=cu_seqlens, mask=mask, phase=phase)
+    memory = _Memory.build(rule, parameters, initial_state, layout, heads, x.q.dtype, output_final_state)
+
+    chunks = MemoryInputs(*(None if t is None else layout.to_chunks(t) for t in x))
+    steps, offsets = len(layout.active), [o * heads for o in layout.offsets]
+    recompute = torch.is_grad_enabled() and (
+        any(t is not None and t.requires_grad for t in x) or any(t.requires_grad for t in memory.tensors())
+    )
+    if chunks_per_group is None:
+        chunks_per_group = _chunks_per_group(rule, head_dim, steps) if recompute else 8
+
+    states, captured = memory.start, memory.captured
+    outputs = []
+    for first in range(0, steps, chunks_per_group):
+        last = min(first + chunks_per_group, steps)
+        group = MemoryInputs(*(None if t is None else t[offsets[first] : offsets[last]] for t in chunks))
+        # a single group would be computed twice for nothing
+        if recompute and chunks_per_group < steps:
+            y, states, captured = checkpoint(
+                memory.read_group,
+                first,
+                last,
+                group,
+                states,
+                captured,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        else:
+            y, states, captured = memory.read_group(first, last, group, states, captured)
+        outputs.append(y)
+    y = layout.from_chunks(torch.cat(outputs), heads) if outputs else x.q
+    final_state = memory.final_state(captured, x.eta.shape[-1]) if output_final_state else None
+    return y.to(q.dtype), final_state
+
+
+def _chunks_per_group(rule: MirasRule, head_dim: int, steps: int) -> int:
+    """Balances what is kept per group (a state) against what is recomputed at once (activations of its chunks)."""
+    shapes = rule.architecture.weight_shapes(head_dim)
+    state = sum(fan_in * fan_out for fan_in, fan_out in shapes)
+    activations = rule.chunk_size * sum(10 * (fan_in + fan_out) for fan_in, fan_out in shapes) + 4 * state
+    return max(1, round(math.sqrt(steps * state / activations)))
+
+
+@dataclass
+class _Memory:
+    """What the loop over chunks needs, rows and heads merged into one axis, rows in the layout's order."""
+
+    rule: MirasRule
+    layout: ChunkLayout
+    heads: int
+    start: tuple[Tensor, ...]
+    base: tuple[Tensor | None, ...]
+    norm: tuple[Tensor, Tensor]  # [rows * heads, 1, head_dim]
+    earlier: MemoryState | None  # the initial state's factors, rows and heads merged
+    captured: tuple | None  # final dual states and factors so far
+
+    @staticmethod
+    def build(rule, parameters: MemoryParameters, state, layout: ChunkLayout, heads, dtype, capture: bool):
+        rows = layout.rows
+
+        def per_row(p: Tensor) -> Tensor:  # [heads, ...] to [rows * heads, ...]
+            return p.to(dtype).expand(rows, *p.shape).reshape(rows * heads, *p.shape[1:])
+
+        def merged(t: Tensor) -> Tensor:  # [rows, heads, ...] to [rows * heads, ...]
+            t = t if layout.order is None else t.index_select(0, layout.order)
+            return t.to(dtype).flatten(0, 1)
+
+        initial = tuple(per_row(a) for a in parameters.initial)
+        toward_init = rule.decay_target == "init"
+        earlier = None
+        if state is None:
+            start = tuple(torch.zeros_like(a) for a in initial) if toward_init else initial
+        else:
+            start = tuple(merged(d) for d in starting_dual(rule, parameters, state))
+            earlier = MemoryState(
+                dual=(),
+                inputs=tuple(merged(t) for t in state.inputs),
+                gradients=tuple(merged(t) for t in state.gradients),
+                eta=merged(state.eta),
+                log_decay=merged(state.log_decay),
+                count=state.count if layout.order is None else state.count.index_select(0, layout.order),
+            )
+        return _Memory(
+            rule=rule,
+            layout=layout,
+            heads=heads,
+            start=start,
+            base=initial if toward_init else (None,) * len(initial),
+            norm=tuple(per_row(p).unsqueeze(1) for p in (parameters.norm_weight, parameters.norm_bias)),
+            earlier=earlier,
+            captured=(start, None) if capture else None,
+        )
+
+    def tensors(self) -> list[Tensor]:
+        tensors = [*self.start, *self.norm, *(b for b in self.base if b is not None)]
+        if self.earlier is not None:
+            tensors += [*self.earlier.inputs, *self.earlier.gradients, self.earlier.eta, self.earlier.log_decay]
+        return tensors
+
+    def read_group(self, first: int, last: int, x: MemoryInputs, states, captured):
+        """Reads the chunks of steps `first` to `last`; `x` holds their slots, `states` the living rows' dual states."""
+        rule, heads = self.rule, self.heads
+        axes = rule.architecture.gate_axes
+        log_decay = x.log_alpha.cumsum(-2)
+        eta = x.eta
+        if first == 0 and self.earlier is not None:
+            eta, log_decay = self._with_earlier_gates(eta, log_decay)
+        gates = rule.algorithm.chunk_gates(eta, log_decay)
+
+        outputs, position = [], 0
+        for step in range(first, last):
+            rows = self.layout.active[step] * heads
+            here = slice(position, position + rows)
+            position += rows
+            states = tuple(s[:rows] for s in states) if states[0].shape[0] != rows else states
+            norm = tuple(p[:rows] for p in self.norm)
+            weights = [
+                rule.retention.at_chunk_start(s, None if b is None else b[:rows], rule.hidden_axis(i))
+                for i, (s, b) in enumerate(zip(states, self.base, strict=True))
+            ]
+            v = x.v[here]
+            delta = None if x.delta is None else x.delta[here]
+            factors = rule.architecture.write(
+                tuple(w.weight for w in weights),
+                x.k[here],
+                lambda m, v=v, delta=delta: rule.attentional_bias.residual(m - v, delta),
+                *norm,
+            )
+            if step == 0 and self.earlier is not None:
+                factors = self._with_earlier_factors(factors)
+            now = gates.rows(here.start, here.stop)
+
+            def linear(layer: int, h: Tensor, weights=weights, factors=factors, now=now) -> Tensor:
+                return rule.algorithm.read(axes[layer], weights[layer], factors[layer], h, now)
+
+            outputs.append(rule.architecture.read(linear, x.q[here], *norm))
+            states = tuple(
+                rule.algorithm.fold(axes[i], s, f, now) for i, (s, f) in enumerate(zip(states, factors, strict=True))
+            )
+            if captured is not None:
+                captured = self._capture(step, captured, states, factors, eta[here], log_decay[here])
+        return torch.cat(outputs), states, captured
+
+    # -- continuing in the middle of a chunk ------------------------------------------------------------------------
+
+    def _earlier_slots(self, rows: int) -> Tensor:
+        phase = (self.earlier.count % self.rule.chunk_size).repeat_interleave(self.heads)[:rows]
+        return torch.arange(self.rule.chunk_size, device=phase.device).view(1, -1, 1) < phase.view(-1, 1, 1)
+
+    def _with_earlier_gates(self, eta: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.layout.active[0] * self.heads
+        earlier = self._earlier_slots(rows)
+        stored = self.earlier.log_decay[:rows]
+        since = torch.where(earlier, stored, 0.0).amin(-2, keepdim=True)  # cumulative: the last is the least
+        first_eta = torch.where(earlier, self.earlier.eta[:rows], eta[:rows])
+        first_log_decay = torch.where(earlier, stored, since + log_decay[:rows])
+        return torch.cat((first_eta, eta[rows:])), torch.cat((first_log_decay, log_decay[rows:]))
+
+    def _with_earlier_factors(self, factors: tuple[Factors, ...]) -> tuple[Factors, ...]:
+        rows = factors[0].inputs.shape[0]
+        earlier = self._earlier_slots(rows)
+        return tuple(
+            Factors(torch.where(earlier, i[:rows], f.inputs), torch.where(earlier, g[:rows], f.gradients))
+            for f, i, g in zip(factors, self.earlier.inputs, self.earlier.gradients, strict=True)
+        )
+
+    # -- the state after the last token -----------------------------------------------------------------------------
+
+    def _capture(self, step: int, captured, states, factors, eta, log_decay):
+        """Keeps what the final state needs of this step: rows end at different steps, the others go on."""
+        dual, partial = captured
+        fresh = [t for f in factors for t in f] + [eta, log_decay]
+        full_steps = self.layout.full_steps
+        if full_steps is not None:
+            return states if step + 1 == full_steps else dual, fresh if step == full_steps else partial
+        ends = (self.layout.used // self.rule.chunk_size).repeat_interleave(self.heads).view(-1, 1, 1)
+
+        def keep(when: Tensor, new: Tensor, old: Tensor) -> Tensor:
+            rows = new.shape[0]
+            return torch.cat((torch.where(when[:rows], new, old[:rows]), old[rows:]))
+
+        dual = tuple(keep(ends == step + 1, s, d) for s, d in zip(states, dual, strict=True))
+        if partial is None:
+            total = self.layout.rows * self.heads
+            partial = [t.new_zeros(total, *t.shape[1:]) for t in fresh]
+        return dual, [keep(ends == step, new, old) for new, old in zip(fresh, partial, strict=True)]
+
+    def final_state(self, captured, gate_dim: int) -> MemoryState:
+        rule, layout = self.rule, self.layout
+        dual, partial = captured
+        shapes = rule.architecture.weight_shapes(self.norm[0].shape[-1])
+        if partial is None:
+            like, total = self.norm[0], layout.rows * self.heads
+            widths = [width for shape in shapes for width in shape] + [gate_dim, gate_dim]
+            partial = [like.new_zeros(total, rule.chunk_size, width) for width in widths]
+
+        taken = (layout.used % rule.chunk_size).repeat_interleave(self.heads).view(-1, 1, 1)
+        filled = torch.arange(rule.chunk_size, device=taken.device).view(1, -1, 1) < taken
+        inverse = None if layout.order is None else torch.argsort(layout.order)
+
+        def rows_first(t: Tensor) -> Tensor:
+            t = t.unflatten(0, (layout.rows, self.heads))
+            return t if inverse is None else t.index_select(0, inverse)
+
+        partial = [rows_first(torch.where(filled, t, 0.0)) for t in partial]
+        earlier = None if self.earlier is None else self.earlier.count
+        phase = 0 if earlier is None else earlier % rule.chunk_size
+        count = layout.used - phase + (0 if earlier is None else earlier)
+        layers = range(len(shapes))
+        return MemoryState(
+            dual=tuple(rows_first(d) for d in dual),
+            inputs=tuple(partial[2 * i] for i in layers),
+            gradients=tuple(partial[2 * i + 1] for i in layers),
+            eta=partial[-2],
+            log_decay=partial[-1],
+            count=count if inverse is None else count.index_select(0, inverse),
+        )

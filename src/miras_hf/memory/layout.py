@@ -1,0 +1,173 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Where tokens sit on the chunk grid: batches, padding, packs, and continuations in the middle of a chunk.
+
+The grid belongs to the sequence: it starts at each sequence's first real token. Every sequence is a row of slots,
+`chunk_size` slots a step; a row that continues a state leaves its first `phase` slots to the tokens read before, and
+pad tokens have no slot. Chunks are laid out step by step, so that the loop over chunks reads contiguous memory:
+
+    [chunks, heads, chunk_size, features]      chunks = sum over steps of the rows still alive at that step
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class ChunkLayout:
+    """The slots of a call's tokens.
+
+    Args:
+        batch, tokens (`int`): leading axes of the call's tensors.
+        rows (`int`): number of sequences: `batch`, or those of a pack.
+        chunk_size (`int`): slots per chunk.
+        active (`list` of `int`): rows alive at each step; rows are in `order`, so the living ones come first.
+        order (`torch.Tensor`, *optional*): rows by decreasing number of steps; `None` if all have the same.
+        slot_of_token (`torch.Tensor` of shape `[batch * tokens]`, *optional*):
+            Slot of every token, one past the last for a pad; `None` if tokens fill the rows' slots in order.
+        used (`torch.Tensor` of shape `[rows]`): slots taken in every row, those of the state included, in `order`.
+        full_steps (`int`, *optional*): number of full chunks if every row has the same, else `None`.
+    """
+
+    batch: int
+    tokens: int
+    rows: int
+    chunk_size: int
+    active: list[int]
+    order: Tensor | None
+    slot_of_token: Tensor | None
+    used: Tensor
+    full_steps: int | None
+
+    @property
+    def offsets(self) -> list[int]:
+        """First chunk of every step, and the number of chunks."""
+        return [0, *itertools.accumulate(self.active)]
+
+    def to_chunks(self, x: Tensor) -> Tensor:
+        """`[batch, tokens, heads, f]` to `[chunks * heads, chunk_size, f]`, zeros in slots without a token."""
+        heads, features = x.shape[2:]
+        size = self.chunk_size
+        if self.slot_of_token is None:
+            steps = len(self.active)
+            x = F.pad(x, (0, 0, 0, 0, 0, steps * size - self.tokens))
+            x = x.view(self.batch, steps, size, heads, features).permute(1, 0, 3, 2, 4)
+            return x.reshape(steps * self.batch * heads, size, features)
+        chunks = self.offsets[-1]
+        slots = x.new_zeros(chunks * size + 1, heads, features)
+        # every token has its own slot, but pads share the one past the end, which is cut off
+        slots = slots.index_copy(0, self.slot_of_token, x.reshape(-1, heads, features))[:-1]
+        return slots.view(chunks, size, heads, features).transpose(1, 2).reshape(chunks * heads, size, features)
+
+    def from_chunks(self, x: Tensor, heads: int) -> Tensor:
+        """The inverse of `to_chunks`, zeros at pads."""
+        size, features = x.shape[1:]
+        if self.slot_of_token is None:
+            steps = len(self.active)
+            x = x.view(steps, self.batch, heads, size, features).permute(1, 0, 3, 2, 4)
+            return x.reshape(self.batch, steps * size, heads, features)[:, : self.tokens]
+        x = x.view(-1, heads, size, features).transpose(1, 2).reshape(-1, heads, features)
+        x = torch.cat((x, x.new_zeros(1, heads, features)))
+        return x.index_select(0, self.slot_of_token).view(self.batch, self.tokens, heads, features)
+
+
+def build_layout(
+    batch: int,
+    tokens: int,
+    chunk_size: int,
+    device: torch.device,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    phase: Tensor | None = None,
+) -> ChunkLayout:
+    """Lays tokens out on the grid.
+
+    Args:
+        cu_seqlens (`torch.Tensor` of shape `[sequences + 1]`, *optional*): borders of a pack; read on the host.
+        mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): true at real tokens, anywhere in the row.
+        phase (`torch.Tensor` of shape `[rows]`, *optional*): slots of the first chunk that a state has filled.
+    """
+    if cu_seqlens is None and mask is None and phase is None:
+        used = torch.full((batch,), tokens, device=device)
+        steps = -(-tokens // chunk_size)
+        return ChunkLayout(
+            batch, tokens, batch, chunk_size, [batch] * steps, None, None, used, full_steps=tokens // chunk_size
+        )
+
+    extra = 0 if phase is None else chunk_size - 1  # phases stay on the device: room for the largest
+    if cu_seqlens is None:
+        rows, order = batch, None
+        row_of_token = torch.arange(batch, device=device).repeat_interleave(tokens)
+        if mask is None:
+            rank = torch.arange(tokens, device=device).repeat(batch)
+            lengths = torch.full((batch,), tokens, device=device)
+        else:
+            rank = (mask.long().cumsum(-1) - 1).flatten()
+            lengths = mask.long().sum(-1)
+        steps_of_row = [-(-(tokens + extra) // chunk_size)] * batch
+    else:
+        lengths = cu_seqlens.diff().to(device=device, dtype=torch.long)
+        rows = lengths.shape[0]
+        row_of_token = torch.arange(rows, device=device).repeat_interleave(lengths, output_size=tokens)
+        rank = torch.arange(tokens, device=device) - cu_seqlens.to(device=device, dtype=torch.long)[row_of_token]
+        steps_of_row = [-(-(length + extra) // chunk_size) for length in lengths.tolist()]
+        order = torch.tensor(sorted(range(rows), key=lambda row: -steps_of_row[row]), device=device, dtype=torch.long)
+
+    most = max(steps_of_row, default=0)
+    active = [sum(steps > step for steps in steps_of_row) for step in range(most)]
+    offsets = torch.tensor([0, *itertools.accumulate(active)], device=device)
+
+    slot = rank if phase is None else rank + phase[row_of_token]
+    used = lengths if phase is None else lengths + phase
+    position = row_of_token
+    if order is not None:
+        position = torch.argsort(order)[row_of_token]
+        used = used[order]
+    slot_of_token = (offsets[:-1][slot // chunk_size] + position) * chunk_size + slot % chunk_size
+    if mask is not None:
+        slot_of_token = torch.where(mask.flatten(), slot_of_token, sum(active) * chunk_size)
+    return ChunkLayout(batch, tokens, rows, chunk_size, active, order, slot_of_token, used, full_steps=None)
+
+
+def check_layout_arguments(batch: int, tokens: int, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
+    """Raises a `ValueError` that names the argument, for packs that do not cover the tokens and masks of wrong shape."""
+    if mask is not None:
+        if cu_seqlens is not None:
+            raise ValueError("`mask` and `cu_seqlens` exclude each other: a pack has no pad tokens.")
+        if mask.shape != (batch, tokens) or mask.dtype != torch.bool:
+            raise ValueError(
+                f"`mask` must be a bool tensor of shape {(batch, tokens)}, got {mask.dtype} {tuple(mask.shape)}."
+            )
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"`cu_seqlens` needs a batch of one packed row, got a batch of {batch}.")
+        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2:
+            raise ValueError(
+                "`cu_seqlens` must be an integer tensor of shape [sequences + 1], got "
+                f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}."
+            )
+        borders = cu_seqlens.tolist()
+        if borders[0] != 0 or borders[-1] != tokens or any(b < a for a, b in itertools.pairwise(borders)):
+            raise ValueError(
+                f"`cu_seqlens` must rise from 0 to the number of tokens, {tokens}, got {_abbreviated(borders)}."
+            )
+
+
+def _abbreviated(numbers: list[int]) -> str:
+    return str(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:4]))}, ..., {numbers[-1]}]"

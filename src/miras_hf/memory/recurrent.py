@@ -1,0 +1,183 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The recurrent reference: one token at a time, inner gradients by autograd. Slow and obviously right.
+
+This is the contract of every other form. Equations (5), (8), (28) of arXiv 2504.13173.
+"""
+
+import torch
+from torch import Tensor
+
+from .layout import check_layout_arguments
+from .rule import (
+    MemoryInputs,
+    MemoryParameters,
+    MemoryState,
+    MirasRule,
+    check_inputs,
+    check_state,
+    initial_memory_state,
+    starting_dual,
+)
+
+
+def recurrent_miras(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    log_alpha: Tensor,
+    delta: Tensor | None = None,
+    *,
+    rule: MirasRule,
+    parameters: MemoryParameters,
+    initial_state: MemoryState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    read: str = "linearised",
+) -> tuple[Tensor, MemoryState | None]:
+    """The memory, token by token. Same arguments as [`chunk_miras`], and one more.
+
+    Args:
+        read (`str`, *optional*, defaults to `"linearised"`):
+            What a token reads inside a chunk: weights under the link linearised at the chunk's start, or, with
+            `"exact"`, under the link itself. With `chunk_size=1`, `"exact"` is the paper's per-token recurrence.
+    """
+    if read not in ("linearised", "exact"):
+        raise ValueError(f"`read` must be 'linearised' or 'exact', got {read!r}.")
+    x = check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters)
+    batch, tokens, heads, head_dim = q.shape
+    check_layout_arguments(batch, tokens, cu_seqlens, mask)
+    gate_dim = x.eta.shape[-1]
+    rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    if initial_state is None:
+        state = initial_memory_state(rule, parameters, rows, gate_dim, x.q.dtype)
+    else:
+        check_state(initial_state, rule, heads, head_dim, rows, gate_dim)
+        state = initial_state
+
+    borders = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    outputs, states = [], []
+    with torch.enable_grad():
+        for index, (start, stop) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+            one = state if cu_seqlens is None else state.map(lambda t, i=index: t[i : i + 1])
+            tokens_of_one = MemoryInputs(*(None if t is None else t[:, start:stop] for t in x))
+            y, one = _read_sequence(tokens_of_one, one, rule, parameters, mask, read == "exact")
+            outputs.append(y)
+            states.append(one)
+    y = torch.cat(outputs, dim=1).to(q.dtype)
+    if not torch.is_grad_enabled():
+        y, states = y.detach(), [one.map(Tensor.detach) for one in states]
+    if not output_final_state:
+        return y, None
+    return y, MemoryState(*(_concatenated(parts) for parts in zip(*states, strict=True)))
+
+
+def _concatenated(parts):
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
+    return torch.cat(parts)
+
+
+def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, parameters, mask, exact: bool):
+    architecture, layers = rule.architecture, range(len(rule.architecture.gate_axes))
+    rows, tokens, heads, head_dim = x.q.shape
+    dtype = x.q.dtype
+    initial = [a.to(dtype).expand(rows, -1, -1, -1) for a in parameters.initial]
+    base = initial if rule.decay_target == "init" else [None] * len(initial)
+    norm = [p.to(dtype).view(1, heads, 1, head_dim) for p in (parameters.norm_weight, parameters.norm_bias)]
+
+    def gate(values: Tensor, layer: int) -> Tensor:  # [rows, heads, 1, c] to the axis of the weight it acts on
+        return values.mT if architecture.gate_axes[layer] == "input" else values
+
+    def fresh_chunk(dual):
+        return [rule.retention.at_chunk_start(dual[i], base[i], rule.hidden_axis(i)) for i in layers]
+
+    # what has happened since the chunk's start: the decay of the base, and the decayed sum of the writes
+    start = list(starting_dual(rule, parameters, state))
+    inputs, gradients = list(state.inputs), list(state.gradients)
+    eta, log_decay, count = state.eta, state.log_decay, state.count
+    slots = torch.arange(rule.chunk_size, device=count.device).view(1, 1, -1, 1)
+    phase = (count % rule.chunk_size).view(rows, 1, 1, 1)
+    since = torch.where(slots == phase - 1, log_decay, 0.0).sum(-2, keepdim=True)
+    writes = []
+    for i in layers:
+        coefficient = eta * torch.exp(since - log_decay)
+        on_input = architecture.gate_axes[i] == "input"
+        left = inputs[i] * coefficient if on_input else inputs[i]
+        right = gradients[i] if on_input else gradients[i] * coefficient
+        writes.append(-left.mT @ right)
+
+    outputs = []
+    for t in range(tokens):
+        q, k, v, eta_t, log_alpha_t = (x[i][:, t].unsqueeze(2) for i in range(5))
+        delta_t = None if x.delta is None else x.delta[:, t].unsqueeze(2)
+        live = torch.ones(rows, dtype=torch.bool, device=q.device) if mask is None else mask[:, t]
+        live = live.view(rows, 1, 1, 1)
+        weights = fresh_chunk(start)
+
+        # the inner gradient, at the weights of the chunk's start
+        at_start = [w.weight if w.weight.requires_grad else w.weight.detach().requires_grad_() for w in weights]
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def linear(layer: int, h: Tensor, at_start=at_start, seen=seen) -> Tensor:
+            seen.append((h, h @ at_start[layer]))
+            return seen[-1][1]
+
+        prediction = architecture.read(linear, k, *norm)
+        residual = rule.attentional_bias.residual(prediction - v, delta_t)
+        grads = torch.autograd.grad(
+            prediction, [*at_start, *(z for _, z in seen)], grad_outputs=residual, create_graph=True
+        )
+
+        # the dual state's recurrence, split into the decaying start and the writes since
+        since_t = since + log_alpha_t
+        writes_t = [
+            gate(log_alpha_t.exp(), i) * writes[i] - gate(eta_t.expand_as(log_alpha_t), i) * grads[i] for i in layers
+        ]
+        duals_t = [gate(since_t.exp(), i) * start[i] + writes_t[i] for i in layers]
+
+        def read(layer: int, h: Tensor, weights=weights, since_t=since_t, writes_t=writes_t, duals_t=duals_t):
+            if exact:
+                dual = duals_t[layer] if base[layer] is None else base[layer] + duals_t[layer]
+                return h @ rule.retention.link(dual, rule.hidden_axis(layer))
+            w = weights[layer]
+            total = writes_t[layer] if w.writes_matrix is None else w.writes_matrix(writes_t[layer])
+            if w.decaying is not None:
+                total = total + gate(since_t.exp(), layer) * w.decaying
+            if w.constant is not None:
+                total = total + w.constant
+            return h @ total if w.scale is None else h @ (w.scale * total)
+
+        y = architecture.read(read, q, *norm)
+        outputs.append(torch.where(live, y, 0.0).squeeze(2))
+
+        # bookkeeping: the token takes its slot; a full chunk becomes the next one's start
+        here = live & (slots == phase)
+        inputs = [torch.where(here, seen[i][0], inputs[i]) for i in layers]
+        gradients = [torch.where(here, grads[len(grads) // 2 + i], gradients[i]) for i in layers]
+        eta = torch.where(here, eta_t, eta)
+        log_decay = torch.where(here, since_t, log_decay)
+        count = count + live.view(rows)
+        phase = (count % rule.chunk_size).view(rows, 1, 1, 1)
+        full = live & (phase == 0)
+        start = [torch.where(full, duals_t[i], start[i]) for i in layers]
+        writes = [torch.where(full, 0.0, torch.where(live, writes_t[i], writes[i])) for i in layers]
+        since = torch.where(full, 0.0, torch.where(live, since_t, since))
+        inputs, gradients = ([torch.where(full, 0.0, f) for f in fs] for fs in (inputs, gradients))
+        eta, log_decay = (torch.where(full, 0.0, f) for f in (eta, log_decay))
+
+    y = torch.stack(outputs, dim=1) if outputs else x.q
+    return y, MemoryState(tuple(start), tuple(inputs), tuple(gradients), eta, log_decay, count)

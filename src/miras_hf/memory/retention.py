@@ -1,0 +1,250 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Choice (iii) of Miras: the retention gate, as a link between a dual state and the weights in use.
+
+Every gate here has one form. The memory carries a dual state A with a linear recurrence, and the weights are its image
+under a link, `W = phi(A)`:
+
+    A_t = alpha_t o A_{t-1} - eta_t o g_t          g_t: gradient at W_c = phi(A_c), c the start of t's chunk
+
+With `decay_target="init"` the recurrence runs on the deviation `D = A - A_0` from the learned initial memory.
+A link that is not linear is applied at chunk starts only (arXiv 2504.13173, after equation (29)); inside a chunk the
+read uses the link linearised there, `ChunkWeights`, so that a chunk stays a handful of matrix products.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .architecture import Factors
+
+
+class ChunkWeights(NamedTuple):
+    """One weight of the memory as a chunk sees it, B_t being the decay since the chunk's start.
+
+    Token t of the chunk reads with
+
+        W_t = scale * (constant + B_t o decaying + writes(N_t)),     N_t = sum_{i<=t} (B_t / B_i) o -eta_i o g_i
+
+    Args:
+        weight (`torch.Tensor` of shape `[..., in, out]`): `W_c = phi(A_c)`, where the chunk's gradients are taken.
+        constant (`torch.Tensor`, *optional*): the part of the read that does not decay.
+        decaying (`torch.Tensor`, *optional*): the part that decays with B_t.
+        scale (`torch.Tensor` of shape `[..., 1, 1]`, *optional*): a factor on the whole read; `None` means one.
+        writes (`Callable`, *optional*): the linearised link on rank-one factors; `None` means the identity.
+        writes_matrix (`Callable`, *optional*): the same map on a full `[..., in, out]` matrix (the reference's form).
+    """
+
+    weight: Tensor
+    constant: Tensor | None = None
+    decaying: Tensor | None = None
+    scale: Tensor | None = None
+    writes: Callable[[Factors], Factors] | None = None
+    writes_matrix: Callable[[Tensor], Tensor] | None = None
+
+
+def _rms(x: Tensor) -> Tensor:
+    return (x.square().mean((-2, -1), keepdim=True) + 1e-24).sqrt()
+
+
+@dataclass(frozen=True)
+class RetentionGate:
+    """Base class of the links."""
+
+    def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
+        """`W = phi(A)`, shape `[..., in, out]`, norms and simplices taken over each weight of each head alone."""
+        raise NotImplementedError
+
+    def at_chunk_start(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> ChunkWeights:
+        """Link and linearisation at a chunk's start.
+
+        Args:
+            state (`torch.Tensor` of shape `[..., in, out]`):
+                The decaying state: A itself, or `A - base` where a base is given.
+            base (`torch.Tensor`, *optional*): the learned initial dual state, for `decay_target="init"`.
+            hidden_axis (`int`): -1 or -2, the axis of this weight that is the memory's hidden axis.
+        """
+        raise NotImplementedError
+
+    def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
+        """A dual state with `phi(A) = weight`: how an initial memory of a given scale is made."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FrozenScale(RetentionGate):
+    """Base class of links `phi(A) = s(A) A`, whose scalar s is held at its chunk-start value inside the chunk.
+
+    Args:
+        weight_cap (`float`, *optional*, defaults to 2.0): `rms(W)` never exceeds this, through the scalar.
+    """
+
+    weight_cap: float | None = 2.0
+
+    def scale(self, dual: Tensor) -> Tensor | None:
+        if self.weight_cap is None:
+            return None
+        return (self.weight_cap / _rms(dual)).clamp(max=1.0)
+
+    def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
+        scale = self.scale(dual)
+        return dual if scale is None else scale * dual
+
+    def at_chunk_start(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> ChunkWeights:
+        dual = state if base is None else base + state
+        scale = self.scale(dual)
+        return ChunkWeights(dual if scale is None else scale * dual, constant=base, decaying=state, scale=scale)
+
+
+@dataclass(frozen=True)
+class Decay(FrozenScale):
+    """l2 retention, `W = A`: equation (26) with eta and alpha decoupled."""
+
+    def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
+        return weight
+
+
+def _power_sum(x: Tensor, power: float) -> Tensor:
+    powered = x.square().square() if power == 4.0 else x.abs().pow(power)
+    return powered.sum((-2, -1), keepdim=True)
+
+
+@dataclass(frozen=True)
+class Lq(FrozenScale):
+    """lq retention, the map as printed in equation (24): `W = A / ||A||_q^(q-2)`.
+
+    The map inverts scales (twice the A, half the W at q = 4), so the norm has a floor.
+
+    Args:
+        power (`float`, *optional*, defaults to 4.0): q, at least 2.
+        norm_floor (`float`, *optional*, defaults to 0.01): smallest `||A||_q` that is divided by.
+    """
+
+    power: float = 4.0
+    norm_floor: float = 1e-2
+
+    def denominator(self, dual: Tensor) -> Tensor:
+        floor = self.norm_floor**self.power
+        return _power_sum(dual, self.power).clamp(min=floor).pow((self.power - 2.0) / self.power)
+
+    def scale(self, dual: Tensor) -> Tensor:
+        scale = 1.0 / self.denominator(dual)
+        if self.weight_cap is None:
+            return scale
+        return torch.minimum(scale, self.weight_cap / _rms(dual))
+
+    def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
+        if self.power == 3.0:  # phi keeps no scale at q = 3: every A of this direction has the same image
+            return weight
+        norm = _power_sum(weight, self.power).pow(1.0 / self.power)
+        return weight * norm.pow((self.power - 2.0) / (3.0 - self.power))
+
+
+@dataclass(frozen=True)
+class LqMirror(Lq):
+    """lq retention with the mirror map that its derivation gives: `W = sign(A) |A|^(q-1) / ||A||_q^(q-2)`.
+
+    The map is homogeneous of degree one, so the base of a read decays exactly. Its Jacobian on the writes,
+    `(q-1) |A_c|^(q-2) / rho_c` with the denominator rho frozen, is a full matrix and would leave no matrix products;
+    it enters as its best rank-one factorisation (row means times column means over the mean).
+    """
+
+    def _scaled_power(self, dual: Tensor) -> tuple[Tensor, Tensor]:
+        # |A|^(q-2), and the scalar 1 / rho with the cap on rms(W)
+        powered = dual.square() if self.power == 4.0 else dual.abs().pow(self.power - 2.0)
+        scale = 1.0 / self.denominator(dual)
+        if self.weight_cap is not None:
+            scale = torch.minimum(scale, self.weight_cap / _rms(dual * powered))
+        return powered, scale
+
+    def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
+        powered, scale = self._scaled_power(dual)
+        return scale * dual * powered
+
+    def at_chunk_start(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> ChunkWeights:
+        dual = state if base is None else base + state
+        powered, scale = self._scaled_power(dual)
+        weight = scale * dual * powered
+        constant = None if base is None else self.link(base, hidden_axis)
+        rows = powered.mean(-1)  # [..., in]
+        columns = powered.mean(-2)  # [..., out]
+        columns = columns * ((self.power - 1.0) * scale[..., 0] / rows.mean(-1, keepdim=True).clamp(min=1e-30))
+
+        def writes(factors: Factors) -> Factors:
+            return Factors(factors.inputs * rows.unsqueeze(-2), factors.gradients * columns.unsqueeze(-2))
+
+        def writes_matrix(matrix: Tensor) -> Tensor:
+            return matrix * rows.unsqueeze(-1) * columns.unsqueeze(-2)
+
+        decaying = weight if constant is None else weight - constant
+        return ChunkWeights(weight, constant, decaying, None, writes, writes_matrix)
+
+    def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
+        root = weight.sign() * weight.abs().pow(1.0 / (self.power - 1.0))
+        return root * (_power_sum(root, self.power).pow((self.power - 2.0) / self.power))
+
+
+@dataclass(frozen=True)
+class KL(RetentionGate):
+    """KL retention, equations (21), (27): `W = c softmax(A)` along the hidden axis, A the log-weights.
+
+    `alpha log W - eta g` differs from the linear recurrence of A by a constant per simplex, which the softmax removes,
+    exactly, because gates do not vary along the hidden axis. The paper's linear step in weight space between two
+    chunks turns weights negative, where the next logarithm is undefined; the dual form cannot.
+    Reads see a chunk's writes through the softmax's Jacobian at the uniform distribution, `(c/n) (I - 11^T/n)`;
+    the base's decay acts at the next chunk's start.
+
+    Args:
+        mass (`float`, *optional*, defaults to 2.0):
+            `c = mass * n / sqrt(fan_in)`. Log-weights of standard deviation `1 / mass` then give weights that deviate
+            from their mean by about `1 / sqrt(fan_in)`.
+    """
+
+    mass: float = 2.0
+
+    def simplex(self, dual: Tensor, hidden_axis: int) -> tuple[float, int]:
+        size = dual.shape[hidden_axis]
+        return self.mass * size / math.sqrt(dual.shape[-2]), size
+
+    def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
+        return self.simplex(dual, hidden_axis)[0] * torch.softmax(dual, dim=hidden_axis)
+
+    def at_chunk_start(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> ChunkWeights:
+        dual = state if base is None else base + state
+        weight = self.link(dual, hidden_axis)
+        mass, size = self.simplex(dual, hidden_axis)
+        slope = mass / size
+
+        def writes(factors: Factors) -> Factors:
+            inputs, gradients = factors
+            if hidden_axis == -1:
+                return Factors(inputs, slope * (gradients - gradients.mean(-1, keepdim=True)))
+            return Factors(slope * (inputs - inputs.mean(-1, keepdim=True)), gradients)
+
+        def writes_matrix(matrix: Tensor) -> Tensor:
+            return slope * (matrix - matrix.mean(hidden_axis, keepdim=True))
+
+        return ChunkWeights(weight, constant=weight, writes=writes, writes_matrix=writes_matrix)
+
+    def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
+        # to first order: the deviations of c softmax(A) from its mean are (c/n) A
+        mass, size = self.simplex(weight, hidden_axis)
+        return weight * (size / mass)
+
+
+RETENTION_GATES: dict[str, type[RetentionGate]] = {"decay": Decay, "lq": Lq, "lq_mirror": LqMirror, "kl": KL}
