@@ -11,4 +11,100 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Test-time-memory language models for Hugging Face Transformers."""
+"""Test-time-memory language models for Hugging Face Transformers.
+
+Importing this package registers Miras, Moneta, Yaad and Memora with the Auto classes.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from .cache import MirasLayer
+from .configuration_miras import MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
+from .modeling_miras import (
+    MemoraForCausalLM,
+    MemoraForSequenceClassification,
+    MemoraForTokenClassification,
+    MemoraModel,
+    MirasForCausalLM,
+    MirasForSequenceClassification,
+    MirasForTokenClassification,
+    MirasModel,
+    MirasPreTrainedModel,
+    MonetaForCausalLM,
+    MonetaForSequenceClassification,
+    MonetaForTokenClassification,
+    MonetaModel,
+    YaadForCausalLM,
+    YaadForSequenceClassification,
+    YaadForTokenClassification,
+    YaadModel,
+)
+from .tokenization_miras import MirasTokenizer
+
+
+__version__ = "0.1.0.dev0"
+
+
+_AUTO_CLASSES = (
+    (AutoModel, (MirasModel, MonetaModel, YaadModel, MemoraModel)),
+    (AutoModelForCausalLM, (MirasForCausalLM, MonetaForCausalLM, YaadForCausalLM, MemoraForCausalLM)),
+    (
+        AutoModelForSequenceClassification,
+        (
+            MirasForSequenceClassification,
+            MonetaForSequenceClassification,
+            YaadForSequenceClassification,
+            MemoraForSequenceClassification,
+        ),
+    ),
+    (
+        AutoModelForTokenClassification,
+        (
+            MirasForTokenClassification,
+            MonetaForTokenClassification,
+            YaadForTokenClassification,
+            MemoraForTokenClassification,
+        ),
+    ),
+)
+
+for _config in (MirasConfig, MonetaConfig, YaadConfig, MemoraConfig):
+    AutoConfig.register(_config.model_type, _config)
+    AutoTokenizer.register(_config, tokenizer_class=MirasTokenizer)
+for _auto_class, _models in _AUTO_CLASSES:
+    for _model in _models:
+        _auto_class.register(_model.config_class, _model)
+
+
+__all__ = [
+    "MemoraConfig",
+    "MemoraForCausalLM",
+    "MemoraForSequenceClassification",
+    "MemoraForTokenClassification",
+    "MemoraModel",
+    "MirasConfig",
+    "MirasForCausalLM",
+    "MirasForSequenceClassification",
+    "MirasForTokenClassification",
+    "MirasLayer",
+    "MirasModel",
+    "MirasPreTrainedModel",
+    "MirasTokenizer",
+    "MonetaConfig",
+    "MonetaForCausalLM",
+    "MonetaForSequenceClassification",
+    "MonetaForTokenClassification",
+    "MonetaModel",
+    "YaadConfig",
+    "YaadForCausalLM",
+    "YaadForSequenceClassification",
+    "YaadForTokenClassification",
+    "YaadModel",
+]

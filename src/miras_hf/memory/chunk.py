@@ -202,40 +202,43 @@ class _Memory:
         eta = x.eta
         if first == 0 and self.earlier is not None:
             eta, log_decay = self._with_earlier_gates(eta, log_decay)
-        gates = rule.algorithm.chunk_gates(eta, log_decay)
+        # split, not sliced step by step: the gradients of the pieces are put together once
+        sizes = [rows * heads for rows in self.layout.active[first:last]]
+        gates_of_step = rule.algorithm.chunk_gates(eta, log_decay).split(sizes)
+        q, k, v, eta, log_decay = (t.split(sizes) for t in (x.q, x.k, x.v, eta, log_decay))
+        delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)
 
-        outputs, position = [], 0
-        for step in range(first, last):
-            rows = self.layout.active[step] * heads
-            here = slice(position, position + rows)
-            position += rows
-            states = tuple(s[:rows] for s in states) if states[0].shape[0] != rows else states
-            norm = tuple(p[:rows] for p in self.norm)
+        outputs = []
+        base, norm = self.base, self.norm
+        for i, step in enumerate(range(first, last)):
+            if states[0].shape[0] != sizes[i]:
+                states = tuple(s[: sizes[i]] for s in states)
+            if norm[0].shape[0] != sizes[i]:
+                base = tuple(None if b is None else b[: sizes[i]] for b in base)
+                norm = tuple(p[: sizes[i]] for p in norm)
             weights = [
-                rule.retention.at_chunk_start(s, None if b is None else b[:rows], rule.hidden_axis(i))
-                for i, (s, b) in enumerate(zip(states, self.base, strict=True))
+                rule.retention.at_chunk_start(s, b, rule.hidden_axis(layer))
+                for layer, (s, b) in enumerate(zip(states, base, strict=True))
             ]
-            v = x.v[here]
-            delta = None if x.delta is None else x.delta[here]
             factors = rule.architecture.write(
                 tuple(w.weight for w in weights),
-                x.k[here],
-                lambda m, v=v, delta=delta: rule.attentional_bias.residual(m - v, delta),
+                k[i],
+                lambda m, v=v[i], delta=delta[i]: rule.attentional_bias.residual(m - v, delta),
                 *norm,
             )
             if step == 0 and self.earlier is not None:
                 factors = self._with_earlier_factors(factors)
-            now = gates.rows(here.start, here.stop)
+            now = gates_of_step[i]
 
             def linear(layer: int, h: Tensor, weights=weights, factors=factors, now=now) -> Tensor:
                 return rule.algorithm.read(axes[layer], weights[layer], factors[layer], h, now)
 
-            outputs.append(rule.architecture.read(linear, x.q[here], *norm))
+            outputs.append(rule.architecture.read(linear, q[i], *norm))
             states = tuple(
-                rule.algorithm.fold(axes[i], s, f, now) for i, (s, f) in enumerate(zip(states, factors, strict=True))
+                rule.algorithm.fold(axis, s, f, now) for axis, s, f in zip(axes, states, factors, strict=True)
             )
             if captured is not None:
-                captured = self._capture(step, captured, states, factors, eta[here], log_decay[here])
+                captured = self._capture(step, captured, states, factors, eta[i], log_decay[i])
         return torch.cat(outputs), states, captured
 
     # -- continuing in the middle of a chunk ------------------------------------------------------------------------

@@ -45,8 +45,10 @@ class Gates(NamedTuple):
     fold: Tensor | None = None
     total: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> "Gates":
-        return Gates(*(x[start:stop] if isinstance(x, Tensor) else x for x in self))
+    def split(self, sizes: list[int]) -> list["Gates"]:
+        """The gates of consecutive groups of rows."""
+        parts = [x.split(sizes) if isinstance(x, Tensor) else [x] * len(sizes) for x in self]
+        return [Gates(*part) for part in zip(*parts, strict=True)]
 
 
 class GradientDescent:

@@ -1,0 +1,148 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The generation cache of a memory layer: a cache layer that Transformers' own `DynamicCache` builds and `generate()`
+uses untouched. Its size does not grow with the text read."""
+
+from torch import Tensor
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from .configuration_miras import MEMORY_LAYER
+from .memory import MemoryState
+
+
+class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+    """The memory of every row of a batch after the tokens read so far, beside the tails of its convolutions.
+
+    Attributes:
+        memory (`MemoryState`, *optional*): state of the memory; `None` before the first token, which then starts
+            from the model's learned initial memory.
+        conv_tail (`torch.Tensor` of shape `[rows, conv_kernel_size - 1, channels]`, *optional*):
+            Last inputs of the q, k and v convolutions.
+        tokens_seen (`int`): length of the text read, pad tokens included (what `generate()` counts); the tokens that
+            a row really read are in `memory.count`.
+    """
+
+    _layer_type = MEMORY_LAYER
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        CacheLayerMixin.__init__(self)
+        LinearAttentionCacheLayerMixin.__init__(self)
+        self.memory: MemoryState | None = None
+        self.conv_tail: Tensor | None = None
+        self.tokens_seen = 0
+
+    def update_memory(self, memory: MemoryState, conv_tail: Tensor, tokens: int) -> None:
+        """Takes the state after `tokens` more tokens per row, pads included."""
+        self.memory, self.conv_tail = memory, conv_tail
+        self.tokens_seen += tokens
+        self.device, self.dtype = conv_tail.device, conv_tail.dtype
+        self.is_initialized = True
+        self.has_previous_state = {0: True}
+
+    # -- what Transformers asks of a cache layer ----------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        return self.tokens_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tokens_seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        """Back to the learned initial memory (which is not zero): the next token starts a new text."""
+        self.memory = self.conv_tail = None
+        self.tokens_seen = 0
+        self.is_initialized = False
+        self.has_previous_state = {0: False}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices.to(t.device) if isinstance(indices, Tensor) else indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized and self.conv_tail.device != self.device:
+            self._map(lambda t: t.to(self.device, non_blocking=True))
+
+    def crop(self, *args, **kwargs) -> None:
+        raise ValueError(
+            "A memory cannot be cropped: what it has read is mixed into its weights. Assisted decoding and prompt "
+            "lookup, which take tokens back, are therefore not available; keep a copy of the cache instead."
+        )
+
+    activate_past_recording = crop
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        raise ValueError("A memory layer keeps no keys and values: its state is set by `update_memory`.")
+
+    def update(self, *args, **kwargs) -> None:
+        raise ValueError(
+            "A memory layer keeps no keys and values, so none can be put into it: prefix tuning is not possible with "
+            "Miras models; prompt tuning and LoRA are."
+        )
+
+    def update_conv_state(self, *args, **kwargs) -> None:
+        raise ValueError("The states of a memory layer are set together, by `update_memory`.")
+
+    update_recurrent_state = update_conv_state
+
+    def _map(self, function) -> None:
+        if self.is_initialized:
+            self.memory = self.memory.map(function)
+            self.conv_tail = function(self.conv_tail)
+
+
+# the state has one size whatever the cache: `cache_implementation="static"` serves memory layers with the same class
+STATIC_LAYER_TYPE_MAPPING[MEMORY_LAYER] = MirasLayer
+
+
+def memory_layer(cache: Cache | None, layer_idx: int) -> MirasLayer | None:
+    """The cache layer of a memory layer.
+
+    Raises:
+        `ValueError`: if the cache was made for another model.
+    """
+    if cache is None:
+        return None
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if not isinstance(layer, MirasLayer):
+        found = "no such layer" if layer is None else f"a {type(layer).__name__}"
+        raise ValueError(
+            f"`past_key_values` must be made for this model, `DynamicCache(config=model.config)`: layer {layer_idx} is "
+            f"a memory, and the cache has {found} there."
+        )
+    return layer
+
+
+def tokens_read(cache: Cache | None) -> Tensor | int:
+    """Real tokens read so far, per row where a memory has counted them (`[rows]`), else pads included."""
+    if cache is None:
+        return 0
+    for layer in cache.layers:
+        if isinstance(layer, MirasLayer):
+            return 0 if layer.memory is None else layer.memory.count
+    return cache.get_seq_length()

@@ -1,0 +1,365 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configurations of Miras models: the four choices, every point the paper leaves open as a named switch, and presets."""
+
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils.type_validators import interval
+
+
+MEMORY_LAYER = "miras_memory"
+ATTENTION_LAYER = "sliding_attention"
+
+# widths, depths and heads of arXiv 2504.13173, table 5. The paper does not give those of its 1.3B models.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "chunk_size": 16,
+    },
+    "170m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 16},
+    "340m": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "760m": {"hidden_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "1.3b": {"hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16},
+}
+
+# largest step of one token, three times the step that simulations of 8k tokens found stable for chunks of 16 to 64
+_ETA_MAX = {"decay": 0.09, "lq": 4.5e-3, "lq_mirror": 1.0, "kl": 0.21}
+
+
+@strict
+class MirasConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Miras model (arXiv 2504.13173): a Llama-like decoder whose attention block is an associative
+    memory that learns, while it reads, to map keys to values. Equation numbers are the paper's.
+
+    [`MonetaConfig`], [`YaadConfig`] and [`MemoraConfig`] are this class with the paper's choices as defaults.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 32000): Size of the vocabulary.
+        hidden_size (`int`, *optional*, defaults to 1024): Width of the model.
+        intermediate_size (`int`, *optional*):
+            Width of the SwiGLU MLP; `None` takes 8/3 of `hidden_size`, rounded up to a multiple of 64.
+        num_hidden_layers (`int`, *optional*, defaults to 24): Number of layers, memory and attention together.
+        num_attention_heads (`int`, *optional*, defaults to 16): Heads of a layer; each has a memory of its own.
+        num_key_value_heads (`int`, *optional*): Key/value heads of attention layers; `None` for as many as heads.
+        head_dim (`int`, *optional*): Width of a head; `None` for `hidden_size // num_attention_heads`.
+        hidden_act (`str`, *optional*, defaults to `"silu"`): Activation of the MLP.
+        max_position_embeddings (`int`, *optional*, defaults to 1048576):
+            Length that tools should assume to be possible. A memory has no limit of its own.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of initial projections.
+        rms_norm_eps (`float`, *optional*, defaults to 1e-06): Epsilon of the RMS norms.
+        use_cache (`bool`, *optional*, defaults to `True`): Whether to return the cache.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`): Whether the head shares the embedding's weight.
+        rope_parameters (`dict`, *optional*): Rotary embedding, of memory and attention layers.
+        attention_bias (`bool`, *optional*, defaults to `False`): Whether projections have biases.
+        attention_dropout (`float`, *optional*, defaults to 0.0): Dropout of attention layers.
+        attention_layers (`list[int]`, *optional*):
+            Indices of the layers that are sliding-window attention instead of a memory. Also set by passing
+            `layer_types`, one of `"miras_memory"` and `"sliding_attention"` per layer.
+        sliding_window (`int`, *optional*, defaults to 2048): Window of attention layers, in tokens.
+        memory_architecture (`str`, *optional*, defaults to `"mlp"`):
+            Choice (i). `"mlp"`: `x + LN(gelu(x W1) W2)`; `"matrix"`: `x W`.
+        memory_expansion (`int`, *optional*, defaults to 4): Hidden width of the MLP memory over `head_dim`.
+        memory_norm_eps (`float`, *optional*):
+            Epsilon of the memory's layer norm, which bounds its backward; `None` for 0.1, or 0.01 with KL retention.
+        attentional_bias (`str`, *optional*, defaults to `"l2"`):
+            Choice (ii). `"l2"`, `"lp"` (11), `"huber_coordinate"` (14), `"huber_norm"` (15), `"huber_mixture"` (16).
+        lp_power (`float`, *optional*, defaults to 3.0): p.
+        lp_sign (`str`, *optional*, defaults to `"exact"`): `"exact"`, or `"tanh"` for the smooth sign of Remark 5.
+        lp_sharpness (`float`, *optional*, defaults to 10.0): Sharpness of the smooth sign.
+        lp_error_cap (`float`, *optional*, defaults to 4.0): Magnitude at which the error is cut before the power.
+        residual_clip (`float`, *optional*, defaults to 3.0): Largest root mean square of a token's residual.
+        retention (`str`, *optional*, defaults to `"decay"`): Choice (iii). `"decay"` (26), `"lq"` (24), `"kl"` (27).
+        lq_power (`float`, *optional*, defaults to 4.0): q.
+        lq_map (`str`, *optional*, defaults to `"paper"`):
+            `"paper"`: `A / ||A||_q^(q-2)` as printed; `"mirror"`: `sign(A)|A|^(q-1) / ||A||_q^(q-2)`, the mirror map
+            of its derivation.
+        lq_norm_floor (`float`, *optional*, defaults to 0.01): Smallest norm that is divided by.
+        simplex_mass (`float`, *optional*, defaults to 2.0):
+            KL retention: weights are `c softmax(A)` with `c = simplex_mass * hidden / sqrt(fan_in)`.
+        weight_cap (`float`, *optional*, defaults to 2.0): Largest root mean square of a head's weights; `None` for no cap.
+        decay_target (`str`, *optional*, defaults to `"init"`):
+            `"init"` decays toward the learned initial memory; `"zero"` toward zero as printed, which makes MLP
+            memories chaotic over thousands of tokens.
+        learning_algorithm (`str`, *optional*, defaults to `"gradient_descent"`): Choice (iv).
+        chunk_size (`int`, *optional*, defaults to 64):
+            Tokens whose gradients are taken at the same weights (28). Part of the trained model.
+        gate_granularity (`str`, *optional*, defaults to `"channel"`):
+            Whether step and retention are one number per `"channel"` or per `"head"`.
+        gate_rank (`int`, *optional*, defaults to 32): Rank of the maps from the layer's input to channel gates.
+        eta_max (`float`, *optional*): Largest step of one token; `None` for a stable one of the retention gate.
+        min_log_alpha (`float`, *optional*): Smallest log retention of one token; `None` for
+            -2.5, or more where `chunk_size` exceeds 64.
+        min_half_life, max_half_life (`float`, *optional*, defaults to 32.0 and 32768.0):
+            Initial half-lives of the memory in tokens, spread log-uniformly over channels or heads.
+        use_rope (`bool`, *optional*, defaults to `True`): Rotary embedding on queries and keys of the memory.
+        conv_kernel_size (`int`, *optional*, defaults to 4): Width of the causal convolutions of q, k and v.
+        output_gate_act (`str`, *optional*, defaults to `"silu"`): Activation of the output gate, `"linear"` for none.
+
+    Raises:
+        `StrictDataclassError`: for a wrong type or value, naming the field, the value and what is allowed.
+
+    ```python
+    >>> from miras_hf import MirasConfig, MirasForCausalLM
+
+    >>> config = MirasConfig.from_preset("tiny", attentional_bias="huber_norm")
+    >>> model = MirasForCausalLM(config)
+    ```"""
+
+    model_type = "miras"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # TRL reads it, and a config without copied code has none
+    auto_map: ClassVar[dict] = {}
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 1048576
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float = 0.0
+    attention_layers: list[int] | None = None
+    sliding_window: int = 2048
+
+    memory_architecture: Literal["mlp", "matrix"] = "mlp"
+    memory_expansion: int = 4
+    memory_norm_eps: float | None = None
+    attentional_bias: Literal["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"] = "l2"
+    lp_power: int | float = 3.0
+    lp_sign: Literal["exact", "tanh"] = "exact"
+    lp_sharpness: int | float = 10.0
+    lp_error_cap: int | float = 4.0
+    residual_clip: int | float = 3.0
+    retention: Literal["decay", "lq", "kl"] = "decay"
+    lq_power: int | float = 4.0
+    lq_map: Literal["paper", "mirror"] = "paper"
+    lq_norm_floor: float = 0.01
+    simplex_mass: int | float = 2.0
+    weight_cap: int | float | None = 2.0
+    decay_target: Literal["init", "zero"] = "init"
+    learning_algorithm: Literal["gradient_descent"] = "gradient_descent"
+    chunk_size: int = 64
+    gate_granularity: Literal["channel", "head"] = "channel"
+    gate_rank: int = 32
+    eta_max: int | float | None = None
+    min_log_alpha: int | float | None = None
+    min_half_life: int | float = 32.0
+    max_half_life: int | float = 32768.0
+    use_rope: bool = True
+    conv_kernel_size: int = 4
+    output_gate_act: str = "silu"
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
+        if self.memory_norm_eps is None:
+            self.memory_norm_eps = 0.01 if self.retention == "kl" else 0.1
+        if self.eta_max is None:
+            self.eta_max = _ETA_MAX[self.retention_gate] * min(1.0, 64 / max(self.chunk_size, 1))
+        if self.min_log_alpha is None:
+            self.min_log_alpha = max(-2.5, -160.0 / max(self.chunk_size, 1))
+        layer_types = kwargs.pop("layer_types", None)
+        if layer_types is not None:
+            self.layer_types = layer_types
+        if self.attention_layers is None:
+            self.attention_layers = []
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **kwargs) -> "MirasConfig":
+        """The configuration of a named size, `"tiny"` or one of the paper's, with any field overridden.
+
+        Raises:
+            `ValueError`: for an unknown name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"`name` must be one of {sorted(PRESETS)}, got {name!r}.")
+        return cls(**{**PRESETS[name], **kwargs})
+
+    @property
+    def retention_gate(self) -> str:
+        """Name of the retention gate in `miras_hf.memory.RETENTION_GATES`."""
+        return "lq_mirror" if self.retention == "lq" and self.lq_map == "mirror" else self.retention
+
+    # A property, and not a field: names of layer types that Transformers does not know must not be stored in
+    # config.json, where the base class would refuse them (Trainer's resume, AutoTokenizer).
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer is, `"miras_memory"` or `"sliding_attention"`."""
+        attention = set(self.attention_layers or [])
+        return [ATTENTION_LAYER if i in attention else MEMORY_LAYER for i in range(self.num_hidden_layers)]
+
+    @layer_types.setter
+    def layer_types(self, layer_types: list[str]) -> None:
+        unknown = sorted(set(layer_types) - {MEMORY_LAYER, ATTENTION_LAYER})
+        if unknown or len(layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` must hold `num_hidden_layers` = {self.num_hidden_layers} entries, each "
+                f"{MEMORY_LAYER!r} or {ATTENTION_LAYER!r}, got {layer_types}."
+            )
+        self.attention_layers = [i for i, layer_type in enumerate(layer_types) if layer_type == ATTENTION_LAYER]
+
+    def validate_layer_type(self):
+        """Part of `@strict`-powered validation: the base class knows only its own layer types."""
+        wrong = [i for i in self.attention_layers or [] if not 0 <= i < self.num_hidden_layers]
+        if wrong:
+            raise ValueError(f"`attention_layers` must be indices below {self.num_hidden_layers}, got {wrong}.")
+        if len(set(self.attention_layers or [])) == self.num_hidden_layers > 0:
+            raise ValueError("`attention_layers` must leave at least one memory layer, got all of them.")
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: relations between fields, and ranges."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "memory_expansion",
+            "chunk_size",
+            "gate_rank",
+            "conv_kernel_size",
+            "sliding_window",
+            "memory_norm_eps",
+            "eta_max",
+            "lp_error_cap",
+            "lp_sharpness",
+            "residual_clip",
+            "lq_norm_floor",
+            "simplex_mass",
+            "min_half_life",
+        ):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if self.head_dim < 1 or (self.head_dim % 2 and (self.use_rope or self.attention_layers)):
+            raise ValueError(
+                f"`head_dim` must be positive and, with rotary embeddings, even, got {self.head_dim} "
+                f"(hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads})."
+            )
+        if (
+            self.hidden_size % self.num_attention_heads
+            and self.head_dim == self.hidden_size // self.num_attention_heads
+        ):
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads}), unless `head_dim` is given."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` ({self.num_key_value_heads}) must divide `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        for name in ("hidden_act", "output_gate_act"):
+            if getattr(self, name) not in ACT2FN:
+                raise ValueError(f"`{name}` must be one of {sorted(ACT2FN)}, got {getattr(self, name)!r}.")
+        if self.lp_power < 1:
+            raise ValueError(f"`lp_power` must be at least 1, got {self.lp_power}.")
+        if self.lq_power < 2:
+            raise ValueError(f"`lq_power` must be at least 2, got {self.lq_power}.")
+        if self.weight_cap is not None and not self.weight_cap > 0:
+            raise ValueError(f"`weight_cap` must be positive or None, got {self.weight_cap}.")
+        if not self.max_half_life >= self.min_half_life:
+            raise ValueError(
+                f"`max_half_life` ({self.max_half_life}) must not be below `min_half_life` ({self.min_half_life})."
+            )
+        if not -160.0 / self.chunk_size <= self.min_log_alpha < 0:
+            raise ValueError(
+                f"`min_log_alpha` must lie between -160 / chunk_size = {-160.0 / self.chunk_size:g} and 0, "
+                f"got {self.min_log_alpha}."
+            )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Does nothing: checkpoints name the installed package instead of carrying copies of its code."""
+
+
+@strict
+class MonetaConfig(MirasConfig):
+    r"""
+    Configuration of Moneta, equations (24), (25) of arXiv 2504.13173: an MLP memory with lp loss (p = 3) and lq
+    retention (q = 4). All fields are those of [`MirasConfig`].
+
+    ```python
+    >>> from miras_hf import MonetaConfig, MonetaForCausalLM
+
+    >>> model = MonetaForCausalLM(MonetaConfig(hidden_size=256, num_hidden_layers=4))
+    ```"""
+
+    model_type = "moneta"
+
+    attentional_bias: Literal["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"] = "lp"
+    retention: Literal["decay", "lq", "kl"] = "lq"
+
+
+@strict
+class YaadConfig(MirasConfig):
+    r"""
+    Configuration of Yaad, equation (26) of arXiv 2504.13173: an MLP memory with the Huber mixture, its threshold a
+    function of the data, and decay. All fields are those of [`MirasConfig`].
+
+    ```python
+    >>> from miras_hf import YaadConfig, YaadForCausalLM
+
+    >>> model = YaadForCausalLM(YaadConfig(hidden_size=256, num_hidden_layers=4))
+    ```"""
+
+    model_type = "yaad"
+
+    attentional_bias: Literal["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"] = "huber_mixture"
+    retention: Literal["decay", "lq", "kl"] = "decay"
+
+
+@strict
+class MemoraConfig(MirasConfig):
+    r"""
+    Configuration of Memora, equations (21), (27) of arXiv 2504.13173: an MLP memory with l2 loss and KL retention, its
+    weights scaled simplices. All fields are those of [`MirasConfig`].
+
+    ```python
+    >>> from miras_hf import MemoraConfig, MemoraForCausalLM
+
+    >>> model = MemoraForCausalLM(MemoraConfig(hidden_size=256, num_hidden_layers=4))
+    ```"""
+
+    model_type = "memora"
+
+    attentional_bias: Literal["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"] = "l2"
+    retention: Literal["decay", "lq", "kl"] = "kl"
+
+
+__all__ = ["MemoraConfig", "MirasConfig", "MonetaConfig", "YaadConfig"]

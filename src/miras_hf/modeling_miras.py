@@ -1,0 +1,843 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Miras models: a Llama-like decoder whose attention block is a memory that learns while it reads (arXiv 2504.13173).
+
+Reads top to bottom: norms, rotary embedding, convolution, gates, the memory, the mixer around it, attention for hybrids,
+MLP, decoder layer, models. Moneta, Yaad and Memora are the same modules under different choices of the config.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache import memory_layer, tokens_read
+from .configuration_miras import ATTENTION_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
+from .memory import (
+    ATTENTIONAL_BIASES,
+    LEARNING_ALGORITHMS,
+    MEMORY_ARCHITECTURES,
+    RETENTION_GATES,
+    MemoryParameters,
+    MemoryState,
+    MirasRule,
+    chunk_miras,
+    step_miras,
+)
+from .sequences import Sequences, packed_sequences, padded_sequences
+
+
+logger = logging.get_logger(__name__)
+
+
+class MirasRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class MirasRMSNormGated(MirasRMSNorm):
+    """RMS norm of every head, multiplied by an activated gate."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, activation: str = "silu"):
+        super().__init__(hidden_size, eps)
+        self.act_fn = ACT2FN[activation]
+
+    def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:
+        return super().forward(hidden_states) * self.act_fn(gate)
+
+
+class MirasRotaryEmbedding(nn.Module):
+    def __init__(self, config: MirasConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MirasConfig, **kwargs) -> tuple[Tensor, float]:
+        """Inverse frequencies of the original rotary embedding, and its scaling of attention, one."""
+        base = config.rope_parameters["rope_theta"]
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (base**exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        cos = emb.cos() * self.attention_scaling
+        sin = emb.sin() * self.attention_scaling
+        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
+    """Rotates q and k; `unsqueeze_dim` is where `cos` and `sin`, `[batch, tokens, head_dim]`, lack the heads."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + eps)
+
+
+class MirasShortConvolution(nn.Module):
+    """Causal depthwise convolution over time, then SiLU.
+
+    Written as shifted products, so that a shift can stop at the border of a packed sequence.
+    """
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(channels, kernel_size))
+
+    def forward(self, hidden_states: Tensor, tail: Tensor | None = None, position: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `[batch, tokens, channels]`): inputs.
+            tail (`torch.Tensor` of shape `[batch, kernel_size - 1, channels]`, *optional*): the inputs before them.
+            position (`torch.Tensor` of shape `[batch, tokens]`, *optional*): tokens since the sequence's start.
+        """
+        tokens, before = hidden_states.shape[1], self.kernel_size - 1
+        padded = F.pad(hidden_states, (0, 0, before, 0)) if tail is None else torch.cat((tail, hidden_states), dim=1)
+        output = hidden_states * self.weight[:, -1]
+        for shift in range(1, self.kernel_size):
+            shifted = padded[:, before - shift : before - shift + tokens]
+            if position is not None:
+                shifted = shifted.masked_fill((position < shift)[..., None], 0.0)
+            output = torch.addcmul(output, shifted, self.weight[:, -1 - shift])
+        return F.silu(output)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}"
+
+
+class MirasLowRankGate(nn.Module):
+    """A map from the layer's input to one number per head, or per channel through a low rank."""
+
+    def __init__(self, config: MirasConfig, granularity: str):
+        super().__init__()
+        self.per_channel = granularity == "channel"
+        width = config.num_attention_heads * (config.head_dim if self.per_channel else 1)
+        if self.per_channel:
+            self.down_proj = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
+        self.up_proj = nn.Linear(config.gate_rank if self.per_channel else config.hidden_size, width, bias=False)
+        # its own parameter, not the projection's: gates start far from zero, and adapters leave it alone
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.head_dim = config.head_dim
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[batch, tokens, hidden_size]` to float32 `[batch, tokens, heads, head_dim]`, or `[batch, tokens, heads]`."""
+        if self.per_channel:
+            hidden_states = self.down_proj(hidden_states)
+        gate = self.up_proj(hidden_states).float() + self.bias.float()
+        return gate.unflatten(-1, (-1, self.head_dim)) if self.per_channel else gate
+
+
+class MirasStepGate(MirasLowRankGate):
+    """Step of every token, `eta = eta_max sigmoid(.)`, float32."""
+
+    def __init__(self, config: MirasConfig):
+        super().__init__(config, config.gate_granularity)
+        self.eta_max = config.eta_max
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.eta_max * torch.sigmoid(super().forward(hidden_states))
+
+    def initial_bias(self) -> Tensor:
+        # a third of the largest step: the one that simulations found stable
+        return torch.full_like(self.bias, math.log(0.5))
+
+
+class MirasRetentionGate(MirasLowRankGate):
+    """Log retention of every token, `log alpha = -exp(a_log) softplus(.)`, at least `min_log_alpha`, float32."""
+
+    def __init__(self, config: MirasConfig):
+        super().__init__(config, config.gate_granularity)
+        self.min_log_alpha = config.min_log_alpha
+        self.half_lives = (config.min_half_life, config.max_half_life)
+        self.a_log = nn.Parameter(torch.zeros(config.num_attention_heads))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        rate = F.softplus(super().forward(hidden_states))
+        scale = self.a_log.float().exp()
+        return (-rate * (scale[:, None] if self.per_channel else scale)).clamp(min=self.min_log_alpha)
+
+    def initial_bias(self) -> Tensor:
+        shortest, longest = (math.log(half_life) for half_life in self.half_lives)
+        half_life = torch.linspace(shortest, longest, self.bias.numel(), device=self.bias.device).exp()
+        rate = math.log(2.0) / half_life
+        return rate + torch.log(-torch.expm1(-rate))  # the inverse of softplus
+
+
+class MirasThresholdGate(MirasLowRankGate):
+    """Threshold of the Huber biases, `delta = softplus(.)`, positive, float32."""
+
+    def __init__(self, config: MirasConfig):
+        granularity = ATTENTIONAL_BIASES[config.attentional_bias].delta_granularity
+        super().__init__(config, granularity)
+        # errors of unit scale start in the l2 branch: the l1 branch knows only their signs, so that a model that
+        # starts there gives its values no gradient
+        self.initial = 2.0 if granularity == "channel" else math.sqrt(config.head_dim)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        # the floor keeps the l1 branch from writing nothing at all
+        return F.softplus(super().forward(hidden_states)) + 1e-4
+
+    def initial_bias(self) -> Tensor:
+        return torch.full_like(self.bias, math.log(math.expm1(self.initial)))
+
+
+def memory_rule(config: MirasConfig) -> MirasRule:
+    """The point of the Miras design space that a config names."""
+    architectures = {"mlp": {"expansion": config.memory_expansion, "norm_eps": config.memory_norm_eps}}
+    lp = {
+        "power": float(config.lp_power),
+        "sign": config.lp_sign,
+        "sharpness": float(config.lp_sharpness),
+        "error_cap": float(config.lp_error_cap),
+    }
+    cap = {"weight_cap": config.weight_cap}
+    lq = {"power": float(config.lq_power), "norm_floor": config.lq_norm_floor, **cap}
+    retention = {"decay": cap, "lq": lq, "lq_mirror": lq, "kl": {"mass": float(config.simplex_mass)}}
+    gate = config.retention_gate
+    return MirasRule(
+        architecture=MEMORY_ARCHITECTURES[config.memory_architecture](
+            **architectures.get(config.memory_architecture, {})
+        ),
+        attentional_bias=ATTENTIONAL_BIASES[config.attentional_bias](
+            residual_clip=float(config.residual_clip), **(lp if config.attentional_bias == "lp" else {})
+        ),
+        retention=RETENTION_GATES[gate](**retention[gate]),
+        algorithm=LEARNING_ALGORITHMS[config.learning_algorithm](),
+        chunk_size=config.chunk_size,
+        decay_target=config.decay_target,
+        min_log_alpha=config.min_log_alpha,
+    )
+
+
+class MirasMemory(nn.Module):
+    """The memory of a layer's heads: what is learned about it in training, and the rule by which it learns itself."""
+
+    def __init__(self, config: MirasConfig):
+        super().__init__()
+        self.rule = memory_rule(config)
+        heads, head_dim = config.num_attention_heads, config.head_dim
+        self.initial_state = nn.ParameterList(
+            nn.Parameter(torch.empty(heads, *shape)) for shape in self.rule.architecture.weight_shapes(head_dim)
+        )
+        self.norm_weight = nn.Parameter(torch.ones(heads, head_dim))
+        self.norm_bias = nn.Parameter(torch.zeros(heads, head_dim))
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        eta: Tensor,
+        log_alpha: Tensor,
+        delta: Tensor | None,
+        state: MemoryState | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, MemoryState | None]:
+        """Arguments of [`miras_hf.memory.chunk_miras`]; one token that continues a state takes the decode step."""
+        form, kwargs = chunk_miras, {"cu_seqlens": cu_seqlens}
+        if q.shape[1] == 1 and state is not None:
+            form, kwargs = step_miras, {}
+        return form(
+            q,
+            k,
+            v,
+            eta,
+            log_alpha,
+            delta,
+            rule=self.rule,
+            parameters=MemoryParameters(tuple(self.initial_state), self.norm_weight, self.norm_bias),
+            initial_state=state,
+            output_final_state=output_final_state,
+            mask=mask,
+            **kwargs,
+        )
+
+    def sample_initial_state(self, layer: int) -> Tensor:
+        """A dual state whose weights have the scale that simulations found stable."""
+        shape = self.initial_state[layer].shape
+        # 2 / sqrt(d) into the hidden units, 1 / sqrt(n) out of them
+        std = (2.0 if layer == 0 and len(self.initial_state) > 1 else 1.0) / math.sqrt(shape[1])
+        weight = torch.randn(shape, device=self.initial_state[layer].device) * std
+        return self.rule.retention.inverse(weight, self.rule.hidden_axis(layer))
+
+
+class MirasMixer(nn.Module):
+    """The sequence layer around the memory: projections, convolutions, gates, memory, gated norm, projection."""
+
+    def __init__(self, config: MirasConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.use_rope = config.use_rope
+        self.conv_kernel_size = config.conv_kernel_size
+        width = config.num_attention_heads * config.head_dim
+
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.q_conv = MirasShortConvolution(width, config.conv_kernel_size)
+        self.k_conv = MirasShortConvolution(width, config.conv_kernel_size)
+        self.v_conv = MirasShortConvolution(width, config.conv_kernel_size)
+
+        self.eta = MirasStepGate(config)
+        self.alpha = MirasRetentionGate(config)
+        thresholded = ATTENTIONAL_BIASES[config.attentional_bias].delta_granularity is not None
+        self.delta = MirasThresholdGate(config) if thresholded else None
+
+        self.memory = MirasMemory(config)
+        self.g_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.o_norm = MirasRMSNormGated(config.head_dim, eps=config.rms_norm_eps, activation=config.output_gate_act)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        sequences: Sequences | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `[batch, tokens, hidden_size]`): inputs.
+            position_embeddings (`tuple` of `torch.Tensor`, *optional*): cosines and sines, `[batch, tokens, head_dim]`.
+            sequences (`Sequences`, *optional*): pads and packs; `None` if every row is one sequence.
+            past_key_values (`Cache`, *optional*): holds this layer's memory, and takes it after the call.
+        """
+        sequences = Sequences() if sequences is None else sequences
+        cached = memory_layer(past_key_values, self.layer_idx)
+        state, tail = (None, None) if cached is None else (cached.memory, cached.conv_tail)
+
+        batch, tokens = hidden_states.shape[:2]
+        hidden_states = sequences.gather(hidden_states)
+        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if cached is not None:
+            new_tail = self.conv_tail(torch.cat((q, k, v), dim=-1), tail, sequences.lengths)
+        tails = (None,) * 3 if tail is None else tail.split((q.shape[-1], k.shape[-1], v.shape[-1]), dim=-1)
+        q = self.q_conv(q, tails[0], sequences.position)
+        k = self.k_conv(k, tails[1], sequences.position)
+        v = self.v_conv(v, tails[2], sequences.position)
+
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        if self.use_rope and position_embeddings is not None:
+            cos, sin = (sequences.gather(x.expand(batch, -1, -1)) for x in position_embeddings)
+            q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+        memory, state = self.memory(
+            l2norm(q.float()),
+            l2norm(k.float()),
+            v,
+            self.eta(hidden_states),
+            self.alpha(hidden_states),
+            None if self.delta is None else self.delta(hidden_states),
+            state=state,
+            output_final_state=cached is not None,
+            cu_seqlens=sequences.cu_seqlens,
+            mask=sequences.live,
+        )
+        if cached is not None:
+            cached.update_memory(state, new_tail, tokens)
+
+        gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        output = self.o_norm(memory.to(gate.dtype), gate).flatten(-2)
+        return sequences.scatter(self.o_proj(output), batch), None
+
+    def conv_tail(self, inputs: Tensor, tail: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """The last inputs of the convolutions, of each row's real tokens: `[batch, conv_kernel_size - 1, channels]`."""
+        before = self.conv_kernel_size - 1
+        inputs = (
+            F.pad(inputs, (0, 0, before, 0)) if tail is None else torch.cat((tail.to(inputs.dtype), inputs), dim=1)
+        )
+        if lengths is None:
+            return inputs[:, inputs.shape[1] - before :].clone()
+        index = lengths[:, None] + torch.arange(before, device=lengths.device)
+        return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[-1]))
+
+
+def repeat_kv(hidden_states: Tensor, n_rep: int) -> Tensor:
+    """`[batch, key_value_heads, tokens, head_dim]` to `[batch, heads, tokens, head_dim]`."""
+    return hidden_states.repeat_interleave(n_rep, dim=1) if n_rep > 1 else hidden_states
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[Tensor, Tensor]:
+    key_states = repeat_kv(key, module.num_key_value_groups)
+    value_states = repeat_kv(value, module.num_key_value_groups)
+
+    attn_weights = torch.matmul(query, key_states.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = F.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value_states)
+    return attn_output.transpose(1, 2).contiguous(), attn_weights
+
+
+class MirasAttention(nn.Module):
+    """Sliding-window attention, the other half of a hybrid."""
+
+    def __init__(self, config: MirasConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.sliding_window = config.sliding_window
+        self.is_causal = True
+
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        query_states, key_states = apply_rotary_pos_emb(
+            query_states, key_states, *position_embeddings, unsqueeze_dim=1
+        )
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+
+
+class MirasMLP(nn.Module):
+    def __init__(self, config: MirasConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MirasDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MirasConfig, layer_idx: int):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        self.layer_type = config.layer_types[layer_idx]
+        if self.layer_type == ATTENTION_LAYER:
+            self.self_attn = MirasAttention(config, layer_idx)
+        else:
+            self.mixer = MirasMixer(config, layer_idx)
+        self.mlp = MirasMLP(config)
+        self.input_layernorm = MirasRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MirasRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        sequences: Sequences | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        if self.layer_type == ATTENTION_LAYER:
+            hidden_states, _ = self.self_attn(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        else:
+            hidden_states, _ = self.mixer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                sequences=sequences,
+                past_key_values=past_key_values,
+            )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        return residual + hidden_states
+
+
+class MirasPreTrainedModel(PreTrainedModel):
+    config: MirasConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MirasDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # a memory cannot give tokens back: generate() refuses assisted decoding by name
+    _is_stateful = True
+    _can_record_outputs = {
+        "hidden_states": MirasDecoderLayer,
+        "attentions": MirasAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, MirasShortConvolution):
+            bound = 1.0 / math.sqrt(module.kernel_size)
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, MirasLowRankGate):
+            init.copy_(module.bias, module.initial_bias())
+            if isinstance(module, MirasRetentionGate):
+                init.zeros_(module.a_log)
+        elif isinstance(module, MirasMemory):
+            for layer, parameter in enumerate(module.initial_state):
+                init.copy_(parameter, module.sample_initial_state(layer))
+            init.ones_(module.norm_weight)
+            init.zeros_(module.norm_bias)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Does nothing: checkpoints name the installed package instead of carrying copies of its code."""
+
+
+class MirasModel(MirasPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: MirasConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([MirasDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = MirasRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MirasRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: torch.LongTensor | None = None,
+        seq_idx: torch.IntTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): token ids.
+            attention_mask (`torch.Tensor` of shape `[batch, tokens]` or `[batch, past + tokens]`, *optional*):
+                1 at real tokens, 0 at pads. A padded row gives exactly what the row gives alone, wherever its pads are.
+            position_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*):
+                Counted from the real tokens if not given. Ids that start again inside a row mark packed sequences.
+            past_key_values (`Cache`, *optional*): `DynamicCache(config=model.config)`, with what has been read.
+            inputs_embeds (`torch.FloatTensor` of shape `[batch, tokens, hidden_size]`, *optional*): embeddings.
+            use_cache (`bool`, *optional*): whether to return the cache.
+            cu_seq_lens_q (`torch.LongTensor` of shape `[sequences + 1]`, *optional*): borders of a pack.
+            seq_idx (`torch.IntTensor` of shape `[batch, tokens]`, *optional*): number of each token's sequence.
+
+        Raises:
+            `ValueError`: for masks, packs and caches that do not fit, naming the argument and what is allowed.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, tokens = inputs_embeds.shape[:2]
+
+        sequences = None
+        if attention_mask is None:
+            sequences = packed_sequences(position_ids, batch, tokens, cu_seqlens=cu_seq_lens_q, seq_idx=seq_idx)
+        elif cu_seq_lens_q is not None or seq_idx is not None:
+            raise ValueError(
+                "`attention_mask` and `cu_seq_lens_q` or `seq_idx` exclude each other: packs have no pads."
+            )
+        if sequences is not None:
+            if past_key_values is not None:
+                raise ValueError(
+                    "`past_key_values` cannot be used with packed sequences (`position_ids` that start again, "
+                    "`cu_seq_lens_q` or `seq_idx`): a pack's sequences end with it."
+                )
+            if position_ids is None:
+                position_ids = sequences.position.view(batch, tokens)
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if sequences is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            sequences = padded_sequences(attention_mask, batch, tokens, past)
+
+        if position_ids is None:
+            position_ids = torch.arange(tokens, device=inputs_embeds.device).unsqueeze(0)
+            if sequences.mask is not None:
+                position_ids = (sequences.mask.long().cumsum(-1) - 1).clamp(min=0)
+            read = tokens_read(past_key_values)
+            position_ids = position_ids + (
+                read.to(position_ids.device).unsqueeze(1) if isinstance(read, Tensor) else read
+            )
+
+        causal_mask = None
+        if ATTENTION_LAYER in self.config.layer_types:
+            causal_mask = create_sliding_window_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            if cu_seq_lens_q is not None:
+                kwargs["cu_seq_lens_q"] = cu_seq_lens_q
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for decoder_layer in self.layers:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                sequences=sequences,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
+    """The decoder with a language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MirasConfig):
+        super().__init__(config)
+        self.model = MirasModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Arguments of [`MirasModel`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): token ids to predict, -100 to ignore.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                How many of the last positions get logits (0 for all), or which.
+
+        ```python
+        >>> from transformers import AutoTokenizer
+        >>> from miras_hf import MonetaForCausalLM
+
+        >>> model = MonetaForCausalLM.from_pretrained("runs/demo")
+        >>> tokenizer = AutoTokenizer.from_pretrained("runs/demo")
+        >>> inputs = tokenizer("def read(", return_tensors="pt")
+        >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0])
+        ```"""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MirasForSequenceClassification(GenericForSequenceClassification, MirasPreTrainedModel):
+    """The decoder with a classification head on the last real token."""
+
+
+class MirasForTokenClassification(GenericForTokenClassification, MirasPreTrainedModel):
+    """The decoder with a classification head on every token."""
+
+
+class MonetaModel(MirasModel):
+    config: MonetaConfig
+
+
+class MonetaForCausalLM(MirasForCausalLM):
+    config: MonetaConfig
+
+
+class MonetaForSequenceClassification(MirasForSequenceClassification):
+    config: MonetaConfig
+
+
+class MonetaForTokenClassification(MirasForTokenClassification):
+    config: MonetaConfig
+
+
+class YaadModel(MirasModel):
+    config: YaadConfig
+
+
+class YaadForCausalLM(MirasForCausalLM):
+    config: YaadConfig
+
+
+class YaadForSequenceClassification(MirasForSequenceClassification):
+    config: YaadConfig
+
+
+class YaadForTokenClassification(MirasForTokenClassification):
+    config: YaadConfig
+
+
+class MemoraModel(MirasModel):
+    config: MemoraConfig
+
+
+class MemoraForCausalLM(MirasForCausalLM):
+    config: MemoraConfig
+
+
+class MemoraForSequenceClassification(MirasForSequenceClassification):
+    config: MemoraConfig
+
+
+class MemoraForTokenClassification(MirasForTokenClassification):
+    config: MemoraConfig
+
+
+__all__ = [
+    f"{family}{suffix}"
+    for family in ("Miras", "Moneta", "Yaad", "Memora")
+    for suffix in ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
+] + ["MirasPreTrainedModel"]
