@@ -232,16 +232,18 @@ class MirasThresholdGate(MirasLowRankGate):
     def __init__(self, config: MirasConfig):
         granularity = ATTENTIONAL_BIASES[config.attentional_bias].delta_granularity
         super().__init__(config, granularity)
-        # errors of unit scale start in the l2 branch: the l1 branch knows only their signs, so that a model that
-        # starts there gives its values no gradient
-        self.initial = 2.0 if granularity == "channel" else math.sqrt(config.head_dim)
+        # Heads start on both sides of the threshold: in the l2 branch of the mixture delta has no gradient, and in its
+        # l1 branch, which knows only the signs of errors, values have none.
+        spread = (2.0, 2.0) if granularity == "channel" else (0.25 * config.head_dim**0.5, config.head_dim**0.5)
+        self.initial = spread
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # the floor keeps the l1 branch from writing nothing at all
         return F.softplus(super().forward(hidden_states)) + 1e-4
 
     def initial_bias(self) -> Tensor:
-        return torch.full_like(self.bias, math.log(math.expm1(self.initial)))
+        threshold = torch.linspace(*self.initial, self.bias.numel(), device=self.bias.device)
+        return torch.log(torch.expm1(threshold))  # the inverse of softplus
 
 
 def memory_rule(config: MirasConfig) -> MirasRule:
