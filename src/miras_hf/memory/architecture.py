@@ -17,14 +17,14 @@ An architecture is written once in terms of `linear(layer, x)`, the product of a
 The caller decides which weights these are: those of a chunk's start (write), those of every token's own time (read).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .gelu import gelu, gelu_and_slope
 
 
 Linear = Callable[[int, Tensor], Tensor]
@@ -41,32 +41,6 @@ class Factors(NamedTuple):
 
     inputs: Tensor
     gradients: Tensor
-
-
-class _GeluBackward(torch.autograd.Function):
-    """`grad * gelu'(z)`, tanh form, with a derivative in one pass: PyTorch's own is a chain of some twenty operations.
-
-    With `u = c (z + a z^3)` and `t = tanh(u)`: `gelu''(z) = (1 - t^2) (u' + z u'' / 2 - z t u'^2)`.
-    """
-
-    @staticmethod
-    def forward(ctx, grad: Tensor, z: Tensor) -> Tensor:
-        ctx.save_for_backward(grad, z)
-        return torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, outer: Tensor) -> tuple[Tensor, Tensor]:
-        grad, z = ctx.saved_tensors
-        c, a = math.sqrt(2.0 / math.pi), 0.044715
-        squared = z * z
-        t = torch.tanh((squared * (c * a)).add_(c).mul_(z))
-        slope = (squared * (3 * c * a)).add_(c)
-        # u' + z u'' / 2 = c + 6 a c z^2
-        curvature = squared.mul_(6 * c * a).add_(c).sub_((slope * slope).mul_(z).mul_(t))
-        curvature = curvature.mul_(t.mul_(t).neg_().add_(1.0))
-        grad_z = curvature.mul_(grad).mul_(outer)
-        return torch.ops.aten.gelu_backward(outer, z, approximate="tanh"), grad_z
 
 
 @dataclass(frozen=True)
@@ -93,7 +67,7 @@ class MLPMemory:
 
     def read(self, linear: Linear, x: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
         """`M(x)` for `x` of shape `[..., tokens, head_dim]`."""
-        hidden = F.gelu(linear(0, x), approximate="tanh")
+        hidden = gelu(linear(0, x))
         normed, _ = self._normalise(linear(1, hidden))
         return x + torch.addcmul(norm_bias, normed, norm_weight)
 
@@ -103,12 +77,12 @@ class MLPMemory:
         """Forward and hand-written backward of `loss(M(W; k) - v)`; `residual` maps `M(W; k)` to `dloss/dM`."""
         w1, w2 = weights
         z1 = k @ w1
-        hidden = F.gelu(z1, approximate="tanh")
+        hidden, slope = gelu_and_slope(z1)
         normed, inverse_std = self._normalise(hidden @ w2)
         grad = residual(k + torch.addcmul(norm_bias, normed, norm_weight)) * norm_weight
         grad = grad - grad.mean(-1, keepdim=True) - normed * (grad * normed).mean(-1, keepdim=True)
         dz2 = grad * inverse_std
-        dz1 = _GeluBackward.apply(dz2 @ w2.mT, z1)
+        dz1 = (dz2 @ w2.mT) * slope
         return Factors(k, dz1), Factors(hidden, dz2)
 
     def _normalise(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ they come from one forward and backward pass of the memory over the chunk's keys
 as products with rank-one factors. Numbers equal those of the recurrent reference to rounding.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -105,11 +106,15 @@ def chunk_miras(
     if chunks_per_group is None:
         chunks_per_group = _chunks_per_group(rule, head_dim, steps) if recompute else 8
 
+    # split, not sliced group by group: the gradients of the pieces are put together once
+    borders = [*range(0, steps, chunks_per_group), steps]
+    sizes = [offsets[last] - offsets[first] for first, last in itertools.pairwise(borders)]
+    pieces = [itertools.repeat(None) if t is None else t.split(sizes) for t in chunks]
+
     states, captured = memory.start, memory.captured
     outputs = []
-    for first in range(0, steps, chunks_per_group):
-        last = min(first + chunks_per_group, steps)
-        group = MemoryInputs(*(None if t is None else t[offsets[first] : offsets[last]] for t in chunks))
+    for (first, last), *group in zip(itertools.pairwise(borders), *pieces, strict=False):
+        group = MemoryInputs(*group)
         # a single group would be computed twice for nothing
         if recompute and chunks_per_group < steps:
             y, states, captured = checkpoint(
@@ -202,7 +207,6 @@ class _Memory:
         eta = x.eta
         if first == 0 and self.earlier is not None:
             eta, log_decay = self._with_earlier_gates(eta, log_decay)
-        # split, not sliced step by step: the gradients of the pieces are put together once
         sizes = [rows * heads for rows in self.layout.active[first:last]]
         gates_of_step = rule.algorithm.chunk_gates(eta, log_decay).split(sizes)
         q, k, v, eta, log_decay = (t.split(sizes) for t in (x.q, x.k, x.v, eta, log_decay))

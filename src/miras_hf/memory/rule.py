@@ -25,7 +25,7 @@ from .learning import GradientDescent
 from .retention import Decay, RetentionGate
 
 
-KEY_CAP = 1e4
+KEY_CAP = 1e3
 VALUE_CAP = 1e15
 """Queries, keys and values are cut at these magnitudes, far above any sane model's, to keep products finite."""
 
