@@ -55,14 +55,14 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx, z: Tensor) -> Tensor:
         gate, squared = _gate(z)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(_slope(z, gate, squared))
+            ctx.save_for_backward(z, _slope(z, gate, squared))
         return gate.mul_(z)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
-        (slope,) = ctx.saved_tensors
-        return grad * slope
+        z, slope = ctx.saved_tensors
+        # under `create_graph` (the reference differentiates the memory by autograd) the slope depends on z
+        return grad * (gelu_and_slope(z)[1] if torch.is_grad_enabled() else slope)
 
 
 class _GeluAndSlope(torch.autograd.Function):
@@ -82,7 +82,7 @@ class _GeluAndSlope(torch.autograd.Function):
 
 
 def gelu(z: Tensor) -> Tensor:
-    """`gelu(z)`, differentiable once."""
+    """`gelu(z)`, differentiable twice."""
     return _Gelu.apply(z)
 
 
