@@ -42,13 +42,19 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def __init__(self, **kwargs):
         CacheLayerMixin.__init__(self)
         LinearAttentionCacheLayerMixin.__init__(self)
-        self.memory: MemoryState | None = None
+        # a plain tuple: Transformers' exporters rebuild what they find in a cache as `type(x)(items)`, which a named
+        # tuple does not take
+        self._memory: tuple | None = None
         self.conv_tail: Tensor | None = None
         self.tokens_seen = 0
 
+    @property
+    def memory(self) -> MemoryState | None:
+        return None if self._memory is None else MemoryState(*self._memory)
+
     def update_memory(self, memory: MemoryState, conv_tail: Tensor, tokens: int) -> None:
         """Takes the state after `tokens` more tokens per row, pads included."""
-        self.memory, self.conv_tail = memory, conv_tail
+        self._memory, self.conv_tail = tuple(memory), conv_tail
         self.tokens_seen += tokens
         self.device, self.dtype = conv_tail.device, conv_tail.dtype
         self.is_initialized = True
@@ -67,7 +73,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def reset(self) -> None:
         """Back to the learned initial memory (which is not zero): the next token starts a new text."""
-        self.memory = self.conv_tail = None
+        self._memory = self.conv_tail = None
         self.tokens_seen = 0
         self.is_initialized = False
         self.has_previous_state = {0: False}
@@ -112,7 +118,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def _map(self, function) -> None:
         if self.is_initialized:
-            self.memory = self.memory.map(function)
+            self._memory = tuple(self.memory.map(function))
             self.conv_tail = function(self.conv_tail)
 
 

@@ -284,8 +284,12 @@ class MirasMemory(nn.Module):
         self.initial_state = nn.ParameterList(
             nn.Parameter(torch.empty(heads, *shape)) for shape in self.rule.architecture.weight_shapes(head_dim)
         )
-        self.norm_weight = nn.Parameter(torch.ones(heads, head_dim))
-        self.norm_bias = nn.Parameter(torch.zeros(heads, head_dim))
+        affine = {"norm_weight": torch.ones(heads, head_dim), "norm_bias": torch.zeros(heads, head_dim)}
+        for name, value in affine.items():
+            if self.rule.architecture.has_norm:
+                self.register_parameter(name, nn.Parameter(value))
+            else:  # a parameter that never gets a gradient would trip DistributedDataParallel
+                self.register_buffer(name, value, persistent=False)
 
     def forward(
         self,

@@ -61,6 +61,9 @@ class MLPMemory:
     gate_axes: ClassVar[tuple[str, ...]] = ("input", "output")
     """Where each weight has the `head_dim` axis that channel gates live on; the other axis is the hidden one."""
 
+    has_norm: ClassVar[bool] = True
+    """Whether the layer norm's affine is used."""
+
     def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         hidden = self.expansion * head_dim
         return (head_dim, hidden), (hidden, head_dim)
@@ -95,10 +98,11 @@ class MLPMemory:
 class MatrixMemory:
     """`M(W; x) = x W`, `W: d x d`: the linear memory of the paper's ablation and of linear attention models.
 
-    The layer norm's affine is not used.
+    It has no layer norm: `norm_weight` and `norm_bias` are not used.
     """
 
     gate_axes: ClassVar[tuple[str, ...]] = ("input",)
+    has_norm: ClassVar[bool] = False
 
     def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         return ((head_dim, head_dim),)
