@@ -39,6 +39,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import memory_layer, tokens_read
@@ -54,7 +55,7 @@ from .memory import (
     chunk_miras,
     step_miras,
 )
-from .sequences import Sequences, packed_sequences, padded_sequences
+from .sequences import Sequences, has_inner_pads, packed_sequences, padded_sequences
 
 
 logger = logging.get_logger(__name__)
@@ -690,6 +691,14 @@ class MirasModel(MirasPreTrainedModel):
 
         causal_mask = None
         if ATTENTION_LAYER in self.config.layer_types:
+            if attention_mask is not None and not is_tracing(attention_mask):
+                longer = attention_mask.shape[-1] > self.config.sliding_window
+                if longer and attention_mask.dim() == 2 and has_inner_pads(attention_mask):
+                    raise ValueError(
+                        "`attention_mask` must not have pads between real tokens once it is longer than "
+                        f"`sliding_window` ({self.config.sliding_window}), got length {attention_mask.shape[-1]}: the "
+                        "window of attention layers counts pads. Pad on the left to continue a batch."
+                    )
             causal_mask = create_sliding_window_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,

@@ -82,7 +82,6 @@ def padded_sequences(attention_mask: Tensor | None, batch: int, tokens: int, pas
         got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"`attention_mask` must be a tensor of shape [batch, tokens] for memory layers, got {got}.")
     if attention_mask.shape[0] != batch or attention_mask.shape[1] not in (tokens, past + tokens):
-        # a static cache of a hybrid hands out masks as long as the cache
         raise ValueError(
             f"`attention_mask` must have shape {(batch, tokens)}"
             + (f" or {(batch, past + tokens)}" if past else "")
@@ -97,6 +96,14 @@ def padded_sequences(attention_mask: Tensor | None, batch: int, tokens: int, pas
         if bool(mask.all()):
             return Sequences()
     return Sequences(mask=mask)
+
+
+def has_inner_pads(attention_mask: Tensor) -> bool:
+    """Whether any row of `[batch, tokens]` has a pad between real tokens."""
+    real = attention_mask.bool()
+    before = real.long().cumsum(-1) > 0
+    after = real.long().flip(-1).cumsum(-1).flip(-1) > 0
+    return bool((before & after & ~real).any())
 
 
 def packed_sequences(

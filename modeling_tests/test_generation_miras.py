@@ -1,0 +1,399 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The models' promises: decoding equals one forward, pads and packs equal rows alone, `generate()` of every kind."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from miras_hf import MemoraConfig, MirasConfig, MirasLayer, MonetaConfig, YaadConfig
+
+
+CONFIGS = {"moneta": MonetaConfig, "yaad": YaadConfig, "memora": MemoraConfig}
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "chunk_size": 8,
+    "pad_token_id": 0,
+    # generation must not stop early where lengths are compared
+    "eos_token_id": None,
+}
+HYBRID = {"layer_types": ["miras_memory", "sliding_attention"], "sliding_window": 64}
+# what float32 leaves of two orders of summation over logits of order one
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def build(name, hybrid=False, seed=0, **overrides):
+    torch.manual_seed(seed)
+    config = CONFIGS[name](**{**SMALL, **(HYBRID if hybrid else {}), **overrides})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module", params=[(name, hybrid) for name in CONFIGS for hybrid in (False, True)], ids=str)
+def model(request):
+    return build(*request.param)
+
+
+@pytest.fixture(scope="module")
+def input_ids():
+    return torch.randint(1, 99, (3, 21), generator=torch.Generator().manual_seed(0))
+
+
+def padded(rows, side, length=26):
+    """Rows of different lengths as one batch: ids, mask."""
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        if side == "holes":
+            columns = torch.randperm(length, generator=torch.Generator().manual_seed(i))[: len(row)].sort().values
+        else:
+            columns = torch.arange(len(row)) + (length - len(row) if side == "left" else 0)
+        ids[i, columns], mask[i, columns] = row, 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("splits", [[5], [8, 16], [1, 2, 3], [7, 8, 9], list(range(1, 21))])
+def test_decoding_equals_one_forward(model, input_ids, splits):
+    with torch.no_grad():
+        full = model(input_ids, use_cache=False).logits
+        cache, logits = None, []
+        for start, stop in zip([0, *splits], [*splits, 21], strict=True):
+            output = model(input_ids[:, start:stop], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), full, **TOLERANCE)
+    assert cache.get_seq_length() == 21
+
+
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_padded_rows_equal_rows_alone(model, input_ids, side):
+    rows = [input_ids[0], input_ids[1, :9], input_ids[2, :1]]
+    ids, mask = padded(rows, side)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(logits[i][mask[i].bool()], model(row[None]).logits[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_go_on_as_rows_alone(model, input_ids, side):
+    rows = [input_ids[0, :13], input_ids[1, :8], input_ids[2, :2]]
+    ids, mask = padded(rows, side, length=16)
+    more = input_ids[:, -4:]
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        for step in range(2):
+            mask = torch.cat((mask, torch.ones(3, 2, dtype=torch.long)), dim=1)
+            tokens = more[:, 2 * step : 2 * step + 2]
+            logits = model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+            for i, row in enumerate(rows):
+                alone = model(torch.cat((row, more[i, : 2 * step + 2]))[None]).logits[0, -2:]
+                torch.testing.assert_close(logits[i], alone, **TOLERANCE)
+
+
+def test_pads_leave_gradients_alone(input_ids):
+    rows = [input_ids[0, :19], input_ids[1, :6]]
+    ids, mask = padded(rows, "left")
+    model = build("yaad").double()
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    weights = torch.randn(99, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    batch = gradients(((model(ids, attention_mask=mask).logits @ weights) * mask).sum())
+    alone = gradients(sum((model(row[None]).logits @ weights).sum() for row in rows))
+    for got, expected in zip(batch, alone, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q", "seq_idx"])
+def test_packed_rows_equal_rows_alone(model, input_ids, how):
+    rows = [input_ids[0, :11], input_ids[1, :1], input_ids[2, :9]]
+    lengths = torch.tensor([len(row) for row in rows])
+    borders = {
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seq_lens_q": torch.tensor([0, *lengths.cumsum(0)], dtype=torch.int32),
+        "seq_idx": torch.repeat_interleave(torch.arange(3), lengths)[None].int(),
+    }
+    with torch.no_grad():
+        packed = model(torch.cat(rows)[None], **{how: borders[how]}, use_cache=False).logits[0]
+        alone = torch.cat([model(row[None]).logits[0] for row in rows])
+    torch.testing.assert_close(packed, alone, **TOLERANCE)
+
+
+def test_a_batch_of_packed_rows(input_ids):
+    model = build("moneta")
+    position_ids = torch.stack((torch.arange(21), torch.cat((torch.arange(6), torch.arange(15))))).expand(2, -1)
+    with torch.no_grad():
+        logits = model(input_ids[:2], position_ids=position_ids).logits
+        torch.testing.assert_close(logits[0], model(input_ids[:1]).logits[0], **TOLERANCE)
+        torch.testing.assert_close(logits[1, 6:], model(input_ids[1:2, 6:]).logits[0], **TOLERANCE)
+
+
+def test_gradients_of_a_pack(input_ids):
+    model = build("memora").double()
+    rows = [input_ids[0, :11], input_ids[1, :1], input_ids[2, :9]]
+    position_ids = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    grads = []
+    for logits in (
+        lambda: model(torch.cat(rows)[None], position_ids=position_ids).logits[0],
+        lambda: torch.cat([model(row[None]).logits[0] for row in rows]),
+    ):
+        model.zero_grad()
+        logits().square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_generate_uses_the_cache(model, input_ids):
+    greedy = {"max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(input_ids[:, :5], use_cache=False, **greedy)
+    output = model.generate(input_ids[:, :5], return_dict_in_generate=True, **greedy)
+    assert torch.equal(output.sequences, expected)
+    assert isinstance(output.past_key_values.layers[0], MirasLayer)
+
+
+def test_generate_prompts_shorter_than_a_chunk(model):
+    for length in (1, 2, 3, 9):
+        prompt = torch.arange(1, length + 1)[None]
+        options = {"max_new_tokens": 12, "do_sample": False}
+        assert torch.equal(model.generate(prompt, **options), model.generate(prompt, use_cache=False, **options))
+
+
+def test_generate_left_padded_batch(model, input_ids):
+    rows = [input_ids[0, :13], input_ids[1, :8], input_ids[2, :2]]
+    ids, mask = padded(rows, "left", length=13)
+    batch = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    for i, row in enumerate(rows):
+        alone = model.generate(row[None], max_new_tokens=12, do_sample=False)
+        assert torch.equal(batch[i, 13:], alone[0, len(row) :])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "do_sample": False},
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": True, "num_beams": 2, "top_k": 20},
+    ],
+    ids=str,
+)
+def test_generate_beams_and_sampling(model, input_ids, options):
+    outputs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        outputs.append(model.generate(input_ids[:, :9], max_new_tokens=10, use_cache=use_cache, **options))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_generate_chunked_prefill(model, input_ids, chunk):
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(input_ids, **options)
+    assert torch.equal(model.generate(input_ids, prefill_chunk_size=chunk, **options), expected)
+
+
+def test_generate_goes_on_from_a_cache(model, input_ids):
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(input_ids, **options)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids[:, :17], past_key_values=cache, use_cache=True)
+    for _ in range(2):  # one reading serves many questions
+        reused = copy.deepcopy(cache)
+        assert torch.equal(model.generate(input_ids, past_key_values=reused, **options), expected)
+
+
+def test_generate_goes_on_from_a_cache_with_beams(model, input_ids):
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
+    expected = model.generate(input_ids, **options)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids[:, :17], past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(model.generate(input_ids, past_key_values=cache, **options), expected)
+
+
+def test_static_cache(input_ids):
+    model = build("moneta")
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(
+        model.generate(input_ids, cache_implementation="static", **options), model.generate(input_ids, **options)
+    )
+
+
+def test_reset_goes_back_to_the_learned_memory(model, input_ids):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        first = model(input_ids, past_key_values=cache, use_cache=True).logits
+        cache.reset()
+        again = model(input_ids, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(again, first)
+    assert model.config.attention_layers or cache.get_seq_length() == 21
+
+
+def test_batch_operations_on_the_cache(input_ids):
+    model = build("yaad")
+    with torch.no_grad():
+        cache = model(input_ids[:, :13], use_cache=True).past_key_values
+        expected = model(input_ids).logits[:, 13:]
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([1, 2, 4]))
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        rows = torch.tensor([2, 0, 1])
+        logits = model(input_ids[rows, 13:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(logits, expected[rows], **TOLERANCE)
+
+
+def test_offloaded_layer_comes_back(input_ids):
+    model = build("yaad")
+    with torch.no_grad():
+        cache = model(input_ids[:, :13], use_cache=True).past_key_values
+        for layer in cache.layers:
+            layer.offload()
+            layer.prefetch()
+        logits = model(input_ids[:, 13:], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(logits, model(input_ids).logits[:, 13:], **TOLERANCE)
+    assert torch.equal(
+        model.generate(input_ids, cache_implementation="offloaded", max_new_tokens=4, do_sample=False),
+        model.generate(input_ids, max_new_tokens=4, do_sample=False),
+    )
+
+
+def test_state_does_not_grow(input_ids):
+    model = build("moneta")
+
+    def numbers(cache):
+        return sum(
+            t.numel()
+            for layer in cache.layers
+            for part in layer.memory
+            for t in (part if isinstance(part, tuple) else (part,))
+        )
+
+    with torch.no_grad():
+        short = model(input_ids[:, :3], use_cache=True).past_key_values
+        long = model(input_ids.repeat(1, 9), use_cache=True).past_key_values
+    assert numbers(short) == numbers(long)
+
+
+def test_bfloat16_decoding_stays_close(input_ids):
+    # bfloat16 rounds every activation to 3 digits; the memory itself stays in float32
+    for name in CONFIGS:
+        model = build(name)
+        with torch.no_grad():
+            full = model(input_ids).logits
+            half = model.to(torch.bfloat16)
+            cache = half(input_ids[:, :13], use_cache=True).past_key_values
+            steps = [
+                half(input_ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(13, 21)
+            ]
+        assert cache.layers[0].memory.dual[0].dtype == torch.float32
+        torch.testing.assert_close(torch.cat(steps, dim=1).float(), full[:, 13:], rtol=0.05, atol=0.05)
+
+
+def test_assisted_decoding_is_refused(input_ids):
+    model = build("moneta")
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(input_ids[:1], assistant_model=build("moneta", seed=1), max_new_tokens=4)
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(input_ids[:1], prompt_lookup_num_tokens=2, max_new_tokens=4)
+    with torch.no_grad():
+        cache = model(input_ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-2)
+
+
+def test_gradient_checkpointing_changes_nothing(input_ids):
+    model = build("moneta").train()
+    losses = []
+    for enable in (False, True):
+        if enable:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        loss = model(input_ids, labels=input_ids, use_cache=False).loss
+        loss.backward()
+        losses.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for plain, checkpointed in zip(*losses, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_bad_input_is_named(input_ids):
+    model = build("moneta")
+    ones = torch.ones(3, 21, dtype=torch.long)
+    cases = [
+        ({"attention_mask": ones * 2}, "0 and 1 only, got values \\[2\\]"),
+        ({"attention_mask": ones[:, :20]}, r"must have shape \(3, 21\), got \(3, 20\)"),
+        ({"attention_mask": torch.ones(3, 1, 21, 21)}, r"shape \[batch, tokens\]"),
+        ({"past_key_values": DynamicCache()}, "made for this model"),
+        ({"attention_mask": ones, "seq_idx": ones}, "exclude each other"),
+        ({"cu_seq_lens_q": torch.tensor([0, 21])}, "one packed row"),
+        ({"seq_idx": ones[:, :3]}, r"`seq_idx` must have shape \(3, 21\)"),
+    ]
+    for kwargs, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(input_ids, **kwargs)
+    with pytest.raises(ValueError, match="cannot be used with packed sequences"):
+        positions = torch.cat((torch.arange(10), torch.arange(11)))[None]
+        model(input_ids[:1], position_ids=positions, past_key_values=DynamicCache(config=model.config))
+
+
+def test_cache_of_another_model_is_named(input_ids):
+    with torch.no_grad():
+        cache = build("moneta", chunk_size=4)(input_ids, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="another model's state"):
+            build("moneta")(input_ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+def test_hybrid_windows_do_not_count_pads_in_silence(input_ids):
+    model = build("yaad", hybrid=True, sliding_window=8)
+    ids, mask = padded([input_ids[0, :12], input_ids[1, :5]], "right", length=12)
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), dim=1)
+        with pytest.raises(ValueError, match="pads between real tokens"):
+            model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_hybrid_with_a_short_window_decodes_exactly(input_ids):
+    model = build("yaad", hybrid=True, sliding_window=6)
+    with torch.no_grad():
+        full = model(input_ids).logits
+        cache = model(input_ids[:, :9], use_cache=True).past_key_values
+        steps = [model(input_ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(9, 21)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), full[:, 9:], **TOLERANCE)
+
+
+def test_general_model_takes_any_choices(input_ids):
+    torch.manual_seed(0)
+    for bias in ("l2", "huber_coordinate", "huber_norm"):
+        for extra in (
+            {"retention": "decay", "decay_target": "zero", "gate_granularity": "head"},
+            {"retention": "lq", "lq_map": "mirror"},
+            {"retention": "kl", "use_rope": False, "memory_expansion": 2},
+            {"memory_architecture": "matrix", "conv_kernel_size": 1},
+        ):
+            model = AutoModelForCausalLM.from_config(MirasConfig(**SMALL, attentional_bias=bias, **extra)).eval()
+            with torch.no_grad():
+                full = model(input_ids).logits
+                cache = model(input_ids[:, :9], use_cache=True).past_key_values
+                last = model(input_ids[:, 9:], past_key_values=cache, use_cache=True).logits
+            torch.testing.assert_close(last, full[:, 9:], **TOLERANCE)
