@@ -66,6 +66,11 @@ def padded(rows, side, length=26):
     return ids, mask
 
 
+def assert_same_gradients(got, expected):
+    for g, e in zip(got, expected, strict=True):
+        assert (g - e).norm() <= 1e-4 * e.norm() + 1e-7
+
+
 @pytest.mark.parametrize("splits", [[5], [8, 16], [1, 2, 3], [7, 8, 9], list(range(1, 21))])
 def test_decoding_equals_one_forward(model, input_ids, splits):
     with torch.no_grad():
@@ -108,18 +113,17 @@ def test_padded_rows_go_on_as_rows_alone(model, input_ids, side):
 def test_pads_leave_gradients_alone(input_ids):
     rows = [input_ids[0, :19], input_ids[1, :6]]
     ids, mask = padded(rows, "left")
-    model = build("yaad").double()
+    model = build("yaad")
 
     def gradients(loss):
         model.zero_grad()
         loss.backward()
         return [p.grad.clone() for p in model.parameters()]
 
-    weights = torch.randn(99, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = torch.randn(99, generator=torch.Generator().manual_seed(1))
     batch = gradients(((model(ids, attention_mask=mask).logits @ weights) * mask).sum())
     alone = gradients(sum((model(row[None]).logits @ weights).sum() for row in rows))
-    for got, expected in zip(batch, alone, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-11)
+    assert_same_gradients(batch, alone)
 
 
 @pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q", "seq_idx"])
@@ -147,7 +151,7 @@ def test_a_batch_of_packed_rows(input_ids):
 
 
 def test_gradients_of_a_pack(input_ids):
-    model = build("memora").double()
+    model = build("memora")
     rows = [input_ids[0, :11], input_ids[1, :1], input_ids[2, :9]]
     position_ids = torch.cat([torch.arange(len(row)) for row in rows])[None]
     grads = []
@@ -158,8 +162,7 @@ def test_gradients_of_a_pack(input_ids):
         model.zero_grad()
         logits().square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters()])
-    for got, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
+    assert_same_gradients(*grads)
 
 
 def test_generate_uses_the_cache(model, input_ids):

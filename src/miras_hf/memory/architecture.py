@@ -58,6 +58,12 @@ class MLPMemory:
     expansion: int = 4
     norm_eps: float = 0.1
 
+    def __post_init__(self):
+        if self.expansion < 1 or not self.norm_eps > 0:
+            raise ValueError(
+                f"`expansion` must be at least 1 and `norm_eps` positive, got {self.expansion} and {self.norm_eps}."
+            )
+
     gate_axes: ClassVar[tuple[str, ...]] = ("input", "output")
     """Where each weight has the `head_dim` axis that channel gates live on; the other axis is the hidden one."""
 

@@ -41,6 +41,10 @@ class AttentionalBias:
 
     residual_clip: float = 3.0
 
+    def __post_init__(self):
+        if not self.residual_clip > 0:
+            raise ValueError(f"`residual_clip` must be positive, got {self.residual_clip}.")
+
     delta_granularity: ClassVar[str | None] = None
     """`None` for a loss without threshold, `"head"` for one threshold a head, `"channel"` for one a channel."""
 
@@ -88,8 +92,18 @@ class Lp(AttentionalBias):
 
     smoothing: ClassVar[float] = 1e-6
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sign not in ("exact", "tanh"):
+            raise ValueError(f"`sign` must be 'exact' or 'tanh', got {self.sign!r}.")
+        if self.power < 1 or not self.error_cap > 0 or not self.sharpness > 0:
+            raise ValueError(
+                "`power` must be at least 1, `error_cap` and `sharpness` positive, got "
+                f"{self.power}, {self.error_cap} and {self.sharpness}."
+            )
+
     def loss(self, error, delta=None):
-        # the primitive of `gradient` for the exact sign; the smooth sign of Remark 5 has none in closed form
+        # its derivative is `gradient` up to the smoothing, for the exact sign; that of Remark 5 has no closed form
         magnitude = (error.square() + self.smoothing).sqrt()
         return magnitude.pow(self.power).sum(-1, keepdim=True)
 

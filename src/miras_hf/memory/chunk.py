@@ -23,6 +23,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -90,6 +91,8 @@ def chunk_miras(
     x = check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters)
     batch, tokens, heads, head_dim = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, mask)
+    if chunks_per_group is not None and chunks_per_group < 1:
+        raise ValueError(f"`chunks_per_group` must be at least 1, got {chunks_per_group}.")
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     phase = None
     if initial_state is not None:
@@ -255,7 +258,8 @@ class _Memory:
         rows = self.layout.active[0] * self.heads
         earlier = self._earlier_slots(rows)
         stored = self.earlier.log_decay[:rows]
-        since = torch.where(earlier, stored, 0.0).amin(-2, keepdim=True)  # cumulative: the last is the least
+        last = earlier & ~F.pad(earlier[:, 1:], (0, 0, 0, 1))  # the slot before the phase
+        since = torch.where(last, stored, 0.0).sum(-2, keepdim=True)
         first_eta = torch.where(earlier, self.earlier.eta[:rows], eta[:rows])
         first_log_decay = torch.where(earlier, stored, since + log_decay[:rows])
         return torch.cat((first_eta, eta[rows:])), torch.cat((first_log_decay, log_decay[rows:]))

@@ -17,6 +17,7 @@ An algorithm answers two questions, both in matrix products over the tokens of a
 memory return at every token's own time (`read`), and what is its state when the chunk is over (`fold`).
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ class Gates(NamedTuple):
         return [Gates(*part) for part in zip(*parts, strict=True)]
 
 
+@dataclass(frozen=True)
 class GradientDescent:
     """One step on each token's own gradient: `A_t = alpha_t o A_{t-1} - eta_t o g_t`."""
 

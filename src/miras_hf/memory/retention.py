@@ -96,6 +96,10 @@ class FrozenScale(RetentionGate):
 
     weight_cap: float | None = 2.0
 
+    def __post_init__(self):
+        if self.weight_cap is not None and not self.weight_cap > 0:
+            raise ValueError(f"`weight_cap` must be positive or None, got {self.weight_cap}.")
+
     def scale(self, dual: Tensor) -> Tensor | None:
         if self.weight_cap is None:
             return None
@@ -137,6 +141,13 @@ class Lq(FrozenScale):
 
     power: float = 4.0
     norm_floor: float = 1e-2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.power < 2 or not self.norm_floor > 0:
+            raise ValueError(
+                f"`power` must be at least 2 and `norm_floor` positive, got {self.power} and {self.norm_floor}."
+            )
 
     def denominator(self, dual: Tensor) -> Tensor:
         floor = self.norm_floor**self.power
@@ -216,6 +227,10 @@ class KL(RetentionGate):
     """
 
     mass: float = 2.0
+
+    def __post_init__(self):
+        if not self.mass > 0:
+            raise ValueError(f"`mass` must be positive, got {self.mass}.")
 
     def simplex(self, dual: Tensor, hidden_axis: int) -> tuple[float, int]:
         size = dual.shape[hidden_axis]

@@ -60,8 +60,8 @@ class MirasRule:
     min_log_alpha: float = -2.5
 
     def __post_init__(self):
-        if self.chunk_size < 1:
-            raise ValueError(f"`chunk_size` must be at least 1, got {self.chunk_size}.")
+        if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be an integer of at least 1, got {self.chunk_size}.")
         if self.decay_target not in ("init", "zero"):
             raise ValueError(f"`decay_target` must be 'init' or 'zero', got {self.decay_target!r}.")
         if not -_LARGEST_CHUNK_LOG_DECAY / self.chunk_size <= self.min_log_alpha <= 0:
@@ -152,9 +152,9 @@ def initial_memory_state(
 
 def starting_dual(rule: MirasRule, parameters: MemoryParameters, state: MemoryState) -> tuple[Tensor, ...]:
     """The state's dual, with rows that have not read anything put at the learned initial memory."""
-    if rule.decay_target == "init":
-        return state.dual
     fresh = (state.count == 0).view(-1, 1, 1, 1)
+    if rule.decay_target == "init":
+        return tuple(torch.where(fresh, 0.0, d) for d in state.dual)
     return tuple(torch.where(fresh, a.to(d.dtype), d) for a, d in zip(parameters.initial, state.dual, strict=True))
 
 
@@ -221,6 +221,8 @@ def check_inputs(
     elif delta is None:
         raise ValueError(f"`delta` is required by {type(rule.attentional_bias).__name__}, a threshold per token.")
     else:
+        if not delta.is_floating_point():
+            raise ValueError(f"`delta` must have a floating point dtype, got {delta.dtype}.")
         delta = _gate("delta", delta, (batch, tokens, heads), head_dim).to(dtype)
         if granularity == "head" and delta.shape[-1] != 1:
             raise ValueError(
