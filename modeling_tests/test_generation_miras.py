@@ -313,6 +313,17 @@ def test_bfloat16_decoding_stays_close(input_ids):
         torch.testing.assert_close(torch.cat(steps, dim=1).float(), full[:, 13:], rtol=0.05, atol=0.05)
 
 
+def test_autocast_leaves_the_memory_in_float32(input_ids):
+    model = build("yaad").train()
+    expected = model(input_ids, labels=input_ids, use_cache=False).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(input_ids, labels=input_ids, use_cache=True)
+    output.loss.backward()
+    memory = output.past_key_values.layers[0].memory
+    assert all(t.dtype == torch.float32 for t in (*memory.dual, *memory.inputs, *memory.gradients, memory.eta))
+    torch.testing.assert_close(output.loss, expected, rtol=1e-2, atol=1e-2)
+
+
 def test_assisted_decoding_is_refused(input_ids):
     model = build("moneta")
     with pytest.raises(ValueError, match="stateful"):

@@ -37,9 +37,11 @@ from .rule import (
     check_inputs,
     check_state,
     starting_dual,
+    without_autocast,
 )
 
 
+@without_autocast
 def chunk_miras(
     q: Tensor,
     k: Tensor,

@@ -29,9 +29,11 @@ from .rule import (
     check_state,
     initial_memory_state,
     starting_dual,
+    without_autocast,
 )
 
 
+@without_autocast
 def recurrent_miras(
     q: Tensor,
     k: Tensor,

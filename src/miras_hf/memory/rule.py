@@ -13,6 +13,7 @@
 # limitations under the License.
 """The memory rule (the four choices of Miras in one object), its parameters, its state, and the checks on both."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -156,6 +157,17 @@ def starting_dual(rule: MirasRule, parameters: MemoryParameters, state: MemorySt
     if rule.decay_target == "init":
         return tuple(torch.where(fresh, 0.0, d) for d in state.dual)
     return tuple(torch.where(fresh, a.to(d.dtype), d) for a, d in zip(parameters.initial, state.dual, strict=True))
+
+
+def without_autocast(function):
+    """Runs a form of the recurrence outside autocast: its state and products are float32 whatever surrounds it."""
+
+    @functools.wraps(function)
+    def wrapped(q: Tensor, *args, **kwargs):
+        with torch.autocast(q.device.type, enabled=False):
+            return function(q, *args, **kwargs)
+
+    return wrapped
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -30,9 +30,11 @@ from .rule import (
     check_state,
     initial_memory_state,
     starting_dual,
+    without_autocast,
 )
 
 
+@without_autocast
 def step_miras(
     q: Tensor,
     k: Tensor,
