@@ -19,7 +19,7 @@ which the memory's architecture carries back to its weights. Equations are those
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,11 +48,11 @@ class AttentionalBias:
     delta_granularity: ClassVar[str | None] = None
     """`None` for a loss without threshold, `"head"` for one threshold a head, `"channel"` for one a channel."""
 
-    def loss(self, error: Tensor, delta: Tensor | None = None) -> Tensor:
+    def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         """The loss `[..., 1]` of errors `[..., head_dim]`, summed over channels, without the guard."""
         raise NotImplementedError
 
-    def gradient(self, error: Tensor, delta: Tensor | None = None) -> Tensor:
+    def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
         """`dloss/de`, same shape as the error, without the guard."""
         raise NotImplementedError
 
@@ -67,10 +67,10 @@ class AttentionalBias:
 class L2(AttentionalBias):
     """Half the squared error (the regression loss of equations (9) and (31)): `r = e`."""
 
-    def loss(self, error, delta=None):
+    def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         return 0.5 * error.square().sum(-1, keepdim=True)
 
-    def gradient(self, error, delta=None):
+    def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
         return error
 
 
@@ -102,12 +102,12 @@ class Lp(AttentionalBias):
                 f"{self.power}, {self.error_cap} and {self.sharpness}."
             )
 
-    def loss(self, error, delta=None):
+    def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         # its derivative is `gradient` up to the smoothing, for the exact sign; that of Remark 5 has no closed form
         magnitude = (error.square() + self.smoothing).sqrt()
         return magnitude.pow(self.power).sum(-1, keepdim=True)
 
-    def gradient(self, error, delta=None):
+    def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
         error = error.clamp(-self.error_cap, self.error_cap)
         squared = error.square() + self.smoothing
         sign = torch.sign(error) if self.sign == "exact" else torch.tanh(self.sharpness * error)
@@ -122,11 +122,11 @@ class HuberCoordinate(AttentionalBias):
 
     delta_granularity: ClassVar[str | None] = "channel"
 
-    def loss(self, error, delta=None):
+    def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         size = error.abs()
         return torch.where(size <= delta, 0.5 * size.square(), delta * (size - 0.5 * delta)).sum(-1, keepdim=True)
 
-    def gradient(self, error, delta=None):
+    def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
         return torch.maximum(torch.minimum(error, delta), -delta)
 
 
@@ -136,11 +136,11 @@ class HuberNorm(AttentionalBias):
 
     delta_granularity: ClassVar[str | None] = "head"
 
-    def loss(self, error, delta=None):
+    def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         size = _norm(error)
         return torch.where(size <= delta, 0.5 * size.square(), delta * (size - 0.5 * delta))
 
-    def gradient(self, error, delta=None):
+    def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
         return error * (delta / _norm(error)).clamp(max=1.0)
 
 
@@ -153,14 +153,14 @@ class HuberMixture(AttentionalBias):
 
     delta_granularity: ClassVar[str | None] = "head"
 
-    def loss(self, error, delta=None):
+    def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         return torch.where(
             _norm(error) <= delta,
             0.5 * error.square().sum(-1, keepdim=True),
             delta * error.abs().sum(-1, keepdim=True),
         )
 
-    def gradient(self, error, delta=None):
+    def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
         return torch.where(_norm(error) <= delta, error, delta * torch.sign(error))
 
 

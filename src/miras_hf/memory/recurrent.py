@@ -75,7 +75,7 @@ def recurrent_miras(
     with torch.enable_grad():
         for index, (start, stop) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
             one = state if cu_seqlens is None else state.map(lambda t, i=index: t[i : i + 1])
-            tokens_of_one = MemoryInputs(*(None if t is None else t[:, start:stop] for t in x))
+            tokens_of_one = x.map(lambda t, start=start, stop=stop: t[:, start:stop])
             y, one = _read_sequence(tokens_of_one, one, rule, parameters, mask, read == "exact")
             outputs.append(y)
             states.append(one)
@@ -124,8 +124,7 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
 
     outputs = []
     for t in range(tokens):
-        q, k, v, eta_t, log_alpha_t = (x[i][:, t].unsqueeze(2) for i in range(5))
-        delta_t = None if x.delta is None else x.delta[:, t].unsqueeze(2)
+        q, k, v, eta_t, log_alpha_t, delta_t = x.map(lambda of_all, t=t: of_all[:, t].unsqueeze(2))
         live = torch.ones(rows, dtype=torch.bool, device=q.device) if mask is None else mask[:, t]
         live = live.view(rows, 1, 1, 1)
         weights = fresh_chunk(start)
@@ -153,7 +152,8 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
 
         def read(layer: int, h: Tensor, weights=weights, since_t=since_t, writes_t=writes_t, duals_t=duals_t):
             if exact:
-                dual = duals_t[layer] if base[layer] is None else base[layer] + duals_t[layer]
+                anchor = base[layer]
+                dual = duals_t[layer] if anchor is None else anchor + duals_t[layer]
                 return h @ rule.retention.link(dual, rule.hidden_axis(layer))
             w = weights[layer]
             total = writes_t[layer] if w.writes_matrix is None else w.writes_matrix(writes_t[layer])

@@ -14,6 +14,7 @@
 """The memory rule (the four choices of Miras in one object), its parameters, its state, and the checks on both."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -113,9 +114,16 @@ class MemoryState(NamedTuple):
     log_decay: Tensor
     count: Tensor
 
-    def map(self, function) -> "MemoryState":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
         """The state with `function` applied to every tensor; all have the rows first."""
-        return MemoryState(*(tuple(map(function, x)) if isinstance(x, tuple) else function(x) for x in self))
+        return MemoryState(
+            dual=tuple(map(function, self.dual)),
+            inputs=tuple(map(function, self.inputs)),
+            gradients=tuple(map(function, self.gradients)),
+            eta=function(self.eta),
+            log_decay=function(self.log_decay),
+            count=function(self.count),
+        )
 
 
 def initial_memory_state(
@@ -183,6 +191,17 @@ class MemoryInputs(NamedTuple):
     eta: Tensor
     log_alpha: Tensor
     delta: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryInputs":
+        """The inputs with `function` applied to every tensor."""
+        return MemoryInputs(
+            q=function(self.q),
+            k=function(self.k),
+            v=function(self.v),
+            eta=function(self.eta),
+            log_alpha=function(self.log_alpha),
+            delta=None if self.delta is None else function(self.delta),
+        )
 
 
 def check_inputs(

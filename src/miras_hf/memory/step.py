@@ -81,7 +81,7 @@ def step_miras(
     dual = tuple(merged(d) for d in starting_dual(rule, parameters, state))
     base = [per_row(a) if rule.decay_target == "init" else None for a in parameters.initial]
     norm = tuple(per_row(p).unsqueeze(1) for p in (parameters.norm_weight, parameters.norm_bias))
-    q1, k1, v1, eta1, log_alpha1, delta1 = (None if t is None else t.transpose(1, 2).flatten(0, 1) for t in x)
+    q1, k1, v1, eta1, log_alpha1, delta1 = x.map(lambda t: t.transpose(1, 2).flatten(0, 1))
 
     weights = [rule.retention.at_chunk_start(d, b, rule.hidden_axis(i)) for i, (d, b) in enumerate(zip(dual, base))]
     new = architecture.write(
