@@ -34,6 +34,7 @@ from .rule import (
     MemoryParameters,
     MemoryState,
     MirasRule,
+    bound_inputs,
     check_inputs,
     check_state,
     starting_dual,
@@ -207,6 +208,7 @@ class _Memory:
     def read_group(self, first: int, last: int, x: MemoryInputs, states, captured):
         """Reads the chunks of steps `first` to `last`; `x` holds their slots, `states` the living rows' dual states."""
         rule, heads = self.rule, self.heads
+        x = bound_inputs(x, rule)  # here, where it is recomputed: copies of the whole length would be kept
         axes = rule.architecture.gate_axes
         log_decay = x.log_alpha.cumsum(-2)
         eta = x.eta

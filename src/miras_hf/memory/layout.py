@@ -65,7 +65,8 @@ class ChunkLayout:
         size = self.chunk_size
         if self.slot_of_token is None:
             steps = len(self.active)
-            x = F.pad(x, (0, 0, 0, 0, 0, steps * size - self.tokens))
+            if steps * size != self.tokens:  # padding by nothing would copy
+                x = F.pad(x, (0, 0, 0, 0, 0, steps * size - self.tokens))
             x = x.view(self.batch, steps, size, heads, features).permute(1, 0, 3, 2, 4)
             return x.reshape(steps * self.batch * heads, size, features)
         chunks = self.offsets[-1]

@@ -25,6 +25,7 @@ from .rule import (
     MemoryParameters,
     MemoryState,
     MirasRule,
+    bound_inputs,
     check_inputs,
     check_state,
     initial_memory_state,
@@ -59,7 +60,7 @@ def recurrent_miras(
     """
     if read not in ("linearised", "exact"):
         raise ValueError(f"`read` must be 'linearised' or 'exact', got {read!r}.")
-    x = check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters)
+    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters), rule)
     batch, tokens, heads, head_dim = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, mask)
     gate_dim = x.eta.shape[-1]

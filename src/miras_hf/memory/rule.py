@@ -183,7 +183,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class MemoryInputs(NamedTuple):
-    """Checked inputs, in the dtype of computation, gates with a last axis of `head_dim` or 1, log alpha bounded."""
+    """Checked inputs, in the dtype of computation, gates with a last axis of `head_dim` or 1."""
 
     q: Tensor
     k: Tensor
@@ -260,13 +260,16 @@ def check_inputs(
                 f"`delta` must have shape {(batch, tokens, heads)} for {type(rule.attentional_bias).__name__}, "
                 f"got last axis {delta.shape[-1]}."
             )
-    return MemoryInputs(
-        q.to(dtype).clamp(-KEY_CAP, KEY_CAP),
-        k.to(dtype).clamp(-KEY_CAP, KEY_CAP),
-        v.to(dtype).clamp(-VALUE_CAP, VALUE_CAP),
-        eta,
-        log_alpha.clamp(rule.min_log_alpha, 0.0),
-        delta,
+    return MemoryInputs(q.to(dtype), k.to(dtype), v.to(dtype), eta, log_alpha, delta)
+
+
+def bound_inputs(x: MemoryInputs, rule: MirasRule) -> MemoryInputs:
+    """Cuts queries, keys and values at magnitudes that keep products finite, and log alpha at the rule's bound."""
+    return x._replace(
+        q=x.q.clamp(-KEY_CAP, KEY_CAP),
+        k=x.k.clamp(-KEY_CAP, KEY_CAP),
+        v=x.v.clamp(-VALUE_CAP, VALUE_CAP),
+        log_alpha=x.log_alpha.clamp(rule.min_log_alpha, 0.0),
     )
 
 

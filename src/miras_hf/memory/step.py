@@ -26,6 +26,7 @@ from .rule import (
     MemoryParameters,
     MemoryState,
     MirasRule,
+    bound_inputs,
     check_inputs,
     check_state,
     initial_memory_state,
@@ -58,7 +59,7 @@ def step_miras(
     Returns:
         `y` of shape `[batch, 1, heads, head_dim]`, and the new `MemoryState`.
     """
-    x = check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters)
+    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters), rule)
     rows, tokens, heads, head_dim = q.shape
     if tokens != 1:
         raise ValueError(f"`q` must hold one token per row, got {tokens}; longer calls go through `chunk_miras`.")
