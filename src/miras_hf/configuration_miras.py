@@ -41,7 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1.3b": {"hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16},
 }
 
-# largest step of one token, three times the step that simulations of 8k tokens found stable for chunks of 16 to 64
+# Largest step of one token, three times the step that simulations of 8k tokens found stable for chunks of 16 to 64.
+# The mixture Huber writes `delta` at every coordinate beyond its threshold: its step is over sqrt(head_dim) besides.
 _ETA_MAX = {"decay": 0.09, "lq": 4.5e-3, "lq_mirror": 1.0, "kl": 0.21}
 
 
@@ -84,6 +85,8 @@ class MirasConfig(PreTrainedConfig):
             Epsilon of the memory's layer norm, which bounds its backward; `None` for 0.1, or 0.01 with KL retention.
         attentional_bias (`str`, *optional*, defaults to `"l2"`):
             Choice (ii). `"l2"`, `"lp"` (11), `"huber_coordinate"` (14), `"huber_norm"` (15), `"huber_mixture"` (16).
+            The mixture jumps at its threshold: errors close to it amplify rounding, so that with steps well above the
+            default, forms that sum in another order (decoding, kernels) drift apart over hundreds of tokens.
         lp_power (`float`, *optional*, defaults to 3.0): p.
         lp_sign (`str`, *optional*, defaults to `"exact"`): `"exact"`, or `"tanh"` for the smooth sign of Remark 5.
         lp_sharpness (`float`, *optional*, defaults to 10.0): Sharpness of the smooth sign.
@@ -99,8 +102,8 @@ class MirasConfig(PreTrainedConfig):
             KL retention: weights are `c softmax(A)` with `c = simplex_mass * hidden / sqrt(fan_in)`.
         weight_cap (`float`, *optional*, defaults to 2.0): Largest root mean square of a head's weights; `None` for no cap.
         decay_target (`str`, *optional*, defaults to `"init"`):
-            `"init"` decays toward the learned initial memory; `"zero"` toward zero as printed, which makes MLP
-            memories chaotic over thousands of tokens.
+            `"init"` decays toward the learned initial memory; `"zero"` toward zero as printed, where MLP memories
+            go out or become chaotic over thousands of tokens.
         learning_algorithm (`str`, *optional*, defaults to `"gradient_descent"`): Choice (iv).
         chunk_size (`int`, *optional*, defaults to 64):
             Tokens whose gradients are taken at the same weights (28). Part of the trained model.
@@ -192,6 +195,8 @@ class MirasConfig(PreTrainedConfig):
             self.memory_norm_eps = 0.01 if self.retention == "kl" else 0.1
         if self.eta_max is None:
             self.eta_max = _ETA_MAX[self.retention_gate] * min(1.0, 64 / max(self.chunk_size, 1))
+            if self.attentional_bias == "huber_mixture" and self.head_dim:
+                self.eta_max = self.eta_max / self.head_dim**0.5
         if self.min_log_alpha is None:
             self.min_log_alpha = max(-2.5, -160.0 / max(self.chunk_size, 1))
         layer_types = kwargs.pop("layer_types", None)

@@ -156,6 +156,9 @@ class MirasShortConvolution(nn.Module):
             position (`torch.Tensor` of shape `[batch, tokens]`, *optional*): tokens since the sequence's start.
         """
         tokens, before = hidden_states.shape[1], self.kernel_size - 1
+        if tokens == 1 and tail is not None:
+            window = torch.cat((tail, hidden_states), dim=1)
+            return F.silu((window * self.weight.mT).sum(dim=1, keepdim=True))
         padded = F.pad(hidden_states, (0, 0, before, 0)) if tail is None else torch.cat((tail, hidden_states), dim=1)
         output = hidden_states * self.weight[:, -1]
         for shift in range(1, self.kernel_size):

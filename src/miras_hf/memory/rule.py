@@ -49,7 +49,8 @@ class MirasRule:
             starts at a sequence's first real token, in training, prefill and decoding alike.
         decay_target (`str`, *optional*, defaults to `"init"`):
             `"init"` decays toward the learned initial memory, `"zero"` toward zero as printed in the paper. Toward
-            zero, both layers of an MLP memory shrink into a saddle and its reads become chaotic.
+            zero both layers of an MLP memory shrink into a saddle: over thousands of tokens it goes out (its reads
+            return the query) or its reads become chaotic (runs in float32 and float64 end up unrelated).
         min_log_alpha (`float`, *optional*, defaults to -2.5): lower bound of a token's log retention; smaller is cut.
     """
 
@@ -99,7 +100,7 @@ class MemoryState(NamedTuple):
     Args:
         dual (`tuple` of `torch.Tensor` of shape `[rows, heads, in, out]`):
             The dual state at the start of the row's chunk, as the deviation from the initial memory if
-            `decay_target="init"`. A row with `count == 0` is at the learned initial memory whatever stands here.
+            `decay_target="init"`. A row of zeros, `count` included, is at the learned initial memory.
         inputs (`tuple` of `torch.Tensor` of shape `[rows, heads, chunk_size, in]`): what each layer read.
         gradients (`tuple` of `torch.Tensor` of shape `[rows, heads, chunk_size, out]`): gradients at its output.
         eta (`torch.Tensor` of shape `[rows, heads, chunk_size, head_dim or 1]`): steps.
@@ -161,9 +162,9 @@ def initial_memory_state(
 
 def starting_dual(rule: MirasRule, parameters: MemoryParameters, state: MemoryState) -> tuple[Tensor, ...]:
     """The state's dual, with rows that have not read anything put at the learned initial memory."""
+    if rule.decay_target == "init":  # the deviation from the initial memory: a new row's is zero already
+        return state.dual
     fresh = (state.count == 0).view(-1, 1, 1, 1)
-    if rule.decay_target == "init":
-        return tuple(torch.where(fresh, 0.0, d) for d in state.dual)
     return tuple(torch.where(fresh, a.to(d.dtype), d) for a, d in zip(parameters.initial, state.dual, strict=True))
 
 
