@@ -1,0 +1,324 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The choices one by one: gradients of the attentional biases, properties of the retention gates' links, the memory."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from memory_cases import relative_error
+
+from miras_hf.memory import (
+    KL,
+    L2,
+    Decay,
+    Factors,
+    HuberCoordinate,
+    HuberMixture,
+    HuberNorm,
+    Lp,
+    Lq,
+    LqMirror,
+    MatrixMemory,
+    MLPMemory,
+)
+
+
+BIASES = {
+    "l2": L2(),
+    "lp_1": Lp(power=1.0),
+    "lp_2.5": Lp(power=2.5),
+    "lp_3": Lp(power=3.0),
+    "lp_4": Lp(power=4.0),
+    "huber_coordinate": HuberCoordinate(),
+    "huber_norm": HuberNorm(),
+    "huber_mixture": HuberMixture(),
+}
+SCALED_LINKS = {"decay": Decay(), "lq": Lq(), "lq_5": Lq(power=5.0)}
+LINKS = {**SCALED_LINKS, "mirror": LqMirror(), "mirror_3": LqMirror(power=3.0), "kl": KL()}
+SHAPES = {-1: (6, 10), -2: (10, 6)}  # the hidden axis is the longer one
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def threshold_for(bias, errors):
+    """Thresholds around the errors' sizes."""
+    if bias.delta_granularity is None:
+        return None
+    spread = 0.3 + 1.5 * torch.rand(errors.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return spread if bias.delta_granularity == "channel" else spread[..., :1] * math.sqrt(errors.shape[-1])
+
+
+# -- attentional biases ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_gradient_is_that_of_the_loss(name):
+    bias = BIASES[name]
+    errors = normal(50, 8)
+    # lp: the exact sign leaves the smoothed size near zero, and the cap cuts large errors
+    errors = (errors.sign() * (errors.abs() + 0.05)).clamp(-3.9, 3.9).requires_grad_()
+    delta = threshold_for(bias, errors)
+    (expected,) = torch.autograd.grad(bias.loss(errors, delta).sum(), errors)
+    tolerance = 1e-4 if isinstance(bias, Lp) else 1e-12
+    assert bias.loss(errors, delta).shape == (50, 1)
+    assert relative_error(bias.gradient(errors, delta), expected) < tolerance
+    if delta is not None:
+        beyond = (errors.abs() if bias.delta_granularity == "channel" else errors.norm(dim=-1, keepdim=True)) > delta
+        assert 0.1 < beyond.double().mean() < 0.9
+
+
+def test_lp_near_zero_and_beyond_its_cap():
+    bias = Lp(power=3.0, error_cap=2.0)
+    errors = torch.tensor([-9.0, -2.0, -1e-9, 0.0, 1e-9, 2.0, 9.0], dtype=torch.float64)
+    expected = torch.tensor([-12.0, -12.0, -3e-6, 0.0, 3e-6, 12.0, 12.0], dtype=torch.float64)
+    torch.testing.assert_close(bias.gradient(errors), expected, rtol=1e-6, atol=0.0)
+    smooth = Lp(power=3.0, sign="tanh", sharpness=5.0)
+    at = torch.tensor([-1.0, 0.1, 0.0], dtype=torch.float64)
+    expected = 3 * torch.tanh(5 * at) * (at.square() + 1e-6)
+    torch.testing.assert_close(smooth.gradient(at), expected, rtol=1e-12, atol=0.0)
+
+
+def test_lp_special_power_is_the_general_one():
+    errors = normal(50, 8)
+    assert relative_error(Lp(power=3.0).gradient(errors), Lp(power=3.0 + 1e-12).gradient(errors)) < 1e-11
+
+
+@pytest.mark.parametrize("name", BIASES)
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-3, 1.0, 1e3, 1e18])
+def test_residual_is_bounded_and_keeps_its_direction(name, scale):
+    bias = BIASES[name]
+    errors = scale * normal(50, 8)
+    delta = None if bias.delta_granularity is None else 1e20 * torch.ones(50, 8 if "coord" in name else 1)
+    residual, gradient = bias.residual(errors, delta), bias.gradient(errors, delta)
+    size, limit = gradient.norm(dim=-1, keepdim=True), 3 * math.sqrt(8)
+    assert (residual.norm(dim=-1) <= limit * (1 + 1e-12)).all()
+    expected = torch.where(size <= limit, gradient, gradient * limit / size)
+    torch.testing.assert_close(residual, expected, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_residual_has_finite_derivatives_everywhere(name):
+    bias = BIASES[name]
+    errors = torch.cat([scale * normal(4, 8) for scale in (0.0, 1e-20, 1e-6, 1.0, 1e6, 1e15)]).float().requires_grad_()
+    delta = None
+    if bias.delta_granularity is not None:
+        delta = torch.ones(24, 8 if bias.delta_granularity == "channel" else 1, requires_grad=True)
+    residual = bias.residual(errors, delta)
+    leaves = [errors] if delta is None else [errors, delta]
+    for gradient in torch.autograd.grad(residual.sum(), leaves):
+        assert gradient.isfinite().all()
+
+
+# -- retention gates ------------------------------------------------------------------------------------------------------
+
+
+def states(gate, hidden_axis, heads=3):
+    """A base and a state around it, at the scale of an initial memory."""
+    base = gate.inverse(normal(heads, *SHAPES[hidden_axis]) * 0.5, hidden_axis)
+    return base, base.std() * 0.3 * normal(*base.shape, seed=1)
+
+
+def random_factors(hidden_axis, tokens=4, heads=3):
+    fan_in, fan_out = SHAPES[hidden_axis]
+    return Factors(normal(heads, tokens, fan_in, seed=2), normal(heads, tokens, fan_out, seed=3))
+
+
+@pytest.mark.parametrize("hidden_axis", SHAPES)
+@pytest.mark.parametrize("name", LINKS)
+def test_writes_on_factors_equal_writes_on_the_matrix(name, hidden_axis):
+    base, state = states(LINKS[name], hidden_axis)
+    weights = LINKS[name].at_chunk_start(state, base, hidden_axis)
+    factors = random_factors(hidden_axis)
+    whole = factors.inputs.mT @ factors.gradients
+    if weights.writes is None:
+        assert weights.writes_matrix is None
+        return
+    mapped = weights.writes(factors)
+    assert relative_error(mapped.inputs.mT @ mapped.gradients, weights.writes_matrix(whole)) < 1e-12
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("hidden_axis", SHAPES)
+@pytest.mark.parametrize("name", LINKS)
+def test_chunk_start_is_the_link(name, hidden_axis, with_base):
+    """Without decay or writes since the chunk's start, a read meets exactly `phi(A_c)`."""
+    gate = LINKS[name]
+    base, state = states(gate, hidden_axis)
+    weights = gate.at_chunk_start(state, base if with_base else None, hidden_axis)
+    dual = base + state if with_base else state
+    assert relative_error(weights.weight, gate.link(dual, hidden_axis)) < 1e-12
+    read = sum(part for part in (weights.constant, weights.decaying) if part is not None)
+    assert relative_error(read if weights.scale is None else weights.scale * read, weights.weight) < 1e-12
+
+
+@pytest.mark.parametrize("hidden_axis", SHAPES)
+@pytest.mark.parametrize("name", [name for name in LINKS if name != "kl"])
+def test_complete_decay_reads_the_base(name, hidden_axis):
+    """With everything decayed, toward zero nothing is left, toward the base the base is (its scalar held)."""
+    gate = LINKS[name]
+    base, state = states(gate, hidden_axis)
+    assert gate.at_chunk_start(state, None, hidden_axis).constant is None
+    weights = gate.at_chunk_start(state, base, hidden_axis)
+    expected = gate.link(base, hidden_axis) if weights.scale is None else weights.scale * base
+    left = weights.constant if weights.scale is None else weights.scale * weights.constant
+    assert relative_error(left, expected) < 1e-12
+
+
+@pytest.mark.parametrize("hidden_axis", SHAPES)
+def test_kl_slices_sum_to_the_mass(hidden_axis):
+    gate = KL(mass=1.7)
+    fan_in, fan_out = SHAPES[hidden_axis]
+    dual = 30 * normal(3, fan_in, fan_out)
+    weights = gate.link(dual, hidden_axis)
+    mass = 1.7 * 10 / math.sqrt(fan_in)  # the hidden axis has 10 entries
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(hidden_axis), torch.full_like(weights.sum(hidden_axis), mass))
+    # a constant per slice is no information
+    shifted = dual + normal(3, fan_in, 1) if hidden_axis == -1 else dual + normal(3, 1, fan_out)
+    assert relative_error(gate.link(shifted, hidden_axis), weights) < 1e-12
+
+
+@pytest.mark.parametrize("hidden_axis", SHAPES)
+def test_kl_writes_are_the_derivative_of_the_softmax_at_uniform_weights(hidden_axis):
+    gate, write = KL(), normal(*SHAPES[hidden_axis])
+    uniform = torch.zeros_like(write)
+    _, expected = torch.autograd.functional.jvp(lambda a: gate.link(a, hidden_axis), uniform, write)
+    writes = gate.at_chunk_start(uniform, None, hidden_axis).writes_matrix(write)
+    assert relative_error(writes, expected) < 1e-12
+
+
+def test_degrees_of_homogeneity():
+    dual = normal(3, 6, 10)
+    for power in (3.0, 4.0, 5.0):
+        mirror, printed = LqMirror(power=power, weight_cap=None), Lq(power=power, weight_cap=None)
+        # the mirror map has degree one, the printed map 3 - q: it turns scales over
+        assert relative_error(mirror.link(2 * dual, -1), 2 * mirror.link(dual, -1)) < 1e-12
+        assert relative_error(printed.link(2 * dual, -1), 2 ** (3 - power) * printed.link(dual, -1)) < 1e-12
+
+
+def test_lq_at_two_is_the_identity():
+    dual = normal(3, 6, 10)
+    for gate in (Lq(power=2.0, weight_cap=None), LqMirror(power=2.0, weight_cap=None), Decay(weight_cap=None)):
+        assert relative_error(gate.link(dual, -1), dual) < 1e-12
+
+
+def test_mirror_map_is_the_gradient_of_half_the_squared_norm():
+    """Its derivation (Shalev-Shwartz, section 2.6): `phi = grad (1/2) ||A||_q^2`."""
+    dual = normal(6, 10).requires_grad_()
+    for power in (3.0, 4.0):
+        half_square = 0.5 * dual.abs().pow(power).sum().pow(2 / power)
+        (expected,) = torch.autograd.grad(half_square, dual)
+        assert relative_error(LqMirror(power=power, weight_cap=None).link(dual, -1), expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["lq", "lq_5", "mirror"])
+def test_norms_are_those_of_each_head_alone(name):
+    gate = LINKS[name]
+    dual = normal(3, 6, 10) * torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64).view(3, 1, 1)
+    together = gate.link(dual, -1)
+    for head in range(3):
+        assert relative_error(together[head], gate.link(dual[head], -1)) < 1e-12
+
+
+@pytest.mark.parametrize("hidden_axis", SHAPES)
+@pytest.mark.parametrize("name", LINKS)
+def test_inverse(name, hidden_axis):
+    """`phi(inverse(W)) = W`: exactly, or for the softmax to first order in the deviation from its mean."""
+    gate = LINKS[name]
+    weight = 0.5 * normal(3, *SHAPES[hidden_axis])
+    if isinstance(gate, KL):
+        weight = 1e-4 * weight
+        weight = weight - weight.mean(hidden_axis, keepdim=True)
+        image = gate.link(gate.inverse(weight, hidden_axis), hidden_axis)
+        assert relative_error(image - image.mean(hidden_axis, keepdim=True), weight) < 1e-3
+    else:
+        assert relative_error(gate.link(gate.inverse(weight, hidden_axis), hidden_axis), weight) < 1e-12
+
+
+@pytest.mark.parametrize("power", [3.0])
+def test_inverse_of_a_map_without_scale_keeps_the_direction(power):
+    gate = Lq(power=power)
+    weight = 0.1 * normal(6, 10)
+    image = gate.link(gate.inverse(weight, -1), -1)
+    assert relative_error(image / image.norm(), weight / weight.norm()) < 1e-12
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e3, 1e8])
+@pytest.mark.parametrize("name", [name for name in LINKS if name != "kl"])
+def test_weight_cap(name, size):
+    """`rms(W)` stays below the cap at every size of A, in float32, and the cap changes no direction."""
+    gate = LINKS[name]
+    dual = (size * normal(3, 6, 10)).float().requires_grad_()
+    weights = gate.link(dual, -1)
+    assert weights.isfinite().all()
+    assert (weights.square().mean((-2, -1)).sqrt() <= 2.0 * (1 + 1e-5)).all()
+    (gradient,) = torch.autograd.grad(weights.sum(), dual)
+    assert gradient.isfinite().all()
+    if size == 1e3 and name != "lq" and name != "lq_5":  # the printed map shrinks what is large
+        assert (weights.square().mean((-2, -1)).sqrt() >= 2.0 * (1 - 1e-5)).all()
+
+
+def test_weight_cap_is_inactive_below_it():
+    dual = normal(3, 6, 10)
+    assert torch.equal(Decay(weight_cap=10.0).link(dual, -1), dual)
+    assert torch.equal(Lq(weight_cap=10.0).link(dual, -1), Lq(weight_cap=None).link(dual, -1))
+
+
+def test_floor_of_the_printed_map():
+    """Below the floor the map is linear: it cannot blow a vanishing dual state up."""
+    gate = Lq(norm_floor=0.5, weight_cap=None)
+    dual = 0.01 * normal(6, 10)
+    assert dual.norm(p=4) < 0.5
+    assert relative_error(gate.link(dual, -1), dual / 0.25) < 1e-12
+
+
+# -- architectures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", [MLPMemory(), MLPMemory(expansion=1, norm_eps=1e-3), MatrixMemory()])
+def test_write_is_the_gradient_of_the_read(architecture):
+    """Rank-one factors times each other are the gradients by autograd, and so are their derivatives."""
+    d, tokens = 6, 5
+    weights = [normal(2, *shape, seed=i).requires_grad_() for i, shape in enumerate(architecture.weight_shapes(d))]
+    k, v = normal(2, tokens, d, seed=5).requires_grad_(), normal(2, tokens, d, seed=6)
+    norm = [(1 + 0.1 * normal(2, 1, d, seed=7)).requires_grad_(), (0.1 * normal(2, 1, d, seed=8)).requires_grad_()]
+    factors = architecture.write(tuple(weights), k, lambda m: (m - v).pow(3), *norm)
+    written = [f.inputs.mT @ f.gradients for f in factors]
+
+    prediction = architecture.read(lambda layer, x: x @ weights[layer], k, *norm)
+    expected = torch.autograd.grad((prediction - v).pow(4).sum() / 4, weights, create_graph=True)
+    leaves = [*weights, k, *(norm if isinstance(architecture, MLPMemory) else [])]
+    for got, want in zip(written, expected, strict=True):
+        assert relative_error(got, want) < 1e-12
+    first, second = (
+        torch.autograd.grad(sum((x * normal(*x.shape, seed=9)).sum() for x in xs), leaves)
+        for xs in (written, expected)
+    )
+    for got, want in zip(first, second, strict=True):
+        assert relative_error(got, want) < 1e-11
+
+
+def test_mlp_memory_is_the_equation():
+    """`x + LN(gelu(x W1) W2)`."""
+    memory, d = MLPMemory(norm_eps=0.1), 6
+    (w1, w2), x = (normal(*shape) for shape in memory.weight_shapes(d)), normal(5, d, seed=3)
+    gamma, beta = normal(d, seed=4), normal(d, seed=5)
+    read = memory.read(lambda layer, h: h @ (w1, w2)[layer], x, gamma, beta)
+    expected = x + F.layer_norm(F.gelu(x @ w1, approximate="tanh") @ w2, (d,), gamma, beta, 0.1)
+    assert (w1.shape, w2.shape) == ((d, 4 * d), (4 * d, d))
+    assert relative_error(read, expected) < 1e-12

@@ -1,0 +1,210 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reading in several calls is reading in one: states hand a memory on, also in the middle of a chunk."""
+
+import itertools
+
+import pytest
+import torch
+from memory_cases import (
+    FORMS,
+    MODELS,
+    assert_same,
+    gradients,
+    make_case,
+    relative_error,
+    rule_of,
+    state_tensors,
+    values,
+    values_and_gradients,
+    weighted_sum,
+)
+
+from miras_hf.memory import MemoryState, chunk_miras, initial_memory_state, recurrent_miras
+
+
+NAMES = [*MODELS, "moneta_zero", "memora_zero", "matrix"]
+
+
+def read_in_parts(case, cuts, forms) -> dict[str, torch.Tensor]:
+    """Outputs and final state of the calls between cuts, each in its own form."""
+    state, outputs = None, []
+    for (start, stop), form in zip(itertools.pairwise(cuts), itertools.cycle(forms)):
+        if start == stop and form == "decode":
+            continue
+        y, state = case.tokens(start, stop)(FORMS[form], initial_state=state, output_final_state=True)
+        outputs.append(y)
+    return {"y": torch.cat(outputs, dim=1), **state_tensors(state)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_and_three_calls_at_every_cut(name):
+    """All pairs of cuts of 13 tokens: before, at and after the borders of the chunks of 4, with empty calls."""
+    case = make_case(rule_of(name), tokens=13, heads=1, head_dim=6)
+    with torch.no_grad():
+        expected = values(case, chunk_miras)
+        for a, b in itertools.combinations_with_replacement(range(14), 2):
+            assert_same(read_in_parts(case, [0, a, b, 13], ["chunk"]), expected, 1e-11)
+
+
+@pytest.mark.parametrize("forms", itertools.permutations(["recurrent", "chunk", "decode"]), ids="-".join)
+@pytest.mark.parametrize("name", MODELS)
+def test_forms_take_over_from_each_other(name, forms):
+    """A prompt read in chunks, decoded token by token, and gone on with in chunks: one state serves all."""
+    case = make_case(rule_of(name), tokens=17)
+    with torch.no_grad():
+        expected = values(case, recurrent_miras)
+        for cuts in ([0, 5, 10, 17], [0, 4, 8, 17], [0, 7, 8, 17], [0, 1, 15, 17]):
+            assert_same(read_in_parts(case, cuts, forms), expected, 1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_through_the_state(name, form):
+    """Backpropagation from the second call into the first is that of one call: nothing is detached on the way."""
+    for cut in (2, 4, 7, 12):
+        case = make_case(rule_of(name), tokens=13, heads=1, head_dim=6)
+        expected = values_and_gradients(case, recurrent_miras)
+        leaves = case.requires_grad()
+        got = read_in_parts(leaves, [0, cut, 13], [form])
+        assert_same({**got, **gradients(got, leaves.named_leaves())}, expected, 1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_with_respect_to_a_state(name, form):
+    """The state as a leaf, as where a caller computes its start by other means; the reference is autograd's own."""
+
+    def read(form):
+        case = make_case(rule_of(name), tokens=7, heads=1, head_dim=6)
+        with torch.no_grad():
+            _, state = case.tokens(0, 6)(recurrent_miras, output_final_state=True)
+        state = state.map(lambda x: x.clone().requires_grad_(x.is_floating_point()))
+        outputs = values(case, form, initial_state=state)
+        leaves = {name: x for name, x in state_tensors(state).items() if x.is_floating_point()}
+        # beyond the phase, slots are no part of the state
+        return {name: x if "dual" in name else x[:, :, :2] for name, x in gradients(outputs, leaves).items()}
+
+    assert_same(read(FORMS[form]), read(recurrent_miras), 1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradient_through_a_state_without_decay(name, form):
+    """Tokens without decay have equal cumulative decays; the gradient of the last one is its own all the same."""
+
+    def read(form):
+        case = make_case(rule_of(name), batch=1, tokens=6)
+        case.inputs["log_alpha"][:, 1] = 0.0
+        case = case.requires_grad()
+        _, state = case.tokens(0, 2)(form, output_final_state=True)
+        y, _ = case.tokens(2, 6)(form, initial_state=state)
+        return gradients({"y": y}, case.named_leaves())
+
+    assert_same(read(FORMS[form]), read(recurrent_miras), 1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_states_have_a_constant_size(name, form):
+    """However much was read: the shapes and dtypes of the initial state, and no slot filled beyond the phase."""
+    for tokens in (1, 4, 6, 13):
+        case = make_case(rule_of(name), tokens=tokens)
+        _, state = case(FORMS[form], output_final_state=True)
+        initial = initial_memory_state(case.rule, case.parameters, 2, 8)
+        for (part, x), start in zip(state_tensors(state).items(), state_tensors(initial).values(), strict=True):
+            assert (x.shape, x.dtype) == (start.shape, start.dtype), part
+        assert state.count.tolist() == [tokens, tokens]
+        for x in (*state.inputs, *state.gradients, state.eta, state.log_decay):
+            assert not x[:, :, tokens % 4 :].any()
+            assert x[:, :, : tokens % 4].any() or tokens % 4 == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [*MODELS, "moneta_zero"])
+def test_starting_from_the_initial_state_is_starting_without(name, form):
+    case = make_case(rule_of(name))
+    state = initial_memory_state(case.rule, case.parameters, 2, 8)
+    assert_same(values(case, FORMS[form], initial_state=state), values(case, FORMS[form]), 1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("decay_target", ["init", "zero"])
+def test_fresh_rows_are_at_the_initial_memory(decay_target, form):
+    """`count == 0` alone makes a row new, whatever its dual state holds: how a cache hands a row to the next prompt."""
+    case = make_case(rule_of("yaad", decay_target=decay_target))
+    state = initial_memory_state(case.rule, case.parameters, 2, 8)
+    used = state._replace(dual=tuple(x + 1.0 for x in state.dual))
+    assert_same(values(case, FORMS[form], initial_state=used), values(case, FORMS[form]), 1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_initial_states_are_not_written_to(form):
+    case = make_case(rule_of("yaad"), tokens=10)
+    _, state = case.tokens(0, 2)(FORMS[form], output_final_state=True)
+    before = state.map(torch.clone)
+    case.tokens(2, 10)(FORMS[form], initial_state=state, output_final_state=True)
+    for name, x in state_tensors(before).items():
+        assert torch.equal(x, state_tensors(state)[name]), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_of_a_state_may_be_reordered(name, form):
+    """Beam search: rows chosen anew, some twice, go on as the rows they were; here at phases of their own."""
+    case = make_case(rule_of(name), batch=3, tokens=12)
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1, :2], mask[2, :5] = False, False
+    _, state = case.tokens(0, 6)(chunk_miras, mask=mask, output_final_state=True)
+    order = torch.tensor([2, 0, 2, 1])
+    later = case.tokens(6, 12)
+    expected = values(later, FORMS[form], initial_state=state)
+    got = values(later.map(lambda x: x[order]), FORMS[form], initial_state=state.map(lambda x: x[order]))
+    assert_same(got, {name: x[order] for name, x in expected.items()}, 1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_states_in_a_lower_precision(form):
+    """A cache may keep states in another dtype: they are read in the dtype of computation."""
+    case = make_case(rule_of("yaad_norm"), dtype=torch.float32)
+    _, state = case.tokens(0, 6)(chunk_miras, output_final_state=True)
+    half = state.map(lambda x: x.bfloat16() if x.is_floating_point() else x)
+    y, after = case.tokens(6, 13)(FORMS[form], initial_state=half, output_final_state=True)
+    exact, _ = case.tokens(6, 13)(FORMS[form], initial_state=state)
+    assert y.dtype == after.dual[0].dtype == torch.float32
+    assert relative_error(y, exact) < 2e-2
+
+
+def test_state_without_gradient_under_no_grad():
+    """The reference takes inner gradients under `no_grad` too, and leaves no graph behind."""
+    case = make_case(rule_of("yaad")).requires_grad()
+    for form in FORMS.values():
+        with torch.no_grad():
+            y, state = case(form, output_final_state=True)
+        assert not y.requires_grad
+        assert not any(x.requires_grad for x in state_tensors(state).values())
+
+
+def test_no_state_is_returned_unasked():
+    case = make_case(rule_of("yaad"))
+    for form in FORMS.values():
+        assert case(form)[1] is None
+        assert isinstance(case(form, output_final_state=True)[1], MemoryState)
+
+
+def test_weighted_sums_see_every_entry():
+    """The gradients compared here are of a sum in which no entry is lost."""
+    x = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(weighted_sum({"x": x}), x)
+    assert (gradient != 0).all() and gradient.unique().numel() == 12
