@@ -44,7 +44,7 @@ def write_report(results: dict, out: Path) -> None:
     machine, shape = results["machine"], results["shape"]
     figure.suptitle(
         f"One layer, width {shape['width']}, {shape['heads']} heads, chunk {shape['chunk']}, batch 1, float32, "
-        f"{machine['threads']} threads ({machine['cpu']})"
+        f"{count(machine['threads'], 'thread')} ({machine['cpu']})"
     )
     figure.savefig(out / "results.png", dpi=120)
     pyplot.close(figure)
@@ -59,12 +59,14 @@ def markdown(results: dict) -> str:
         "",
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['cpu_capability']}, "
         f"{machine['system']}; Python {machine['python']}, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, titans-pytorch {machine['titans-pytorch']}; {machine['threads']} threads.",
+        f"{machine['transformers']}, titans-pytorch {machine['titans-pytorch']}; {count(machine['threads'], 'thread')}.",
         "",
         f"One layer with its projections: width {shape['width']}, {shape['heads']} heads of {shape['head_dim']}, chunk "
         f"{shape['chunk']}, batch 1, float32. Medians of interleaved rounds; ± is half the distance between the "
         "quartiles, * marks a median that had to take in samples with other load on the machine.",
     ]
+    if results["settings"]["clock"] == "cpu":
+        lines += ["", "**Seconds are CPU seconds of one thread**: the machine was busy with other work."]
     for section in (overview, ratios, memory, recurrent, correctness, skipped):
         lines += ["", *section(results)] if section(results) else []
     return "\n".join(lines) + "\n"
@@ -203,7 +205,8 @@ def plot_speed(results: dict, mode: str, ax=None):
             label=f"T = {length}",
         )
     name_axis(ax, results, names)
-    ax.set_xlabel("thousand tokens per second")
+    seconds = {"wall": "second", "cpu": "CPU second"}[results["settings"]["clock"]]
+    ax.set_xlabel(f"thousand tokens per {seconds}")
     ax.set_title({"forward": "forward", "backward": "forward + backward"}[mode])
     if lengths:
         ax.legend()
@@ -262,6 +265,10 @@ def axis(ax):
 def name_axis(ax, results: dict, names: list[str]) -> None:
     ax.set_yticks(range(len(names)), [label(results, name) for name in names])
     ax.invert_yaxis()
+
+
+def count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
 
 
 def label(results: dict, name: str) -> str:

@@ -42,7 +42,13 @@ def one_backward(competitor: Competitor, x: torch.Tensor) -> bool:
     return finite
 
 
-def decode(competitor: Competitor, x: torch.Tensor, prompt: int) -> tuple[torch.Tensor, list[float]]:
+Clock = Callable[[], float]
+# seconds that passed, or seconds that this process's threads were running: the second is what is left to compare on a
+# machine that others keep busy, with one thread (a thread that waits for another one is running)
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def decode(competitor: Competitor, x: torch.Tensor, prompt: int, clock: Clock) -> tuple[torch.Tensor, list[float]]:
     """Feeds `x[:, prompt:]` token by token; the outputs and every token's seconds."""
     competitor.module.eval()
     outputs, seconds = [], []
@@ -50,9 +56,9 @@ def decode(competitor: Competitor, x: torch.Tensor, prompt: int) -> tuple[torch.
         state = competitor.prefill(x[:, :prompt])
         for t in range(prompt, x.shape[1]):
             token = x[:, t : t + 1]
-            start = time.perf_counter()
+            start = clock()
             output, state = competitor.step(token, state)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
             outputs.append(output)
     return torch.cat(outputs, dim=1), seconds
 
@@ -104,21 +110,21 @@ def wait_until_quiet(limit: float, patience: float) -> None:
             return
 
 
-def timed(call: Callable[[], object], calls: int) -> Sample:
+def timed(call: Callable[[], object], calls: int, clock: Clock) -> Sample:
     load = ForeignLoad().start()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         call()
-    seconds = (time.perf_counter() - start) / calls
+    seconds = (clock() - start) / calls
     return Sample(seconds, load.stop())
 
 
-def calls_for(call: Callable[[], object], min_seconds: float) -> int:
+def calls_for(call: Callable[[], object], min_seconds: float, clock: Clock) -> int:
     """Warms up and says how many calls make a sample long enough to be timed and its load to be known."""
     call()
-    start = time.perf_counter()
+    start = clock()
     call()
-    return max(1, round(min_seconds / max(time.perf_counter() - start, 1e-6)))
+    return max(1, round(min_seconds / max(clock() - start, 1e-6)))
 
 
 def summary(samples: list[Sample], limit: float) -> dict:

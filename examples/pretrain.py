@@ -459,7 +459,7 @@ def generate(folder: str, prompt: str, new_tokens: int, seed: int) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
     set_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=True, temperature=0.8, top_p=0.95)
+    ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_p=0.95)
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 

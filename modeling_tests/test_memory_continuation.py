@@ -13,6 +13,7 @@
 # limitations under the License.
 """Reading in several calls is reading in one: states hand a memory on, also in the middle of a chunk."""
 
+import functools
 import itertools
 
 import pytest
@@ -69,16 +70,19 @@ def test_forms_take_over_from_each_other(name, forms):
             assert_same(read_in_parts(case, cuts, forms), expected, 1e-10)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@functools.cache
+def whole(name: str) -> dict[str, torch.Tensor]:
+    return values_and_gradients(make_case(rule_of(name), tokens=13, heads=1, head_dim=6), recurrent_miras)
+
+
+@pytest.mark.parametrize("form", ["recurrent", "chunk", "chunk_groups_of_1", "decode"])
+@pytest.mark.parametrize("cut", [2, 4, 7])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_through_the_state(name, form):
+def test_gradients_through_the_state(name, cut, form):
     """Backpropagation from the second call into the first is that of one call: nothing is detached on the way."""
-    for cut in (2, 4, 7, 12):
-        case = make_case(rule_of(name), tokens=13, heads=1, head_dim=6)
-        expected = values_and_gradients(case, recurrent_miras)
-        leaves = case.requires_grad()
-        got = read_in_parts(leaves, [0, cut, 13], [form])
-        assert_same({**got, **gradients(got, leaves.named_leaves())}, expected, 1e-9)
+    case = make_case(rule_of(name), tokens=13, heads=1, head_dim=6).requires_grad()
+    got = read_in_parts(case, [0, cut, 13], [form])
+    assert_same({**got, **gradients(got, case.named_leaves())}, whole(name), 1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -141,12 +145,23 @@ def test_starting_from_the_initial_state_is_starting_without(name, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("decay_target", ["init", "zero"])
-def test_fresh_rows_are_at_the_initial_memory(decay_target, form):
-    """`count == 0` alone makes a row new, whatever its dual state holds: how a cache hands a row to the next prompt."""
+def test_zeros_are_a_fresh_state(decay_target, form):
+    """How a cache hands a row to the next prompt, whatever memory the model has learned to start from."""
     case = make_case(rule_of("yaad", decay_target=decay_target))
-    state = initial_memory_state(case.rule, case.parameters, 2, 8)
-    used = state._replace(dual=tuple(x + 1.0 for x in state.dual))
-    assert_same(values(case, FORMS[form], initial_state=used), values(case, FORMS[form]), 1e-12)
+    state = initial_memory_state(case.rule, case.parameters, 2, 8).map(torch.zeros_like)
+    assert_same(values(case, FORMS[form], initial_state=state), values(case, FORMS[form]), 1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("decay_target", ["init", "zero"])
+def test_rows_reset_one_by_one(decay_target, form):
+    """A row of zeros beside rows that go on: each starts or continues on its own."""
+    case = make_case(rule_of("memora", decay_target=decay_target), batch=2, tokens=12)
+    _, state = case.tokens(0, 6)(chunk_miras, output_final_state=True)
+    later = case.tokens(6, 12)
+    y, _ = later(FORMS[form], initial_state=state.map(lambda x: torch.stack((torch.zeros_like(x[0]), x[1]))))
+    assert relative_error(y[:1], later.row(0)(FORMS[form])[0]) < 1e-12
+    assert relative_error(y[1:], later(FORMS[form], initial_state=state)[0][1:]) < 1e-12
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -221,6 +221,17 @@ def test_mixed_dtypes_of_inputs_and_gates():
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_does_not_reach_the_memory(name, form):
+    """Its state and products stay in float32 whatever surrounds it, in the backward pass too."""
+    case = make_case(rule_of(name), dtype=torch.float32)
+    expected = values_and_gradients(case, FORMS[form])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = values_and_gradients(case, FORMS[form])
+    assert_same(got, expected, 1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_memory_layout_of_the_inputs(form):
     """Strides are the caller's business: slices, transposes and expanded gates."""
     case = make_case(rule_of("yaad"), gates="channel")

@@ -83,15 +83,22 @@ PACKS = {
 }
 
 
+@functools.cache
+def packed_reference(name: str, pack: str) -> dict[str, torch.Tensor]:
+    return values_and_gradients(packed_case(name), functools.partial(alone, PACKS[pack]))
+
+
+def packed_case(name: str) -> Case:
+    return make_case(rule_of(name), batch=1, tokens=21, heads=1)
+
+
 @pytest.mark.parametrize("form", ["recurrent", "chunk", "chunk_groups_of_1"])
-@pytest.mark.parametrize("borders", PACKS.values(), ids=PACKS)
+@pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_is_one_by_one(name, borders, form):
-    case = make_case(rule_of(name), batch=1, tokens=21, heads=1)
-    expected = values_and_gradients(case, functools.partial(alone, borders))
-    assert expected["state.count.0"].tolist() == [b - a for a, b in zip(borders[:-1], borders[1:], strict=True)]
-    got = values_and_gradients(case, FORMS[form], cu_seqlens=torch.tensor(borders))
-    assert_same(got, expected, 1e-9)
+def test_packed_is_one_by_one(name, pack, form):
+    expected, borders = packed_reference(name, pack), torch.tensor(PACKS[pack])
+    assert torch.equal(expected["state.count.0"], borders.diff())
+    assert_same(values_and_gradients(packed_case(name), FORMS[form], cu_seqlens=borders), expected, 1e-9)
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunk", "chunk_groups_of_1"])
@@ -160,22 +167,30 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@functools.cache
+def masked_reference(name: str, pads: str) -> dict[str, torch.Tensor]:
+    return values_and_gradients(masked_case(name), functools.partial(without_pads, MASKS[pads]))
+
+
+def masked_case(name: str) -> Case:
+    return make_case(rule_of(name), batch=3, tokens=14, heads=1, head_dim=6)
+
+
+@pytest.mark.parametrize("form", ["recurrent", "chunk", "chunk_groups_of_1", "decode"])
+@pytest.mark.parametrize("pads", MASKS)
 @pytest.mark.parametrize("name", MODELS)
-def test_masked_is_without_pads(name, mask, form):
+def test_masked_is_without_pads(name, pads, form):
     """Outputs at pads are zero, and so are the gradients of what stands there."""
-    case = make_case(rule_of(name), batch=3, tokens=14, heads=1, head_dim=6)
-    expected = values_and_gradients(case, functools.partial(without_pads, mask))
-    assert expected["state.count.0"].tolist() == mask.sum(-1).tolist()
-    assert_same(values_and_gradients(case, FORMS[form], mask=mask), expected, 1e-9)
+    expected = masked_reference(name, pads)
+    assert expected["state.count.0"].tolist() == MASKS[pads].sum(-1).tolist()
+    assert_same(values_and_gradients(masked_case(name), FORMS[form], mask=MASKS[pads]), expected, 1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_masked_calls_go_on_from_states(name, form):
     """Two masked calls: the rows reach the second at phases of their own, and all end where reading alone ends."""
-    case = make_case(rule_of(name), batch=3, tokens=14, heads=1, head_dim=6)
+    case = masked_case(name)
     first, second = MASKS["left"][:, :9], MASKS["holes"][:, :5]
     mask = torch.cat((first, second), dim=1)
     expected = values(case, functools.partial(without_pads, mask))
