@@ -32,7 +32,7 @@ Other models, sizes and data, every flag of TrainingArguments included (`--help`
     python examples/pretrain.py --train_files 'books/*.txt' --validation_files 'held-out/*.txt'
     python examples/pretrain.py --config_overrides chunk_size=32,rms_norm_eps=1e-5 --learning_rate 1e-3
     python examples/pretrain.py --config run.yaml --max_steps 2000     # flags win over the file
-    python examples/pretrain.py --resume_from_checkpoint runs/moneta-stdlib/checkpoint-500 --max_steps 1000
+    python examples/pretrain.py --resume_from_checkpoint runs/moneta-stdlib/checkpoint-1000 --max_steps 2000
     torchrun --nproc-per-node 8 examples/pretrain.py --bf16 --block_size 4096 \\
         --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT --streaming \\
         --hidden_size 1024 --num_hidden_layers 24 --num_attention_heads 16 --max_steps 30000
@@ -151,10 +151,10 @@ class PretrainingArguments(TrainingArguments):
     output_dir: str | None = field(
         default=None, metadata={"help": "Where everything goes; by default runs/<model type>-<data>."}
     )
-    max_steps: int = field(default=600, metadata={"help": "Optimizer steps; -1: --num_train_epochs decides."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per step and device."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; -1: --num_train_epochs decides."})
+    per_device_train_batch_size: int = field(default=2, metadata={"help": "Rows per step and device."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Rows per evaluation step and device."})
-    learning_rate: float = field(default=8e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=6e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after the warmup."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warmup: steps, or a share of them if below 1."})
     weight_decay: float = field(default=0.1, metadata={"help": "Decay of matrices (not of norms and biases)."})
@@ -162,7 +162,7 @@ class PretrainingArguments(TrainingArguments):
     eval_on_start: bool = field(default=True, metadata={"help": "Validation loss before training."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate during training."})
     eval_steps: float | None = field(default=0.2, metadata={"help": "Steps between, or a share of all if below 1."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two training losses."})
+    logging_steps: float = field(default=20, metadata={"help": "Steps between two training losses."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     dataloader_pin_memory: bool = field(
         default=torch.cuda.is_available(), metadata={"help": "Pinned memory, where there is a GPU to profit."}
@@ -188,6 +188,7 @@ SMOKE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "per_device_train_batch_size": 8,
+    "learning_rate": 8e-3,
     "vocab_size": 512,
     "block_size": 64,
     "max_documents": 60,

@@ -210,18 +210,17 @@ class MirasStepGate(MirasLowRankGate):
 
 
 class MirasRetentionGate(MirasLowRankGate):
-    """Log retention of every token, `log alpha = -exp(a_log) softplus(.)`, at least `min_log_alpha`, float32."""
+    """Log retention of every token, `log alpha = -exp(a_log) softplus(.)`, float32; the memory bounds it below."""
 
     def __init__(self, config: MirasConfig):
         super().__init__(config, config.gate_granularity)
-        self.min_log_alpha = config.min_log_alpha
         self.half_lives = (config.min_half_life, config.max_half_life)
         self.a_log = nn.Parameter(torch.zeros(config.num_attention_heads))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         rate = F.softplus(super().forward(hidden_states))
         scale = self.a_log.float().exp()
-        return (-rate * (scale[:, None] if self.per_channel else scale)).clamp(min=self.min_log_alpha)
+        return -rate * (scale[:, None] if self.per_channel else scale)
 
     def initial_bias(self) -> Tensor:
         shortest, longest = (math.log(half_life) for half_life in self.half_lives)

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .adjoint import ReadGroup, has_adjoint
 from .architecture import Factors
 from .layout import ChunkLayout, build_layout, check_layout_arguments
 from .rule import (
@@ -40,6 +41,7 @@ from .rule import (
     starting_dual,
     without_autocast,
 )
+from .vjp import BoundedAdjoint
 
 
 @without_autocast
@@ -112,17 +114,23 @@ def chunk_miras(
     if chunks_per_group is None:
         chunks_per_group = _chunks_per_group(rule, head_dim, steps) if recompute else 8
 
+    # a group either is plain or does one of the rare things that only `read_group` knows
+    borders = sorted({*range(0, steps, chunks_per_group), steps, *memory.special_borders()})
     # split, not sliced group by group: the gradients of the pieces are put together once
-    borders = [*range(0, steps, chunks_per_group), steps]
     sizes = [offsets[last] - offsets[first] for first, last in itertools.pairwise(borders)]
     pieces = [itertools.repeat(None) if t is None else t.split(sizes) for t in chunks]
+    by_hand = recompute and has_adjoint(rule) and not torch.compiler.is_compiling()
 
     states, captured = memory.start, memory.captured
     outputs = []
     for (first, last), *group in zip(itertools.pairwise(borders), *pieces, strict=False):
         group = MemoryInputs(*group)
+        if by_hand and memory.is_plain(first, last):
+            y, states = memory.read_group_by_hand(first, last, group, states)
+            if captured is not None and last == layout.full_steps:
+                captured = states, captured[1]
         # a single group would be computed twice for nothing
-        if recompute and chunks_per_group < steps:
+        elif recompute and len(sizes) > 1:
             y, states, captured = checkpoint(
                 memory.read_group,
                 first,
@@ -145,7 +153,7 @@ def _chunks_per_group(rule: MirasRule, head_dim: int, steps: int) -> int:
     """Balances what is kept per group (a state) against what is recomputed at once (activations of its chunks)."""
     shapes = rule.architecture.weight_shapes(head_dim)
     state = sum(fan_in * fan_out for fan_in, fan_out in shapes)
-    activations = rule.chunk_size * sum(10 * (fan_in + fan_out) for fan_in, fan_out in shapes) + 4 * state
+    activations = rule.chunk_size * sum(3 * (fan_in + fan_out) for fan_in, fan_out in shapes) + 4 * state
     return max(1, round(math.sqrt(steps * state / activations)))
 
 
@@ -205,13 +213,37 @@ class _Memory:
             tensors += [*self.earlier.inputs, *self.earlier.gradients, self.earlier.eta, self.earlier.log_decay]
         return tensors
 
+    def special_borders(self) -> set[int]:
+        """Where groups end besides: after a chunk that a state has begun, before the chunk that the new state begins."""
+        steps = len(self.layout.active)
+        borders = {1} if self.earlier is not None and steps else set()
+        if self.captured is not None and self.layout.full_steps is not None:
+            borders.add(self.layout.full_steps)
+        return borders
+
+    def is_plain(self, first: int, last: int) -> bool:
+        """Whether these steps neither go on from a begun chunk nor leave anything for the final state."""
+        if first == 0 and self.earlier is not None:
+            return False
+        full_steps = self.layout.full_steps
+        return self.captured is None or (full_steps is not None and last <= full_steps)
+
+    def read_group_by_hand(self, first: int, last: int, x: MemoryInputs, states):
+        """`read_group` of plain steps, with the adjoint of `adjoint.py`."""
+
+        def read(x: MemoryInputs, states, base, norm):
+            return self.read_group(first, last, x, states, None)[:2]
+
+        sizes = [rows * self.heads for rows in self.layout.active[first:last]]
+        y, *states = ReadGroup.apply(read, self.rule, sizes, *x, *states, *self.base, *self.norm)
+        return y, tuple(states)
+
     def read_group(self, first: int, last: int, x: MemoryInputs, states, captured):
         """Reads the chunks of steps `first` to `last`; `x` holds their slots, `states` the living rows' dual states."""
         rule, heads = self.rule, self.heads
         x = bound_inputs(x, rule)  # here, where it is recomputed: copies of the whole length would be kept
         axes = rule.architecture.gate_axes
-        log_decay = x.log_alpha.cumsum(-2)
-        eta = x.eta
+        eta, log_decay = x.eta, x.log_alpha.cumsum(-2)
         if first == 0 and self.earlier is not None:
             eta, log_decay = self._with_earlier_gates(eta, log_decay)
         sizes = [rows * heads for rows in self.layout.active[first:last]]
@@ -246,7 +278,8 @@ class _Memory:
 
             outputs.append(rule.architecture.read(linear, q[i], *norm))
             states = tuple(
-                rule.algorithm.fold(axis, s, f, now) for axis, s, f in zip(axes, states, factors, strict=True)
+                BoundedAdjoint.apply(rule.algorithm.fold(axis, s, f, now))
+                for axis, s, f in zip(axes, states, factors, strict=True)
             )
             if captured is not None:
                 captured = self._capture(step, captured, states, factors, eta[i], log_decay[i])

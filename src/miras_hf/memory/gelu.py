@@ -33,30 +33,45 @@ _B = 2.0 * math.sqrt(2.0 / math.pi)
 _A = _B * 0.044715 / 3.0
 
 
-def _gate(z: Tensor) -> tuple[Tensor, Tensor]:
-    squared = z * z
-    return torch.sigmoid((squared * (3.0 * _A)).add_(_B).mul_(z)), squared
+# the chains below work in place: on a CPU they are bound by memory, and a fresh tensor costs two passes more
 
 
-def _slope(z: Tensor, gate: Tensor, squared: Tensor) -> Tensor:
-    return (squared * (9.0 * _A)).add_(_B).mul_(z).mul_(1.0 - gate).add_(1.0).mul_(gate)
+def _gate(z: Tensor) -> Tensor:
+    return (z * z).mul_(3.0 * _A).add_(_B).mul_(z).sigmoid_()
 
 
-def _curvature(z: Tensor, gate: Tensor, squared: Tensor) -> Tensor:
-    rate = (squared * (9.0 * _A)).add_(_B)
-    total = (gate * -2.0).add_(1.0).mul_(rate).mul_(rate).mul_(z)
-    # 2 w' + z w'' = 2 b + 36 a z^2
-    total.add_(squared, alpha=36.0 * _A).add_(2.0 * _B)
-    return total.mul_(gate).mul_(1.0 - gate)
+def _gate_and_terms(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """s, w', z w' and s (1 - s)."""
+    rate = (z * z).mul_(9.0 * _A).add_(_B)
+    lift = z * rate
+    # 3 w = z (3 b + 9 a z^2)
+    gate = (rate + 2.0 * _B).mul_(z).mul_(1.0 / 3.0).sigmoid_()
+    return gate, rate, lift, torch.addcmul(gate, gate, gate, value=-1.0)
+
+
+def _hidden_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+    gate, _, lift, spread = _gate_and_terms(z)
+    slope = lift.mul_(spread).add_(gate)
+    return gate.mul_(z), slope
+
+
+def gelu_slope_curvature(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`gelu(z)`, `gelu'(z)` and `gelu''(z)`, outside autograd: for adjoints written by hand."""
+    gate, rate, lift, spread = _gate_and_terms(z)
+    # 2 w' + z w'' = 4 w' - 2 b
+    curvature = torch.addcmul(lift, gate, lift, value=-2.0).add_(4.0).mul_(rate).sub_(2.0 * _B).mul_(spread)
+    slope = lift.mul_(spread).add_(gate)
+    return gate.mul_(z), slope, curvature
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z: Tensor) -> Tensor:
-        gate, squared = _gate(z)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(z, _slope(z, gate, squared))
-        return gate.mul_(z)
+        if not ctx.needs_input_grad[0]:
+            return _gate(z).mul_(z)
+        hidden, slope = _hidden_and_slope(z)
+        ctx.save_for_backward(z, slope)
+        return hidden
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
@@ -68,11 +83,11 @@ class _Gelu(torch.autograd.Function):
 class _GeluAndSlope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z: Tensor) -> tuple[Tensor, Tensor]:
-        gate, squared = _gate(z)
-        slope = _slope(z, gate, squared)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(slope, _curvature(z, gate, squared))
-        return gate.mul_(z), slope
+        if not ctx.needs_input_grad[0]:
+            return _hidden_and_slope(z)
+        hidden, slope, curvature = gelu_slope_curvature(z)
+        ctx.save_for_backward(slope, curvature)
+        return hidden, slope
 
     @staticmethod
     @once_differentiable

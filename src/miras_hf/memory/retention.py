@@ -26,12 +26,13 @@ read uses the link linearised there, `ChunkWeights`, so that a chunk stays a han
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .architecture import Factors
+from .vjp import Companions, by_autograd, gradients
 
 
 class ChunkWeights(NamedTuple):
@@ -58,13 +59,65 @@ class ChunkWeights(NamedTuple):
     writes_matrix: Callable[[Tensor], Tensor] | None = None
 
 
+class LinkedChunk(NamedTuple):
+    """What `at_chunk_start_with_vjp` returns.
+
+    Args:
+        weights (`ChunkWeights`): the chunk's weights.
+        writes_with_vjp (`Callable`, *optional*): `weights.writes`, returning besides the map from its result's adjoint
+            to its argument's.
+        vjp (`Callable`): from the adjoints of the weights' tensors, as a `ChunkWeights`, to those of the state and of
+            the base. To be called last: the linearised link may depend on the state, too.
+    """
+
+    weights: ChunkWeights
+    writes_with_vjp: Callable[[Factors], tuple[Factors, Callable[[Factors], Factors]]] | None
+    vjp: Callable[[ChunkWeights], tuple[Tensor | None, Tensor | None]]
+
+
+def link_by_autograd(gate: "RetentionGate", state: Tensor, base: Tensor | None, hidden_axis: int) -> LinkedChunk:
+    """`at_chunk_start_with_vjp` of any gate."""
+    with torch.enable_grad():
+        leaves = (state.detach().requires_grad_(), None if base is None else base.detach().requires_grad_())
+        weights = gate.at_chunk_start(*leaves, hidden_axis)
+    tensors = weights[:4]
+    met: list[tuple[Tensor, Tensor]] = []
+
+    def writes_with_vjp(factors: Factors):
+        with torch.enable_grad():
+            seen = Factors(*(f.detach().requires_grad_() for f in factors))
+            mapped = weights.writes(seen)
+
+        def vjp(bars: Factors) -> Factors:
+            met.extend(zip(mapped, bars, strict=True))
+            return Factors(*gradients(zip(mapped, bars, strict=True), seen, retain_graph=True))
+
+        return Factors(*(m.detach() for m in mapped)), vjp
+
+    def vjp(bars: ChunkWeights):
+        return gradients([*met, *zip(tensors, bars[:4], strict=True)], leaves)
+
+    return LinkedChunk(
+        ChunkWeights(*(None if t is None else t.detach() for t in tensors), weights.writes),
+        None if weights.writes is None else writes_with_vjp,
+        vjp,
+    )
+
+
 def _rms(x: Tensor) -> Tensor:
-    return (x.square().mean((-2, -1), keepdim=True) + 1e-24).sqrt()
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return norm.clamp(min=1e-12) / math.sqrt(x.shape[-2] * x.shape[-1])
 
 
 @dataclass(frozen=True)
-class RetentionGate:
+class RetentionGate(Companions):
     """Base class of the links."""
+
+    companions: ClassVar[dict[str, tuple[str, ...]]] = {
+        "at_chunk_start_with_vjp": ("at_chunk_start", "link"),
+        "scale_with_vjp": ("scale", "denominator"),
+    }
+    at_chunk_start_with_vjp: ClassVar[Callable | None] = None
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
         """`W = phi(A)`, shape `[..., in, out]`, norms and simplices taken over each weight of each head alone."""
@@ -114,6 +167,39 @@ class FrozenScale(RetentionGate):
         scale = self.scale(dual)
         return ChunkWeights(dual if scale is None else scale * dual, constant=base, decaying=state, scale=scale)
 
+    def at_chunk_start_with_vjp(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> LinkedChunk:
+        dual = state if base is None else base + state
+        if self.scale_with_vjp is None:
+            (scale,), scale_vjp = by_autograd(lambda dual: (self.scale(dual),), dual)
+        else:
+            scale, scale_vjp = self.scale_with_vjp(dual)
+
+        def vjp(bars: ChunkWeights):
+            if scale is None:
+                dual_bar = bars.weight
+            else:
+                scale_bar = (bars.weight * dual).sum((-2, -1), keepdim=True).add_(bars.scale)
+                dual_bar = scale_vjp(scale_bar)[0].addcmul_(bars.weight, scale)
+            state_bar = bars.decaying.add_(dual_bar)
+            return state_bar, None if base is None else dual_bar.add_(bars.constant)
+
+        weight = dual if scale is None else scale * dual
+        return LinkedChunk(ChunkWeights(weight, constant=base, decaying=state, scale=scale), None, vjp)
+
+    def scale_with_vjp(self, dual: Tensor) -> tuple[Tensor | None, Callable[[Tensor], tuple[Tensor]]]:
+        """The scalar, and the map from its adjoint to the dual's."""
+        scale = self.scale(dual)
+        if scale is None:
+            return None, None
+        # below one it is cap / rms(A), of slope -scale^3 / (cap^2 size) A
+        size = dual.shape[-2] * dual.shape[-1]
+
+        def vjp(bar: Tensor) -> tuple[Tensor]:
+            rate = torch.where(scale < 1.0, bar * scale**3, 0.0) * (-1.0 / (self.weight_cap**2 * size))
+            return (dual * rate,)
+
+        return scale, vjp
+
 
 @dataclass(frozen=True)
 class Decay(FrozenScale):
@@ -158,6 +244,28 @@ class Lq(FrozenScale):
         if self.weight_cap is None:
             return scale
         return torch.minimum(scale, self.weight_cap / _rms(dual))
+
+    def scale_with_vjp(self, dual: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
+        q = self.power
+        floor = self.norm_floor**q
+        total = _power_sum(dual, q)
+        free = total.clamp(min=floor).pow(-(q - 2.0) / q)
+        capped = None if self.weight_cap is None else self.weight_cap / _rms(dual)
+        scale = free if capped is None else torch.minimum(free, capped)
+
+        def vjp(bar: Tensor) -> tuple[Tensor]:
+            # free = (sum |A|^q)^(-(q-2)/q), of slope -(q-2) free / total |A|^(q-2) A above the floor
+            moves = (total > floor) if capped is None else (total > floor) & (free <= capped)
+            powered = dual.square() if q == 4.0 else dual.abs().pow(q - 2.0)
+            rate = torch.where(moves, bar * free / total, 0.0) * (2.0 - q)
+            dual_bar = powered.mul_(rate)
+            if capped is not None:
+                size = dual.shape[-2] * dual.shape[-1]
+                rate = torch.where(capped < free, bar * capped**3, 0.0) * (-1.0 / (self.weight_cap**2 * size))
+                dual_bar.add_(rate)
+            return (dual_bar.mul_(dual),)
+
+        return scale, vjp
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         if self.power == 3.0:  # phi keeps no scale at q = 3: every A of this direction has the same image
@@ -255,6 +363,20 @@ class KL(RetentionGate):
             return slope * (matrix - matrix.mean(hidden_axis, keepdim=True))
 
         return ChunkWeights(weight, constant=weight, writes=writes, writes_matrix=writes_matrix)
+
+    def at_chunk_start_with_vjp(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> LinkedChunk:
+        weights = self.at_chunk_start(state, base, hidden_axis)
+        weight, (mass, _) = weights.weight, self.simplex(state, hidden_axis)
+
+        def vjp(bars: ChunkWeights):
+            # c softmax(A) along an axis: W o (bar - sum(bar o W) / c)
+            bar = bars.weight + bars.constant
+            inner = (bar * weight).sum(hidden_axis, keepdim=True).div_(mass)
+            dual_bar = bar.sub_(inner).mul_(weight)
+            return dual_bar, None if base is None else dual_bar
+
+        # centring is symmetric: the map on the writes is its own adjoint
+        return LinkedChunk(weights, lambda factors: (weights.writes(factors), weights.writes), vjp)
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         # to first order: the deviations of c softmax(A) from its mean are (c/n) A

@@ -1,0 +1,236 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The adjoint of a group of chunks.  TODO derivation."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from .architecture import Factors
+from .attentional_bias import AttentionalBias
+from .learning import Gates
+from .retention import ChunkWeights, LinkedChunk, link_by_autograd
+from .rule import MemoryInputs, MirasRule, bound_inputs
+from .vjp import bound_adjoint, by_autograd
+
+
+def has_adjoint(rule: MirasRule) -> bool:
+    """Whether architecture and algorithm bring their companions; bias and retention gate do without."""
+    names = ("read_with_vjp", "write_with_vjp"), ("chunk_gates_with_vjp", "read_with_vjp", "fold_vjp")
+    return all(
+        getattr(choice, name, None) is not None
+        for choice, companions in zip((rule.architecture, rule.algorithm), names, strict=True)
+        for name in companions
+    )
+
+
+class ReadGroup(torch.autograd.Function):
+    """Reads a group of chunks, keeping the state before it only.
+
+    Called as `apply(read, rule, sizes, *inputs, *states, *base, *norm)`: `read` maps the last four to the outputs and
+    the states after the group, `sizes` are the rows of every step.
+    """
+
+    @staticmethod
+    def forward(ctx, read: Callable, rule: MirasRule, sizes: list[int], *tensors: Tensor | None):
+        ctx.rule, ctx.sizes = rule, sizes
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        y, states = read(*_parted(rule, tensors))
+        return y, *states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_bar: Tensor | None, *state_bars: Tensor | None):
+        x, states, base, norm = _parted(ctx.rule, ctx.saved_tensors)
+        if y_bar is None:
+            y_bar = torch.zeros_like(x.q)
+        return None, None, None, *_group_adjoint(ctx.rule, ctx.sizes, x, states, base, norm, y_bar, state_bars)
+
+
+def _parted(rule: MirasRule, tensors):
+    fields, layers = len(MemoryInputs._fields), len(rule.architecture.gate_axes)
+    x, rest = MemoryInputs(*tensors[:fields]), tensors[fields:]
+    return x, rest[:layers], rest[layers : 2 * layers], rest[2 * layers :]
+
+
+class _Chunk(NamedTuple):
+    """What the adjoint of a chunk needs of its forward."""
+
+    states: tuple[Tensor, ...]
+    linked: list[LinkedChunk]
+    factors: tuple[Factors, ...]
+    write_vjp: Callable
+    error_bars: list  # filled by the write's vjp: the adjoints of the error and of delta
+
+
+def _group_adjoint(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm, y_bar, state_bars):
+    axes, algorithm = rule.architecture.gate_axes, rule.algorithm
+    layers = range(len(axes))
+    unbounded, x = x, bound_inputs(x, rule)
+    gates, gates_vjp = algorithm.chunk_gates_with_vjp(x.eta, x.log_alpha.cumsum(-2))
+    gates = gates.split(sizes)
+    q, k, v, y_bars = (t.split(sizes) for t in (x.q, x.k, x.v, y_bar))
+    delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)
+
+    # forward once more, the writes only: they make the states, the reads are nobody's input
+    chunks = []
+    for i, rows in enumerate(sizes):
+        states = tuple(s[:rows] for s in states)
+        chunks.append(_write(rule, k[i], v[i], delta[i], states, *_first_rows(rows, base, norm)))
+        if i + 1 < len(sizes):
+            states = tuple(
+                algorithm.fold(axis, s, f, gates[i])
+                for axis, s, f in zip(axes, states, chunks[i].factors, strict=True)
+            )
+
+    base_bars = [None if b is None else torch.zeros_like(b) for b in base]
+    norm_bars = [torch.zeros_like(p) for p in norm]
+    bars_of_step = []
+    for i in reversed(range(len(sizes))):
+        rows, chunk = sizes[i], chunks.pop()
+        _, norm_here = _first_rows(rows, base, norm)
+        q_bar, read_norm_bars, weights_bars, factors_bars, gates_bars = _read_adjoint(
+            rule, chunk, q[i], gates[i], norm_here, y_bars[i]
+        )
+
+        new_state_bars = []
+        for layer in layers:
+            state_bar = state_bars[layer]
+            if state_bar is not None:
+                if state_bar.shape[0] < rows:  # rows that end with this step
+                    state_bar = pad(state_bar, (0, 0, 0, 0, 0, rows - state_bar.shape[0]))
+                state_bar, bars, gates_bar = algorithm.fold_vjp(
+                    axes[layer], chunk.states[layer], chunk.factors[layer], gates[i], bound_adjoint(state_bar)
+                )
+                gates_bars.append(gates_bar)
+                for bar, more in zip(factors_bars[layer], bars, strict=True):
+                    bar.add_(more)
+            new_state_bars.append(state_bar)
+
+        of_weights, k_bar, *write_norm_bars = chunk.write_vjp(tuple(factors_bars))
+        error_bar, delta_bar = chunk.error_bars
+        for layer in layers:
+            bars = weights_bars[layer]._replace(weight=of_weights[layer])
+            state_bar, base_bar = chunk.linked[layer].vjp(bars)
+            new_state_bars[layer] = _sum([new_state_bars[layer], state_bar])
+            if base_bar is not None:
+                base_bars[layer][:rows].add_(base_bar)
+        for total, *bars in zip(norm_bars, read_norm_bars, write_norm_bars, strict=True):
+            for bar in bars:
+                if bar is not None:
+                    total[:rows].add_(bar)
+        state_bars = new_state_bars
+        bars_of_step.append(
+            (q_bar, k_bar, error_bar, delta_bar, [_sum(field) for field in zip(*gates_bars, strict=True)])
+        )
+
+    bars_of_step.reverse()
+    q_bar, k_bar, error_bar, delta_bar, gates_bars = zip(*bars_of_step, strict=True)
+    gates_bar = Gates(
+        *(_joined(*field) for field in zip(zip(*gates_bars, strict=True), zip(*gates, strict=True), strict=True))
+    )
+    eta_bar, log_decay_bar = gates_vjp(gates_bar)
+    delta_bar = None if x.delta is None else torch.cat(delta_bar)
+    log_alpha_bar = log_decay_bar.flip(-2).cumsum(-2).flip(-2)
+    bars = torch.cat(q_bar), torch.cat(k_bar), torch.cat(error_bar).neg_(), log_alpha_bar
+    # what was cut has no gradient
+    bounds = zip(
+        (x.q, x.k, x.v, x.log_alpha), (unbounded.q, unbounded.k, unbounded.v, unbounded.log_alpha), strict=True
+    )
+    q_bar, k_bar, v_bar, log_alpha_bar = (bar.mul_(b == u) for bar, (b, u) in zip(bars, bounds, strict=True))
+    return q_bar, k_bar, v_bar, eta_bar, log_alpha_bar, delta_bar, *state_bars, *base_bars, *norm_bars
+
+
+def _write(rule: MirasRule, k, v, delta, states, base, norm) -> _Chunk:
+    gate, error_bars = rule.retention, []
+    linked = []
+    for layer, (s, b) in enumerate(zip(states, base, strict=True)):
+        if gate.at_chunk_start_with_vjp is None:
+            linked.append(link_by_autograd(gate, s, b, rule.hidden_axis(layer)))
+        else:
+            linked.append(gate.at_chunk_start_with_vjp(s, b, rule.hidden_axis(layer)))
+
+    def residual(prediction: Tensor):
+        r, residual_vjp = _residual(rule.attentional_bias, prediction - v, delta)
+
+        def vjp(bar: Tensor) -> Tensor:
+            error_bars.extend(residual_vjp(bar))
+            return error_bars[0]
+
+        return r, vjp
+
+    weights = tuple(link.weights.weight for link in linked)
+    factors, write_vjp = rule.architecture.write_with_vjp(weights, k, residual, *norm)
+    return _Chunk(states, linked, factors, write_vjp, error_bars)
+
+
+def _residual(bias: AttentionalBias, error: Tensor, delta: Tensor | None):
+    if bias.residual_with_vjp is not None and bias.gradient_with_vjp is not None:
+        return bias.residual_with_vjp(error, delta)
+    (r,), vjp = by_autograd(lambda error, delta: (bias.residual(error, delta),), error, delta)
+    return r, vjp
+
+
+def _read_adjoint(rule: MirasRule, chunk: _Chunk, q: Tensor, gates: Gates, norm, y_bar: Tensor):
+    """Adjoints of q and the norm, layer by layer of weights and factors, and one `Gates` per layer."""
+    layers = range(len(chunk.factors))
+    weights_bars: list[ChunkWeights | None] = [None for _ in layers]
+    factors_bars: list[Factors | None] = [None for _ in layers]
+    gates_bars: list[Gates] = []
+
+    def linear(layer: int, h: Tensor):
+        weights, writes_with_vjp, _ = chunk.linked[layer]
+        factors, writes_vjp = chunk.factors[layer], None
+        if writes_with_vjp is not None:
+            factors, writes_vjp = writes_with_vjp(factors)
+        z, read_vjp = rule.algorithm.read_with_vjp(rule.architecture.gate_axes[layer], weights, factors, h, gates)
+
+        def vjp(z_bar: Tensor) -> Tensor:
+            h_bar, weights_bars[layer], bars, gates_bar = read_vjp(z_bar)
+            factors_bars[layer] = bars if writes_vjp is None else writes_vjp(bars)
+            gates_bars.append(gates_bar)
+            return h_bar
+
+        return z, vjp
+
+    _, read_vjp = rule.architecture.read_with_vjp(linear, q, *norm)
+    q_bar, *norm_bars = read_vjp(y_bar)
+    return q_bar, norm_bars, weights_bars, factors_bars, gates_bars
+
+
+def _first_rows(rows: int, base, norm):
+    return tuple(None if b is None else b[:rows] for b in base), tuple(p[:rows] for p in norm)
+
+
+def _sum(bars):
+    """The sum of adjoints of which None are zero; may write into the first."""
+    total = None
+    for bar in bars:
+        if isinstance(bar, Tensor):
+            total = bar if total is None else total.add_(bar)
+    return total
+
+
+def _joined(bars, values):
+    """The adjoints of all steps' values in one tensor, zeros where there is none."""
+    if not isinstance(values[0], Tensor):
+        return values[0]
+    return torch.cat(
+        [torch.zeros_like(value) if bar is None else bar for bar, value in zip(bars, values, strict=True)]
+    )

@@ -1,0 +1,92 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Vector-Jacobian products beside the forward methods of the four choices.
+
+A method `f` of a choice may have a companion `f_with_vjp`: the same arguments, the same result, and besides a function
+`vjp` that takes the adjoints of the result (the gradients of the outer loss with respect to it) to the adjoints of the
+arguments. A companion keeps exactly what its `vjp` needs, and runs outside autograd.
+
+Companions are optional. What has none is differentiated by autograd, so that a new choice is a forward method and
+nothing else. A subclass with a forward of its own loses the companion written for the forward it replaces.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Companions:
+    """Base class of the choices: keeps forwards and companions together under inheritance."""
+
+    companions: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """For every companion the methods it differentiates."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for companion, forwards in cls.companions.items():
+            if companion not in vars(cls) and any(forward in vars(cls) for forward in forwards):
+                setattr(cls, companion, None)
+
+
+def by_autograd(function: Callable, *inputs: Tensor | None) -> tuple[tuple[Tensor | None, ...], Callable]:
+    """`function(*inputs)`, a tuple of tensors or None, and its vjp, which returns an adjoint or None per input."""
+    with torch.enable_grad():
+        leaves = tuple(None if x is None else x.detach().requires_grad_() for x in inputs)
+        outputs = function(*leaves)
+
+    def vjp(*bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients(zip(outputs, bars, strict=True), leaves)
+
+    return tuple(None if y is None else y.detach() for y in outputs), vjp
+
+
+def gradients(outputs_and_bars, leaves, retain_graph: bool = False) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` where outputs, their adjoints and leaves may be None."""
+    pairs = [(y, b) for y, b in outputs_and_bars if y is not None and b is not None and y.requires_grad]
+    present = [x for x in leaves if x is not None]
+    if not pairs or not present:
+        return (None,) * len(leaves)
+    outputs, bars = zip(*pairs, strict=True)
+    grads = iter(torch.autograd.grad(outputs, present, bars, retain_graph=retain_graph, allow_unused=True))
+    return tuple(None if x is None else next(grads) for x in leaves)
+
+
+LARGEST_STATE_ADJOINT = 1e12
+"""Largest entry of a state's adjoint. On streams that make the recurrence locally chaotic the adjoint grows by a factor
+per chunk and overflows over thousands of tokens; one such row would make the gradients of all parameters NaN."""
+
+
+def bound_adjoint(bar: Tensor) -> Tensor:
+    """The adjoint of a dual state `[..., in, out]`, scaled down where an entry exceeds the largest."""
+    largest = torch.linalg.vector_norm(bar, ord=float("inf"), dim=(-2, -1), keepdim=True)
+    return bar * (LARGEST_STATE_ADJOINT / largest.clamp(min=LARGEST_STATE_ADJOINT))
+
+
+class BoundedAdjoint(torch.autograd.Function):
+    """The identity, its adjoint bounded: `bound_adjoint` for autograd."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, bar: Tensor) -> Tensor:
+        return bound_adjoint(bar)
+
+
+def summed_like(bar: Tensor, x: Tensor) -> Tensor:
+    """The adjoint of a factor that was broadcast along its last axis, such as a gate of one number a head."""
+    return bar if x.shape[-1] == bar.shape[-1] else bar.sum(-1, keepdim=True)
