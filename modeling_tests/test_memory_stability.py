@@ -252,3 +252,18 @@ def test_decay_toward_zero_kills_yaad(alpha):
     """The other half of the trap: zero weights have zero gradients, and the memory returns its queries."""
     _, effect = rounding_and_effect(random_case("yaad", alpha, decay_target="zero"))
     assert effect < 1e-6
+
+
+@pytest.mark.parametrize("by_hand", [True, False], ids=["adjoint", "autograd"])
+def test_gradients_survive_the_fastest_decay(by_hand, monkeypatch):
+    """A whole chunk at the smallest log alpha: factors of exp(80) meet their inverses, in the backward too."""
+    if not by_hand:
+        monkeypatch.setattr("miras_hf.memory.chunk.has_adjoint", lambda rule: False)
+    case = make_case(rule_of("moneta", chunk_size=64), tokens=150, dtype=torch.float32)
+    case.inputs["log_alpha"] = torch.full_like(case.inputs["log_alpha"], -2.5)
+    case = case.requires_grad()
+    y, _ = case(chunk_miras)
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    for name, leaf in case.named_leaves().items():
+        assert leaf.grad.isfinite().all(), name

@@ -76,7 +76,8 @@ class GradientDescent(Companions):
         reference = 0.5 * log_decay[..., -1:, :]
         query = torch.exp(log_decay - reference)
         half = torch.exp(reference)
-        key = eta / query
+        # not eta / query: the derivative of the quotient would square a factor that may be exp(80)
+        key = eta * torch.exp(reference - log_decay)
         return Gates(query * half, query, key, True, key * half, half * half)
 
     def chunk_gates_with_vjp(self, eta: Tensor, log_decay: Tensor) -> tuple[Gates, Callable[[Gates], tuple]]:

@@ -186,7 +186,7 @@ class FrozenScale(RetentionGate):
         weight = dual if scale is None else scale * dual
         return LinkedChunk(ChunkWeights(weight, constant=base, decaying=state, scale=scale), None, vjp)
 
-    def scale_with_vjp(self, dual: Tensor) -> tuple[Tensor | None, Callable[[Tensor], tuple[Tensor]]]:
+    def scale_with_vjp(self, dual: Tensor) -> tuple[Tensor | None, Callable[[Tensor], tuple[Tensor]] | None]:
         """The scalar, and the map from its adjoint to the dual's."""
         scale = self.scale(dual)
         if scale is None:
