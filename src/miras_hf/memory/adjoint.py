@@ -11,7 +11,49 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The adjoint of a group of chunks.  TODO derivation."""
+"""The adjoint of a group of chunks: the backward pass of the chunk-parallel form, in matrix products.
+
+Autograd of `chunk_miras` is right and slow: some three hundred small operations a chunk, each with a node and a saved
+tensor. Here the backward pass is written out. A group keeps the states before it, and nothing else; its adjoint runs
+the group's writes once more and then goes back chunk by chunk. `x_bar` is the adjoint of x, the gradient of the outer
+loss with respect to it. Names are those of `architecture.py` and `learning.py`; products are per head.
+
+What a chunk computes, S being strictly what a token sees, `tril`, and f, F the gates at which writes are folded:
+
+    link       W = phi(A)                                                  RetentionGate.at_chunk_start
+    write      z1 = k W1,  h = gelu(z1),  z2 = h W2,  n = LN(z2)           MLPMemory.write
+               r = residual(k + gamma n + beta - v)
+               dz2 = P(gamma r) / std,   dhidden = dz2 W2^T,   dz1 = dhidden gelu'(z1)
+    read       z1 = (q B) D1 + q A0 - S dz1,    S = tril((q B) (k eta / B)^T)         GradientDescent.read
+               z2 = B (h D2) + h A0 - B S U,    S = tril(h H^T),   U = dz2 eta / B
+    fold       A' = B_C A - (k f)^T dz1,   f = eta B_C / B                 GradientDescent.fold
+
+The reads feed nobody but the output, and the state's adjoint comes from the next chunk's, so a chunk goes back in the
+order read, fold, write, link.
+
+Every product goes back as two, `z = x W` as `x_bar = z_bar W^T`, `W_bar = x^T z_bar`, and the causal one as
+
+    z = -S dz,  S = tril(x K^T):   S_bar = -tril(z_bar dz^T),  dz_bar = -S^T z_bar,  x_bar = S_bar K,  K_bar = S_bar^T x
+    A' = B_C A - (k f)^T dz:       A_bar = B_C A'_bar,  (k f)_bar = -dz A'_bar^T,  dz_bar = -(k f) A'_bar
+
+The write is a backward pass itself, and its adjoint meets two derivatives of second order. Of the gelu:
+
+    dz1 = dhidden gelu'(z1):       dhidden_bar = dz1_bar gelu'(z1),    z1_bar gets dz1_bar dhidden gelu''(z1)
+
+Of the layer norm, with `P g = g - mean(g) - n mean(n g)`, symmetric, the backward of `n = LN(z2)` being `P / std`:
+
+    dz2 = P g / std:   g_bar = P(dz2_bar) / std
+                       n_bar = -(dz2_bar mean(n g) + g mean(n dz2_bar)) / std,  besides gamma m_bar of the prediction m
+                       z2_bar = (P(n_bar) - n mean(dz2_bar dz2)) / std
+
+the last term because 1/std itself, a factor of dz2, moves with z2.
+
+Links other than the identity and losses bring their own adjoints; see the companions beside their forwards. A bias or
+a retention gate without companions is differentiated by autograd, on its own, inside this backward pass; with an
+architecture or an algorithm without companions the whole group is, recomputed by `torch.utils.checkpoint`. So are, in
+training only, chunks that go on from the middle of a chunk or leave a begun chunk to the final state, and everything
+under `torch.compile`, which fuses what is slow in eager mode. The adjoint itself is not differentiable.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -88,7 +130,8 @@ def _group_adjoint(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, b
     q, k, v, y_bars = (t.split(sizes) for t in (x.q, x.k, x.v, y_bar))
     delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)
 
-    # forward once more, the writes only: they make the states, the reads are nobody's input
+    total = states[0].shape[0]
+    # forward once more, the writes alone: they make the states
     chunks = []
     for i, rows in enumerate(sizes):
         states = tuple(s[:rows] for s in states)
@@ -113,10 +156,9 @@ def _group_adjoint(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, b
         for layer in layers:
             state_bar = state_bars[layer]
             if state_bar is not None:
-                if state_bar.shape[0] < rows:  # rows that end with this step
-                    state_bar = pad(state_bar, (0, 0, 0, 0, 0, rows - state_bar.shape[0]))
+                state_bar = _with_ended_rows(bound_adjoint(state_bar), rows)
                 state_bar, bars, gates_bar = algorithm.fold_vjp(
-                    axes[layer], chunk.states[layer], chunk.factors[layer], gates[i], bound_adjoint(state_bar)
+                    axes[layer], chunk.states[layer], chunk.factors[layer], gates[i], state_bar
                 )
                 gates_bars.append(gates_bar)
                 for bar, more in zip(factors_bars[layer], bars, strict=True):
@@ -131,10 +173,10 @@ def _group_adjoint(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, b
             new_state_bars[layer] = _sum([new_state_bars[layer], state_bar])
             if base_bar is not None:
                 base_bars[layer][:rows].add_(base_bar)
-        for total, *bars in zip(norm_bars, read_norm_bars, write_norm_bars, strict=True):
+        for norm_bar, *bars in zip(norm_bars, read_norm_bars, write_norm_bars, strict=True):
             for bar in bars:
                 if bar is not None:
-                    total[:rows].add_(bar)
+                    norm_bar[:rows].add_(bar)
         state_bars = new_state_bars
         bars_of_step.append(
             (q_bar, k_bar, error_bar, delta_bar, [_sum(field) for field in zip(*gates_bars, strict=True)])
@@ -154,6 +196,7 @@ def _group_adjoint(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, b
         (x.q, x.k, x.v, x.log_alpha), (unbounded.q, unbounded.k, unbounded.v, unbounded.log_alpha), strict=True
     )
     q_bar, k_bar, v_bar, log_alpha_bar = (bar.mul_(b == u) for bar, (b, u) in zip(bars, bounds, strict=True))
+    state_bars = [_with_ended_rows(bar, total) for bar in state_bars]
     return q_bar, k_bar, v_bar, eta_bar, log_alpha_bar, delta_bar, *state_bars, *base_bars, *norm_bars
 
 
@@ -216,6 +259,12 @@ def _read_adjoint(rule: MirasRule, chunk: _Chunk, q: Tensor, gates: Gates, norm,
 
 def _first_rows(rows: int, base, norm):
     return tuple(None if b is None else b[:rows] for b in base), tuple(p[:rows] for p in norm)
+
+
+def _with_ended_rows(bar: Tensor, rows: int) -> Tensor:
+    """A state's adjoint with zeros for the rows that have ended since: rows are ordered by length."""
+    missing = rows - bar.shape[0]
+    return pad(bar, (0, 0, 0, 0, 0, missing)) if missing else bar
 
 
 def _sum(bars):

@@ -84,8 +84,8 @@ def chunk_miras(
         mask (`torch.Tensor` of shape `[batch, tokens]`, bool, *optional*):
             False at pad tokens, which neither write nor decay nor advance the grid; their output is zero.
         chunks_per_group (`int`, *optional*):
-            Chunks whose activations are recomputed together in the backward pass; only the states between groups are
-            kept. Defaults to the number that balances the two.
+            Chunks whose activations are recomputed together in the backward pass (`adjoint.py`); only the states
+            between groups are kept. Defaults to the number that balances the two.
 
     Returns:
         `y` of the shape and dtype of `q`, and the final `MemoryState` or `None`.
@@ -129,8 +129,7 @@ def chunk_miras(
             y, states = memory.read_group_by_hand(first, last, group, states)
             if captured is not None and last == layout.full_steps:
                 captured = states, captured[1]
-        # a single group would be computed twice for nothing
-        elif recompute and len(sizes) > 1:
+        elif recompute and len(sizes) > 1:  # a single group would be computed twice for nothing
             y, states, captured = checkpoint(
                 memory.read_group,
                 first,
