@@ -189,20 +189,11 @@ def make_case(
 # -- forms ----------------------------------------------------------------------------------------------------------------
 
 
-def decode_miras(
-    q: Tensor,
-    *rest: Tensor,
-    rule,
-    parameters,
-    initial_state=None,
-    output_final_state=False,
-    mask=None,
-    **inputs: Tensor,
-):
+def decode_miras(*, rule, parameters, initial_state=None, output_final_state=False, mask=None, **inputs: Tensor):
     """`step_miras`, token by token, with the arguments of the other forms."""
     state, outputs = initial_state, []
-    for t in range(q.shape[1]):
-        now = {name: x[:, t : t + 1] for name, x in {"q": q, **inputs}.items()}
+    for t in range(inputs["q"].shape[1]):
+        now = {name: x[:, t : t + 1] for name, x in inputs.items()}
         options = {} if mask is None else {"mask": mask[:, t : t + 1]}
         y, state = step_miras(**now, rule=rule, parameters=parameters, initial_state=state, **options)
         outputs.append(y)
@@ -256,10 +247,10 @@ def weighted_sum(tensors: dict[str, Tensor]) -> Tensor:
     return total
 
 
-def values(case: Case, form, **options) -> dict[str, Tensor]:
-    """Outputs and final state."""
-    y, state = case(form, output_final_state=True, **options)
-    return {"y": y, **state_tensors(state)}
+def values(case: Case, form, final_state: bool = True, **options) -> dict[str, Tensor]:
+    """Outputs, and the final state where it is asked for."""
+    y, state = case(form, output_final_state=final_state, **options)
+    return {"y": y, **(state_tensors(state) if final_state else {})}
 
 
 def gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -271,7 +262,7 @@ def gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str
 
 
 def values_and_gradients(case: Case, form, **options) -> dict[str, Tensor]:
-    """Outputs, final state, and gradients with respect to all inputs and parameters."""
+    """Outputs, final state, and gradients with respect to all inputs and parameters; options as for `values`."""
     case = case.requires_grad()
     outputs = values(case, form, **options)
     found = gradients(outputs, case.named_leaves())

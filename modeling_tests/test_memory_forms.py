@@ -46,25 +46,34 @@ from miras_hf.memory import (
 )
 
 
+# tokens, and whether the final state is asked for: chunks that leave something to it are differentiated by other means
+CALLS = {"reads": (13, False), "reads and a state": (13, True), "whole chunks and a state": (12, True)}
+
+
 @functools.cache
-def reference(name: str, gates: str) -> dict[str, torch.Tensor]:
-    return values_and_gradients(make_case(rule_of(name), gates=gates), recurrent_miras)
+def reference(name: str, gates: str, call: str) -> dict[str, torch.Tensor]:
+    return read(name, gates, call, recurrent_miras)
+
+
+def read(name: str, gates: str, call: str, form) -> dict[str, torch.Tensor]:
+    tokens, final_state = CALLS[call]
+    return values_and_gradients(make_case(rule_of(name), tokens=tokens, gates=gates), form, final_state=final_state)
 
 
 @pytest.mark.parametrize("form", OTHER_FORMS)
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", RULES)
-def test_forms_agree(name, form):
+def test_forms_agree(name, call, form):
     """Values, final states and all gradients; 13 tokens are three chunks of 4 and one token."""
-    case = make_case(rule_of(name))
-    assert_same(values_and_gradients(case, FORMS[form]), reference(name, "channel"), 1e-9)
+    assert_same(read(name, "channel", call, FORMS[form]), reference(name, "channel", call), 1e-9)
 
 
 @pytest.mark.parametrize("form", OTHER_FORMS)
+@pytest.mark.parametrize("call", ["reads", "reads and a state"])
 @pytest.mark.parametrize("gates", [gates for gates in GATES if gates != "channel"])
 @pytest.mark.parametrize("name", [*MODELS, "matrix"])
-def test_forms_agree_on_gates_per_head(name, gates, form):
-    case = make_case(rule_of(name), gates=gates)
-    assert_same(values_and_gradients(case, FORMS[form]), reference(name, gates), 1e-9)
+def test_forms_agree_on_gates_per_head(name, gates, call, form):
+    assert_same(read(name, gates, call, FORMS[form]), reference(name, gates, call), 1e-9)
 
 
 @pytest.mark.parametrize("decay_target", ["init", "zero"])
@@ -78,17 +87,19 @@ def test_every_pair_of_choices(bias, retention, decay_target):
         chunk_size=4,
         decay_target=decay_target,
     )
-    case = make_case(rule, batch=1, tokens=7, head_dim=6)
+    case = make_case(rule, batch=1, tokens=8, head_dim=6)
     expected = values_and_gradients(case, recurrent_miras)
     assert_same(values_and_gradients(case, chunk_miras), expected, 1e-9)
     assert_same(values(case, decode_miras), {name: expected[name] for name in values(case, decode_miras)}, 1e-9)
 
 
+@pytest.mark.parametrize("final_state", [True, False])
 @pytest.mark.parametrize("form", OTHER_FORMS)
 @pytest.mark.parametrize("name", MODELS)
-def test_forms_agree_in_float32(name, form):
+def test_forms_agree_in_float32(name, form, final_state):
     case = make_case(rule_of(name), dtype=torch.float32)
-    assert_same(values_and_gradients(case, FORMS[form]), values_and_gradients(case, recurrent_miras), 1e-5)
+    expected = values_and_gradients(case, recurrent_miras, final_state=final_state)
+    assert_same(values_and_gradients(case, FORMS[form], final_state=final_state), expected, 1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 16])
@@ -114,13 +125,15 @@ def test_no_tokens(name, form):
     assert_same(values(later, FORMS[form], initial_state=state), values(later, FORMS[form]), 0.0)
 
 
+@pytest.mark.parametrize("final_state", [True, False])
 @pytest.mark.parametrize("chunks_per_group", [1, 2, 3, 100, None])
 @pytest.mark.parametrize("name", MODELS)
-def test_recomputation_changes_nothing(name, chunks_per_group):
-    """Not even the rounding: the same operations run a second time."""
+def test_recomputation_changes_nothing(name, chunks_per_group, final_state):
+    """Hardly the rounding: the same operations run a second time."""
     case = make_case(rule_of(name), tokens=29)
-    expected = values_and_gradients(case, chunk_miras, chunks_per_group=8)
-    assert_same(values_and_gradients(case, chunk_miras, chunks_per_group=chunks_per_group), expected, 1e-13)
+    options = {"chunks_per_group": chunks_per_group, "final_state": final_state}
+    expected = values_and_gradients(case, chunk_miras, **{**options, "chunks_per_group": 8})
+    assert_same(values_and_gradients(case, chunk_miras, **options), expected, 1e-13)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -144,8 +157,9 @@ def test_recomputation_saves_memory(name):
     assert grouped < whole + 1.5 * groups * rows * parameters, (grouped, whole, parameters)
 
 
+@pytest.mark.parametrize("final_state", [True, False])
 @pytest.mark.parametrize("name", RULES)
-def test_gradcheck(name):
+def test_gradcheck(name, final_state):
     """Analytic gradients of the chunk form against finite differences, along random directions."""
     case = make_case(rule_of(name, chunk_size=2), batch=1, tokens=5, heads=1, head_dim=4).requires_grad()
     leaves = case.named_leaves()
@@ -157,7 +171,7 @@ def test_gradcheck(name):
         parameters = case.parameters._replace(
             initial=initial, norm_weight=named["norm_weight"], norm_bias=named["norm_bias"]
         )
-        outputs = values(Case(case.rule, inputs, parameters), chunk_miras, chunks_per_group=1)
+        outputs = values(Case(case.rule, inputs, parameters), chunk_miras, final_state, chunks_per_group=1)
         return outputs["y"], weighted_sum(outputs)
 
     torch.autograd.gradcheck(function, tuple(leaves.values()), eps=1e-6, atol=1e-6, rtol=1e-5, fast_mode=True)
@@ -208,8 +222,8 @@ def test_bfloat16_inputs(name, form):
 def test_bfloat16_gradients(name, form):
     case = make_case(rule_of(name), dtype=torch.float32)
     half = case.map(lambda x: x.bfloat16())
-    got = values_and_gradients(half, FORMS[form])
-    expected = values_and_gradients(half.map(lambda x: x.float()), FORMS[form])
+    got = values_and_gradients(half, FORMS[form], final_state=False)
+    expected = values_and_gradients(half.map(lambda x: x.float()), FORMS[form], final_state=False)
     assert got["grad.q"].dtype == torch.bfloat16
     assert_same(got, expected, 1e-2)
 

@@ -65,6 +65,8 @@ def without_pads(mask, **tensors):
 
 
 def concatenated(states):
+    if states[0] is None:
+        return None
     parts = zip(*states, strict=True)
     return MemoryState(
         *(tuple(map(torch.cat, zip(*p, strict=True))) if isinstance(p[0], tuple) else torch.cat(p) for p in parts)
@@ -84,21 +86,24 @@ PACKS = {
 
 
 @functools.cache
-def packed_reference(name: str, pack: str) -> dict[str, torch.Tensor]:
-    return values_and_gradients(packed_case(name), functools.partial(alone, PACKS[pack]))
+def packed_reference(name: str, pack: str, final_state: bool) -> dict[str, torch.Tensor]:
+    return values_and_gradients(packed_case(name), functools.partial(alone, PACKS[pack]), final_state)
 
 
 def packed_case(name: str) -> Case:
     return make_case(rule_of(name), batch=1, tokens=21, heads=1)
 
 
+@pytest.mark.parametrize("final_state", [True, False])
 @pytest.mark.parametrize("form", ["recurrent", "chunk", "chunk_groups_of_1"])
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_is_one_by_one(name, pack, form):
-    expected, borders = packed_reference(name, pack), torch.tensor(PACKS[pack])
-    assert torch.equal(expected["state.count.0"], borders.diff())
-    assert_same(values_and_gradients(packed_case(name), FORMS[form], cu_seqlens=borders), expected, 1e-9)
+def test_packed_is_one_by_one(name, pack, form, final_state):
+    expected, borders = packed_reference(name, pack, final_state), torch.tensor(PACKS[pack])
+    got = values_and_gradients(packed_case(name), FORMS[form], final_state, cu_seqlens=borders)
+    assert_same(got, expected, 1e-9)
+    if final_state:
+        assert torch.equal(got["state.count.0"], borders.diff())
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunk", "chunk_groups_of_1"])
@@ -168,22 +173,28 @@ MASKS = {
 
 
 @functools.cache
-def masked_reference(name: str, pads: str) -> dict[str, torch.Tensor]:
-    return values_and_gradients(masked_case(name), functools.partial(without_pads, MASKS[pads]))
+def masked_reference(name: str, pads: str, final_state: bool) -> dict[str, torch.Tensor]:
+    return values_and_gradients(masked_case(name), functools.partial(without_pads, MASKS[pads]), final_state)
 
 
 def masked_case(name: str) -> Case:
     return make_case(rule_of(name), batch=3, tokens=14, heads=1, head_dim=6)
 
 
-@pytest.mark.parametrize("form", ["recurrent", "chunk", "chunk_groups_of_1", "decode"])
+# what the final state is asked for is differentiated by other means, which the other forms do not know
+MASKED_READS = [("recurrent", True), ("decode", True), ("chunk", True), ("chunk", False), ("chunk_groups_of_1", False)]
+
+
+@pytest.mark.parametrize("form, final_state", MASKED_READS)
 @pytest.mark.parametrize("pads", MASKS)
 @pytest.mark.parametrize("name", MODELS)
-def test_masked_is_without_pads(name, pads, form):
+def test_masked_is_without_pads(name, pads, form, final_state):
     """Outputs at pads are zero, and so are the gradients of what stands there."""
-    expected = masked_reference(name, pads)
-    assert expected["state.count.0"].tolist() == MASKS[pads].sum(-1).tolist()
-    assert_same(values_and_gradients(masked_case(name), FORMS[form], mask=MASKS[pads]), expected, 1e-9)
+    expected = masked_reference(name, pads, final_state)
+    got = values_and_gradients(masked_case(name), FORMS[form], final_state, mask=MASKS[pads])
+    assert_same(got, expected, 1e-9)
+    if final_state:
+        assert got["state.count.0"].tolist() == MASKS[pads].sum(-1).tolist()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -211,9 +222,12 @@ def test_pads_may_hold_anything(form, bad):
     def spoilt(x):
         return torch.where(mask.view(3, 14, *[1] * (x.dim() - 2)), x, bad)
 
-    read = values_and_gradients if form.startswith("chunk") else values
-    with torch.set_grad_enabled(read is values_and_gradients):
-        assert_same(read(case.map(spoilt), FORMS[form], mask=mask), read(case, FORMS[form], mask=mask), 1e-12)
+    chunked = form.startswith("chunk")
+    read = values_and_gradients if chunked else values
+    with torch.set_grad_enabled(chunked):
+        for final_state in (True, False) if chunked else (True,):
+            expected = read(case, FORMS[form], final_state, mask=mask)
+            assert_same(read(case.map(spoilt), FORMS[form], final_state, mask=mask), expected, 1e-12)
 
 
 def test_a_mask_of_ones_is_no_mask():

@@ -102,7 +102,8 @@ class ReadGroup(torch.autograd.Function):
         x, states, base, norm = _parted(ctx.rule, ctx.saved_tensors)
         if y_bar is None:
             y_bar = torch.zeros_like(x.q)
-        return None, None, None, *_group_adjoint(ctx.rule, ctx.sizes, x, states, base, norm, y_bar, state_bars)
+        with torch.autocast(y_bar.device.type, enabled=False):  # some call backward inside it
+            return None, None, None, *_group_adjoint(ctx.rule, ctx.sizes, x, states, base, norm, y_bar, state_bars)
 
 
 def _parted(rule: MirasRule, tensors):
@@ -196,7 +197,7 @@ def _group_adjoint(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, b
         (x.q, x.k, x.v, x.log_alpha), (unbounded.q, unbounded.k, unbounded.v, unbounded.log_alpha), strict=True
     )
     q_bar, k_bar, v_bar, log_alpha_bar = (bar.mul_(b == u) for bar, (b, u) in zip(bars, bounds, strict=True))
-    state_bars = [_with_ended_rows(bar, total) for bar in state_bars]
+    state_bars = [None if bar is None else _with_ended_rows(bar, total) for bar in state_bars]
     return q_bar, k_bar, v_bar, eta_bar, log_alpha_bar, delta_bar, *state_bars, *base_bars, *norm_bars
 
 
