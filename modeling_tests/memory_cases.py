@@ -136,7 +136,7 @@ class Case(NamedTuple):
 
 
 def make_parameters(rule: MirasRule, heads: int, head_dim: int, generator: torch.Generator) -> MemoryParameters:
-    """An initial memory of the scale that section 6 of the design names, and a layer norm off its initial values."""
+    """An initial memory of the scale that models start from, and a layer norm off its initial values."""
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -261,9 +261,9 @@ def gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor]) -> dict[str
     return {f"grad.{name}": g for name, g in zip(leaves, found, strict=True)}
 
 
-def values_and_gradients(case: Case, form, **options) -> dict[str, Tensor]:
+def values_and_gradients(case: Case, form, final_state: bool = True, **options) -> dict[str, Tensor]:
     """Outputs, final state, and gradients with respect to all inputs and parameters; options as for `values`."""
     case = case.requires_grad()
-    outputs = values(case, form, **options)
+    outputs = values(case, form, final_state, **options)
     found = gradients(outputs, case.named_leaves())
     return {**{name: x.detach() for name, x in outputs.items()}, **found}

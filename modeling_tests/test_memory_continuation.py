@@ -21,6 +21,7 @@ import torch
 from memory_cases import (
     FORMS,
     MODELS,
+    OTHER_FORMS,
     assert_same,
     gradients,
     make_case,
@@ -38,15 +39,16 @@ from miras_hf.memory import MemoryState, chunk_miras, initial_memory_state, recu
 NAMES = [*MODELS, "moneta_zero", "memora_zero", "matrix"]
 
 
-def read_in_parts(case, cuts, forms) -> dict[str, torch.Tensor]:
-    """Outputs and final state of the calls between cuts, each in its own form."""
+def read_in_parts(case, cuts, forms, final_state: bool = True) -> dict[str, torch.Tensor]:
+    """Outputs, and the final state where it is asked for, of the calls between cuts, each in its own form."""
     state, outputs = None, []
     for (start, stop), form in zip(itertools.pairwise(cuts), itertools.cycle(forms)):
         if start == stop and form == "decode":
             continue
-        y, state = case.tokens(start, stop)(FORMS[form], initial_state=state, output_final_state=True)
+        hand_on = final_state or stop < cuts[-1]
+        y, state = case.tokens(start, stop)(FORMS[form], initial_state=state, output_final_state=hand_on)
         outputs.append(y)
-    return {"y": torch.cat(outputs, dim=1), **state_tensors(state)}
+    return {"y": torch.cat(outputs, dim=1), **(state_tensors(state) if final_state else {})}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,31 +73,34 @@ def test_forms_take_over_from_each_other(name, forms):
 
 
 @functools.cache
-def whole(name: str) -> dict[str, torch.Tensor]:
-    return values_and_gradients(make_case(rule_of(name), tokens=13, heads=1, head_dim=6), recurrent_miras)
+def whole(name: str, final_state: bool) -> dict[str, torch.Tensor]:
+    case = make_case(rule_of(name), tokens=13, heads=1, head_dim=6)
+    return values_and_gradients(case, recurrent_miras, final_state)
 
 
+@pytest.mark.parametrize("final_state", [True, False])
 @pytest.mark.parametrize("form", ["recurrent", "chunk", "chunk_groups_of_1", "decode"])
 @pytest.mark.parametrize("cut", [2, 4, 7])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_through_the_state(name, cut, form):
+def test_gradients_through_the_state(name, cut, form, final_state):
     """Backpropagation from the second call into the first is that of one call: nothing is detached on the way."""
     case = make_case(rule_of(name), tokens=13, heads=1, head_dim=6).requires_grad()
-    got = read_in_parts(case, [0, cut, 13], [form])
-    assert_same({**got, **gradients(got, case.named_leaves())}, whole(name), 1e-9)
+    got = read_in_parts(case, [0, cut, 13], [form], final_state)
+    assert_same({**got, **gradients(got, case.named_leaves())}, whole(name, final_state), 1e-9)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("final_state", [True, False])
+@pytest.mark.parametrize("form", OTHER_FORMS)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_with_respect_to_a_state(name, form):
+def test_gradients_with_respect_to_a_state(name, form, final_state):
     """The state as a leaf, as where a caller computes its start by other means; the reference is autograd's own."""
 
     def read(form):
-        case = make_case(rule_of(name), tokens=7, heads=1, head_dim=6)
+        case = make_case(rule_of(name), tokens=9, heads=1, head_dim=6)
         with torch.no_grad():
             _, state = case.tokens(0, 6)(recurrent_miras, output_final_state=True)
         state = state.map(lambda x: x.clone().requires_grad_(x.is_floating_point()))
-        outputs = values(case, form, initial_state=state)
+        outputs = values(case, form, final_state, initial_state=state)
         leaves = {name: x for name, x in state_tensors(state).items() if x.is_floating_point()}
         # beyond the phase, slots are no part of the state
         return {name: x if "dual" in name else x[:, :, :2] for name, x in gradients(outputs, leaves).items()}

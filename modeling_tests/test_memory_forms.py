@@ -250,6 +250,16 @@ def test_autocast_does_not_reach_the_memory(name, form):
     assert_same(got, values_and_gradients(case, FORMS[form]), 1e-6)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_backward_under_autocast(name):
+    """Not the usual way, but a trainer's: the adjoint keeps to float32 as well."""
+    case = make_case(rule_of(name), dtype=torch.float32)
+    expected = values_and_gradients(case, chunk_miras, final_state=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = values_and_gradients(case, chunk_miras, final_state=False)
+    assert_same(got, expected, 1e-6)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_memory_layout_of_the_inputs(form):
     """Strides are the caller's business: slices, transposes and expanded gates."""

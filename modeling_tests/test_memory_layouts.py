@@ -18,6 +18,7 @@ it. What is expected here is always the same: every sequence read alone by the r
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -36,13 +37,11 @@ from memory_cases import (
 from miras_hf.memory import MemoryState, chunk_miras, recurrent_miras
 
 
-def alone(borders, **tensors):
+def alone(borders, *, rule, parameters, output_final_state, initial_state=None, **inputs):
     """A form that reads the sequences of a pack one by one."""
-    rule, parameters, output_final_state = (tensors.pop(name) for name in ("rule", "parameters", "output_final_state"))
-    initial_state = tensors.pop("initial_state", None)
     outputs, states = [], []
-    for i, (start, stop) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
-        case = Case(rule, tensors, parameters).tokens(start, stop)
+    for i, (start, stop) in enumerate(itertools.pairwise(borders)):
+        case = Case(rule, inputs, parameters).tokens(start, stop)
         state = None if initial_state is None else initial_state.map(lambda x, i=i: x[i : i + 1])
         y, state = case(recurrent_miras, initial_state=state, output_final_state=output_final_state)
         outputs.append(y)
@@ -50,15 +49,12 @@ def alone(borders, **tensors):
     return torch.cat(outputs, dim=1), concatenated(states)
 
 
-def without_pads(mask, **tensors):
+def without_pads(mask, *, rule, parameters, output_final_state, **inputs):
     """A form that takes every row's pads out and reads the rows one by one."""
-    rule, parameters, output_final_state = (tensors.pop(name) for name in ("rule", "parameters", "output_final_state"))
-    initial_state = tensors.pop("initial_state", None)
-    outputs, states = torch.zeros_like(tensors["q"]), []
+    outputs, states = torch.zeros_like(inputs["q"]), []
     for row, real in enumerate(mask):
-        case = Case(rule, tensors, parameters).row(row).map(lambda x, real=real: x[:, real])
-        state = None if initial_state is None else initial_state.map(lambda x, row=row: x[row : row + 1])
-        y, state = case(recurrent_miras, initial_state=state, output_final_state=output_final_state)
+        case = Case(rule, inputs, parameters).row(row).map(lambda x, real=real: x[:, real])
+        y, state = case(recurrent_miras, output_final_state=output_final_state)
         outputs = outputs.index_put((torch.tensor(row), real.nonzero()[:, 0]), y[0])
         states.append(state)
     return outputs, concatenated(states)
@@ -113,19 +109,19 @@ def test_packs_go_on_from_states(name, form):
     case = make_case(rule_of(name), batch=1, tokens=42, heads=1)
     first, second = [0, 3, 3, 7, 8, 21], [0, 2, 9, 9, 13, 21]
 
-    def both(read_first, read_second, **tensors):
-        tensors.pop("output_final_state")
-        rule, parameters = tensors.pop("rule"), tensors.pop("parameters")
-        whole = Case(rule, tensors, parameters)
+    def both(read_first, read_second, *, rule, parameters, output_final_state, **inputs):
+        whole = Case(rule, inputs, parameters)
         y_first, state = whole.tokens(0, 21)(read_first, output_final_state=True)
-        y_second, state = whole.tokens(21, 42)(read_second, initial_state=state, output_final_state=True)
+        y_second, state = whole.tokens(21, 42)(read_second, initial_state=state, output_final_state=output_final_state)
         return torch.cat((y_first, y_second), dim=1), state
 
-    expected = values_and_gradients(
-        case, functools.partial(both, *(functools.partial(alone, b) for b in (first, second)))
+    one_by_one = functools.partial(both, *(functools.partial(alone, borders) for borders in (first, second)))
+    packed = functools.partial(
+        both, *(functools.partial(FORMS[form], cu_seqlens=torch.tensor(borders)) for borders in (first, second))
     )
-    packed = [functools.partial(FORMS[form], cu_seqlens=torch.tensor(borders)) for borders in (first, second)]
-    assert_same(values_and_gradients(case, functools.partial(both, *packed)), expected, 1e-9)
+    for final_state in (True, False):
+        expected = values_and_gradients(case, one_by_one, final_state)
+        assert_same(values_and_gradients(case, packed, final_state), expected, 1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

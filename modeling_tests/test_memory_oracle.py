@@ -139,7 +139,7 @@ class Softmax:
     """`W = c softmax(A)` along the hidden axis; reads see the writes centred over it and scaled by c/n."""
 
     def mass(self, a, hidden_axis):
-        # log-weights of standard deviation 1/2 against 1/sqrt(fan_in): section 6
+        # log-weights of standard deviation 1/2 against 1/sqrt(fan_in)
         return 2 * a.shape[hidden_axis] / math.sqrt(a.shape[0])
 
     def weights(self, a, hidden_axis):

@@ -43,7 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Largest step of one token, three times the step that simulations of 8k tokens found stable for chunks of 16 to 64.
 # The mixture Huber writes `delta` at every coordinate beyond its threshold: its step is over sqrt(head_dim) besides.
-_ETA_MAX = {"decay": 0.09, "lq": 4.5e-3, "lq_mirror": 1.0, "kl": 0.21}
+# That of KL retention is for head_dim 64 and goes with its square root, against the link's slope, which goes down with
+# it; it is half the simulated one, at which outer gradients of small models reach norms of hundreds.
+_ETA_MAX = {"decay": 0.09, "lq": 4.5e-3, "lq_mirror": 1.0, "kl": 0.1}
 
 
 @strict
@@ -195,8 +197,11 @@ class MirasConfig(PreTrainedConfig):
             self.memory_norm_eps = 0.01 if self.retention == "kl" else 0.1
         if self.eta_max is None:
             self.eta_max = _ETA_MAX[self.retention_gate] * min(1.0, 64 / max(self.chunk_size, 1))
-            if self.attentional_bias == "huber_mixture" and self.head_dim:
-                self.eta_max = self.eta_max / self.head_dim**0.5
+            width = max(self.head_dim or 1, 1)
+            if self.attentional_bias == "huber_mixture":
+                self.eta_max = self.eta_max / width**0.5
+            if self.retention == "kl":
+                self.eta_max = self.eta_max * (width / 64) ** 0.5
         if self.min_log_alpha is None:
             self.min_log_alpha = max(-2.5, -160.0 / max(self.chunk_size, 1))
         layer_types = kwargs.pop("layer_types", None)
