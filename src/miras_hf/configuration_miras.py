@@ -21,6 +21,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import interval
 
+from .peft import register_peft_defaults
+
 
 MEMORY_LAYER = "miras_memory"
 ATTENTION_LAYER = "sliding_attention"
@@ -226,6 +228,11 @@ class MirasConfig(PreTrainedConfig):
     def retention_gate(self) -> str:
         """Name of the retention gate in `miras_hf.memory.RETENTION_GATES`."""
         return "lq_mirror" if self.retention == "lq" and self.lq_map == "mirror" else self.retention
+
+    def to_dict(self) -> dict[str, Any]:
+        # PEFT asks for the dictionary before it looks up what to adapt
+        register_peft_defaults()
+        return super().to_dict()
 
     # A property, and not a field: names of layer types that Transformers does not know must not be stored in
     # config.json, where the base class would refuse them (Trainer's resume, AutoTokenizer).

@@ -1,0 +1,44 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which modules PEFT's methods adapt when a user names none: `LoraConfig()` is enough."""
+
+import sys
+
+
+MODEL_TYPES = ("miras", "moneta", "yaad", "memora")
+
+# Where Llama's default is queries and values only. A memory writes keys and values, reads with queries, and passes what
+# it reads through a gate: its mixer learns little when one of them stands still.
+MIXER_MODULES = ["q_proj", "k_proj", "v_proj", "g_proj", "o_proj"]
+
+
+def register_peft_defaults() -> None:
+    """Enters the Miras model types into PEFT's tables of default modules, if PEFT is loaded; never imports it.
+
+    PEFT has no other way to learn defaults. Entries that are there already stay. Called by `MirasConfig.to_dict`, which
+    is what PEFT calls right before it looks a model type up.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for name, table in list(vars(constants).items()) if constants is not None else ():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING") and "llama" in table:
+            for model_type in MODEL_TYPES:
+                table.setdefault(model_type, _miras_modules(table["llama"]))
+
+
+def _miras_modules(llama: list[str]) -> list[str]:
+    if set(llama) == {"q_proj", "v_proj"}:
+        return list(MIXER_MODULES)
+    # the gates of a mixer have projections of the same names
+    of_mlp = ("gate_proj", "up_proj", "down_proj")
+    return [f"mlp.{name}" if name in of_mlp else name for name in llama]
