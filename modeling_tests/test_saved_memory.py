@@ -1,0 +1,413 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A memory on disk: generation goes on from it as from the one in memory, and no other model or file is taken for it."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+import miras_hf
+from miras_hf import MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
+from miras_hf.saved_memory import HEADER, config_fingerprint, load_memory, save_memory, weights_fingerprint
+
+
+CONFIGS = {"moneta": MonetaConfig, "yaad": YaadConfig, "memora": MemoraConfig, "miras": MirasConfig}
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "chunk_size": 8,
+    "pad_token_id": 0,
+    # answers are compared: none may stop early
+    "eos_token_id": None,
+}
+# a window shorter than the text, so that the cache has let go of keys
+HYBRID = {"layer_types": ["sliding_attention", "miras_memory"], "sliding_window": 6, "num_key_value_heads": 1}
+UNUSUAL = {
+    "memory_architecture": "matrix",
+    "gate_granularity": "head",
+    "conv_kernel_size": 1,
+    "decay_target": "zero",
+    "use_rope": False,
+}
+
+
+def build(name, hybrid=False, seed=0, **overrides):
+    torch.manual_seed(seed)
+    config = CONFIGS[name](**{**SMALL, **(HYBRID if hybrid else {}), **overrides})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+CASES = {
+    **{f"{name}{'-hybrid' * hybrid}": (name, hybrid, {}) for name in CONFIGS for hybrid in (False, True)},
+    "unusual": ("miras", False, UNUSUAL),
+}
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def model(request):
+    name, hybrid, overrides = request.param
+    return build(name, hybrid, **overrides)
+
+
+@pytest.fixture(scope="module")
+def yaad():
+    return build("yaad", hybrid=True)
+
+
+@pytest.fixture
+def saved(yaad, tmp_path):
+    save_memory(read(yaad, text(19)), tmp_path / "text.safetensors", yaad)
+    return tmp_path / "text.safetensors"
+
+
+def text(tokens, rows=1, seed=0):
+    return torch.randint(1, 99, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def read(model, input_ids, attention_mask=None):
+    return model(input_ids, attention_mask=attention_mask, use_cache=True).past_key_values
+
+
+def ask(model, cache, question, mask=None, repeats=1, **kwargs):
+    """Scores and ids of a generation that goes on from a copy of the cache."""
+    cache = copy.deepcopy(cache)
+    if mask is None:
+        mask = torch.ones(question.shape[0], cache.get_seq_length(), dtype=torch.long)
+    mask = torch.cat((mask, torch.ones_like(question)), dim=1)
+    if repeats > 1:
+        cache.batch_repeat_interleave(repeats)
+        question, mask = question.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0)
+    output = model.generate(
+        question,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=12,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **kwargs,
+    )
+    return torch.stack(output.scores, 1), output.sequences
+
+
+def beams(model, cache, question, **kwargs):
+    cache = copy.deepcopy(cache)
+    mask = torch.ones(1, cache.get_seq_length() + question.shape[1], dtype=torch.long)
+    cache.batch_repeat_interleave(kwargs["num_beams"])
+    return model.generate(
+        question, attention_mask=mask, past_key_values=cache, max_new_tokens=6, do_sample=False, **kwargs
+    )
+
+
+def assert_equal(got, expected):
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g, e)
+
+
+# in a chunk's middle, at its end, before the first one's end, and after one token
+@pytest.mark.parametrize("tokens", [19, 16, 3, 1])
+def test_generation_goes_on_as_from_the_cache_in_memory(model, tokens, tmp_path):
+    cache, question = read(model, text(tokens)), text(3, seed=1)
+    save_memory(cache, tmp_path / "text.safetensors", model)
+    loaded = load_memory(tmp_path / "text.safetensors", model)
+    assert type(loaded) is DynamicCache and loaded.get_seq_length() == tokens
+    assert_equal(ask(model, loaded, question), ask(model, cache, question))
+    assert os.listdir(tmp_path) == ["text.safetensors"]
+
+
+def test_saved_in_the_middle_of_a_generation(model, tmp_path):
+    output = model.generate(text(9), max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    save_memory(output.past_key_values, tmp_path / "talk.safetensors", model)
+    whole = model.generate(text(9), max_new_tokens=16, do_sample=False)
+    # the last token is written, but not read yet; the mask has the ids' length: they are the whole text
+    kwargs = {"attention_mask": torch.ones_like(output.sequences), "max_new_tokens": 10, "do_sample": False}
+    loaded = load_memory(tmp_path / "talk.safetensors", model)
+    assert loaded.get_seq_length() == output.sequences.shape[1] - 1
+    assert torch.equal(model.generate(output.sequences, past_key_values=loaded, **kwargs), whole)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_with_their_mask(model, side, tmp_path):
+    rows, lengths = text(21, rows=3), (21, 13, 8)
+    mask = torch.stack([torch.arange(21) < length for length in lengths]).long()
+    if side == "left":
+        mask = mask.flip(-1)
+    elif model.config.attention_layers:
+        return  # refused by the model: pads between real tokens, beyond its window
+    cache, question = read(model, rows * mask, mask), text(3, rows=3, seed=1)
+    save_memory(cache, tmp_path / "batch.safetensors", model, attention_mask=mask)
+    loaded, read_mask = load_memory(tmp_path / "batch.safetensors", model, return_attention_mask=True)
+    assert torch.equal(read_mask, mask)
+    assert_equal(ask(model, loaded, question, read_mask), ask(model, cache, question, mask))
+
+
+def test_pads_without_their_mask(tmp_path):
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    hybrid, pure = build("moneta", hybrid=True), build("moneta")
+    with pytest.raises(ValueError, match="`attention_mask` must be given.*rows of this cache have pads"):
+        save_memory(read(hybrid, text(5, rows=2) * mask, mask), tmp_path / "batch.safetensors", hybrid)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match=r"shape of the text read, \(2, 5\), got \(2, 4\)"):
+        save_memory(read(pure, text(5, rows=2), mask), tmp_path / "a", pure, attention_mask=mask[:, 1:])
+    # memories need no more than the number of pads
+    save_memory(read(pure, text(5, rows=2) * mask, mask), tmp_path / "batch.safetensors", pure)
+    _, read_mask = load_memory(tmp_path / "batch.safetensors", pure, return_attention_mask=True)
+    assert torch.equal(read_mask, mask)
+
+
+def test_several_answers_and_beams_from_one_memory(model, tmp_path):
+    cache, question = read(model, text(19)), text(3, seed=1)
+    save_memory(cache, tmp_path / "text.safetensors", model)
+    loaded = load_memory(tmp_path / "text.safetensors", model)
+    for kwargs in ({"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 3}):
+        assert torch.equal(beams(model, loaded, question, **kwargs), beams(model, cache, question, **kwargs))
+    assert_equal(ask(model, loaded, question, repeats=2), ask(model, cache, question, repeats=2))
+
+
+def test_size_of_the_file_does_not_grow_with_the_text(tmp_path):
+    model = build("yaad")
+    for tokens in (10, 300):
+        save_memory(read(model, text(tokens)), tmp_path / f"{tokens}", model)
+    assert abs((tmp_path / "10").stat().st_size - (tmp_path / "300").stat().st_size) < 100
+
+
+def test_another_process_goes_on(yaad, tmp_path):
+    cache, question = read(yaad, text(19)), text(3, seed=1)
+    yaad.save_pretrained(tmp_path / "model")
+    save_memory(cache, tmp_path / "text.safetensors", yaad)
+    program = f"""
+import torch
+from transformers import AutoModelForCausalLM
+from miras_hf.saved_memory import load_memory
+
+model = AutoModelForCausalLM.from_pretrained("model")
+cache = load_memory("text.safetensors", model)
+question = torch.tensor({question.tolist()})
+mask = torch.ones(1, cache.get_seq_length() + 3)
+print(model.generate(question, attention_mask=mask, past_key_values=cache, max_new_tokens=12, do_sample=False).tolist())
+"""
+    paths = os.pathsep.join([str(Path(miras_hf.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == ask(yaad, cache, question)[1].tolist()
+
+
+def test_heads_wrappers_and_the_decoder_share_a_memory(yaad, saved):
+    decoder = yaad.model
+    assert weights_fingerprint(yaad) == weights_fingerprint(decoder)
+    assert weights_fingerprint(torch.nn.Sequential(yaad)) == weights_fingerprint(yaad)
+    assert load_memory(saved, decoder).get_seq_length() == 19
+
+
+def test_adapters_change_the_weights_and_merging_keeps_what_they_read(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = build("moneta")
+    plain = weights_fingerprint(model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    cache = read(adapted, text(11))
+    save_memory(cache, tmp_path / "text.safetensors", adapted)
+    assert_equal(
+        ask(adapted, load_memory(tmp_path / "text.safetensors", adapted), text(3)), ask(adapted, cache, text(3))
+    )
+    with pytest.raises(ValueError, match="other weights"):
+        load_memory(tmp_path / "text.safetensors", build("moneta"))
+    merged = adapted.merge_and_unload()
+    assert weights_fingerprint(merged) != plain
+    load_memory(tmp_path / "text.safetensors", merged, check_weights=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_same_weights_in_another_dtype(saved, yaad, dtype, tmp_path):
+    yaad.save_pretrained(tmp_path / "model")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+    assert weights_fingerprint(other) == weights_fingerprint(yaad)
+    loaded = load_memory(saved, other)
+    assert loaded.layers[1].conv_tail.dtype == loaded.layers[0].keys.dtype == dtype
+    assert loaded.layers[1].memory.eta.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    cache, (scores, _) = read(yaad, text(19)), ask(other, loaded, text(3, seed=1))
+    expected = ask(yaad, cache, text(3, seed=1))[0]
+    # generations may part where two ids are close: the first step tells
+    torch.testing.assert_close(
+        scores[:, 0].float(), expected[:, 0], rtol=0.1, atol=0.1 if dtype == torch.bfloat16 else 1e-4
+    )
+
+
+def test_autocast_goes_on_as_it_read(yaad, tmp_path):
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = read(yaad, text(19))
+        save_memory(cache, tmp_path / "text.safetensors", yaad)
+        loaded = load_memory(tmp_path / "text.safetensors", yaad)
+        assert loaded.layers[1].conv_tail.dtype == cache.layers[1].conv_tail.dtype
+        assert_equal(ask(yaad, loaded, text(3, seed=1)), ask(yaad, cache, text(3, seed=1)))
+
+
+def test_other_weights_are_refused_unless_told(yaad, saved):
+    other = build("yaad", hybrid=True, seed=1)
+    with pytest.raises(ValueError, match="other weights.*`check_weights=False`"):
+        load_memory(saved, other)
+    assert load_memory(saved, other, check_weights=False).get_seq_length() == 19
+    # one small training step is noticed
+    trained = copy.deepcopy(yaad)
+    trained(text(8), labels=text(8)).loss.backward()
+    torch.optim.AdamW(trained.parameters(), lr=1e-2).step()
+    with pytest.raises(ValueError, match="other weights"):
+        load_memory(saved, trained)
+
+
+def test_fields_that_differ_are_named_with_both_values(saved):
+    other = build("yaad", hybrid=True, chunk_size=16, rms_norm_eps=1e-5)
+    with pytest.raises(ValueError, match=r"`chunk_size` \(8 there, 16 here\)") as raised:
+        load_memory(saved, other)
+    assert "`rms_norm_eps` (1e-06 there, 1e-05 here)" in str(raised.value)
+    assert "`num_hidden_layers`" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"`attention_layers` \(\[0\] there, \[\] here\)"):
+        load_memory(saved, build("yaad", num_key_value_heads=1, sliding_window=6))
+    with pytest.raises(ValueError, match=r"`model_type` \('yaad' there, 'memora' here\)"):
+        load_memory(saved, build("memora", hybrid=True))
+
+
+def test_fields_without_meaning_for_the_memory_may_differ(yaad, saved):
+    other = copy.deepcopy(yaad)
+    other.config.eos_token_id, other.config.use_cache, other.config.initializer_range = 5, False, 0.5
+    assert load_memory(saved, other).get_seq_length() == 19
+    assert config_fingerprint(other.config) == config_fingerprint(yaad.config)
+
+
+def test_every_field_of_the_config_is_either_fingerprinted_or_neutral(yaad):
+    from miras_hf.saved_memory import NEUTRAL_FIELDS
+
+    known = {*config_fingerprint(yaad.config), *NEUTRAL_FIELDS}
+    stored = {*yaad.config.to_dict(), "layer_types"}
+    # of PreTrainedConfig: about the file, outputs and heads
+    stored -= {"architectures", "auto_map", "dtype", "id2label", "label2id", "problem_type", "transformers_version"}
+    stored -= {"output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder", "_name_or_path"}
+    assert stored - known - {"layer_types", "output_attentions"} == set()
+
+
+def rewritten(path, change_header=None, change_tensors=None, metadata=None):
+    """The file with something in it changed by somebody else."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[HEADER])
+    tensors = load_file(path)
+    if change_header:
+        change_header(header)
+    if change_tensors:
+        change_tensors(tensors)
+    metadata = {HEADER: json.dumps(header)} if metadata is None else metadata
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def test_damaged_and_foreign_files_are_refused(yaad, saved, tmp_path):
+    whole = saved.read_bytes()
+    for size in (0, 5, 200, len(whole) - 1):
+        saved.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            load_memory(saved, yaad)
+    saved.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_memory(saved, yaad)
+    changes = [
+        ({"change_header": lambda header: header.update(tokens=20)}, "is damaged"),
+        ({"change_header": lambda header: header.update(version=2)}, "version 2 of the format.*reads version 1"),
+        ({"change_header": lambda header: header.pop("checksum")}, "is damaged"),
+        ({"change_tensors": lambda tensors: tensors.pop("layers.1.eta")}, "is damaged"),
+        ({"metadata": {"format": "pt"}}, "without a memory in it"),
+        ({"metadata": {HEADER: "[]"}}, "is damaged"),
+        ({"metadata": {HEADER: "{"}}, "is damaged"),
+    ]
+    for change, message in changes:
+        saved.write_bytes(whole)
+        with pytest.raises(ValueError, match=message):
+            load_memory(rewritten(saved, **change), yaad)
+    with pytest.raises(FileNotFoundError):
+        load_memory(tmp_path / "nothing.safetensors", yaad)
+
+
+def test_state_of_another_layout_is_refused(yaad, saved, monkeypatch):
+    from miras_hf import saved_memory
+
+    def cut(tensors):
+        tensors["layers.1.eta"] = tensors["layers.1.eta"][:, :, :4].clone()
+
+    # as another version of this package might write it: whole, and not what is needed here
+    monkeypatch.setattr(saved_memory, "_checksum", lambda header, tensors: "same")
+    rewritten(saved, lambda header: header.update(checksum="same"), cut)
+    with pytest.raises(ValueError, match=r"layers.1.eta has shape \[1, 2, 4, 16\], and \[1, 2, 8, 16\] is needed"):
+        load_memory(saved, yaad)
+
+
+def test_mistakes_are_named_before_anything_is_written(yaad, tmp_path):
+    path = tmp_path / "text.safetensors"
+    with pytest.raises(ValueError, match=r"must have read a text, the same in all layers, got lengths \[0\]"):
+        save_memory(DynamicCache(config=yaad.config), path, yaad)
+    with pytest.raises(ValueError, match="`cache` must be made for this model.*StaticSlidingWindowLayer"):
+        save_memory(StaticCache(config=yaad.config, max_cache_len=32), path, yaad)
+    with pytest.raises(ValueError, match="`cache` must be made for this model"):
+        save_memory(read(build("yaad"), text(3)), path, yaad)
+    with pytest.raises(ValueError, match="`model` must be a Miras model, got Linear"):
+        save_memory(read(yaad, text(3)), path, torch.nn.Linear(2, 2))
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_unfinished_write_leaves_the_old_file(yaad, saved, monkeypatch):
+    from miras_hf import saved_memory
+
+    def fail(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(saved_memory, "save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_memory(read(yaad, text(5)), saved, yaad)
+    assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
+
+
+def test_offloaded_weights(yaad, saved):
+    from accelerate import cpu_offload
+
+    model = copy.deepcopy(yaad)
+    cpu_offload(model.model.layers[1].mlp, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"offloaded weights \(layers.1.*pass `check_weights=False`"):
+        load_memory(saved, model)
+    loaded = load_memory(saved, model, check_weights=False)
+    assert loaded.layers[1].conv_tail.device.type == "cpu"
+    assert_equal(ask(model, loaded, text(3, seed=1)), ask(yaad, read(yaad, text(19)), text(3, seed=1)))
+
+
+def test_float_sizes_of_head_gates_and_windows_longer_than_the_text(tmp_path):
+    model = build("miras", hybrid=True, sliding_window=64, gate_granularity="head")
+    cache = read(model, text(19))
+    save_memory(cache, tmp_path / "text.safetensors", model)
+    loaded = load_memory(tmp_path / "text.safetensors", model)
+    assert_equal(ask(model, loaded, text(3, seed=1)), ask(model, cache, text(3, seed=1)))

@@ -1,0 +1,400 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A memory on disk: read a long text once, keep what the model made of it as one safetensors file, ask later.
+
+The file holds what `generate()` needs to go on exactly where the reading stopped, for every row of the batch, and what
+tells whether a model understands it: the config's fields, a digest of the weights, and a checksum of the whole.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+from .cache import MirasLayer
+from .configuration_miras import ATTENTION_LAYER, MirasConfig
+from .memory import MemoryParameters, MemoryState, initial_memory_state
+from .modeling_miras import MirasModel
+
+
+FORMAT_VERSION = 1
+HEADER = "miras_memory"
+
+# What a memory means does not depend on these; any other field, those to come included, changes what the model computes.
+NEUTRAL_FIELDS = {
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "max_half_life",
+    "min_half_life",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "use_cache",
+}
+WEIGHT_SAMPLES = 64
+
+
+def save_memory(
+    cache: Cache,
+    path: str | os.PathLike,
+    model: nn.Module,
+    *,
+    attention_mask: Tensor | None = None,
+    check_weights: bool = True,
+) -> None:
+    """
+    Write what a model has read to one safetensors file. Its size does not grow with the text.
+
+    Args:
+        cache (`Cache`): The cache after reading, of `generate()` or of a forward with `use_cache=True`.
+        path (`str` or `os.PathLike`): File to write. It appears complete or not at all.
+        model (`nn.Module`): The Miras model that has read, with any head, wrapped by PEFT or not.
+        attention_mask (`torch.Tensor` of shape `[rows, tokens]`, *optional*):
+            Mask of the text read, for [`load_memory`] to give back. Needed only if rows have pads and the model has
+            attention layers, which must be told again where the pads are.
+        check_weights (`bool`, *optional*, defaults to `True`):
+            Whether to store a digest of the weights.
+
+    Raises:
+        `ValueError`: if the cache has read nothing, is not this model's, or would need the mask; if the weights are
+            spread over processes, or offloaded and not excepted by `check_weights=False`.
+
+    ```python
+    >>> cache = model(**tokenizer(book, return_tensors="pt"), use_cache=True, logits_to_keep=1).past_key_values
+    >>> save_memory(cache, "book.safetensors", model)
+
+    >>> cache = load_memory("book.safetensors", model)
+    >>> question = tokenizer("Who did it?", add_special_tokens=False, return_tensors="pt").input_ids
+    >>> mask = torch.ones(1, cache.get_seq_length() + question.shape[1])
+    >>> model.generate(question, past_key_values=cache, attention_mask=mask)
+    ```"""
+    decoder = _decoder(model)
+    tensors = _tensors(cache, decoder)
+    tokens = cache.get_seq_length()
+    counts = next(layer.memory.count for layer in cache.layers if isinstance(layer, MirasLayer))
+    if attention_mask is not None:
+        if attention_mask.shape != (len(counts), tokens):
+            raise ValueError(
+                f"`attention_mask` must have the shape of the text read, {(len(counts), tokens)}, "
+                f"got {tuple(attention_mask.shape)}."
+            )
+        tensors["attention_mask"] = attention_mask.bool()
+    elif decoder.config.attention_layers and bool((counts != tokens).any()):
+        raise ValueError(
+            "`attention_mask` must be given, the mask of the text read: rows of this cache have pads, and attention "
+            "layers cannot go on without knowing where."
+        )
+    # own contiguous copies: safetensors refuses views that share memory
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    header = {
+        "version": FORMAT_VERSION,
+        "rows": len(counts),
+        "tokens": tokens,
+        "dtype": str(decoder.dtype),
+        "config": config_fingerprint(decoder.config),
+        "weights": weights_fingerprint(decoder) if check_weights else None,
+    }
+    header["checksum"] = _checksum(header, tensors)
+
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt", HEADER: json.dumps(header)})
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@overload
+def load_memory(
+    path: str | os.PathLike,
+    model: nn.Module,
+    *,
+    check_weights: bool = True,
+    return_attention_mask: Literal[False] = False,
+) -> DynamicCache: ...
+
+
+@overload
+def load_memory(
+    path: str | os.PathLike, model: nn.Module, *, check_weights: bool = True, return_attention_mask: Literal[True]
+) -> tuple[DynamicCache, Tensor]: ...
+
+
+def load_memory(
+    path: str | os.PathLike, model: nn.Module, *, check_weights: bool = True, return_attention_mask: bool = False
+) -> DynamicCache | tuple[DynamicCache, Tensor]:
+    """
+    Read a file of [`save_memory`] into a cache from which `generate()` continues exactly as from the one saved.
+
+    The text itself is not read again: pass only new ids, with an attention mask that spans the text and them. A cache
+    moves on as it is used; take `copy.deepcopy(cache)` for each of several questions.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        model (`nn.Module`): The model to go on with, which must be the one that has read.
+        check_weights (`bool`, *optional*, defaults to `True`):
+            Whether to compare the weights, by a sample rounded to bfloat16, so that they may be loaded in another
+            dtype. `False` for weights that are meant to differ: quantized, or fine-tuned since.
+        return_attention_mask (`bool`, *optional*, defaults to `False`):
+            Whether to return the mask of the text read, too.
+
+    Returns:
+        `DynamicCache`, on the model's devices; `get_seq_length()` is the number of tokens read, pads included. With
+        `return_attention_mask` a tuple of it and a `torch.Tensor` of shape `[rows, tokens]`.
+
+    Raises:
+        `FileNotFoundError`: if there is no such file.
+        `ValueError`: if the file is damaged or something else, or of another model: names the fields of the config that
+            differ, with both values.
+    """
+    decoder = _decoder(model)
+    header, tensors = _read(Path(path))
+    _check_model(path, header, decoder, check_weights)
+    _check_shapes(path, header, tensors, decoder)
+
+    cache, tokens = DynamicCache(config=decoder.config), header["tokens"]
+    if str(decoder.dtype) != header["dtype"]:
+        # memories compute in float32, whatever the model around them does
+        wide = torch.promote_types(decoder.dtype, torch.float32)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                narrow = name.endswith((".conv_tail", ".keys", ".values"))
+                tensors[name] = tensor.to(decoder.dtype if narrow else wide)
+    for i, (cached, layer) in enumerate(zip(cache.layers, decoder.layers, strict=True)):
+        state = {name: tensors[f"layers.{i}.{name}"].to(_device(layer)) for name in _shapes(layer, 1)}
+        if isinstance(cached, MirasLayer):
+            conv_tail = state.pop("conv_tail")
+            cached.update_memory(_unflatten(state), conv_tail, tokens)
+        else:
+            cached.update(state["keys"], state["values"])
+            # a window keeps the last of them only
+            cached.cumulative_length = tokens
+    if not return_attention_mask:
+        return cache
+    mask = tensors.get("attention_mask")
+    if mask is None:
+        # without attention layers the number of pads matters, their place does not
+        mask = torch.arange(tokens) >= tokens - _first_count(tensors)[:, None]
+    return cache, mask.long().to(decoder.device)
+
+
+def config_fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a Miras config that decide what a memory means, as JSON gives them back."""
+    names = sorted(set(MirasConfig.__annotations__) - NEUTRAL_FIELDS - {"auto_map"})
+    fields = {"model_type": config.model_type, **{name: getattr(config, name) for name in names}}
+    return json.loads(json.dumps(fields))
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """
+    A digest of a Miras model's weights, without its head, that is the same in float32 and bfloat16.
+
+    It takes `WEIGHT_SAMPLES` numbers of every floating point parameter: enough to notice any training step, and no
+    guard against forgery.
+
+    Raises:
+        `ValueError`: if weights are not in this process's memory.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(_decoder(model).named_parameters()):
+        if not parameter.is_floating_point():
+            continue
+        if parameter.is_meta:
+            raise ValueError(f"`model` has offloaded weights ({name}): pass `check_weights=False` to do without them.")
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES]
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(_bytes(sample.to(device="cpu", dtype=torch.bfloat16)))
+    return digest.hexdigest()
+
+
+def _decoder(model: nn.Module) -> MirasModel:
+    """The decoder inside a model with a head, an adapter, a wrapper."""
+    decoder = next((module for module in model.modules() if isinstance(module, MirasModel)), None)
+    if decoder is None:
+        raise ValueError(f"`model` must be a Miras model, got {type(model).__name__}.")
+    if any(isinstance(parameter, DTensor) for parameter in decoder.parameters()):
+        raise ValueError(
+            "`model` is spread over processes, each of which holds a part of the memory only: save and load memories "
+            "with a model that is whole."
+        )
+    return decoder
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where a layer computes; its weights may be offloaded by Accelerate until then."""
+    hook = getattr(layer, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return next(layer.parameters()).device if device is None else torch.device(device)
+
+
+def _flatten(memory: MemoryState) -> dict[str, Tensor]:
+    tensors = {}
+    for field, value in memory._asdict().items():
+        tensors |= {f"{field}.{i}": x for i, x in enumerate(value)} if isinstance(value, tuple) else {field: value}
+    return tensors
+
+
+def _unflatten(tensors: dict[str, Tensor]) -> MemoryState:
+    fields: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        field, _, part = name.partition(".")
+        fields[field] = (*fields.get(field, ()), tensor) if part else tensor
+    return MemoryState(**fields)
+
+
+def _tensors(cache: Cache, decoder: MirasModel) -> dict[str, Tensor]:
+    """What the layers of a cache hold, by name.
+
+    Raises:
+        `ValueError`: if the cache is of another model or has read nothing.
+    """
+    kinds = [
+        DynamicSlidingWindowLayer if layer_type == ATTENTION_LAYER else MirasLayer
+        for layer_type in decoder.config.layer_types
+    ]
+    if [type(layer) for layer in cache.layers] != kinds:
+        raise ValueError(
+            "`cache` must be made for this model, `DynamicCache(config=model.config)` with layers "
+            f"{[kind.__name__ for kind in kinds]}, got {[type(layer).__name__ for layer in cache.layers]}."
+        )
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(f"`cache` must have read a text, the same in all layers, got lengths {sorted(lengths)}.")
+    tensors = {}
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, MirasLayer):
+            state = {**_flatten(layer.memory), "conv_tail": layer.conv_tail}
+        else:
+            state = {"keys": layer.keys, "values": layer.values}
+        tensors |= {f"layers.{i}.{name}": tensor for name, tensor in state.items()}
+    return tensors
+
+
+def _shapes(layer: Any, rows: int) -> dict[str, list[int]]:
+    """Names and shapes of a decoder layer's state; keys and values are as long as their window is filled, here -1."""
+    if layer.layer_type == ATTENTION_LAYER:
+        config = layer.self_attn.config
+        return dict.fromkeys(("keys", "values"), [rows, config.num_key_value_heads, -1, config.head_dim])
+    mixer = layer.mixer
+    memory, head_dim = mixer.memory, mixer.head_dim
+    parameters = MemoryParameters(
+        tuple(parameter.to("meta") for parameter in memory.initial_state),
+        memory.norm_weight.to("meta"),
+        memory.norm_bias.to("meta"),
+    )
+    gate_dim = head_dim if mixer.eta.per_channel else 1
+    state = _flatten(initial_memory_state(memory.rule, parameters, rows, gate_dim))
+    width = parameters.norm_weight.numel()
+    return {
+        **{name: list(tensor.shape) for name, tensor in state.items()},
+        "conv_tail": [rows, mixer.conv_kernel_size - 1, 3 * width],
+    }
+
+
+def _first_count(tensors: dict[str, Tensor]) -> Tensor:
+    return next(tensor for name, tensor in tensors.items() if name.endswith(".count"))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file, whole and unchanged since it was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): cut short, or something else?") from error
+    if HEADER not in metadata:
+        raise ValueError(f"{path} is a safetensors file without a memory in it: it was not made by `save_memory`.")
+    damaged = f"{path} is damaged: what it holds has changed since `save_memory` wrote it."
+    try:
+        header = json.loads(metadata[HEADER])
+        version, checksum = header["version"], header.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(damaged) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has version {version} of the format, this miras-hf reads version {FORMAT_VERSION}: read the "
+            "text again, or use the version of miras-hf that wrote it."
+        )
+    if checksum != _checksum(header, tensors):
+        raise ValueError(damaged)
+    return header, tensors
+
+
+def _check_model(path: str | os.PathLike, header: dict[str, Any], decoder: MirasModel, check_weights: bool) -> None:
+    """Raises a `ValueError` unless the file is of this model."""
+    here, there = config_fingerprint(decoder.config), header["config"]
+    # a field that is younger than the file has kept, by its default, the meaning from before it was there
+    default = config_fingerprint(type(decoder.config)()) | there
+    differing = [
+        f"`{name}` ({default[name]!r} there, {value!r} here)" for name, value in here.items() if default[name] != value
+    ]
+    if differing or set(there) - set(here):
+        differing += [f"`{name}` ({there[name]!r} there, unknown here)" for name in sorted(set(there) - set(here))]
+        raise ValueError(f"{path} is the memory of a model with another config: {', '.join(differing)}.")
+    if check_weights and header["weights"] is not None and header["weights"] != weights_fingerprint(decoder):
+        raise ValueError(
+            f"{path} is the memory of a model with other weights: load the weights that have read, or pass "
+            "`check_weights=False` if they are meant to differ (quantized or fine-tuned since)."
+        )
+
+
+def _check_shapes(
+    path: str | os.PathLike, header: dict[str, Any], tensors: dict[str, Tensor], decoder: MirasModel
+) -> None:
+    """Raises a `ValueError` unless the file has all tensors of this model's state, in their shapes, and no others."""
+    rows, tokens = header["rows"], header["tokens"]
+    filled = min(tokens, decoder.config.sliding_window - 1)
+    expected = {"attention_mask": [rows, tokens]} if "attention_mask" in tensors else {}
+    for i, layer in enumerate(decoder.layers):
+        for name, shape in _shapes(layer, rows).items():
+            expected[f"layers.{i}.{name}"] = [filled if size < 0 else size for size in shape]
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{path} does not hold this model's state: {name} has shape {found.get(name)}, and {expected.get(name)} "
+            f"is needed ({len(wrong)} tensors differ)."
+        )
+
+
+def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+__all__ = ["config_fingerprint", "load_memory", "save_memory", "weights_fingerprint"]
