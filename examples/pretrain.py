@@ -42,7 +42,6 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import platform
 import shlex
 import sys
@@ -50,7 +49,6 @@ import sysconfig
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -59,14 +57,12 @@ import torch
 import transformers
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     HfArgumentParser,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -75,9 +71,7 @@ from transformers import (
 )
 
 import miras_hf
-
-
-CARD_TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "TEMPLATE.md"
+from miras_hf.model_card import ModelCardMixin, changed_fields, model_card, training_run
 
 
 @dataclass
@@ -180,7 +174,6 @@ class RunArguments:
     sample_tokens: int = field(default=200, metadata={"help": "Tokens to generate at the end."})
     report: str | None = field(default=None, metadata={"help": "Write losses, machine, versions, command as JSON."})
     license: str | None = field(default=None, metadata={"help": "License of the model, for its card."})
-    card_template: str = field(default=str(CARD_TEMPLATE), metadata={"help": "Jinja template of the model card."})
 
 
 SMOKE = {
@@ -361,14 +354,8 @@ def pack(
     return train, validation
 
 
-class PretrainingTrainer(Trainer):
-    """Trainer that keeps our card where `push_to_hub` would write its own."""
-
-    card: ModelCard | None = None
-
-    def create_model_card(self, **kwargs) -> None:
-        if self.card is not None and self.is_world_process_zero():
-            self.card.save(Path(self.args.output_dir) / "README.md")
+class PretrainingTrainer(ModelCardMixin, Trainer):
+    """Trainer whose checkpoints carry a model card."""
 
 
 def loss_curves(log_history: list[dict[str, float]]) -> dict[str, list[list[float]]]:
@@ -405,53 +392,6 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> float:
     ids = list(rows["input_ids"])
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return sum(len(text.encode()) for text in texts) / sum(map(len, ids))
-
-
-def machine() -> dict[str, Any]:
-    """What the run ran on, without names of hosts."""
-    cpu = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
-
-
-def versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers", "accelerate")}
-    return {"python": platform.python_version(), **packages}
-
-
-def changed_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of the config that say how the model is built."""
-    skipped = {"architectures", "dtype", "transformers_version", "_name_or_path", "auto_map"}
-    return {name: value for name, value in config.to_diff_dict().items() if name not in skipped}
-
-
-def make_card(report: dict[str, Any], run: RunArguments) -> ModelCard:
-    """The model card: the template filled with the report, and metadata for the Hub."""
-    result = EvalResult(
-        task_type="text-generation",
-        task_name="Text Generation",
-        dataset_type=report["data"]["id"] or "local",
-        dataset_name=report["data"]["name"],
-        dataset_split="validation",
-        metric_type="loss",
-        metric_name="Validation loss (nats per token)",
-        metric_value=round(report["validation"]["after"]["loss"], 4),
-    )
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        license=run.license,
-        language=report["data"]["language"],
-        base_model=report["base_model"],
-        datasets=[report["data"]["id"]] if report["data"]["id"] else None,
-        tags=["miras-hf", report["model_type"], "arxiv:2504.13173"],
-        model_name=report["name"],
-        eval_results=[result],
-    )
-    return ModelCard.from_template(metadata, template_path=run.card_template, report=report)
 
 
 def generate(folder: str, prompt: str, new_tokens: int, seed: int) -> str:
@@ -518,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     scale = math.log(2) * bytes_per_token(tokenizer, validation)
     losses = {"before": curves["validation"][0][1] if args.eval_on_start else None, "after": after}
-    report = {
+    report = training_run(trainer) | {
         "name": args.hub_model_id or folder.name,
         "command": shlex.join(["python", "examples/pretrain.py", *argv]),
         "model_type": model.config.model_type,
@@ -536,25 +476,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             when: loss and {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / scale}
             for when, loss in losses.items()
         },
-        "training": {
-            "steps": trainer.state.global_step,
-            "tokens": trainer.state.num_input_tokens_seen,
-            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "learning_rate": args.learning_rate,
-            "schedule": args.lr_scheduler_type.value,
-            "weight_decay": args.weight_decay,
-            "seed": args.seed,
-        },
         "seconds": {"training": result.metrics["train_runtime"], "total": time.perf_counter() - started},
-        "machine": machine(),
-        "versions": versions(),
         "prompt": run.prompt,
         "sample": sample,
     }
-    trainer.card = make_card(report, run)
-    trainer.create_model_card()
+    trainer.run_details = report
+    model.training_run = report
+    model_card(model, report, name=report["name"], license=run.license).save(folder / "README.md")
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(license=run.license)
     if run.report:
         Path(run.report).parent.mkdir(parents=True, exist_ok=True)
         Path(run.report).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")

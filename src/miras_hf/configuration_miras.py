@@ -13,7 +13,9 @@
 # limitations under the License.
 """Configurations of Miras models: the four choices, every point the paper leaves open as a named switch, and presets."""
 
-from typing import Any, ClassVar, Literal
+import os
+from pathlib import Path
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -21,6 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import interval
 
+from .hub import auto_map, write_shim
 from .peft import register_peft_defaults
 
 
@@ -135,8 +138,6 @@ class MirasConfig(PreTrainedConfig):
 
     model_type = "miras"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # TRL reads it, and a config without copied code has none
-    auto_map: ClassVar[dict] = {}
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -211,7 +212,9 @@ class MirasConfig(PreTrainedConfig):
             self.layer_types = layer_types
         if self.attention_layers is None:
             self.attention_layers = []
+        self.base_model_tp_plan = self.tensor_parallel_plan()
         super().__post_init__(**kwargs)
+        self.auto_map = {} if self._family is None else auto_map(self._family)
 
     @classmethod
     def from_preset(cls, name: str, **kwargs) -> "MirasConfig":
@@ -320,6 +323,39 @@ class MirasConfig(PreTrainedConfig):
                 f"`min_log_alpha` must lie between -160 / chunk_size = {-160.0 / self.chunk_size:g} and 0, "
                 f"got {self.min_log_alpha}."
             )
+
+    @property
+    def _family(self) -> str | None:
+        """What the class names of this config's models begin with; unknown for classes derived elsewhere."""
+        return type(self).__name__.removesuffix("Config") if type(self).__module__ == __name__ else None
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Writes the config, and beside it the module that its `auto_map` names."""
+        super().to_json_file(json_file_path, use_diff=use_diff)
+        if self._family is not None:
+            write_shim(Path(json_file_path).parent, self._family)
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        """Tensor parallelism by heads: each rank has the memories, and the attention, of some heads.
+
+        A plan of what this config has, because Transformers warns about rules that name nothing. `"heads"` is a style
+        of ours, see `miras_hf.parallel`.
+        """
+        plan = {"embed_tokens": "embedding_rowwise"}
+        if MEMORY_LAYER in self.layer_types:
+            mixer = {f"{x}_proj": "colwise" for x in "qkvg"} | {f"{x}_conv": "heads" for x in "qkv"}
+            for gate in ("eta", "alpha", "delta") if self.attentional_bias.startswith("huber") else ("eta", "alpha"):
+                mixer |= {gate: "heads", f"{gate}.up_proj": "colwise"}
+            mixer["memory.initial_state"] = "heads"
+            if self.memory_architecture == "mlp":
+                mixer["memory"] = "heads"
+            mixer |= {"o_norm": "replicated_with_grad_allreduce", "o_proj": "rowwise"}
+            plan |= {f"layers.*.mixer.{name}": style for name, style in mixer.items()}
+        if ATTENTION_LAYER in self.layer_types:
+            plan |= {f"layers.*.self_attn.{x}_proj": "colwise" for x in "qkv"}
+            plan["layers.*.self_attn.o_proj"] = "rowwise"
+        mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+        return plan | {f"layers.*.mlp.{name}": style for name, style in mlp.items()}
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):

@@ -55,6 +55,8 @@ from .memory import (
     chunk_miras,
     step_miras,
 )
+from .model_card import save_model_card
+from .parallel import check_tensor_parallel_size
 from .sequences import Sequences, has_inner_pads, packed_sequences, padded_sequences
 
 
@@ -308,6 +310,10 @@ class MirasMemory(nn.Module):
         mask: Tensor | None = None,
     ) -> tuple[Tensor, MemoryState | None]:
         """Arguments of [`miras_hf.memory.chunk_miras`]; one token that continues a state takes the decode step."""
+        # Tensor parallelism shards the initial state, whose list is not a module that is called and could hand out
+        # this rank's part, and leaves buffers whole.
+        initial = tuple(x.to_local() if hasattr(x, "to_local") else x for x in self.initial_state)
+        norm = (self.norm_weight[: q.shape[2]], self.norm_bias[: q.shape[2]])
         form, kwargs = chunk_miras, {"cu_seqlens": cu_seqlens}
         if q.shape[1] == 1 and state is not None:
             form, kwargs = step_miras, {}
@@ -319,7 +325,7 @@ class MirasMemory(nn.Module):
             log_alpha,
             delta,
             rule=self.rule,
-            parameters=MemoryParameters(tuple(self.initial_state), self.norm_weight, self.norm_bias),
+            parameters=MemoryParameters(initial, *norm),
             initial_state=state,
             output_final_state=output_final_state,
             mask=mask,
@@ -603,6 +609,17 @@ class MirasPreTrainedModel(PreTrainedModel):
             init.ones_(module.norm_weight)
             init.zeros_(module.norm_bias)
 
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """As everywhere in Transformers, and a model card (`README.md`), unless a person wrote the one that is there."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if self.should_save_on_this_rank(is_main_process):
+            save_model_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # after Transformers put its draft of a card, or the repository's own card, into the folder
+        save_model_card(self, working_dir, name=repo_id, tags=getattr(self, "model_tags", None))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Does nothing: checkpoints name the installed package instead of carrying copies of its code."""
@@ -613,6 +630,7 @@ class MirasModel(MirasPreTrainedModel):
 
     def __init__(self, config: MirasConfig):
         super().__init__(config)
+        check_tensor_parallel_size(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
 
@@ -734,6 +752,7 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
     """The decoder with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MirasConfig):
         super().__init__(config)

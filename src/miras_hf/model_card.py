@@ -1,0 +1,278 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Model cards: what a saved folder says about its model and the training run behind it.
+
+`save_pretrained` and `push_to_hub` of every Miras model write one. A trainer made with [`ModelCardMixin`] adds what it
+knows of the run, and a script may add what only it knows (data, command, a sample), in the same nested dict:
+
+```text
+data:       name, id, language, train_rows, validation_rows, block_size, vocab_size
+training:   steps, tokens, rows_per_step, learning_rate, schedule, weight_decay, optimizer, precision, seed
+metrics:    step, and whatever the last evaluation measured
+validation: before, after: loss, perplexity, bits_per_byte
+seconds:    training, total
+machine:    cpu, cores, threads, gpus, processes, peak_memory (bytes)
+versions:   package: version
+base_model, command, prompt, sample
+```
+"""
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+# A card with this line is ours to replace, also the draft that Transformers makes for a new repository.
+MARKER = "<!-- Written by miras-hf, and again at the next save. Remove this line to keep your own version. -->"
+_TRANSFORMERS_DRAFT = "This model card has been automatically generated"
+
+_TASKS = {
+    "ForCausalLM": ("text-generation", "language model"),
+    "ForSequenceClassification": ("text-classification", "text classifier"),
+    "ForTokenClassification": ("token-classification", "token classifier"),
+}
+_PACKAGES = ("miras-hf", "torch", "transformers", "datasets", "tokenizers", "accelerate", "peft", "trl")
+
+
+def model_card(
+    model: PreTrainedModel, run: dict[str, Any] | None = None, *, name: str = "model", **metadata
+) -> ModelCard:
+    """
+    The card of a model, with metadata for the Hub.
+
+    Args:
+        model (`PreTrainedModel`): any model; those of miras-hf are described by their four choices.
+        run (`dict`, *optional*): the training run, see above; by default what a trainer left at the model.
+        name (`str`, *optional*, defaults to `"model"`): folder or repository under which the model is loaded.
+        metadata: further fields of `huggingface_hub.ModelCardData`, for instance `license` or `datasets`.
+
+    Returns:
+        `huggingface_hub.ModelCard`
+    """
+    run = run or getattr(model, "training_run", None)
+    config = model.config
+    memories = [module for module in model.modules() if hasattr(module, "initial_state") and hasattr(module, "rule")]
+    ending = next((ending for ending in _TASKS if type(model).__name__.endswith(ending)), None)
+    task, kind = _TASKS.get(ending, ("feature-extraction", "model without a head"))
+    data = (run or {}).get("data", {})
+    fields = {
+        "library_name": "transformers",
+        "pipeline_tag": task,
+        "language": data.get("language"),
+        "base_model": (run or {}).get("base_model"),
+        "datasets": [data["id"]] if data.get("id") else None,
+        "tags": ["miras-hf", config.model_type, "arxiv:2504.13173"],
+        "model_name": name,
+        "eval_results": _eval_results(run, task, kind),
+    }
+    tags = metadata.pop("tags", None) or []
+    fields |= {key: value for key, value in metadata.items() if value is not None}
+    fields["tags"] = [
+        *fields["tags"],
+        *(tag for tag in ([tags] if isinstance(tags, str) else tags) if tag not in fields["tags"]),
+    ]
+    return ModelCard.from_template(
+        ModelCardData(ignore_metadata_errors=False, **fields),
+        template_path=str(TEMPLATE),
+        marker=MARKER,
+        name=name,
+        task=task,
+        kind=kind,
+        miras=bool(memories),
+        parameters=model.num_parameters(),
+        choices=four_choices(config) if memories else None,
+        memory_bytes=4 * sum(weight.numel() for memory in memories for weight in memory.initial_state),
+        config=changed_fields(config),
+        run=run,
+    )
+
+
+def four_choices(config: PreTrainedConfig) -> str:
+    """The point of the Miras design space that a config names, as a table in Markdown."""
+    memory = f"`{config.memory_architecture}`"
+    if config.memory_architecture == "mlp":
+        memory += f", {config.memory_expansion} hidden units for each channel of a head"
+    memory += f", {config.num_attention_heads} memories of width {config.head_dim} in a layer"
+    bias = f"`{config.attentional_bias}`" + (f", p = {config.lp_power}" if config.attentional_bias == "lp" else "")
+    retention = f"`{config.retention}`"
+    if config.retention == "lq":
+        retention += f", q = {config.lq_power}, `{config.lq_map}` map"
+    rows = {
+        "memory architecture": memory,
+        "attentional bias": bias,
+        "retention": f"{retention}, decay toward `{config.decay_target}`",
+        "learning algorithm": f"`{config.learning_algorithm}`, gradients taken at the start of chunks of "
+        f"{config.chunk_size} tokens",
+    }
+    return "\n".join(
+        ["| choice | here |", "| --- | --- |", *(f"| {choice} | {here} |" for choice, here in rows.items())]
+    )
+
+
+def changed_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of the config that say how the model is built."""
+    skipped = {"architectures", "dtype", "transformers_version", "_name_or_path", "auto_map"}
+    return {name: value for name, value in config.to_diff_dict().items() if name not in skipped}
+
+
+def save_model_card(model: PreTrainedModel, folder: str | os.PathLike, *, name: str | None = None, **metadata) -> None:
+    """Writes the card of `model` to `folder/README.md`, unless a person wrote the one that is there.
+
+    Args:
+        name (`str`, *optional*): as in [`model_card`]; by default the folder's.
+    """
+    path = Path(folder) / "README.md"
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        if MARKER not in text and _TRANSFORMERS_DRAFT not in text:
+            return
+    model_card(model, name=name or Path(folder).resolve().name, **metadata).save(path)
+
+
+class ModelCardMixin:
+    """For a Trainer class: what it saves and pushes carries a card that says how it was trained.
+
+    ```python
+    >>> class CardTrainer(ModelCardMixin, Trainer): ...
+
+
+    >>> class CardSFTTrainer(ModelCardMixin, SFTTrainer): ...
+    ```
+
+    Attributes:
+        run_details (`dict`): what a trainer cannot know, for instance
+            `{"data": {"name": "my notes"}, "command": "python train.py"}`; merged over what it does know.
+    """
+
+    run_details: dict[str, Any] | None = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # PEFT's models hand attributes on to the model inside, and write cards of their own
+        model = self.accelerator.unwrap_model(self.model)
+        model.training_run = _merged(training_run(self), self.run_details or {})
+        super()._save(output_dir, state_dict)
+
+    def create_model_card(self, **kwargs) -> None:
+        """What `push_to_hub` calls after saving; arguments of `Trainer.create_model_card`."""
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "peft_config"):
+            super().create_model_card(**kwargs)
+        elif self.is_world_process_zero():
+            names = {"language": "language", "license": "license", "tags": "tags", "dataset": "datasets"}
+            metadata = {ours: kwargs[theirs] for theirs, ours in names.items() if kwargs.get(theirs) is not None}
+            save_model_card(
+                model, self.args.output_dir, name=self.hub_model_id or kwargs.get("model_name"), **metadata
+            )
+
+
+def training_run(trainer) -> dict[str, Any]:
+    """What a `transformers.Trainer` knows about its run, in the form above."""
+    args, state = trainer.args, trainer.state
+    dataset = trainer.train_dataset
+    precision = next((name for name in ("bf16", "fp16") if getattr(args, name)), "float32")
+    run = {
+        "base_model": trainer.accelerator.unwrap_model(trainer.model).config._name_or_path or None,
+        "data": {"train_rows": len(dataset) if hasattr(dataset, "__len__") else None},
+        "training": {
+            "steps": state.global_step,
+            "tokens": int(state.num_input_tokens_seen) or None,
+            "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+            "schedule": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
+            "weight_decay": args.weight_decay,
+            "optimizer": getattr(args.optim, "value", args.optim),
+            "precision": precision,
+            "seed": args.seed,
+        },
+        "seconds": {"training": None},
+        "machine": machine(processes=args.world_size),
+        "versions": versions(),
+    }
+    for row in state.log_history:
+        if "train_runtime" in row:
+            run["seconds"]["training"] = row["train_runtime"]
+        if "eval_loss" in row:
+            skipped = ("runtime", "samples_per_second", "steps_per_second")
+            run["metrics"] = {"step": row["step"]} | {
+                key.removeprefix("eval_"): value
+                for key, value in row.items()
+                if key.startswith("eval_") and not key.endswith(skipped) and isinstance(value, int | float)
+            }
+    return run
+
+
+def machine(processes: int = 1) -> dict[str, Any]:
+    """What this process runs on, without names of hosts; `peak_memory` in bytes, of the GPU if there is one."""
+    cpu = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    # kilobytes, but bytes on macOS
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "processes": processes,
+        "peak_memory": torch.cuda.max_memory_allocated() if gpus else resident,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that take part in training, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _merged(known: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    both = {key: {**known[key], **added[key]} for key in known.keys() & added.keys() if isinstance(known[key], dict)}
+    return known | added | both
+
+
+def _eval_results(run: dict[str, Any] | None, task: str, kind: str) -> list[EvalResult] | None:
+    if not run:
+        return None
+    data = run.get("data", {})
+    after = (run.get("validation") or {}).get("after")
+    measured = {"loss": after["loss"]} if after else {k: v for k, v in run.get("metrics", {}).items() if k != "step"}
+    names = {"loss": "Validation loss (nats per token)" if task == "text-generation" else "Validation loss"}
+    return [
+        EvalResult(
+            task_type=task,
+            task_name=task.replace("-", " ").title(),
+            dataset_type=data.get("id") or "local",
+            dataset_name=data.get("name") or "not recorded",
+            dataset_split="validation",
+            metric_type=metric,
+            metric_name=names.get(metric, metric),
+            metric_value=round(value, 4),
+        )
+        for metric, value in measured.items()
+    ] or None

@@ -1,0 +1,65 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tensor parallelism by heads: the one sharding style that Transformers lacks for a memory, and the check of sizes.
+
+The plan itself is `MirasConfig.tensor_parallel_plan`.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+from .configuration_miras import ATTENTION_LAYER, MirasConfig
+
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class HeadsParallel(TensorParallelLayer):
+    """A module with bare parameters of shape `[heads, ...]` or `[heads * head_dim, ...]`: each rank has some heads, and
+    the module's forward sees them as plain tensors."""
+
+    def should_use_local_tensors(self, module: nn.Module) -> bool:
+        return True
+
+    def shard_param(self, module: nn.Module, param: str, mesh: "DeviceMesh") -> None:
+        # here, and not above: torch can be built without it
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        whole = module._parameters[param]
+        shard = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+        module._parameters[param] = nn.Parameter(shard, requires_grad=whole.requires_grad)
+
+
+ALL_PARALLEL_STYLES.register("heads", HeadsParallel())
+
+
+def check_tensor_parallel_size(config: MirasConfig) -> None:
+    """Called before any weight is read.
+
+    Raises:
+        `ValueError`: if the config asks for a tensor parallel size that does not divide its heads.
+    """
+    tp_size = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+    names = ["num_attention_heads"]
+    if ATTENTION_LAYER in config.layer_types:
+        names.append("num_key_value_heads")
+    for name in names:
+        if getattr(config, name) % tp_size:
+            raise ValueError(
+                f"`{name}` ({getattr(config, name)}) must be a multiple of the tensor parallel size ({tp_size}): "
+                "memories and attention are sharded by heads."
+            )
