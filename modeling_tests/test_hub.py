@@ -13,6 +13,7 @@
 # limitations under the License.
 """Models, adapters and tokenizers go to the Hub and come back, over HTTP, and their cards say what they are."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -298,3 +299,18 @@ def test_save_writes_a_card_and_never_over_a_persons(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
     AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=2).save_pretrained(tmp_path / "tags")
     assert ModelCard.load(tmp_path / "tags" / "README.md").data.pipeline_tag == "token-classification"
+
+
+def test_cards_of_the_papers_sizes_are_up_to_date():
+    folder = Path(__file__).resolve().parents[1] / "model_cards"
+    spec = importlib.util.spec_from_file_location("make_cards", folder / "make_cards.py")
+    cards = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cards)
+    names = {
+        f"{family}-{preset}": cards.make_card(family, preset) for family in cards.FAMILIES for preset in cards.SIZES
+    }
+    assert {path.stem for path in folder.glob("*.md")} - {"README"} == names.keys()
+    for name, card in names.items():
+        check_card(card)
+        assert "There are no weights here" in card.text
+        assert (folder / f"{name}.md").read_text() == str(card) + "\n", "run model_cards/make_cards.py"
