@@ -139,7 +139,8 @@ def memory_layer(cache: Cache | None, layer_idx: int) -> MirasLayer | None:
         found = "no such layer" if layer is None else f"a {type(layer).__name__}"
         raise ValueError(
             f"`past_key_values` must be made for this model, `DynamicCache(config=model.config)`: layer {layer_idx} is "
-            f"a memory, and the cache has {found} there."
+            f"a memory, and the cache has {found} there. (If PEFT made it: prefix tuning is not possible with Miras "
+            "models; prompt tuning and LoRA are.)"
         )
     return layer
 

@@ -43,7 +43,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import memory_layer, tokens_read
-from .configuration_miras import ATTENTION_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
+from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from .memory import (
     ATTENTIONAL_BIASES,
     LEARNING_ALGORITHMS,
@@ -279,6 +279,16 @@ def memory_rule(config: MirasConfig) -> MirasRule:
     )
 
 
+class MirasInitialState(nn.ParameterList):
+    """The dual state that every text starts from. A list that is called, so that what wraps the forward of modules
+    (offloading, tensor parallelism) reaches its parameters."""
+
+    __call__ = nn.Module.__call__  # a parameter list's own raises
+
+    def forward(self) -> tuple[Tensor, ...]:
+        return tuple(self)
+
+
 class MirasMemory(nn.Module):
     """The memory of a layer's heads: what is learned about it in training, and the rule by which it learns itself."""
 
@@ -286,7 +296,7 @@ class MirasMemory(nn.Module):
         super().__init__()
         self.rule = memory_rule(config)
         heads, head_dim = config.num_attention_heads, config.head_dim
-        self.initial_state = nn.ParameterList(
+        self.initial_state = MirasInitialState(
             nn.Parameter(torch.empty(heads, *shape)) for shape in self.rule.architecture.weight_shapes(head_dim)
         )
         affine = {"norm_weight": torch.ones(heads, head_dim), "norm_bias": torch.zeros(heads, head_dim)}
@@ -310,9 +320,7 @@ class MirasMemory(nn.Module):
         mask: Tensor | None = None,
     ) -> tuple[Tensor, MemoryState | None]:
         """Arguments of [`miras_hf.memory.chunk_miras`]; one token that continues a state takes the decode step."""
-        # Tensor parallelism shards the initial state, whose list is not a module that is called and could hand out
-        # this rank's part, and leaves buffers whole.
-        initial = tuple(x.to_local() if hasattr(x, "to_local") else x for x in self.initial_state)
+        # tensor parallelism leaves buffers whole: as many as this rank has heads
         norm = (self.norm_weight[: q.shape[2]], self.norm_bias[: q.shape[2]])
         form, kwargs = chunk_miras, {"cu_seqlens": cu_seqlens}
         if q.shape[1] == 1 and state is not None:
@@ -325,7 +333,7 @@ class MirasMemory(nn.Module):
             log_alpha,
             delta,
             rule=self.rule,
-            parameters=MemoryParameters(initial, *norm),
+            parameters=MemoryParameters(self.initial_state(), *norm),
             initial_state=state,
             output_final_state=output_final_state,
             mask=mask,
@@ -694,6 +702,8 @@ class MirasModel(MirasPreTrainedModel):
             if position_ids is None:
                 position_ids = sequences.position.view(batch, tokens)
             use_cache = False
+        # before any layer: under activation checkpointing they get no cache, and one that does not fit goes unnoticed
+        memory_layer(past_key_values, self.config.layer_types.index(MEMORY_LAYER))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if sequences is None:
