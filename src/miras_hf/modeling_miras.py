@@ -190,6 +190,7 @@ class MirasLowRankGate(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[batch, tokens, hidden_size]` to float32 `[batch, tokens, heads, head_dim]`, or `[batch, tokens, heads]`."""
+        hidden_states = hidden_states.to(self.bias.dtype)  # float32 in a float16 model
         if self.per_channel:
             hidden_states = self.down_proj(hidden_states)
         gate = self.up_proj(hidden_states).float() + self.bias.float()
@@ -596,6 +597,9 @@ class MirasPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # a memory cannot give tokens back: generate() refuses assisted decoding by name
     _is_stateful = True
+    # Quantisation leaves these alone, too: they are a few percent of the weights, and what enters `up_proj` is narrower
+    # than the blocks of 4-bit formats, which bitsandbytes refuses on CPUs.
+    _keep_in_fp32_modules = [r".*\.mixer\.(eta|alpha|delta)"]
     _can_record_outputs = {
         "hidden_states": MirasDecoderLayer,
         "attentions": MirasAttention,

@@ -1,0 +1,143 @@
+# Copyright 2026 The miras-hf authors..
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Quantised weights on a CPU: bitsandbytes int8 and nf4, torchao int8 and int4. Gates and memory stay as they are."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, TorchAoConfig
+
+from miras_hf import MemoraConfig, MonetaConfig, YaadConfig
+
+
+SIZES = {"vocab_size": 80, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "chunk_size": 4}
+MEMORY = {"num_attention_heads": 2, "memory_expansion": 2, "initializer_range": 0.1, "eos_token_id": None}
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+BACKENDS = {
+    "bitsandbytes_int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes_nf4": lambda: BitsAndBytesConfig(**NF4),
+    "torchao_int8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
+    "torchao_int4": lambda: TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4)),
+}
+
+
+@pytest.fixture(scope="module", params=[MonetaConfig, YaadConfig, MemoraConfig], ids=lambda c: c.model_type)
+def folder(request, tmp_path_factory):
+    """A saved model of every kind."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    AutoModelForCausalLM.from_config(request.param(**SIZES, **MEMORY)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def input_ids() -> Tensor:
+    return torch.randint(3, 80, (2, 14), generator=torch.Generator().manual_seed(1))
+
+
+def load(folder, backend: str | None = None, **kwargs):
+    if backend is not None:
+        kwargs["quantization_config"] = BACKENDS[backend]()
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+
+
+def is_quantised(module: nn.Module) -> bool:
+    return type(module) is not nn.Linear or type(module.weight) is not nn.Parameter
+
+
+@torch.no_grad()
+def logits(model, input_ids: Tensor) -> Tensor:
+    return model(input_ids).logits
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantised_models_read_decode_and_leave_gates_and_memory_alone(backend, folder, input_ids):
+    plain, model = load(folder), load(folder, backend)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    gates = {name for name in linear if any(f"mixer.{gate}." in name for gate in ("eta", "alpha", "delta"))}
+    assert len(gates) >= 8
+    assert {name for name, module in linear.items() if not is_quantised(module)} == gates | {"lm_head"}
+    for layer in range(2):
+        for mine, its in zip(*(m.model.layers[layer].mixer.memory.parameters() for m in (model, plain))):
+            assert torch.equal(mine, its)
+
+    found, expected = logits(model, input_ids), logits(plain, input_ids)
+    # the initial weights are large and random: 4 bits keep little more than the direction
+    assert 1e-3 < error(found, expected) < (0.1 if "int8" in backend else 0.6)
+
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        steps = [model(token, past_key_values=cache, use_cache=True).logits for token in input_ids.split(1, dim=1)]
+    # rounding decides on which side of its jump Yaad's loss is, and bitsandbytes rounds activations, too
+    tolerance = 2e-2 if backend.startswith("bitsandbytes") else 1e-4
+    assert error(torch.cat(steps, dim=1), found) < tolerance
+
+    mask = torch.ones_like(input_ids)
+    text = model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert text.shape == (2, 20)
+
+
+@pytest.mark.parametrize("backend", ["bitsandbytes_int8", "bitsandbytes_nf4", "torchao_int8"])
+def test_quantised_models_are_saved_as_they_are(backend, folder, input_ids, tmp_path):
+    model = load(folder, backend)
+    # before the first forward, in which bitsandbytes packs 4-bit weights for CPUs and would save them so
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    linear = again.model.layers[0].mixer.q_proj
+    assert is_quantised(linear) and not is_quantised(again.model.layers[0].mixer.eta.up_proj)
+    assert torch.equal(logits(again, input_ids), logits(model, input_ids))
+
+
+@pytest.mark.parametrize("backend", ["bitsandbytes_int8", "bitsandbytes_nf4"])
+def test_qlora_trains_adapters_on_a_frozen_base(backend, folder, input_ids, tmp_path):
+    base = prepare_model_for_kbit_training(load(folder, backend), use_gradient_checkpointing=True)
+    model = get_peft_model(base, LoraConfig(modules_to_save=["memory"])).train()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(trainable) == 2 * (5 * 2 + 4)  # layers x (adapted modules x (A, B) + the memory's parameters)
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(
+        prepare_model_for_kbit_training(load(folder, backend), use_gradient_checkpointing=False), tmp_path
+    )
+    assert torch.equal(logits(again.eval(), input_ids), logits(model.eval(), input_ids))
+
+
+def test_float16_keeps_gates_in_float32(folder, input_ids):
+    model = load(folder, dtype=torch.float16)
+    for name, parameter in model.named_parameters():
+        gate = any(f"mixer.{gate}." in name for gate in ("eta", "alpha", "delta"))
+        assert parameter.dtype == (torch.float32 if gate else torch.float16), name
+    assert error(logits(model, input_ids).float(), logits(load(folder), input_ids)) < 2e-2
+    assert logits(model.half(), input_ids).isfinite().all()
