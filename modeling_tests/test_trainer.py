@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
@@ -174,6 +175,27 @@ def test_bf16_learns_as_float32_does(padded, many_rows, tmp_path):
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
     assert found != plain and found[-1] < found[0] - 0.5
     np.testing.assert_allclose(found, plain, atol=0.1)
+
+
+def test_compiled_training_is_one_graph_with_the_same_losses(many_rows, tmp_path):
+    """Without inductor, whose C++ takes minutes to compile."""
+    arguments = {"max_steps": 3, "learning_rate": 1e-2, "train_sampling_strategy": "sequential"}
+    model = {"layer_types": None, "num_hidden_layers": 1, "chunk_size": 8}
+    collator = DataCollatorWithFlattening(return_position_ids=False)
+    plain = train(make_model(**model), collator, many_rows, tmp_path, **arguments)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = train(
+        make_model(**model),
+        collator,
+        many_rows,
+        tmp_path,
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+        **arguments,
+    )
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    np.testing.assert_allclose(losses(compiled), losses(plain), rtol=1e-5)
 
 
 # -- evaluation ---------------------------------------------------------------------------------------------------------
