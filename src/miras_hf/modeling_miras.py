@@ -56,7 +56,7 @@ from .memory import (
     step_miras,
 )
 from .model_card import save_model_card
-from .parallel import check_tensor_parallel_size
+from .parallel import check_distributed_config
 from .sequences import Sequences, has_inner_pads, packed_sequences, padded_sequences
 
 
@@ -642,7 +642,7 @@ class MirasModel(MirasPreTrainedModel):
 
     def __init__(self, config: MirasConfig):
         super().__init__(config)
-        check_tensor_parallel_size(config)
+        check_distributed_config(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
 
@@ -767,6 +767,7 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MirasConfig):
         super().__init__(config)

@@ -47,13 +47,14 @@ class HeadsParallel(TensorParallelLayer):
 ALL_PARALLEL_STYLES.register("heads", HeadsParallel())
 
 
-def check_tensor_parallel_size(config: MirasConfig) -> None:
+def check_distributed_config(config: MirasConfig) -> None:
     """Called before any weight is read.
 
     Raises:
-        `ValueError`: if the config asks for a tensor parallel size that does not divide its heads.
+        `ValueError`: if the `DistributedConfig` that Transformers put into the config asks for sizes that do not fit it.
     """
-    tp_size = getattr(getattr(config, "distributed_config", None), "tp_size", None) or 1
+    distributed = getattr(config, "distributed_config", None)
+    tp_size, fsdp_size = (getattr(distributed, name, None) or 1 for name in ("tp_size", "fsdp_size"))
     names = ["num_attention_heads"]
     if ATTENTION_LAYER in config.layer_types:
         names.append("num_key_value_heads")
@@ -63,3 +64,10 @@ def check_tensor_parallel_size(config: MirasConfig) -> None:
                 f"`{name}` ({getattr(config, name)}) must be a multiple of the tensor parallel size ({tp_size}): "
                 "memories and attention are sharded by heads."
             )
+    # Transformers 5.23, for every model: shards of different sizes are copied, and the head keeps the old ones
+    if config.tie_word_embeddings and config.vocab_size % fsdp_size:
+        raise ValueError(
+            f"`vocab_size` ({config.vocab_size}) must be a multiple of `fsdp_size` ({fsdp_size}) with "
+            "`tie_word_embeddings`, or the head would go on with weights from before the first step. Resize the "
+            "embeddings with `pad_to_multiple_of`, or let Accelerate shard the model."
+        )

@@ -1,0 +1,213 @@
+# Copyright 2026 The miras-hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""More than one process, and weights in more than one place: everything gives what one process gives.
+
+Two processes talk over gloo, see `distributed_worker.py`. The recipe for long sequences is run as its users run it.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from distributed_cases import CONFIGS, INDIVISIBLE, TRAINER_ARGUMENTS, padded_examples, token_ids
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+
+
+ROOT = Path(__file__).resolve().parents[1]
+ACCELERATE_CONFIGS = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
+
+
+def launch(*command: str | Path, **environment: str) -> str:
+    """Runs a command that starts two processes, on the CPU; returns what they print."""
+    run = subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    )
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    return run.stdout
+
+
+def launch_environment(config: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file` puts into the environment of the processes that it starts."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    environment = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The models, and the results of two processes: made once, also for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / "distributed"
+    with FileLock(base / "distributed.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            for name, config in (CONFIGS | INDIVISIBLE).items():
+                set_seed(0)
+                AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+            environment = launch_environment(ROOT / "examples" / "accelerate" / "fsdp2.yaml")
+            environment.pop("ACCELERATE_MIXED_PRECISION")  # the results are compared in float32
+            (folder / "fsdp2.json").write_text(json.dumps(environment))
+            worker = Path(__file__).with_name("distributed_worker.py")
+            launch("torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, folder)
+    return folder
+
+
+@pytest.fixture
+def results(folder):
+    """The results of a function of the worker, one per rank."""
+
+    def of(function: str) -> list:
+        ranks = [rank[function] for rank in json.loads((folder / "results.json").read_text())]
+        errors = [rank["error"] for rank in ranks if "error" in rank]
+        assert not errors, errors[0]
+        return ranks
+
+    return of
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensor_parallel(results, name):
+    for rank in results("tensor_parallel"):
+        found = rank[name]
+        assert set(found["heads"]) == {2}, "the memory is not sharded by heads"
+        assert found["logits"] < 1e-5
+        assert found["loss"] < 1e-6
+        assert found["gradient"][1] < 1e-4, found["gradient"]
+        assert found["same_text"]
+        assert found["saved"] == 0
+
+
+def test_sizes_that_do_not_fit_are_refused(results):
+    for messages in results("refusals"):
+        assert re.search(r"`num_attention_heads` \(3\) .* tensor parallel size \(2\)", messages["three-heads"])
+        assert re.search(r"`num_key_value_heads` \(1\) .* tensor parallel size \(2\)", messages["one-key-value-head"])
+        assert re.search(r"`vocab_size` \(99\) .* `fsdp_size` \(2\)", messages["tied-odd-vocabulary"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_data_parallel(results, name):
+    for rank in results("data_parallel"):
+        assert rank[name]["found"] == pytest.approx(rank[name]["expected"], abs=1e-5)
+
+
+def test_trainer_on_two_processes(results, folder, tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, **TRAINER_ARGUMENTS)
+    model = AutoModelForCausalLM.from_pretrained(folder / "hybrid")
+    trainer = Trainer(model=model, args=arguments, train_dataset=padded_examples())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    for rank, found in enumerate(results("trainer")):
+        assert found["wrapper"] == "DistributedDataParallel"
+        if rank == 0:  # the one that logs
+            assert found["losses"] == pytest.approx(losses, abs=1e-4)
+    saved = AutoModelForCausalLM.from_pretrained(folder / "trainer")
+    for (name, a), b in zip(model.named_parameters(), saved.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fully_sharded_by_transformers(results, name):
+    for rank in results("sharded_by_transformers"):
+        found = rank[name]
+        assert all(found["sharded"]), "the model, or a layer, is not sharded"
+        assert found["logits"] == 0
+        assert found["found"] == pytest.approx(found["expected"], abs=1e-5)
+        assert found["saved"] < 1e-4
+
+
+def test_fully_sharded_by_accelerate(results):
+    for found in results("sharded_by_accelerate"):
+        assert all(found["sharded"]), "the model, or a layer, is not sharded"
+        assert found["found"] == pytest.approx(found["expected"], abs=1e-5)
+        assert found["saved"] < 1e-4
+
+
+def test_context_parallelism_is_refused(results, folder):
+    # it would give every rank a piece of the text, and a memory that has not read the pieces before it
+    for message in results("context_parallel_refusal"):
+        assert "Context parallelism does not support" in message
+        assert "miras_memory" in message
+    model = AutoModelForCausalLM.from_pretrained(folder / "hybrid")
+    assert not model.supports_context_parallel
+
+
+@pytest.mark.parametrize("config", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_configs(config, monkeypatch):
+    environment = launch_environment(config)
+    fields = yaml.safe_load(config.read_text())
+    assert environment["ACCELERATE_MIXED_PRECISION"] == fields["mixed_precision"]
+    command = re.search(r"accelerate launch --config_file (\S+) (\S+)", config.read_text())
+    assert all((ROOT / path).exists() for path in command.groups()), (
+        "the header's command names files that are not there"
+    )
+    if fields["distributed_type"] == "FSDP":
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2
+        model = AutoModelForCausalLM.from_config(CONFIGS["moneta"])
+        plugin.set_auto_wrap_policy(model)  # raises if the model has no module of that class
+
+
+@pytest.mark.parametrize("name", ["moneta", "hybrid", "matrix"])
+def test_offloading_to_disk(folder, tmp_path, name):
+    whole = AutoModelForCausalLM.from_pretrained(folder / name)
+    size = sum(parameter.nbytes for parameter in whole.parameters())
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / name, device_map="auto", max_memory={"cpu": int(0.9 * size)}, offload_folder=tmp_path
+    )
+    assert "disk" in model.hf_device_map.values()
+    batch = token_ids(2, 19)
+    with torch.no_grad():
+        assert model(batch).logits.equal(whole(batch).logits)
+    generation = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert model.generate(batch, **generation).equal(whole.generate(batch, **generation))
+
+
+def test_ranks_along_a_long_sequence():
+    # also the proof that `cpu.yaml` starts two processes
+    printed = launch(
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "examples" / "accelerate" / "cpu.yaml",
+        ROOT / "examples" / "long_context_ranks.py",
+        "--smoke",
+        ACCELERATE_USE_CPU="true",
+    )
+    assert "2 ranks" in printed
+    loss, gradient, truncated = map(
+        float, re.search(r"loss (\S+), gradients (\S+), truncated (\S+)", printed).groups()
+    )
+    assert loss < 1e-5
+    assert gradient < 1e-5
+    assert truncated > 1e-3, "without gradients between ranks there should be something missing"
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", printed)]
+    assert losses[-1] < losses[0]
