@@ -23,6 +23,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import (
     DataCollatorForLanguageModeling,
     LlamaConfig,
@@ -105,6 +106,17 @@ def test_training_is_bit_for_bit_the_same(streaming, rows, tokenizer, tmp_path):
     for name, parameter in without.model.named_parameters():
         assert torch.equal(parameter, watched.model.get_parameter(name)), name
     assert all(module.training for module in watched.model.modules())
+
+
+def test_compiled_training_is_not_compiled_again(rows, tokenizer, tmp_path):
+    dataset = datasets.Dataset.from_list([{"input_ids": row["input_ids"][:7]} for row in rows])
+    arguments = {"torch_compile": True, "torch_compile_backend": "eager", "logging_steps": 1}
+    small = {"layer_types": None, "num_hidden_layers": 1, "chunk_size": 8}
+    torch._dynamo.reset()
+    counters.clear()
+    trainer = train(make_model(**small), tokenizer, dataset, tmp_path, monitor=MemoryMonitorCallback(), **arguments)
+    assert sum("memory/layer_0/inner_loss" in row for row in trainer.state.log_history) == 4
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_every_memory_layer_is_logged_with_the_loss(rows, tokenizer, tmp_path, capsys):

@@ -155,7 +155,7 @@ def measure_memories(model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, M
         for memory in (module for module in mixer.modules() if isinstance(module, MirasMemory)):
 
             def measure(memory: MirasMemory, args: tuple, kwargs: dict, layer: int = mixer.layer_idx) -> None:
-                parameters = MemoryParameters(tuple(memory.initial_state), memory.norm_weight, memory.norm_bias)
+                parameters = MemoryParameters(memory.initial_state(), memory.norm_weight, memory.norm_bias)
                 sequences = {name: kwargs[name] for name in ("cu_seqlens", "mask")}
                 found[layer] = memory_statistics(*args, rule=memory.rule, parameters=parameters, **sequences)
 
