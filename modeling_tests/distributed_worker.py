@@ -34,7 +34,8 @@ from accelerate.utils import DistributedType
 from distributed_cases import CONFIGS, INDIVISIBLE, TRAINER_ARGUMENTS, optimizer_of, padded_examples, token_ids
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from torchao.quantization import Float8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 import miras_hf  # noqa: F401  (registers the models)
@@ -97,6 +98,25 @@ def tensor_parallel(folder: Path) -> dict:
             "saved": largest_difference(
                 AutoModelForCausalLM.from_pretrained(saved).state_dict().values(), whole.state_dict().values()
             ),
+        }
+    return results
+
+
+def tensor_parallel_quantized(folder: Path) -> dict:
+    """What quantizing does to logits, and how far shards that are quantized one by one are from that."""
+    results, batch = {}, token_ids(2, 19)
+    for name in CONFIGS:
+        logits = []
+        for sizes in ({}, {"distributed_config": DistributedConfig(tp_size=2)}):
+            quantization = TorchAoConfig(Float8WeightOnlyConfig())
+            model = AutoModelForCausalLM.from_pretrained(folder / name, quantization_config=quantization, **sizes)
+            with torch.no_grad():
+                logits.append(model(batch).logits)
+        with torch.no_grad():
+            exact = AutoModelForCausalLM.from_pretrained(folder / name)(batch).logits
+        results[name] = {
+            "quantized": (logits[0] - exact).norm().item(),
+            "sharded": (logits[1] - logits[0]).norm().item(),
         }
     return results
 
@@ -223,6 +243,7 @@ def main(folder: Path) -> None:
     mine = {}
     for run in (
         tensor_parallel,
+        tensor_parallel_quantized,
         refusals,
         data_parallel,
         trainer,

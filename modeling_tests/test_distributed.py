@@ -105,6 +105,12 @@ def test_tensor_parallel(results, name):
         assert found["saved"] == 0
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tensor_parallel_quantized(results, name):
+    for rank in results("tensor_parallel_quantized"):
+        assert 0 < rank[name]["sharded"] < rank[name]["quantized"]
+
+
 def test_sizes_that_do_not_fit_are_refused(results):
     for messages in results("refusals"):
         assert re.search(r"`num_attention_heads` \(3\) .* tensor parallel size \(2\)", messages["three-heads"])

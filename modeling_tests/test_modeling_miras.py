@@ -257,6 +257,10 @@ class MirasModelTestMixin(ModelTesterMixin, GenerationTesterMixin, TrainingTeste
                 self.assertEqual(layer.keys.shape, shape)
                 self.assertEqual(layer.values.shape, shape)
 
+    def test_tp_generation_quantized(self):
+        # after one rounding a random model's text goes its own way, and shards have scales of their own
+        self.skipTest("test_distributed.py compares logits of quantized shards instead of texts of a random model")
+
     def test_config(self):
         self.config_tester.run_common_tests()
 

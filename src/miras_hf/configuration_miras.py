@@ -212,7 +212,7 @@ class MirasConfig(PreTrainedConfig):
             self.layer_types = layer_types
         if self.attention_layers is None:
             self.attention_layers = []
-        self.base_model_tp_plan = self.tensor_parallel_plan()
+        self.base_model_tp_plan = self.tensor_parallel_plan()  # ty: ignore[invalid-attribute-access]
         super().__post_init__(**kwargs)
         self.auto_map = {} if self._family is None else auto_map(self._family)
 
