@@ -77,7 +77,7 @@ class ClassificationArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Where there is a GPU."})
 
 
-SMOKE = {"packages": 3, "lines": 6, "max_length": 64, "max_steps": 60, "eval_steps": 0.5, "logging_steps": 20}
+SMOKE = {"packages": 3, "lines": 6, "max_length": 64, "max_steps": 50, "eval_steps": 0.5, "logging_steps": 20}
 
 
 def pieces(packages: int, lines: int, most: int = 2000) -> tuple[Dataset, Dataset]:

@@ -172,7 +172,7 @@ def small_llama(texts: list[str], folder: str) -> str:
     model = AutoModelForCausalLM.from_config(config)
     args = TrainingArguments(
         folder,
-        max_steps=100,
+        max_steps=60,
         per_device_train_batch_size=16,
         learning_rate=8e-3,
         warmup_steps=10,
@@ -200,8 +200,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     files = (
         sorted(chain.from_iterable(glob(p, recursive=True) for p in args.train_files)) if args.train_files else stdlib
     )
+    files = files[: 60 if args.smoke else None]
     texts = [Path(file).read_text(encoding="utf-8", errors="replace") for file in files]
-    source = args.source or small_llama(texts[1:60], str(Path(training.output_dir) / "llama"))
+    source = args.source or small_llama(texts[1:], str(Path(training.output_dir) / "llama"))
     tokenizer = AutoTokenizer.from_pretrained(source)
     llama = AutoModelForCausalLM.from_pretrained(source)
     # whole files are held out, every tenth

@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.model_name_or_path is None and not args.smoke:
         raise ValueError("--model_name_or_path is needed: make a model with examples/pretrain.py, or pass --smoke.")
 
-    sources = stdlib_sources()
+    sources = stdlib_sources()[: 60 if args.smoke else None]
     start = args.model_name_or_path or small_model(sources[:40], str(folder / "start"))
     tokenizer = AutoTokenizer.from_pretrained(start)
     model = AutoModelForCausalLM.from_pretrained(start)
@@ -165,7 +165,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     else:
         texts = list(filter(None, map(docstrings, sources)))
     # whole files are held out, every tenth
-    held_out = rows(texts[::10], tokenizer, args.block_size).select(range(32 if args.smoke else 128))
+    held_out = rows(texts[::10], tokenizer, args.block_size)
+    held_out = held_out.select(range(min(len(held_out), 32 if args.smoke else 128)))
     train = rows([text for i, text in enumerate(texts) if i % 10], tokenizer, args.block_size).shuffle(seed=0)
 
     # no target_modules: the package tells PEFT which ones a Miras model has

@@ -71,7 +71,7 @@ class ForecastArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Where there is a GPU."})
 
 
-SMOKE = {"max_steps": 60, "samples": 10, "logging_steps": 20}
+SMOKE = {"max_steps": 50, "samples": 10, "logging_steps": 10}
 
 
 def load(args: Arguments) -> tuple[np.ndarray, int]:

@@ -283,6 +283,19 @@ def test_other_weights_are_refused_unless_told(yaad, saved):
         load_memory(saved, trained)
 
 
+def test_quantized_weights_are_other_weights(yaad, saved, tmp_path):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantized = copy.deepcopy(yaad)
+    quantize_(quantized.model.layers[1].mlp, Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match="other weights"):
+        load_memory(saved, quantized)
+    cache = read(quantized, text(19))
+    save_memory(cache, tmp_path / "own.safetensors", quantized)
+    loaded = load_memory(tmp_path / "own.safetensors", quantized)
+    assert_equal(ask(quantized, loaded, text(3, seed=1)), ask(quantized, cache, text(3, seed=1)))
+
+
 def test_fields_that_differ_are_named_with_both_values(saved):
     other = build("yaad", hybrid=True, chunk_size=16, rms_norm_eps=1e-5)
     with pytest.raises(ValueError, match=r"`chunk_size` \(8 there, 16 here\)") as raised:

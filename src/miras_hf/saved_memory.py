@@ -226,7 +226,9 @@ def weights_fingerprint(model: nn.Module) -> str:
             continue
         if parameter.is_meta:
             raise ValueError(f"`model` has offloaded weights ({name}): pass `check_weights=False` to do without them.")
-        flat = parameter.detach().flatten()
+        weight = parameter.detach()
+        # torchao's quantized tensors are made of others and have no flat view
+        flat = (weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight).flatten()
         sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES]
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(_bytes(sample.to(device="cpu", dtype=torch.bfloat16)))

@@ -1,0 +1,233 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Each example's `--smoke` runs as a user would run it, without network or cache, learns, and leaves what it says."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MistralConfig
+
+import miras_hf
+from miras_hf import saved_memory
+
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+PACKAGE = Path(miras_hf.__file__).resolve().parent.parent
+RUNS = {
+    "finetune_lora": ["--output_dir", "lora", "--train_initial_memory"],
+    "chat": ["--output_dir", "chat"],
+    "long_document_qa": ["--folder", "document"],
+    "classify": ["--output_dir", "classify"],
+    "forecast": ["--output_dir", "forecast"],
+    "convert_and_push": ["--output_dir", "converted"],
+}
+# One process for all: importing the libraries takes longer than the examples themselves.
+DRIVER = """
+import contextlib, io, json, runpy, sys, traceback
+
+folder, runs = sys.argv[1], json.loads(sys.argv[2])
+printed = {}
+for name, flags in runs.items():
+    sys.argv = [name + ".py", "--smoke", *flags]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_path(f"{folder}/{name}.py", run_name="__main__")
+        except BaseException:
+            traceback.print_exc(file=out)
+    printed[name] = out.getvalue()
+with open("printed.json", "w") as file:
+    json.dump(printed, file)
+"""
+
+
+def offline(folder: Path) -> dict[str, str]:
+    paths = [str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    assert found, f"{pattern!r} is not in what was printed:\n{text[-3000:]}"
+    return float(found[1].replace(",", ""))
+
+
+def load_example(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # The argument parser looks the module up to resolve its annotations.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# One test with parts, and not a fixture with tests: parallel workers would each run it.
+def test_smoke_runs(tmp_path, subtests):
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(EXAMPLES), json.dumps(RUNS)],
+        cwd=tmp_path,
+        env=os.environ | offline(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = json.loads((tmp_path / "printed.json").read_text())
+    for name, text in printed.items():
+        with subtests.test(name):
+            assert "Traceback" not in text, text[-3000:]
+            globals()[f"check_{name}"](tmp_path, text)
+    assert printed.keys() == RUNS.keys()
+
+
+def check_finetune_lora(folder: Path, text: str) -> None:
+    before = number(r"([\d.]+) before", text)
+    adapter, loaded, merged = (number(rf"([\d.]+) {name}", text) for name in ("adapter", "loaded", "merged"))
+    assert adapter < before - 0.03 and loaded == adapter and abs(merged - adapter) < 2e-3
+    assert (folder / "lora" / "adapter" / "adapter_model.safetensors").exists()
+    assert type(AutoModelForCausalLM.from_pretrained(folder / "lora" / "merged")).__name__ == "YaadForCausalLM"
+
+
+def check_chat(folder: Path, text: str) -> None:
+    assert number(r"([\d.]+) after", text) < number(r"([\d.]+) before", text) - 0.5
+    first, second = (tuple(map(int, found)) for found in re.findall(r"\[(\d+) tokens read of (\d+) in the", text))
+    # in the second turn all is read that was not: the first reply's last token, the end of its turn, the question
+    assert first[0] == first[1] and second[0] < second[1] - first[1]
+    assert text.count("> What does") == 2
+
+
+def check_long_document_qa(folder: Path, text: str) -> None:
+    assert number(r"Accuracy on 8 more documents: ([\d.]+)", text) >= 0.5 > 0.25 == number(r"gives ([\d.]+)", text)
+    model = AutoModelForCausalLM.from_pretrained(folder / "document")
+    cache = saved_memory.load_memory(folder / "document" / "memory.safetensors", model)
+    assert cache.get_seq_length() == number(r"Read ([\d,]+) tokens", text)
+    assert cache.get_seq_length() == len((folder / "document" / "document.txt").read_text().split())
+
+
+def check_classify(folder: Path, text: str) -> None:
+    assert number(r"unseen files: ([\d.]+)", text) > number(r"always: ([\d.]+)", text) + 0.1
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "classify")
+    assert len(model.config.id2label) == 3 and text.count("in truth") == 3
+
+
+def check_forecast(folder: Path, text: str) -> None:
+    result = json.loads((folder / "forecast" / "forecast.json").read_text())
+    assert result["mase"] == pytest.approx(number(r"MASE ([\d.]+)", text), abs=1e-3)
+    # learned the season, to within what fifty steps allow; guessing bins would be several times off
+    assert result["mase"] < 1.3 and 0.4 < result["mase_seasonal_naive"] < 1.2
+    assert result["loss"] < result["loss_of_guessing"] - 0.5
+    assert (folder / "forecast" / "forecast.png").read_bytes().startswith(b"\x89PNG")
+
+
+def check_convert_and_push(folder: Path, text: str) -> None:
+    source, converted, trained = (number(rf"([\d.]+) {n}", text) for n in ("source", "converted", "trained"))
+    assert abs(converted - source) < 0.5 and trained < converted
+    assert "LlamaForCausalLM to YaadForCausalLM, layers [1] are memories now" in text
+    assert AutoModelForCausalLM.from_pretrained(folder / "converted").config.attention_layers == [0, 2]
+
+
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**LLAMA), MistralConfig(**LLAMA, sliding_window=8)], ids=["llama", "mistral"]
+)
+def test_layers_that_stay_attention_give_what_they_gave(config):
+    convert = load_example("convert_and_push").convert
+    torch.manual_seed(0)
+    llama = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(0, 64, (2, 40))
+    for index in (0, 2):
+        model, new = convert(llama, [index], "moneta")
+        with torch.no_grad():
+            # of a model's hidden states the last one is normed
+            theirs, ours = (m.eval()(ids, output_hidden_states=True).hidden_states for m in (llama, model))
+        for i in range(index + 1):
+            torch.testing.assert_close(ours[i], theirs[i], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(ours[index + 1], theirs[index + 1], atol=1e-3)
+        assert new and all(f"model.layers.{index}.mixer." in name for name in new)
+        # values are shared by two heads in the source, and each memory's own here
+        mine, old = model.model.layers[index].mixer.v_proj.weight, llama.model.layers[index].self_attn.v_proj.weight
+        assert torch.equal(mine.view(4, 8, 32)[0::2], old.view(2, 8, 32)) and torch.equal(mine[:8], mine[8:16])
+
+
+def test_conversion_drops_nothing_in_silence():
+    convert = load_example("convert_and_push").convert
+    with_bias = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA, mlp_bias=True))
+    with pytest.raises(ValueError, match="without a place in a Miras model: model.layers.0.mlp.gate_proj.bias"):
+        convert(with_bias, [1])
+    with pytest.raises(ValueError, match=r"indices below 3, at least one, got \[3\]"):
+        convert(AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA)), [3])
+
+
+def test_notebook_runs_and_is_stored_without_outputs(tmp_path, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in cells)
+    training = next(cell for cell in cells if "STEPS, ROWS, LENGTH = 150, 8, 96" in cell.source)
+    training.source = training.source.replace("150, 8, 96", "30, 8, 64")
+    for name, value in offline(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+    sizes = re.findall(r"tokens: (\d+) KiB", printed)
+    assert len(sizes) == 4 and len(set(sizes)) == 1
+    assert "['DynamicSlidingWindowLayer', 'MirasLayer']" in printed
+    pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2 and (tmp_path / "text.safetensors").exists()
+
+
+def test_examples_name_their_mistakes(tmp_path):
+    forecast = load_example("forecast")
+    with pytest.raises(ValueError, match="--series must be elnino, co2 or sunspots, got 'tides'"):
+        forecast.load(forecast.Arguments(series="tides"))
+    with pytest.raises(ValueError, match="--csv needs --season"):
+        forecast.load(forecast.Arguments(csv="sales.csv"))
+    (tmp_path / "sales.csv").write_text("day,sold\n1,3\n2,\n3,5\n")
+    values, season = forecast.load(forecast.Arguments(csv=str(tmp_path / "sales.csv"), season=7))
+    assert values.tolist() == [3, 4, 5] and season == 7
+    with pytest.raises(ValueError, match="a season of 12 to fit into the context and 1800 values"):
+        forecast.main(["--context", "888", "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="--do takes train, read and ask, got rest"):
+        load_example("long_document_qa").main(["--do", "rest", "--folder", str(tmp_path)])
+    for name in ("finetune_lora", "convert_and_push"):
+        with pytest.raises(ValueError, match="--smoke"):
+            load_example(name).main(["--output_dir", str(tmp_path)])
+
+
+def test_bins_lose_no_more_than_their_width():
+    import numpy as np
+
+    bins = load_example("forecast").Bins(bins=96, context=20)
+    windows = np.random.default_rng(0).normal(3.0, 5.0, (4, 30))
+    ids = bins.encode(windows)
+    assert ids.min() >= 0 and ids.max() < 96
+    error = np.abs(bins.decode(ids, windows) - windows) / windows[:, :20].std(1, keepdims=True)
+    assert error[(ids > 0) & (ids < 95)].max() <= 4 / 94
