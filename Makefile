@@ -22,6 +22,7 @@ demo: $(VENV)/.demo
 # One thread for each test process: two processes with two threads each are slower on two cores.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest modeling_tests $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest kernels/tests $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check

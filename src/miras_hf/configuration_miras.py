@@ -125,6 +125,9 @@ class MirasConfig(PreTrainedConfig):
         use_rope (`bool`, *optional*, defaults to `True`): Rotary embedding on queries and keys of the memory.
         conv_kernel_size (`int`, *optional*, defaults to 4): Width of the causal convolutions of q, k and v.
         output_gate_act (`str`, *optional*, defaults to `"silu"`): Activation of the output gate, `"linear"` for none.
+        memory_backend (`str`, *optional*, defaults to `"auto"`):
+            What memories compute with. `"auto"`: Triton kernels where they serve the call, PyTorch elsewhere;
+            `"triton"` raises where no kernel does; `"pytorch"`. The environment variable `MIRAS_BACKEND` wins over it.
 
     Raises:
         `StrictDataclassError`: for a wrong type or value, naming the field, the value and what is allowed.
@@ -188,6 +191,7 @@ class MirasConfig(PreTrainedConfig):
     use_rope: bool = True
     conv_kernel_size: int = 4
     output_gate_act: str = "silu"
+    memory_backend: Literal["auto", "triton", "pytorch"] = "auto"
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None and self.num_attention_heads > 0:

@@ -42,6 +42,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from .backend import MemoryBackend
 from .cache import memory_layer, tokens_read
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from .memory import (
@@ -52,7 +53,6 @@ from .memory import (
     MemoryParameters,
     MemoryState,
     MirasRule,
-    chunk_miras,
     step_miras,
 )
 from .model_card import save_model_card
@@ -296,6 +296,7 @@ class MirasMemory(nn.Module):
     def __init__(self, config: MirasConfig):
         super().__init__()
         self.rule = memory_rule(config)
+        self.read_tokens = MemoryBackend(self.rule, config.memory_backend)
         heads, head_dim = config.num_attention_heads, config.head_dim
         self.initial_state = MirasInitialState(
             nn.Parameter(torch.empty(heads, *shape)) for shape in self.rule.architecture.weight_shapes(head_dim)
@@ -323,23 +324,15 @@ class MirasMemory(nn.Module):
         """Arguments of [`miras_hf.memory.chunk_miras`]; one token that continues a state takes the decode step."""
         # tensor parallelism leaves buffers whole: as many as this rank has heads
         norm = (self.norm_weight[: q.shape[2]], self.norm_bias[: q.shape[2]])
-        form, kwargs = chunk_miras, {"cu_seqlens": cu_seqlens}
+        arguments = {
+            "parameters": MemoryParameters(self.initial_state(), *norm),
+            "initial_state": state,
+            "output_final_state": output_final_state,
+            "mask": mask,
+        }
         if q.shape[1] == 1 and state is not None:
-            form, kwargs = step_miras, {}
-        return form(
-            q,
-            k,
-            v,
-            eta,
-            log_alpha,
-            delta,
-            rule=self.rule,
-            parameters=MemoryParameters(self.initial_state(), *norm),
-            initial_state=state,
-            output_final_state=output_final_state,
-            mask=mask,
-            **kwargs,
-        )
+            return step_miras(q, k, v, eta, log_alpha, delta, rule=self.rule, **arguments)
+        return self.read_tokens(q, k, v, eta, log_alpha, delta, cu_seqlens=cu_seqlens, **arguments)
 
     def sample_initial_state(self, layer: int) -> Tensor:
         """A dual state whose weights have the scale that simulations found stable."""

@@ -1,0 +1,161 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Whole models on the kernels: the same logits and tokens as on PyTorch, one graph when compiled, kind refusals."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+import miras_hf
+from miras_hf.backend import MemoryBackend, kernel_choices
+from miras_hf.memory import L2, MirasRule, MLPMemory
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAMILIES = {
+    "moneta": (miras_hf.MonetaConfig, {}),
+    "yaad": (miras_hf.YaadConfig, {}),
+    "memora": (miras_hf.MemoraConfig, {}),
+    "hybrid": (miras_hf.YaadConfig, {"attention_layers": [1], "sliding_window": 8}),
+    "matrix": (miras_hf.MirasConfig, {"memory_architecture": "matrix", "gate_granularity": "head"}),
+}
+SIZE = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "chunk_size": 16,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+}
+
+
+def make_models(family, **options):
+    config_class, extra = FAMILIES[family]
+    torch.manual_seed(0)
+    config = config_class(**SIZE | extra | options, memory_backend="pytorch")
+    slow = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    fast = AutoModelForCausalLM.from_config(config_class(**SIZE | extra | options, memory_backend="triton"))
+    fast.load_state_dict(slow.state_dict())
+    return slow, fast.to(DEVICE).eval()
+
+
+def calls_of(monkeypatch):
+    """Counts what the operator is called for."""
+    calls = []
+    by_kernel = MemoryBackend._by_kernel
+
+    def counted(self, *args):
+        calls.append(args[0].shape)
+        return by_kernel(self, *args)
+
+    monkeypatch.setattr(MemoryBackend, "_by_kernel", counted)
+    return calls
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 99, (2, 21), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits(family, ids, monkeypatch):
+    slow, fast = make_models(family)
+    calls = calls_of(monkeypatch)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    tolerance = {"rtol": 1e-4, "atol": 1e-4 if family == "memora" else 1e-5}
+    torch.testing.assert_close(fast(input_ids=ids).logits, slow(input_ids=ids).logits, **tolerance)
+    padded = [model(input_ids=ids, attention_mask=mask).logits[mask.bool()] for model in (fast, slow)]
+    torch.testing.assert_close(*padded, **tolerance)
+    positions = torch.cat((torch.arange(9), torch.arange(12)))[None].to(DEVICE)
+    packed = [model(input_ids=ids[:1], position_ids=positions).logits for model in (fast, slow)]
+    torch.testing.assert_close(*packed, **tolerance)
+    assert len(calls) == 3 * fast.config.layer_types.count("miras_memory")
+
+
+@pytest.mark.parametrize("family", ["moneta", "hybrid"])
+def test_generate(family, ids, monkeypatch):
+    slow, fast = make_models(family)
+    calls = calls_of(monkeypatch)
+    options = {"max_new_tokens": 6, "do_sample": False, "prefill_chunk_size": 8}
+    assert torch.equal(fast.generate(ids, **options), slow.generate(ids, **options))
+    assert {shape[1] for shape in calls} == {8, 5}  # the prompt, in pieces; tokens one by one take the decode step
+
+
+@torch.no_grad()
+def test_bfloat16_model(ids):
+    slow, fast = (model.to(torch.bfloat16) for model in make_models("moneta"))
+    one, other = (model(input_ids=ids).logits.float() for model in (fast, slow))
+    assert (one - other).abs().max() <= 0.05 * other.abs().max()
+
+
+@torch.no_grad()
+def test_whole_model_is_one_graph(ids):
+    _, fast = make_models("yaad")
+    expected = fast(input_ids=ids, use_cache=False).logits
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_training_takes_the_pytorch_path_until_there_is_a_backward(ids, monkeypatch):
+    slow, fast = make_models("moneta")
+    with pytest.raises(ValueError, match="backend is 'triton': gradients are needed"):
+        fast(input_ids=ids)
+    for module in fast.modules():
+        if hasattr(module, "read_tokens"):
+            module.read_tokens.backend = "auto"
+    calls = calls_of(monkeypatch)
+    one, other = (model(input_ids=ids, labels=ids).loss for model in (fast, slow))
+    assert not calls and torch.equal(one, other)
+    one.backward()
+
+
+def test_environment_wins_over_the_config(monkeypatch):
+    rule = MirasRule(attentional_bias=L2(), chunk_size=16)
+    assert MemoryBackend(rule, "pytorch").backend == "pytorch"
+    monkeypatch.setenv("MIRAS_BACKEND", "triton")
+    assert MemoryBackend(rule, "pytorch").backend == "triton"
+    monkeypatch.setenv("MIRAS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="`MIRAS_BACKEND` must be one of"):
+        MemoryBackend(rule)
+
+
+def test_rules_that_kernels_do_not_know_say_why(ids):
+    class Own(L2):
+        pass
+
+    choices, reason = kernel_choices(MirasRule(attentional_bias=Own(), chunk_size=16))
+    assert choices is None and "Own" in reason
+    choices, reason = kernel_choices(MirasRule(attentional_bias=L2(), chunk_size=8))
+    assert choices is None and "`chunk_size`" in reason and "8" in reason
+    slow, fast = make_models("yaad", chunk_size=8)
+    with pytest.raises(ValueError, match="backend is 'triton': `chunk_size` must be one of"), torch.no_grad():
+        fast(input_ids=ids)
+    assert MemoryBackend(MirasRule(MLPMemory(expansion=2), L2(), chunk_size=16)).choices.expansion == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the slow path is only slow where there is a GPU")
+def test_slow_path_on_a_gpu_is_said_once(ids, caplog):
+    slow, _ = make_models("yaad", chunk_size=8)
+    for module in slow.modules():
+        if hasattr(module, "read_tokens"):
+            module.read_tokens.backend = "auto"
+    logging.enable_propagation()
+    with torch.no_grad():
+        slow(input_ids=ids)
+        slow(input_ids=ids)
+    assert sum("slow PyTorch path" in record.message for record in caplog.records) == 1

@@ -1,0 +1,84 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The point of the Miras design space that a kernel is compiled for, in plain numbers and words."""
+
+from dataclasses import dataclass
+
+
+MEMORIES = ("mlp", "matrix")
+ATTENTIONAL_BIASES = ("l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture")
+RETENTION_GATES = ("decay", "lq", "lq_mirror", "kl")
+HEAD_DIMS = (32, 48, 64, 96, 128)
+CHUNK_SIZES = (16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a memory is and how it learns while it reads (arXiv 2504.13173).
+
+    Args:
+        memory (`str`): `"mlp"`, `x + LN(gelu(x W1) W2)`, or `"matrix"`, `x W`.
+        attentional_bias (`str`): one of `ATTENTIONAL_BIASES`.
+        retention (`str`): one of `RETENTION_GATES`.
+        chunk_size (`int`): tokens whose gradients are taken at the same weights, one of `CHUNK_SIZES`.
+        decay_target (`str`, *optional*, defaults to `"init"`): `"init"` or `"zero"`.
+        min_log_alpha (`float`, *optional*, defaults to -2.5): lower bound of a token's log retention.
+        expansion (`int`, *optional*, defaults to 4): hidden units of an MLP memory over the head's width.
+        norm_eps (`float`, *optional*, defaults to 0.1): epsilon of its layer norm.
+        residual_clip (`float`, *optional*, defaults to 3.0): largest root mean square of a token's residual.
+        lp_power, lp_smooth_sign, lp_sharpness, lp_error_cap (*optional*): of the lp loss.
+        lq_power, lq_norm_floor (`float`, *optional*, default to 4.0 and 0.01): of both lq maps.
+        weight_cap (`float`, *optional*): largest root mean square of the weights, `None` for no cap; not used with KL.
+        simplex_mass (`float`, *optional*, defaults to 2.0): KL's c over `hidden / sqrt(fan_in)`.
+
+    Raises:
+        `ValueError`: for values that no kernel serves, naming the argument and what is allowed.
+    """
+
+    memory: str = "mlp"
+    attentional_bias: str = "l2"
+    retention: str = "decay"
+    chunk_size: int = 64
+    decay_target: str = "init"
+    min_log_alpha: float = -2.5
+    expansion: int = 4
+    norm_eps: float = 0.1
+    residual_clip: float = 3.0
+    lp_power: float = 3.0
+    lp_smooth_sign: bool = False
+    lp_sharpness: float = 10.0
+    lp_error_cap: float = 4.0
+    lq_power: float = 4.0
+    lq_norm_floor: float = 0.01
+    weight_cap: float | None = 2.0
+    simplex_mass: float = 2.0
+
+    def __post_init__(self):
+        allowed = {
+            "memory": MEMORIES,
+            "attentional_bias": ATTENTIONAL_BIASES,
+            "retention": RETENTION_GATES,
+            "chunk_size": CHUNK_SIZES,
+            "decay_target": ("init", "zero"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
+
+    def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
+        """Shapes `[in, out]` of the memory's weights."""
+        if self.memory == "matrix":
+            return ((head_dim, head_dim),)
+        hidden = self.expansion * head_dim
+        return (head_dim, hidden), (hidden, head_dim)

@@ -1,0 +1,122 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How a kernel is launched on a device for a shape: looked up in `configurations/*.json`, never tuned at run time.
+
+A file holds, for the device or compute capability it is named after, entries of each kernel:
+
+    {"head_dim": 64, "chunk_size": 64, "precision": "bf16", "launch": {"TN": 32, "num_warps": 8, "num_stages": 1}}
+
+A shape without an entry of its own takes the nearest one's, in log space. `kernels/compile_report.py` chooses entries by
+what the compiler reports, `kernels/tune.py` by the clock.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import torch
+
+
+DIRECTORY = Path(__file__).parent / "configurations"
+DEFAULT = "default"
+KERNELS = ("mlp_forward", "matrix_forward")
+PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
+
+
+def launch_configuration(
+    kernel: str, *, device: torch.device | str, head_dim: int, chunk_size: int, precision: str
+) -> dict[str, int]:
+    """Launch arguments of `kernel`: its tile sizes, `num_warps`, `num_stages` and, where it helps, `maxnreg`.
+
+    Args:
+        kernel (`str`): one of `KERNELS`.
+        device (`torch.device` or `str`): where it will run, or the name of a file in `configurations/`.
+        head_dim (`int`): a head's channels.
+        chunk_size (`int`): a chunk's tokens.
+        precision (`str`): operands of its products, one of `PRECISIONS`.
+
+    Returns:
+        A new `dict` for `kernel[grid](..., **launch)`. A device's own file goes before its compute capability's; a device
+        with neither gets the default, which asks for little.
+
+    Raises:
+        `ValueError`: for an unknown kernel, precision or file, a size below 1, and for a file that is not as above.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"`kernel` must be one of {KERNELS}, got {kernel!r}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` must be one of {PRECISIONS}, got {precision!r}.")
+    for name, value in (("head_dim", head_dim), ("chunk_size", chunk_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    names = (device,) if isinstance(device, str) else (*device_names(device), DEFAULT)
+    for name in names:
+        candidates = [entry for entry in entries(name).get(kernel, ()) if entry["precision"] == precision]
+        if candidates:
+            # of two equally near ones the larger: what fits there fits here
+            best = min(
+                candidates, key=lambda e: (_distance(e, head_dim, chunk_size), -e["head_dim"], -e["chunk_size"])
+            )
+            # said, because Triton is about to change its default
+            return {"enable_fp_fusion": True, **best["launch"]}
+    raise ValueError(f"No configuration of `{kernel}` at precision {precision!r} in {', '.join(map(repr, names))}.")
+
+
+def _distance(entry: dict, head_dim: int, chunk_size: int) -> float:
+    return math.hypot(math.log(entry["head_dim"] / head_dim), math.log(entry["chunk_size"] / chunk_size))
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the files in `configurations/`, without their ending."""
+    return tuple(sorted(path.stem for path in DIRECTORY.glob("*.json")))
+
+
+@functools.cache
+def device_names(device: torch.device) -> tuple[str, ...]:
+    """The files that a device's configurations may be in and that exist, its own before its compute capability's."""
+    if device.type != "cuda":
+        return ()
+    names = [file_name(torch.cuda.get_device_name(device))]
+    if torch.version.hip is None:
+        names.append("sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+    return tuple(name for name in names if name in shipped())
+
+
+def file_name(device_name: str) -> str:
+    """A device's name as a file's, "NVIDIA H200" as "nvidia_h200"."""
+    return "_".join("".join(c if c.isalnum() else " " for c in device_name.lower()).split())
+
+
+@functools.cache
+def entries(name: str) -> dict[str, list[dict]]:
+    """What the file `name` holds of each kernel.
+
+    Raises:
+        `ValueError`: if there is no such file, or an entry in it is not as this module's docstring says.
+    """
+    path = DIRECTORY / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"`device` must be a torch.device or one of {shipped()}, got {name!r}.")
+    kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"]
+    for kernel, found in kernels.items():
+        for entry in found:
+            launch = entry.get("launch")
+            fits = entry.keys() == {"head_dim", "chunk_size", "precision", "launch"} and {
+                "num_warps",
+                "num_stages",
+            } <= {*(launch if isinstance(launch, dict) else ())}
+            if not fits or kernel not in KERNELS or entry["precision"] not in PRECISIONS:
+                raise ValueError(f"{path} holds an entry of {kernel!r} that no kernel understands: {entry}.")
+    return kernels

@@ -1,0 +1,224 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The pieces that all kernels share: products, gelu, layer norm, residuals of the attentional biases, gates, links.
+
+Everything works on tiles in float32. `C` is the chunk size, `D` the head width, `BD` the next power of two (channels
+beyond `D` hold zeros), `N` the hidden units, `TN` those of one tile. Equations are those of arXiv 2504.13173; the
+derivations are in README.md.
+"""
+
+import triton
+import triton.language as tl
+
+
+# choices, as the kernels see them
+L2 = tl.constexpr(0)
+LP = tl.constexpr(1)
+HUBER_COORDINATE = tl.constexpr(2)
+HUBER_NORM = tl.constexpr(3)
+HUBER_MIXTURE = tl.constexpr(4)
+
+DECAY = tl.constexpr(0)
+LQ = tl.constexpr(1)
+LQ_MIRROR = tl.constexpr(2)
+KL = tl.constexpr(3)
+
+GELU_B = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+GELU_A = tl.constexpr(0.023784938757533416)  # 0.044715 / 3 of it
+KEY_CAP = tl.constexpr(1e3)
+VALUE_CAP = tl.constexpr(1e15)
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    # bfloat16 keeps float32's range, which float16 would not
+    if PRECISION == "bf16":
+        return x.to(tl.bfloat16)
+    elif PRECISION == "bf16_rounded":
+        return x.to(tl.bfloat16).to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    elif PRECISION == "bf16_rounded":
+        # the same for Triton's interpreter, whose dot takes bfloat16 for integers
+        return tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def power(x, exponent: tl.constexpr):
+    # |x|^exponent for x >= 0
+    if exponent == 1.0:
+        return x
+    elif exponent == 2.0:
+        return x * x
+    elif exponent == 4.0:
+        return x * x * x * x
+    else:
+        return tl.where(x > 0.0, tl.exp(exponent * tl.log(tl.maximum(x, 1e-30))), 0.0)
+
+
+@triton.jit
+def gelu(z):
+    return z * sigmoid(z * (GELU_B + 3.0 * GELU_A * z * z))
+
+
+@triton.jit
+def gelu_and_slope(z):
+    # the tanh form is z s, s = sigmoid(z (b + 3 a z^2)); its slope is s (1 + z (1 - s) (b + 9 a z^2))
+    gate = sigmoid(z * (GELU_B + 3.0 * GELU_A * z * z))
+    return z * gate, gate * (1.0 + z * (1.0 - gate) * (GELU_B + 9.0 * GELU_A * z * z))
+
+
+@triton.jit
+def normalise(z, m_d, D: tl.constexpr, NORM_EPS: tl.constexpr):
+    # layer norm over the channels without its affine: [C, BD], and 1/std [C, 1]
+    centred = tl.where(m_d[None, :], z - (tl.sum(z, 1) / D)[:, None], 0.0)
+    inverse_std = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + NORM_EPS)
+    return centred * inverse_std[:, None], inverse_std[:, None]
+
+
+@triton.jit
+def normalise_vjp(bar, normed, inverse_std, m_d, D: tl.constexpr):
+    mean = (tl.sum(bar, 1) / D)[:, None]
+    along = (tl.sum(bar * normed, 1) / D)[:, None]
+    return tl.where(m_d[None, :], inverse_std * (bar - mean - normed * along), 0.0)
+
+
+@triton.jit
+def shortened(x, limit):
+    # x min(1, limit / ||x||), `limit` [C, 1] or a number
+    norm = tl.sqrt(tl.sum(x * x, 1) + 1e-24)[:, None]
+    return x * tl.minimum(limit / norm, 1.0)
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
+
+
+@triton.jit
+def residual(
+    error,
+    b_delta,
+    m_d,
+    LOSS: tl.constexpr,
+    POWER: tl.constexpr,
+    SMOOTH_SIGN: tl.constexpr,
+    SHARPNESS: tl.constexpr,
+    ERROR_CAP: tl.constexpr,
+    CLIP: tl.constexpr,
+):
+    # dloss / derror of the attentional bias, its norm cut at CLIP = residual_clip sqrt(D)
+    if LOSS == L2:
+        r = error
+    elif LOSS == LP:
+        cut = tl.minimum(tl.maximum(error, -ERROR_CAP), ERROR_CAP)
+        squared = cut * cut + 1e-6
+        if SMOOTH_SIGN:
+            direction = 2.0 * sigmoid(2.0 * SHARPNESS * cut) - 1.0
+        else:
+            direction = sign(cut)
+        if POWER == 3.0:
+            r = POWER * direction * squared
+        else:
+            r = POWER * direction * tl.exp(0.5 * (POWER - 1.0) * tl.log(squared))
+        r = tl.where(m_d[None, :], r, 0.0)
+    elif LOSS == HUBER_COORDINATE:
+        r = tl.maximum(tl.minimum(error, b_delta), -b_delta)
+    elif LOSS == HUBER_NORM:
+        r = shortened(error, b_delta)
+    else:
+        norm = tl.sqrt(tl.sum(error * error, 1) + 1e-24)[:, None]
+        r = tl.where(norm <= b_delta, error, b_delta * sign(error))
+    return shortened(r, CLIP)
+
+
+@triton.jit
+def frozen_scale(squares, powers, size, LINK: tl.constexpr, Q: tl.constexpr, FLOOR: tl.constexpr, CAP: tl.constexpr):
+    # the scalar of links phi(A) = s(A) A from sum A^2 and sum |A|^q of a weight of `size` entries; CAP 0 is no cap
+    if LINK == DECAY:
+        scale = squares * 0.0 + 1.0
+    else:
+        total = tl.maximum(powers, power(FLOOR, Q))
+        scale = tl.exp(-(Q - 2.0) / Q * tl.log(total))
+    if CAP > 0.0:
+        rms = tl.maximum(tl.sqrt(squares), 1e-12) / tl.sqrt(size)
+        scale = tl.minimum(scale, CAP / rms)
+    return scale
+
+
+@triton.jit
+def load_gates(
+    eta,
+    log_alpha,
+    earlier_eta,
+    earlier_log_decay,
+    o_t,
+    m_t,
+    p_e,
+    m_e,
+    phase,
+    MIN_LOG_ALPHA,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    GATE_DIM: tl.constexpr,
+    HAS_EARLIER: tl.constexpr,
+):
+    # steps and log decay since the chunk's start of its slots, [C, BD], and the whole chunk's log decay, [BD]
+    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
+    o_g = 0 * o_d
+    if GATE_DIM > 1:
+        o_g = o_d
+    m_d = o_d < D
+    m_g = m_t[:, None] & m_d[None, :]
+    p_g = o_t[:, None] * GATE_DIM + o_g[None, :]
+    b_eta = tl.load(eta + p_g, mask=m_g, other=0.0).to(tl.float32)
+    b_log_alpha = tl.load(log_alpha + p_g, mask=m_g, other=0.0).to(tl.float32)
+    b_log_alpha = tl.minimum(tl.maximum(b_log_alpha, MIN_LOG_ALPHA), 0.0)
+    total = tl.sum(b_log_alpha, 0)
+    b_log_decay = tl.cumsum(b_log_alpha, 0)
+    if HAS_EARLIER:
+        # the chunk was begun before this call: its first slots come from the state
+        m_g = m_e[:, None] & m_d[None, :]
+        p_g = p_e + o_c[:, None] * GATE_DIM + o_g[None, :]
+        b_since = tl.load(earlier_log_decay + p_g, mask=m_g, other=0.0)
+        since = tl.sum(tl.where(m_e[:, None] & (o_c == phase - 1)[:, None], b_since, 0.0), 0)
+        b_log_decay = tl.where(m_e[:, None], b_since, b_log_decay + since[None, :])
+        total += since
+        b_eta = tl.where(m_e[:, None], tl.load(earlier_eta + p_g, mask=m_g, other=0.0), b_eta)
+    return b_eta, b_log_decay, total
+
+
+@triton.jit
+def chunk_gates(eta, log_decay, total_log_decay):
+    # B_t, B_t over a reference in the middle of the chunk's decay, eta_i times that over B_i, eta_i B_C / B_i, and B_C:
+    # exponents relative to the middle keep 1 / B_i finite for every log alpha that is allowed
+    reference = 0.5 * total_log_decay[None, :]
+    half = tl.exp(reference)
+    query = tl.exp(log_decay - reference)
+    key = eta * tl.exp(reference - log_decay)
+    return query * half, query, key, key * half, tl.exp(total_log_decay)

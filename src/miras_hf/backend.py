@@ -1,0 +1,203 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which path reads: Triton kernels where they serve the call, PyTorch everywhere else. Decided before tracing.
+
+`MIRAS_BACKEND` in the environment wins over `memory_backend` in the config. `"auto"` takes a kernel where one serves the
+call, and says once if a GPU is left to the slow path; `"triton"` raises where none does; `"pytorch"` takes none.
+"""
+
+import os
+
+import torch
+from miras_kernels import Choices, forward, refusal
+from torch import Tensor
+from transformers.utils import logging
+
+from .memory import (
+    KL,
+    L2,
+    Decay,
+    HuberCoordinate,
+    HuberMixture,
+    HuberNorm,
+    Lp,
+    Lq,
+    LqMirror,
+    MatrixMemory,
+    MemoryParameters,
+    MemoryState,
+    MirasRule,
+    MLPMemory,
+    chunk_miras,
+)
+from .memory.learning import GradientDescent
+
+
+logger = logging.get_logger(__name__)
+
+BACKENDS = ("auto", "triton", "pytorch")
+
+_MEMORIES = {MLPMemory: "mlp", MatrixMemory: "matrix"}
+_BIASES = {
+    L2: "l2",
+    Lp: "lp",
+    HuberCoordinate: "huber_coordinate",
+    HuberNorm: "huber_norm",
+    HuberMixture: "huber_mixture",
+}
+_GATES = {Decay: "decay", Lq: "lq", LqMirror: "lq_mirror", KL: "kl"}
+
+
+class MemoryBackend:
+    """Reads tokens with the memory of a rule; arguments and results are those of [`~miras_hf.memory.chunk_miras`].
+
+    Args:
+        rule (`MirasRule`): the four choices.
+        backend (`str`, *optional*, defaults to `"auto"`): one of `BACKENDS`.
+
+    Raises:
+        `ValueError`: for an unknown backend; at a call, if `"triton"` is asked for and no kernel serves it.
+    """
+
+    def __init__(self, rule: MirasRule, backend: str = "auto"):
+        name = "MIRAS_BACKEND" if "MIRAS_BACKEND" in os.environ else "memory_backend"
+        backend = os.environ.get("MIRAS_BACKEND", backend)
+        if backend not in BACKENDS:
+            raise ValueError(f"`{name}` must be one of {BACKENDS}, got {backend!r}.")
+        self.rule, self.backend = rule, backend
+        self.choices, self.reason = kernel_choices(rule)
+
+    def why_pytorch(self, v: Tensor, needs_grad: bool) -> str | None:
+        """The reason for which no kernel serves values like `v`, `None` if one does."""
+        if self.choices is None:
+            return self.reason
+        reason = refusal(v.device, v.dtype, v.shape[-1], self.choices)
+        if reason is None and needs_grad:
+            reason = "gradients are needed, and the kernels have no backward pass yet"
+        return reason
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        eta: Tensor,
+        log_alpha: Tensor,
+        delta: Tensor | None = None,
+        *,
+        parameters: MemoryParameters,
+        initial_state: MemoryState | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, MemoryState | None]:
+        if self.backend != "pytorch":
+            tensors = [q, k, v, eta, log_alpha, delta, *parameters.initial, *parameters[1:]]
+            if initial_state is not None:
+                tensors += initial_state.dual
+            needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+            reason = self.why_pytorch(v, needs_grad)
+            if reason is None:
+                return self._by_kernel(
+                    q, k, v, eta, log_alpha, delta, parameters, initial_state, output_final_state, cu_seqlens, mask
+                )
+            if self.backend == "triton":
+                raise ValueError(f"No kernel serves this call, and the backend is 'triton': {reason}.")
+            if q.device.type == "cuda" and not torch.compiler.is_compiling():
+                logger.warning_once(f"Miras memories run on the slow PyTorch path on a GPU: {reason}.")
+        return chunk_miras(
+            q,
+            k,
+            v,
+            eta,
+            log_alpha,
+            delta,
+            rule=self.rule,
+            parameters=parameters,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+        )
+
+    def _by_kernel(self, q, k, v, eta, log_alpha, delta, parameters, state, output_final_state, cu_seqlens, mask):
+        layers = len(parameters.initial)
+        # queries and keys come from their norm in float32: the values' dtype is the one that the model computes in
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        flat = None if state is None else (*state.dual, *state.inputs, *state.gradients, *state[3:])
+        y, final, _ = forward(
+            q,
+            k,
+            v,
+            eta,
+            log_alpha,
+            delta,
+            choices=self.choices,
+            initial=parameters.initial,
+            norm_weight=parameters.norm_weight,
+            norm_bias=parameters.norm_bias,
+            state=flat,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+        )
+        if not output_final_state:
+            return y, None
+        parts = (final[i * layers : (i + 1) * layers] for i in range(3))
+        return y, MemoryState(*parts, *final[3 * layers :])
+
+
+def kernel_choices(rule: MirasRule) -> tuple[Choices | None, str | None]:
+    """The rule as the kernels see it, or the reason for which they do not know it."""
+    names = {"memory": _MEMORIES, "attentional_bias": _BIASES, "retention": _GATES}
+    parts = {
+        "memory": rule.architecture,
+        "attentional_bias": rule.attentional_bias,
+        "retention": rule.retention,
+    }
+    found = {}
+    # the classes themselves: a subclass may compute something else
+    for name, part in parts.items():
+        if type(part) not in names[name]:
+            return None, f"kernels do not know {type(part).__name__}"
+        found[name] = names[name][type(part)]
+    if type(rule.algorithm) is not GradientDescent:
+        return None, f"kernels do not know {type(rule.algorithm).__name__}"
+    bias, gate, memory = rule.attentional_bias, rule.retention, rule.architecture
+    if isinstance(memory, MLPMemory):
+        found |= {"expansion": memory.expansion, "norm_eps": memory.norm_eps}
+    if isinstance(bias, Lp):
+        found |= {
+            "lp_power": bias.power,
+            "lp_smooth_sign": bias.sign == "tanh",
+            "lp_sharpness": bias.sharpness,
+            "lp_error_cap": bias.error_cap,
+        }
+    if isinstance(gate, KL):
+        found["simplex_mass"] = gate.mass
+    else:
+        found["weight_cap"] = gate.weight_cap
+    if isinstance(gate, Lq):
+        found |= {"lq_power": gate.power, "lq_norm_floor": gate.norm_floor}
+    try:
+        choices = Choices(
+            **found,
+            chunk_size=rule.chunk_size,
+            decay_target=rule.decay_target,
+            min_log_alpha=rule.min_log_alpha,
+            residual_clip=bias.residual_clip,
+        )
+    except ValueError as error:
+        return None, str(error).removesuffix(".")
+    return choices, None
