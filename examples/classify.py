@@ -55,7 +55,7 @@ class Arguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A pretrained model with its tokenizer; by default a new small Yaad hybrid."}
     )
-    packages: int = field(default=8, metadata={"help": "How many packages, those with most source."})
+    packages: int = field(default=5, metadata={"help": "How many packages, those with most source."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a piece that the model reads at most."})
     lines: int = field(default=12, metadata={"help": "Lines of source in a piece."})
     smoke: bool = field(default=False, metadata={"help": "Fewer packages, shorter pieces, few steps."})

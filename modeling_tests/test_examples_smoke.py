@@ -25,12 +25,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MistralConfig
 
-import miras_hf
 from miras_hf import saved_memory
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-PACKAGE = Path(miras_hf.__file__).resolve().parent.parent
 RUNS = {
     "finetune_lora": ["--output_dir", "lora", "--train_initial_memory"],
     "chat": ["--output_dir", "chat"],
@@ -59,8 +57,8 @@ with open("printed.json", "w") as file:
 
 
 def offline(folder: Path) -> dict[str, str]:
-    paths = [str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    # the path: the package under test, installed or not
+    return {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def number(pattern: str, text: str) -> float:

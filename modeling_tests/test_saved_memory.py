@@ -25,7 +25,6 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-import miras_hf
 from miras_hf import MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from miras_hf.saved_memory import HEADER, config_fingerprint, load_memory, save_memory, weights_fingerprint
 
@@ -208,11 +207,11 @@ question = torch.tensor({question.tolist()})
 mask = torch.ones(1, cache.get_seq_length() + 3)
 print(model.generate(question, attention_mask=mask, past_key_values=cache, max_new_tokens=12, do_sample=False).tolist())
 """
-    paths = os.pathsep.join([str(Path(miras_hf.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        # the package under test, installed or not
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
@@ -379,6 +378,20 @@ def test_state_of_another_layout_is_refused(yaad, saved, monkeypatch):
         load_memory(saved, yaad)
 
 
+def test_fields_younger_or_older_than_the_package(yaad, saved, monkeypatch):
+    from miras_hf import saved_memory
+
+    monkeypatch.setattr(saved_memory, "_checksum", lambda header, tensors: "same")
+    rewritten(saved, lambda header: header.update(checksum="same"))
+    rewritten(saved, lambda header: header["config"].pop("residual_clip"))
+    assert load_memory(saved, yaad).get_seq_length() == 19
+    with pytest.raises(ValueError, match=r"`residual_clip` \(3.0 there, 2.0 here\)"):
+        load_memory(saved, build("yaad", hybrid=True, residual_clip=2.0))
+    rewritten(saved, lambda header: header["config"].update(momentum=0.9))
+    with pytest.raises(ValueError, match=r"another config: `momentum` \(0.9 there, unknown here\)"):
+        load_memory(saved, yaad)
+
+
 def test_mistakes_are_named_before_anything_is_written(yaad, tmp_path):
     path = tmp_path / "text.safetensors"
     with pytest.raises(ValueError, match=r"must have read a text, the same in all layers, got lengths \[0\]"):
@@ -406,12 +419,13 @@ def test_an_unfinished_write_leaves_the_old_file(yaad, saved, monkeypatch):
     assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
 
 
-def test_offloaded_weights(yaad, saved):
+@pytest.mark.parametrize("part", ["layers.1", "layers.1.mlp", ""])
+def test_offloaded_weights(yaad, saved, part):
     from accelerate import cpu_offload
 
     model = copy.deepcopy(yaad)
-    cpu_offload(model.model.layers[1].mlp, execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"offloaded weights \(layers.1.*pass `check_weights=False`"):
+    cpu_offload(model.model.get_submodule(part), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"offloaded weights \(.*pass `check_weights=False`"):
         load_memory(saved, model)
     loaded = load_memory(saved, model, check_weights=False)
     assert loaded.layers[1].conv_tail.device.type == "cpu"

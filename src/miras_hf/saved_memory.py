@@ -20,6 +20,7 @@ tells whether a model understands it: the config's fields, a digest of the weigh
 import hashlib
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -47,6 +48,7 @@ NEUTRAL_FIELDS = {
     "eos_token_id",
     "initializer_range",
     "max_half_life",
+    "memory_backend",
     "min_half_life",
     "pad_token_id",
     "tie_word_embeddings",
@@ -200,14 +202,15 @@ def load_memory(
     if mask is None:
         # without attention layers the number of pads matters, their place does not
         mask = torch.arange(tokens) >= tokens - _first_count(tensors)[:, None]
-    return cache, mask.long().to(decoder.device)
+    return cache, mask.long().to(_device(decoder))
 
 
-def config_fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
+def config_fingerprint(config: MirasConfig) -> dict[str, Any]:
     """The fields of a Miras config that decide what a memory means, as JSON gives them back."""
-    names = sorted(set(MirasConfig.__annotations__) - NEUTRAL_FIELDS - {"auto_map"})
-    fields = {"model_type": config.model_type, **{name: getattr(config, name) for name in names}}
-    return json.loads(json.dumps(fields))
+    own, inherited = ({field.name for field in fields(kind)} for kind in (type(config), PreTrainedConfig))
+    names = sorted(own - inherited - NEUTRAL_FIELDS)
+    values = {"model_type": config.model_type, **{name: getattr(config, name) for name in names}}
+    return json.loads(json.dumps(values))
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -249,9 +252,10 @@ def _decoder(model: nn.Module) -> MirasModel:
 
 
 def _device(layer: nn.Module) -> torch.device:
-    """Where a layer computes; its weights may be offloaded by Accelerate until then."""
-    hook = getattr(layer, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
+    """Where a layer computes: Accelerate may keep its weights elsewhere until then."""
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((device for device in devices if device is not None), None)
     return next(layer.parameters()).device if device is None else torch.device(device)
 
 
@@ -263,11 +267,11 @@ def _flatten(memory: MemoryState) -> dict[str, Tensor]:
 
 
 def _unflatten(tensors: dict[str, Tensor]) -> MemoryState:
-    fields: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, tensor in tensors.items():
         field, _, part = name.partition(".")
-        fields[field] = (*fields.get(field, ()), tensor) if part else tensor
-    return MemoryState(**fields)
+        values[field] = (*values.get(field, ()), tensor) if part else tensor
+    return MemoryState(**values)
 
 
 def _tensors(cache: Cache, decoder: MirasModel) -> dict[str, Tensor]:
@@ -352,7 +356,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _check_model(path: str | os.PathLike, header: dict[str, Any], decoder: MirasModel, check_weights: bool) -> None:
     """Raises a `ValueError` unless the file is of this model."""
     here, there = config_fingerprint(decoder.config), header["config"]
-    # a field that is younger than the file has kept, by its default, the meaning from before it was there
+    # a field younger than the file means, at its default, what was computed before it was there
     default = config_fingerprint(type(decoder.config)()) | there
     differing = [
         f"`{name}` ({default[name]!r} there, {value!r} here)" for name, value in here.items() if default[name] != value
