@@ -1,0 +1,218 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Kernels compiled as the public operator would launch them, without a GPU, and what the compiler made of them.
+
+The operator is called for real, on CPU tensors, up to the launch itself; there the kernel is compiled for the wanted
+compute capability. Types, specialisations and constants are therefore those of a launch, whatever a kernel's signature.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from miras_kernels import forward_matrix, forward_mlp, ops
+from miras_kernels.choices import Choices
+
+
+# where the operator finds a kernel when it launches it
+KERNELS = {
+    "mlp_forward": (forward_mlp, "mlp_forward_kernel"),
+    "matrix_forward": (forward_matrix, "matrix_forward_kernel"),
+}
+# shared memory that one program may use, KiB, for what a configuration file's name says: sm_89 stands for every device
+# that has to do with the default, and has the least of those that PyTorch and Triton still serve
+CAPABILITIES = {"sm_80": (80, 163), "sm_90": (90, 227), "sm_100": (100, 227), "default": (89, 99)}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the operator that is worth compiling: a point of the design space, and what is asked of the call."""
+
+    choices: Choices
+    head_dim: int = 64
+    precision: str = "bf16"
+    channel_gates: bool = True
+    continues: bool = False  # in the middle of a chunk, keeping the state after the last token
+    masked: bool = False
+    save_every: int = 0
+
+    @property
+    def kernel(self) -> str:
+        return f"{self.choices.memory}_forward"
+
+    def at(self, kernel: str, head_dim: int, chunk_size: int, precision: str) -> "Call":
+        choices = replace(self.choices, memory=kernel.removesuffix("_forward"), chunk_size=chunk_size)
+        return replace(self, choices=choices, head_dim=head_dim, precision=precision)
+
+
+def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: str = "cpu") -> Callable[[], object]:
+    """The call, ready to be made, on random inputs; `tokens` is rounded up to whole chunks."""
+    choices, head_dim = call.choices, call.head_dim
+    tokens = -(-tokens // choices.chunk_size) * choices.chunk_size
+    dtype = torch.bfloat16 if call.precision == "bf16" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    q, k = (torch.nn.functional.normalize(normal(batch, tokens, heads, head_dim), dim=-1).to(dtype) for _ in "qk")
+    v = normal(batch, tokens, heads, head_dim).to(dtype)
+    gate = (batch, tokens, heads, *((head_dim,) if call.channel_gates else ()))
+    eta, log_alpha = 0.01 * normal(*gate).sigmoid(), -0.01 * normal(*gate).sigmoid()
+    # the norm's threshold is a number for each token, the coordinates' one for each channel
+    delta = None
+    if choices.attentional_bias.startswith("huber"):
+        per_channel = call.channel_gates and choices.attentional_bias == "huber_coordinate"
+        delta = normal(*(gate if per_channel else gate[:3])).exp()
+    shapes = choices.weight_shapes(head_dim)
+    arguments = {
+        "choices": choices,
+        "initial": tuple(normal(heads, *shape) / shape[0] ** 0.5 for shape in shapes),
+        "precision": call.precision,
+        "output_final_state": call.continues,
+        "save_every": call.save_every,
+    }
+    if choices.memory == "mlp":
+        arguments["norm_weight"] = torch.ones(heads, head_dim, device=device)
+        arguments["norm_bias"] = torch.zeros(heads, head_dim, device=device)
+    if call.masked:
+        arguments["mask"] = torch.arange(tokens, device=device).expand(batch, tokens) >= 3
+    if call.continues:
+        widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + 2 * [(*gate, 1)[3]]
+        factors = (torch.zeros(batch, heads, choices.chunk_size, width, device=device) for width in widths)
+        dual = (torch.zeros(batch, heads, *shape, device=device) for shape in shapes)
+        arguments["state"] = (*dual, *factors, torch.full((batch,), 5, device=device))
+    return lambda: ops.forward(q, k, v, eta, log_alpha, delta, **arguments)
+
+
+def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, int]:
+    """Compiles the kernel that `call` launches.
+
+    Args:
+        call (`Call`): what is called.
+        launch (`dict`): launch arguments, as `launch_configuration` returns them.
+        capability (`int`): compute capability, 90 for sm_90.
+
+    Returns:
+        Of one thread: `registers`, `stack` in bytes, spilled loads and stores in the program's text, and the bytes they
+        move in the loop over chunks and in the loops over tiles inside it; `shared` memory of one program in bytes; how
+        many instructions of the matrix units the text holds, `wgmma` and `tcgen05` those that only Hopper and Blackwell
+        have, `mma` those of all.
+
+    Raises:
+        `RuntimeError`: of Triton or its assembler, if there is no such program.
+    """
+    module, attribute = KERNELS[call.kernel]
+    kernel = _Compiler(getattr(module, attribute))
+    with (
+        patch.object(module, attribute, kernel),
+        patch.object(ops, "launch_configuration", lambda *_, **__: dict(launch)),
+        patch.object(ops, "refusal", lambda *_: None),  # there is no GPU, and none is needed
+        _target(capability),
+        # nothing is read from or left in the user's cache: what is counted was compiled here
+        tempfile.TemporaryDirectory() as cache,
+        knobs.cache.scope(),
+    ):
+        knobs.cache.dir = cache
+        run(call)()
+    return _counts(kernel.binary)
+
+
+class _Compiler:
+    """Stands where a kernel stands, and compiles where it would launch."""
+
+    def __init__(self, kernel: triton.JITFunction):
+        self.kernel, self.binary = kernel, None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile(*args, **kwargs):
+            self.binary = self.kernel.warmup(*args, grid=grid, **kwargs)
+
+        return compile
+
+
+@contextlib.contextmanager
+def _target(capability: int):
+    class Driver:
+        # Triton keeps kernels by device: a capability's number stands for its device
+        def get_current_device(self):
+            return capability
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+    with patch.object(driver, "_active", Driver()):
+        yield
+
+
+def _counts(binary) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        usage, text = (
+            subprocess.run(
+                [knobs.nvidia.cuobjdump.path, option, str(path)], check=True, capture_output=True, text=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    instructions = [(int(a, 16), i) for a, i in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)]
+    spills = [(address, _spilled_bytes(i)) for address, i in instructions if re.search(r"\b(LDL|STL)\b", i)]
+    loops = _loops(instructions)
+    depths = [sum(first <= address <= last for first, last in loops) for address, _ in spills]
+    count = {name: len(re.findall(rf"\b{name}\b", text)) for name in ("LDL", "STL", "HGMMA", "HMMA", "UTCHMMA")}
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spilled_loads": count["LDL"],
+        "spilled_stores": count["STL"],
+        "spilled_bytes_per_chunk": sum(size for (_, size), depth in zip(spills, depths) if depth == 1),
+        "spilled_bytes_per_tile": sum(size for (_, size), depth in zip(spills, depths) if depth > 1),
+        "shared": binary.metadata.shared,
+        "wgmma": count["HGMMA"],
+        "tcgen05": count["UTCHMMA"],
+        "mma": count["HMMA"],
+    }
+
+
+def _spilled_bytes(instruction: str) -> int:
+    width = re.search(r"\b(?:LDL|STL)[.\w]*?\.(64|128)\b", instruction)
+    return int(width[1]) // 8 if width else 4
+
+
+def _loops(instructions: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    # from a backward branch's target to the branch. One that follows another is the way back from a barrier's waiting
+    # loop, which lies behind the program's end
+    loops, last = [], None
+    for address, instruction in instructions:
+        target = re.search(r"\bBRA\b[^;]*?0x([0-9a-f]+)", instruction)
+        if target and int(target[1], 16) < address:
+            if last is None or address - last > 16:
+                loops.append((int(target[1], 16), address))
+            last = address
+    return loops
