@@ -42,6 +42,7 @@ from .memory import (
     chunk_miras,
 )
 from .memory.learning import GradientDescent
+from .memory.retention import FrozenScale
 
 
 logger = logging.get_logger(__name__)
@@ -186,7 +187,7 @@ def kernel_choices(rule: MirasRule) -> tuple[Choices | None, str | None]:
         }
     if isinstance(gate, KL):
         found["simplex_mass"] = gate.mass
-    else:
+    elif isinstance(gate, FrozenScale):
         found["weight_cap"] = gate.weight_cap
     if isinstance(gate, Lq):
         found |= {"lq_power": gate.power, "lq_norm_floor": gate.norm_floor}

@@ -34,11 +34,17 @@ import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:  # importing it takes a second and accelerate
+    _Trainer = object
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -149,7 +155,7 @@ def save_model_card(model: PreTrainedModel, folder: str | os.PathLike, *, name: 
     model_card(model, name=name or Path(folder).resolve().name, **metadata).save(path)
 
 
-class ModelCardMixin:
+class ModelCardMixin(_Trainer):
     """For a Trainer class: what it saves and pushes carries a card that says how it was trained.
 
     ```python

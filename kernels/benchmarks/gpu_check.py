@@ -1,0 +1,219 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The standing GPU script: are the kernels right on this device, and how fast are they beside their neighbours?
+
+    python kernels/benchmarks/gpu_check.py --out kernels/benchmarks/results/h200
+
+First correctness, every model, head width, chunk size and precision against float64; then times. Results are written
+after every measurement (`results.json`), so a run that is stopped keeps what it has; at the end `results.md` and
+`results.png`. What is not installed (titans-pytorch, flash-linear-attention) or fails is skipped by name. Fits into ten
+minutes on an H200; `--minutes` says when to stop measuring.
+
+Without a GPU, `TRITON_INTERPRET=1 python kernels/benchmarks/gpu_check.py --quick --out /tmp/x` shows that it runs; it
+times nothing that means anything.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from paths import LONGEST, MODELS, PATHS, Shape, kernel_call, make_inputs, make_rule
+from tables import write_report
+
+from miras_hf.memory import MemoryParameters, chunk_miras
+
+
+# relative to the largest output
+TOLERANCE = {"ieee": 1e-5, "tf32x3": 5e-5, "tf32": 2e-2, "bf16": 3e-2}
+KL_TOLERANCE = {"ieee": 5e-5, "tf32x3": 2e-4, "tf32": 5e-2, "bf16": 1e-1}
+
+
+class Run:
+    """Collects results and writes them down as they come."""
+
+    def __init__(self, out: Path, device: str, minutes: float):
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.device, self.end = out, device, time.monotonic() + 60 * minutes
+        self.results: dict = {"machine": machine(device), "correctness": [], "times": [], "skipped": []}
+
+    def add(self, part: str, row: dict) -> None:
+        self.results[part].append(row)
+        print(part, json.dumps(row), flush=True)
+        self.write()
+
+    def skip(self, name: str, why: str) -> None:
+        self.add("skipped", {"name": name, "why": why[:300]})
+
+    def write(self) -> None:
+        (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def out_of_time(self, what: str) -> bool:
+        if time.monotonic() < self.end:
+            return False
+        self.skip(what, "out of time")
+        return True
+
+
+def machine(device: str) -> dict:
+    import triton
+
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "device": platform.machine() if device == "cpu" else torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    if device == "cuda":
+        found["capability"] = "{}.{}".format(*torch.cuda.get_device_capability())
+        found["matmul_tflops"] = round(matmul_peak(), 1)
+        found["copy_tb_per_s"] = round(copy_bandwidth(), 3)
+    return found
+
+
+def matmul_peak(size: int = 8192) -> float:
+    """bf16 TFLOP/s of one large product: what the matrix units of this device give."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / milliseconds(lambda: a @ b, "cuda")["median"] / 1e9
+
+
+def copy_bandwidth(gibibytes: int = 2) -> float:
+    """TB/s read and written by a copy much larger than the caches."""
+    x = torch.empty(gibibytes * 2**30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() / milliseconds(lambda: y.copy_(x), "cuda")["median"] / 1e9
+
+
+def milliseconds(call, device: str, repeats: int = 12) -> dict:
+    """Median and quartiles of single calls; caches are cold between them where `do_bench` does it."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        low, middle, high = do_bench(call, warmup=25, rep=100, quantiles=[0.25, 0.5, 0.75])
+        return {"median": middle, "low": low, "high": high}
+    samples = []
+    for _ in range(min(repeats, 3)):
+        started = time.perf_counter()
+        call()
+        samples.append(1e3 * (time.perf_counter() - started))
+    return {"median": statistics.median(samples), "low": min(samples), "high": max(samples)}
+
+
+@torch.no_grad()
+def check_correctness(run: Run, quick: bool) -> bool:
+    """Every model at every width, chunk size and precision, odd lengths, against float64 on the same device."""
+    sizes = [(32, 16)] if quick else list(itertools.product((32, 48, 64, 96, 128), (16, 32, 64)))
+    precisions = ["ieee"] if quick else ["bf16", "tf32", "tf32x3", "ieee"]
+    right = True
+    for (head_dim, chunk_size), model in itertools.product(sizes, MODELS):
+        if run.out_of_time(f"correctness of {model} at {head_dim}, {chunk_size}"):
+            return False
+        tokens = chunk_size + 5 if quick else 4 * chunk_size + 7
+        shape = Shape(2, tokens, 2, head_dim, chunk_size, torch.float32, run.device)
+        inputs, parameters = make_inputs(model, shape)
+        expected, _ = chunk_miras(
+            *(None if x is None else x.double() for x in inputs),
+            rule=make_rule(model, chunk_size),
+            parameters=MemoryParameters(
+                tuple(a.double() for a in parameters.initial), *(p.double() for p in parameters[1:])
+            ),
+        )
+        for precision in precisions:
+            row = {"model": model, "head_dim": head_dim, "chunk_size": chunk_size, "precision": precision}
+            try:
+                y, *_ = kernel_call(model, shape, precision=precision)()
+            except Exception as error:  # a configuration that does not launch must not hide the others
+                run.add("correctness", row | {"right": False, "error": f"{type(error).__name__}: {error}"[:300]})
+                right = False
+                continue
+            error = ((y.double() - expected).abs().max() / expected.abs().max()).item()
+            allowed = (KL_TOLERANCE if model == "memora" else TOLERANCE)[precision]
+            row |= {"error": error, "allowed": allowed, "right": error <= allowed}
+            right &= row["right"]
+            run.add("correctness", row)
+    return right
+
+
+@torch.no_grad()
+def measure(run: Run, name: str, shape: Shape, setting: str) -> None:
+    row = {"path": name, "setting": setting, "batch": shape.batch, "tokens": shape.tokens, "heads": shape.heads}
+    row |= {"head_dim": shape.head_dim, "chunk_size": shape.chunk_size}
+    what = f"{name}, {setting}, T = {shape.tokens}"
+    if shape.tokens > LONGEST.get(name, shape.tokens):
+        return run.skip(what, f"not measured beyond T = {LONGEST[name]}")
+    if run.out_of_time(what):
+        return None
+    try:
+        call = PATHS[name](shape)
+        call()
+        if run.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            torch.cuda.synchronize()
+            row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+        row |= {key: round(value, 4) for key, value in milliseconds(call, run.device).items()}
+    except Exception as error:
+        return run.skip(what, f"{type(error).__name__}: {error}")
+    if "Triton" in name:
+        row["tflops"] = round(shape.miras_flops() / row["median"] / 1e9, 2)
+        if "matmul_tflops" in run.results["machine"]:
+            row["share_of_matmul"] = round(row["tflops"] / run.results["machine"]["matmul_tflops"], 4)
+    return run.add("times", row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, results.md, results.png")
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop measuring after so many")
+    parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=list(PATHS), metavar="PATH")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096, 8192, 16384, 32768, 65536, 131072])
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it runs")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not args.quick:
+        parser.error("there is no GPU here; --quick shows that the script runs, in Triton's interpreter")
+
+    run = Run(args.out, device, args.minutes)
+    right = check_correctness(run, args.quick)
+    print(f"Correctness: {'every configuration is right' if right else 'SOMETHING IS WRONG, see above'}", flush=True)
+    if args.quick:
+        for name in args.paths:
+            measure(run, name, Shape(1, 40, 1, 32, 16, torch.float32, device), "quick")
+    else:
+        # the shape of the issue, the other sizes at it, the constant number of tokens, and batch 1
+        for name in args.paths:
+            measure(run, name, Shape(8, 4096, 16, 64, 64), "B*H = 128")
+        for head_dim, chunk_size in ((64, 16), (64, 32), (48, 64), (96, 64), (128, 64)):
+            measure(run, "yaad, Triton", Shape(8, 4096, 16, head_dim, chunk_size), "other sizes")
+        for tokens, name in itertools.product(args.lengths, args.paths):
+            measure(run, name, Shape(max(1, 65536 // tokens), tokens, 16, 64, 64), "constant tokens")
+        for tokens, name in itertools.product(args.lengths, args.paths):
+            measure(run, name, Shape(1, tokens, 16, 64, 64), "batch 1")
+    run.results["right"] = right
+    run.write()
+    write_report(args.out)
+    sys.exit(0 if right else 1)
+
+
+if __name__ == "__main__":
+    main()
