@@ -17,7 +17,7 @@ What one learns: `AutoModelForSequenceClassification` puts a head on the last re
 trains it with `compute_metrics`, rows of different lengths are padded, which memories ignore exactly, and the saved
 folder works in `pipeline("text-classification")`.
 
-    python examples/classify.py                                          # two minutes on two cores
+    python examples/classify.py                                          # a minute on two cores
     python examples/classify.py --model_name_or_path runs/moneta-stdlib  # start from a pretrained model
     python examples/classify.py --smoke
 

@@ -134,7 +134,7 @@ def plot_forecast(past: np.ndarray, future: np.ndarray, samples: np.ndarray, ax=
     ax.plot(steps, median, color="#0072b2", label="forecast, median")
     ax.fill_between(steps, low, high, color="#0072b2", alpha=0.25, linewidth=0, label="80% of futures")
     ax.set(xlabel="step", ylabel="value")
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     return ax
 
 
