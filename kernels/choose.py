@@ -43,49 +43,56 @@ TILE = 2000
 
 
 def shapes(name: str, precision: str) -> list[tuple[int, int]]:
-    # without bf16 products a kernel is there to be right, not fast, and neighbours do
+    # the neighbours' do where nobody asks for speed
     return SHAPES if precision == "bf16" and name != configuration.DEFAULT else CORNERS
 
 
 def candidates(kernel: str, head_dim: int, chunk_size: int, precision: str) -> list[dict[str, int]]:
-    """Launch arguments worth trying for a shape."""
-    # eight warps have all registers of a multiprocessor; small tiles are spread too thin over them
-    warps = (8,) if chunk_size == 64 or head_dim == 128 else (4, 8)
+    """Launch arguments worth trying for a shape, those of the fewest tiles first."""
+    # eight warps have all registers of a multiprocessor, four need less shared memory
+    warps = (8, 4) if head_dim == 32 or precision != "bf16" else (8,)
     # without a limit of its own, the assembler spills even more where it spills a lot
     launches = [{"num_warps": w, "num_stages": 1, "maxnreg": 255} for w in warps]
     if kernel == "mlp_forward":
-        tiles = (16, 32, 64) if precision == "bf16" else (16, 32)
-        return [{"TN": tile, **launch} for tile in tiles for launch in launches]
+        widths = {"bf16": (64, 32, 16), "ieee": (16,)}.get(precision, (32, 16))
+        return [{"TN": width, **launch} for width in widths for launch in launches]
     return launches
+
+
+def tiles(call: Call, launch: dict[str, int]) -> int:
+    hidden = call.choices.weight_shapes(call.head_dim)[0][1]
+    return math.ceil(hidden / launch["TN"]) if "TN" in launch else 0
 
 
 def cost(call: Call, launch: dict[str, int], counts: dict[str, int]) -> float:
     """Cycles of a chunk that depend on the launch, roughly: spills go at 128 bytes a cycle, tiles take their time."""
     width = launch["num_warps"] * 32 / 128
-    hidden = call.choices.weight_shapes(call.head_dim)[0][1]
-    tiles = math.ceil(hidden / launch["TN"]) if "TN" in launch else 0
     per_tile = TILE + width * counts["spilled_bytes_per_tile"]
-    return width * counts["spilled_bytes_per_chunk"] + tiles * per_tile
+    return width * counts["spilled_bytes_per_chunk"] + tiles(call, launch) * per_tile
 
 
-def choose(name: str, kernel: str, head_dim: int, chunk_size: int, precision: str) -> dict[str, int]:
+def choose(name: str, kernel: str, head_dim: int, chunk_size: int, precision: str) -> dict[str, int] | None:
+    """The cheapest candidate that fits into shared memory, `None` if there is none."""
     capability, shared = CAPABILITIES[name]
-    best = None
+    best, launch_of_best = (0, math.inf), None
     for launch in candidates(kernel, head_dim, chunk_size, precision):
-        total, units = 0.0, 0
-        for model in MODELS:
-            call = Call(Choices(**model)).at(kernel, head_dim, chunk_size, precision)
+        calls = [Call(Choices(**model)).at(kernel, head_dim, chunk_size, precision) for model in MODELS]
+        if launch_of_best and (best[0] or capability < 90) and sum(tiles(c, launch) for c in calls) * TILE >= best[1]:
+            continue  # its tiles alone cost more
+        total, units = 0.0, True
+        for call in calls:
             counts = compiled(call, {"enable_fp_fusion": True, **launch}, capability)
-            total += cost(call, launch, counts)
-            units += min(counts["wgmma"] + counts["tcgen05"], 1)
-            total += math.inf if counts["shared"] > shared * 1024 else 0.0
+            total += cost(call, launch, counts) if counts["shared"] <= shared * 1024 else math.inf
+            units = units and counts["wgmma"] + counts["tcgen05"] > 0
+            if math.isinf(total):
+                break
         print(name, kernel, head_dim, chunk_size, precision, launch, f"{total:.0f}", units, flush=True)
         # a generation's own matrix units before anything else
-        if math.isfinite(total) and (best is None or (-units, total) < best[0]):
-            best = ((-units, total), launch)
-    if best is None:
-        raise RuntimeError(f"No candidate of {kernel} fits {shared} KiB at {head_dim}, {chunk_size}, {precision}.")
-    return best[1]
+        if math.isfinite(total) and (-units, total) < best:
+            best, launch_of_best = (-units, total), launch
+        if launch_of_best and precision != "bf16":
+            break  # float32 operands are there to be right: the first that fits
+    return launch_of_best
 
 
 def write(name: str, kernels: dict[str, list[dict]]) -> None:

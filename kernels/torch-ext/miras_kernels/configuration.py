@@ -17,7 +17,8 @@ A file holds, for the device or compute capability it is named after, entries of
 
     {"head_dim": 64, "chunk_size": 64, "precision": "bf16", "launch": {"TN": 32, "num_warps": 8, "num_stages": 1}}
 
-A shape without an entry of its own takes the nearest one's, in log space. `kernels/compile_report.py` chooses entries by
+A shape without an entry of its own takes the nearest one's, in log space; a `null` launch says that nothing fits into the
+device's shared memory there. `kernels/compile_report.py` chooses entries by
 what the compiler reports, `kernels/tune.py` by the clock.
 """
 
@@ -52,7 +53,8 @@ def launch_configuration(
         with neither gets the default, which asks for little.
 
     Raises:
-        `ValueError`: for an unknown kernel, precision or file, a size below 1, and for a file that is not as above.
+        `ValueError`: for an unknown kernel, precision or file, a size below 1, a shape that the device has too little
+            shared memory for, and for a file that is not as above.
     """
     if kernel not in KERNELS:
         raise ValueError(f"`kernel` must be one of {KERNELS}, got {kernel!r}.")
@@ -69,6 +71,11 @@ def launch_configuration(
             best = min(
                 candidates, key=lambda e: (_distance(e, head_dim, chunk_size), -e["head_dim"], -e["chunk_size"])
             )
+            if best["launch"] is None:
+                raise ValueError(
+                    f"No launch of `{kernel}` fits into the shared memory of {name!r} at head_dim {head_dim}, chunk_size "
+                    f"{chunk_size}, precision {precision!r}: take a smaller chunk_size, or precision 'bf16'."
+                )
             # said, because Triton is about to change its default
             return {"enable_fp_fusion": True, **best["launch"]}
     raise ValueError(f"No configuration of `{kernel}` at precision {precision!r} in {', '.join(map(repr, names))}.")
@@ -112,11 +119,16 @@ def entries(name: str) -> dict[str, list[dict]]:
     kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"]
     for kernel, found in kernels.items():
         for entry in found:
-            launch = entry.get("launch")
-            fits = entry.keys() == {"head_dim", "chunk_size", "precision", "launch"} and {
-                "num_warps",
-                "num_stages",
-            } <= {*(launch if isinstance(launch, dict) else ())}
-            if not fits or kernel not in KERNELS or entry["precision"] not in PRECISIONS:
+            if not _understood(kernel, entry):
                 raise ValueError(f"{path} holds an entry of {kernel!r} that no kernel understands: {entry}.")
     return kernels
+
+
+def _understood(kernel: str, entry: dict) -> bool:
+    launch = entry.get("launch")
+    return (
+        kernel in KERNELS
+        and entry.keys() == {"head_dim", "chunk_size", "precision", "launch"}
+        and entry["precision"] in PRECISIONS
+        and (launch is None or {"num_warps", "num_stages"} <= launch.keys())
+    )
