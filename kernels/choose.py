@@ -33,6 +33,7 @@ from miras_kernels.choices import Choices
 # Head widths between these take a neighbour's entry: 48 and 96 are padded to 64 and 128.
 SHAPES = [(head_dim, chunk_size) for head_dim in (32, 64, 128) for chunk_size in (16, 32, 64)]
 CORNERS = [(head_dim, chunk_size) for head_dim in (64, 128) for chunk_size in (16, 64)]
+LARGE = [(64, 64), (128, 64)]
 
 # What spills most: the lq norms' sums over a tile, and the softmax's third pass over the tiles.
 MODELS = [{"attentional_bias": "lp", "retention": "lq"}, {"attentional_bias": "l2", "retention": "kl"}]
@@ -43,8 +44,9 @@ TILE = 2000
 
 
 def shapes(name: str, precision: str) -> list[tuple[int, int]]:
-    # the neighbours' do where nobody asks for speed
-    return SHAPES if precision == "bf16" and name != configuration.DEFAULT else CORNERS
+    # Hopper's matrix units need 64 rows, so that shapes there differ in kind. Float32 operands are there to be right, and
+    # what fits at the largest shape fits below
+    return list(LARGE if precision != "bf16" else SHAPES if CAPABILITIES[name][0] >= 90 else CORNERS)
 
 
 def candidates(kernel: str, head_dim: int, chunk_size: int, precision: str) -> list[dict[str, int]]:
@@ -91,7 +93,7 @@ def choose(name: str, kernel: str, head_dim: int, chunk_size: int, precision: st
         if math.isfinite(total) and (-units, total) < best:
             best, launch_of_best = (-units, total), launch
         if launch_of_best and precision != "bf16":
-            break  # float32 operands are there to be right: the first that fits
+            break  # the first that fits
     return launch_of_best
 
 
@@ -115,10 +117,13 @@ def main() -> None:
     for kernel in arguments.kernel or configuration.KERNELS:
         found = []
         for precision in configuration.PRECISIONS:
-            for head_dim, chunk_size in shapes(arguments.name, precision):
+            wanted = shapes(arguments.name, precision)
+            for head_dim, chunk_size in wanted:
                 launch = choose(arguments.name, kernel, head_dim, chunk_size, precision)
                 shape = {"head_dim": head_dim, "chunk_size": chunk_size, "precision": precision}
                 found.append({**shape, "launch": launch})
+                if launch is None and chunk_size > 16:
+                    wanted.append((head_dim, chunk_size // 2))
         kernels[kernel] = found
     write(arguments.name, {kernel: kernels[kernel] for kernel in configuration.KERNELS if kernel in kernels})
 

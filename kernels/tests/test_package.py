@@ -26,6 +26,7 @@ import torch
 from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
 from kernels.validate import AllValidator, ArchValidator, default_metadata_validators
 
+import miras_kernels
 from kernels import get_kernel, get_local_kernel
 
 
@@ -64,13 +65,20 @@ def test_metadata():
 
 
 def check(module):
-    """A loaded kernel answers, and is not the package of `import miras_kernels`."""
-    assert "meta" in module.refusal(torch.device("meta"), torch.float32, 32, module.Choices(chunk_size=16))
-    launch = module.launch_configuration(
-        "mlp_forward", device=torch.device("cpu"), head_dim=32, chunk_size=16, precision="bf16"
-    )
-    assert launch["num_warps"] > 0
-    assert module.__name__ != "miras_kernels" and Path(module.__file__).name == "__init__.py"
+    """A loaded kernel computes what the package of `import miras_kernels` does, from files of its own."""
+    assert module.__name__ != miras_kernels.__name__
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 5, 1, 32, generator=generator).to(device) for _ in "qkv")
+    eta, log_alpha = torch.full((1, 5, 1), 0.1, device=device), torch.full((1, 5, 1), -0.1, device=device)
+    initial = (torch.randn(1, 32, 32, generator=generator).to(device),)
+    outputs = []
+    for kernels in (module, miras_kernels):
+        choices = kernels.Choices(memory="matrix", chunk_size=16)
+        y, _, _ = kernels.forward(q, k, v, eta, log_alpha, None, choices=choices, initial=initial)
+        outputs.append(y)
+    assert torch.equal(*outputs) and not torch.equal(outputs[0], (q @ initial[0]))
+    assert "meta" in module.refusal(torch.device("meta"), torch.float32, 32, choices)
 
 
 def test_loads_from_its_source_folder():

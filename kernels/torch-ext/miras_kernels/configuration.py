@@ -77,7 +77,10 @@ def launch_configuration(
                     f"{chunk_size}, precision {precision!r}: take a smaller chunk_size, or precision 'bf16'."
                 )
             # said, because Triton is about to change its default
-            return {"enable_fp_fusion": True, **best["launch"]}
+            launch = {"enable_fp_fusion": True, **best["launch"]}
+            if torch.version.hip is not None:
+                launch.pop("maxnreg", None)  # an option of NVIDIA's assembler
+            return launch
     raise ValueError(f"No configuration of `{kernel}` at precision {precision!r} in {', '.join(map(repr, names))}.")
 
 

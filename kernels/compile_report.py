@@ -1,0 +1,181 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the compiler makes of every shipped launch configuration, without a GPU: `kernels/reports/<name>.json`.
+
+    python kernels/compile_report.py                                     # all again, half an hour of one core
+    python kernels/compile_report.py sm_90 --kernel matrix_forward       # what a change touches
+    python kernels/compile_report.py --check --few                       # compare with the reports, half a minute
+
+A report holds, for each program: registers, stack and spills of a thread, shared memory, instructions of the matrix
+units. `--check` fails where a program got worse, and leaves the reports alone.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import triton
+from ahead_of_time import CAPABILITIES, KERNELS, Call, compiled
+
+from miras_kernels import configuration
+from miras_kernels.choices import Choices
+
+
+REPORTS = Path(__file__).parent / "reports"
+
+# Each link, each loss, both granularities of gates and of thresholds, each thing that a call may ask for, once.
+CALLS = {
+    "moneta": Call(Choices(attentional_bias="lp", retention="lq")),
+    "yaad": Call(Choices(attentional_bias="huber_mixture", retention="decay"), continues=True),
+    "memora": Call(Choices(attentional_bias="l2", retention="kl")),
+    "mirror": Call(Choices(attentional_bias="huber_coordinate", retention="lq_mirror"), continues=True, masked=True),
+    "head gates": Call(
+        Choices(attentional_bias="huber_norm", retention="decay", decay_target="zero"),
+        channel_gates=False,
+        save_every=4,
+    ),
+}
+MAIN = (64, 64, "bf16")
+
+# A program is worse when it spills more bytes, or takes more shared memory, than `factor` times the report's and `bytes`
+# more, or no longer uses matrix units. The same sources under the same Triton give the same counts. But register
+# allocation is a heuristic: a few lines anywhere in a kernel move some spills, and a change that does no more than that
+# should not have to redo the reports. Another Triton schedules everything anew.
+SLACK = {"factor": 1.15, "bytes": 64}
+SLACK_OF_ANOTHER_TRITON = {"factor": 2.0, "bytes": 512}
+NOT_MORE = ("spilled_bytes_per_chunk", "spilled_bytes_per_tile", "shared")
+NOT_NONE = ("wgmma", "tcgen05", "mma")
+
+
+def programs(name: str, kernel: str) -> list[dict]:
+    """What a report has to hold: all calls at the main shape, one of those that spill most at the others."""
+    wanted = []
+    for entry in configuration.entries(name).get(kernel, ()):
+        if entry["launch"] is None:
+            continue
+        shape = (entry["head_dim"], entry["chunk_size"], entry["precision"])
+        calls = list(CALLS) if shape == MAIN else ["memora"] if shape[2] == "bf16" else ["yaad"]
+        wanted += [(shape, call) for call in calls]
+    # widths between the entries' take a neighbour's launch
+    wanted += [((head_dim, *MAIN[1:]), "yaad") for head_dim in (48, 96)]
+    found = []
+    for (head_dim, chunk_size, precision), call in wanted:
+        shape = {"head_dim": head_dim, "chunk_size": chunk_size, "precision": precision}
+        launch = configuration.launch_configuration(kernel, device=name, **shape)
+        found.append({"kernel": kernel, **shape, "call": call, "launch": launch})
+    return found
+
+
+def compile(name: str, program: dict) -> dict[str, int]:
+    shape = (program[part] for part in ("kernel", "head_dim", "chunk_size", "precision"))
+    counts = compiled(CALLS[program["call"]].at(*shape), program["launch"], CAPABILITIES[name][0])
+    if counts["shared"] > CAPABILITIES[name][1] * 1024:
+        raise RuntimeError(
+            f"{describe(name, program)} takes {counts['shared']} bytes of shared memory, "
+            f"more than the {CAPABILITIES[name][1]} KiB there are."
+        )
+    return counts
+
+
+def describe(name: str, program: dict) -> str:
+    shape = f"head_dim {program['head_dim']}, chunk_size {program['chunk_size']}, {program['precision']}"
+    return f"{name}: {program['kernel']}, {shape}, {program['call']}"
+
+
+def key(program: dict) -> dict:
+    return {name: value for name, value in program.items() if name != "counts"}
+
+
+def worse(reported: dict[str, int], counts: dict[str, int], slack: dict[str, float]) -> list[str]:
+    """In what `counts` is worse than `reported`, in words."""
+    more = [
+        f"{name} {counts[name]}, reported {reported[name]}"
+        for name in NOT_MORE
+        if counts[name] > slack["factor"] * reported[name] + slack["bytes"]
+    ]
+    gone = [f"no {name}, reported {reported[name]}" for name in NOT_NONE if reported[name] and not counts[name]]
+    # one generation's units may take over from another's, as long as they are not the slower ones
+    return more + [words for words in gone if not (words.startswith("no mma") and counts["wgmma"] + counts["tcgen05"])]
+
+
+def check(name: str, wanted: list[dict], report: dict) -> list[str]:
+    same = report["triton"] == triton.__version__
+    if not same:
+        print(
+            f"{name}: the report is of Triton {report['triton']}, this is {triton.__version__}: compared with more slack, "
+            f"{SLACK_OF_ANOTHER_TRITON} instead of {SLACK}."
+        )
+    failures = []
+    for program in wanted:
+        reported = next((found["counts"] for found in report["programs"] if key(found) == program), None)
+        if reported is None:
+            failures.append(f"{describe(name, program)}: not in the report with launch {program['launch']}")
+            continue
+        counts = compile(name, program)
+        found = worse(reported, counts, SLACK if same else SLACK_OF_ANOTHER_TRITON)
+        failures += [f"{describe(name, program)}: {words}" for words in found]
+        print(describe(name, program), "; ".join(found) or "as reported", flush=True)
+    return failures
+
+
+def write(path: Path, name: str, found: list[dict]) -> None:
+    capability, shared = CAPABILITIES[name]
+    head = {"command": f"python kernels/compile_report.py {name}", "triton": triton.__version__}
+    head |= {"capability": capability, "shared_memory_kib": shared}
+    lines = ",\n".join("    " + json.dumps(program) for program in found)
+    text = json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "programs": [\n' + lines + "\n  ]\n}\n"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(CAPABILITIES)}; all by default")
+    parser.add_argument("--kernel", choices=KERNELS, action="append")
+    parser.add_argument("--check", action="store_true", help="compare with the reports instead of writing them")
+    parser.add_argument("--few", action="store_true", help="only the main shape, as one model uses it")
+    parser.add_argument("--reports", type=Path, default=REPORTS, help="folder of the reports")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(CAPABILITIES):
+        parser.error(f"names must be of {', '.join(CAPABILITIES)}, got {', '.join(sorted(unknown))}.")
+    if arguments.few and not arguments.check:
+        parser.error("--few needs --check: a report holds everything.")
+
+    kernels, failures = arguments.kernel or list(KERNELS), []
+    for name in arguments.names or CAPABILITIES:
+        wanted = [program for kernel in kernels for program in programs(name, kernel)]
+        path = arguments.reports / f"{name}.json"
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"triton": None, "programs": []}
+        if arguments.check:
+            if arguments.few:
+                shape = ("head_dim", "chunk_size", "precision", "call")
+                wanted = [program for program in wanted if tuple(program[part] for part in shape) == (*MAIN, "yaad")]
+            failures += check(name, wanted, report)
+            continue
+        found = [program for program in report["programs"] if program["kernel"] not in kernels]
+        if found and report["triton"] != triton.__version__:
+            parser.error(f"{path} is of Triton {report['triton']}, this is {triton.__version__}: leave --kernel out.")
+        for program in wanted:
+            program["counts"] = compile(name, program)
+            print(describe(name, program), program["counts"], flush=True)
+            found.append(program)
+            write(path, name, found)
+    for failure in failures:
+        print("worse:", failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
