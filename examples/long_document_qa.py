@@ -56,25 +56,8 @@ import miras_hf
 from miras_hf.saved_memory import load_memory, save_memory
 
 
-PEOPLE = [
-    "Ada",
-    "Alan",
-    "Alonzo",
-    "Barbara",
-    "Claude",
-    "Donald",
-    "Edsger",
-    "Emmy",
-    "Grace",
-    "John",
-    "Kurt",
-    "Leslie",
-    "Niklaus",
-    "Radia",
-    "Sophie",
-    "Tony",
-]
-PLACES = ["Berlin", "Cairo", "Kyoto", "Lagos", "Lima", "Oslo", "Paris", "Rome"]
+PEOPLE = ["Ada", "Alan", "Barbara", "Claude", "Donald", "Edsger", "Emmy", "Grace", "John", "Kurt", "Radia", "Sophie"]
+PLACES = ["Berlin", "Cairo", "Kyoto", "Lima", "Oslo", "Rome"]
 OTHERS = [
     "a",
     "the",
@@ -113,7 +96,7 @@ class Arguments:
     memory: str = field(default="memory.safetensors", metadata={"help": "File of the memory, in the folder."})
     sentences: int = field(default=600, metadata={"help": "Sentences of the document that say nothing."})
     facts: int = field(default=4, metadata={"help": "Sentences that do, in between."})
-    steps: int = field(default=800, metadata={"help": "Training steps."})
+    steps: int = field(default=600, metadata={"help": "Training steps."})
     piece: int = field(default=4096, metadata={"help": "Tokens read in one forward."})
     max_new_tokens: int = field(default=1, metadata={"help": "Length of an answer."})
     smoke: bool = field(default=False, metadata={"help": "Fewer people, fewer places, shorter texts."})
