@@ -51,6 +51,7 @@ class Call:
     """A call of the operator that is worth compiling: a point of the design space, and what is asked of the call."""
 
     choices: Choices
+    kernel: str = "mlp_forward"
     head_dim: int = 64
     precision: str = "bf16"
     channel_gates: bool = True
@@ -58,13 +59,10 @@ class Call:
     masked: bool = False
     save_every: int = 0
 
-    @property
-    def kernel(self) -> str:
-        return f"{self.choices.memory}_forward"
-
     def at(self, kernel: str, head_dim: int, chunk_size: int, precision: str) -> "Call":
-        choices = replace(self.choices, memory=kernel.removesuffix("_forward"), chunk_size=chunk_size)
-        return replace(self, choices=choices, head_dim=head_dim, precision=precision)
+        """The same for another kernel, whose name begins with the memory it is for, and another shape."""
+        choices = replace(self.choices, memory=kernel.partition("_")[0], chunk_size=chunk_size)
+        return replace(self, choices=choices, kernel=kernel, head_dim=head_dim, precision=precision)
 
 
 def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: str = "cpu") -> Callable[[], object]:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Launch configurations: what is shipped, which one a shape and a device get, and what is said when there is none."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -60,16 +61,14 @@ def tile(number):
 @pytest.mark.parametrize("name", ("default", "sm_80", "sm_90", "sm_100"))
 def test_every_shape_that_kernels_take_has_a_launch(name):
     assert name in configuration.shipped()
-    for kernel in KERNELS:
-        for head_dim in HEAD_DIMS:
-            for chunk_size in CHUNK_SIZES:
-                found = launch(name, kernel, head_dim, chunk_size, "bf16")
-                assert found["num_warps"] in (1, 2, 4, 8, 16) and found["num_stages"] >= 1
-                assert ("TN" in found) == (kernel == "mlp_forward")
-                # Triton is about to change its default: what ships says which
-                assert found["enable_fp_fusion"] is True
+    for kernel, head_dim, chunk_size in itertools.product(KERNELS, HEAD_DIMS, CHUNK_SIZES):
+        found = launch(name, kernel, head_dim, chunk_size, "bf16")
+        assert found["num_warps"] in (1, 2, 4, 8, 16) and found["num_stages"] >= 1
+        assert ("TN" in found) == (kernel == "mlp_forward")
+        # Triton is about to change its default: what ships says which
+        assert found["enable_fp_fusion"] is True
     # other operands may not fit at the largest shape, but do where memories are small
-    assert all(launch(name, kernel, 64, 16, precision) for kernel in KERNELS for precision in PRECISIONS)
+    assert all(launch(name, kernel, 64, 16, precision) for kernel, precision in itertools.product(KERNELS, PRECISIONS))
 
 
 def test_the_operator_knows_the_same_precisions():
@@ -109,11 +108,17 @@ def test_a_device_goes_before_its_capability_and_both_before_the_default(files, 
     assert launch(device, precision="tf32")["TN"] == 16
 
 
-def test_a_device_without_a_file_and_a_cpu_get_the_default(monkeypatch):
+def test_a_device_without_a_file_gets_the_default(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Someone's GPU (2031)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (31, 7))
-    assert launch(torch.device("cuda", 93)) == launch(torch.device("cpu")) == launch("default")
+    assert launch(torch.device("cuda", 93)) == launch(torch.device("meta")) == launch("default")
     assert configuration.file_name("Someone's GPU (2031)") == "someone_s_gpu_2031"
+
+
+def test_the_interpreter_runs_every_shape():
+    for kernel, precision in itertools.product(KERNELS, PRECISIONS):
+        for head_dim, chunk_size in itertools.product(HEAD_DIMS, CHUNK_SIZES):
+            assert launch(torch.device("cpu"), kernel, head_dim, chunk_size, precision)
 
 
 def test_what_does_not_fit_is_said(files):

@@ -96,11 +96,14 @@ def shipped() -> tuple[str, ...]:
 @functools.cache
 def device_names(device: torch.device) -> tuple[str, ...]:
     """The files that a device's configurations may be in and that exist, its own before its compute capability's."""
-    if device.type != "cuda":
-        return ()
-    names = [file_name(torch.cuda.get_device_name(device))]
-    if torch.version.hip is None:
-        names.append("sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+    if device.type == "cpu":
+        names = ["cpu"]  # Triton's interpreter: few large tiles, and no shared memory to fill
+    elif device.type == "cuda":
+        names = [file_name(torch.cuda.get_device_name(device))]
+        if torch.version.hip is None:
+            names.append("sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+    else:
+        names = []
     return tuple(name for name in names if name in shipped())
 
 
