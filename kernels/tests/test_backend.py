@@ -111,9 +111,33 @@ def test_whole_model_is_one_graph(ids):
     torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_training_takes_the_pytorch_path_until_there_is_a_backward(ids, monkeypatch):
-    slow, fast = make_models("moneta")
-    with pytest.raises(ValueError, match="backend is 'triton': gradients are needed"):
+@pytest.mark.parametrize("family", ["moneta", "yaad", "memora", "hybrid"])
+def test_training_gives_the_same_losses(family, ids, monkeypatch):
+    """Steps of AdamW, packs and pads among them, with the memory's own cache in the way as in a loop by hand."""
+    models = make_models(family)
+    calls = calls_of(monkeypatch)
+    losses = []
+    for model in models:
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        of_model = []
+        for step in range(4):
+            positions = torch.cat((torch.arange(9), torch.arange(12)))[None].to(DEVICE) if step == 2 else None
+            batch = ids[:1] if step == 2 else ids
+            loss = model(input_ids=batch, position_ids=positions, labels=batch, use_cache=step == 1).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            of_model.append(loss.item())
+        losses.append(torch.tensor(of_model))
+    assert len(calls) == 4 * models[1].config.layer_types.count("miras_memory")
+    torch.testing.assert_close(losses[1], losses[0], rtol=3e-5, atol=3e-5)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_training_of_a_matrix_memory_takes_the_pytorch_path(ids, monkeypatch):
+    slow, fast = make_models("matrix")
+    with pytest.raises(ValueError, match="backend is 'triton': gradients are needed.* matrix"):
         fast(input_ids=ids)
     for module in fast.modules():
         if hasattr(module, "read_tokens"):
@@ -122,6 +146,36 @@ def test_training_takes_the_pytorch_path_until_there_is_a_backward(ids, monkeypa
     one, other = (model(input_ids=ids, labels=ids).loss for model in (fast, slow))
     assert not calls and torch.equal(one, other)
     one.backward()
+
+
+def test_training_step_is_one_graph(ids):
+    slow, fast = make_models("yaad")
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    slow(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for (name, one), other in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_checkpointing_and_adapters_train_through_the_kernels(ids, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    slow, fast = make_models("moneta")
+    calls = calls_of(monkeypatch)
+    fast.gradient_checkpointing_enable()
+    gradients = []
+    for model in (slow, fast):
+        torch.manual_seed(1)
+        adapted = get_peft_model(model, LoraConfig(init_lora_weights=False)).train()
+        adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+        assert all(grad.abs().sum() > 0 for grad in found.values())
+        gradients.append(found)
+    assert calls and gradients[0].keys() == gradients[1].keys()
+    for name, one in gradients[0].items():
+        torch.testing.assert_close(
+            gradients[1][name], one, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_environment_wins_over_the_config(monkeypatch):

@@ -18,8 +18,6 @@ import math
 
 import pytest
 import torch
-from miras_kernels import Choices, forward, refusal
-from miras_kernels.choices import ATTENTIONAL_BIASES, CHUNK_SIZES, HEAD_DIMS, RETENTION_GATES
 
 from miras_hf.backend import MemoryBackend, kernel_choices
 from miras_hf.memory import (
@@ -36,6 +34,8 @@ from miras_hf.memory import (
 from miras_hf.memory import (
     RETENTION_GATES as GATES,
 )
+from miras_kernels import Choices, forward, refusal
+from miras_kernels.choices import ATTENTIONAL_BIASES, CHUNK_SIZES, HEAD_DIMS, RETENTION_GATES
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

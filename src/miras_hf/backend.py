@@ -20,9 +20,10 @@ call, and says once if a GPU is left to the slow path; `"triton"` raises where n
 import os
 
 import torch
-from miras_kernels import Choices, forward, refusal
 from torch import Tensor
 from transformers.utils import logging
+
+from miras_kernels import Choices, forward, refusal, refusal_of_gradient
 
 from .memory import (
     KL,
@@ -85,7 +86,7 @@ class MemoryBackend:
             return self.reason
         reason = refusal(v.device, v.dtype, v.shape[-1], self.choices)
         if reason is None and needs_grad:
-            reason = "gradients are needed, and the kernels have no backward pass yet"
+            reason = refusal_of_gradient(self.choices)
         return reason
 
     def __call__(

@@ -60,6 +60,15 @@ def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).major
 
 
+def refusal_of_gradient(choices: Choices) -> str | None:
+    """Why the kernels have no backward pass for these choices, or `None` if they have."""
+    if choices.memory != "mlp":
+        return f"gradients are needed, and the backward kernels do not know the {choices.memory} memory"
+    if choices.retention == "lq_mirror":
+        return "gradients are needed, and the backward kernels do not know lq_mirror retention"
+    return None
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -106,7 +115,7 @@ def forward(
 
     Returns:
         `y` of the shape and dtype of `q`, the final state (empty if not asked for), and the saved chunk starts, for
-        each weight `[saved, heads, in, out]`, sequence after sequence.
+        each weight `[saved, heads, in, out]`, sequence after sequence; where gradients are needed, of every chunk.
 
     Raises:
         `ValueError`: if no kernel serves the call, or arguments do not fit, naming the reason.
@@ -121,6 +130,12 @@ def forward(
     shapes = [(q.shape[2], *shape) for shape in choices.weight_shapes(q.shape[-1])]
     if [tuple(a.shape) for a in initial] != shapes:
         raise ValueError(f"`initial` must have shapes {shapes}, got {[tuple(a.shape) for a in initial]}.")
+    tensors = [q, k, v, eta, log_alpha, delta, *initial, norm_weight, norm_bias, *(state or ())]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        reason = refusal_of_gradient(choices)
+        if reason is not None:
+            raise ValueError(f"No kernel serves this call: {reason}.")
+        save_every = 1  # the backward pass goes on from there
     values = dataclasses.asdict(choices)
     values["weight_cap"] = values["weight_cap"] or 0.0
     y, final, saved = torch.ops.miras_kernels.forward(
@@ -162,6 +177,113 @@ def _saved_chunks(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int, save_ev
     return q.shape[1] // (chunk_size * save_every) + 2 * _rows(q, cu_seqlens)
 
 
+def _gate(x: Tensor) -> Tensor:
+    return x.unsqueeze(-1) if x.dim() == 3 else x
+
+
+class _Call:
+    """What both passes need of a call's tensors: contiguous copies, where each row's tokens are, kernel constants."""
+
+    def __init__(self, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, **c):
+        self.batch, self.tokens, self.heads, self.head_dim = q.shape
+        self.device, self.rows, self.layers = q.device, _rows(q, cu_seqlens), len(initial)
+        self.programs = self.rows * self.heads
+        self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
+        eta, log_alpha = _gate(eta), _gate(log_alpha)
+        self.gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
+        self.eta, self.log_alpha = (
+            x.expand(*x.shape[:3], self.gate_dim).float().contiguous() for x in (eta, log_alpha)
+        )
+        has_delta = c["attentional_bias"].startswith("huber")
+        self.delta = _gate(delta).float().contiguous() if has_delta else self.eta
+        self.base = [a.contiguous() for a in initial]
+        self.shapes = [tuple(a.shape[1:]) for a in initial]
+        self.toward_init = c["decay_target"] == "init"
+        self.norm = [p.contiguous() for p in (norm_weight, norm_bias) if p is not None]
+
+        order = None
+        if cu_seqlens is not None:
+            starts, lengths = cu_seqlens[:-1].to(torch.int64), cu_seqlens.diff().to(torch.int64)
+        else:
+            starts = torch.arange(self.rows, device=q.device) * self.tokens
+            lengths = torch.full((self.rows,), self.tokens, device=q.device)
+            if mask is not None:
+                order = torch.argsort(~mask, dim=-1, stable=True)
+                lengths = mask.sum(-1)
+        self.lengths = lengths
+        self.where = [starts, lengths, lengths if order is None else order]
+
+        self.chunk_size = c["chunk_size"]
+        self.count = state[-1] if state else None
+        self.phases = (self.count % self.chunk_size).contiguous() if state else lengths
+        widths = [fan_in for fan_in, _ in self.shapes] + [fan_out for _, fan_out in self.shapes]
+        self.factor_shapes = [
+            (self.rows, self.heads, self.chunk_size, width) for width in (*widths, self.gate_dim, self.gate_dim)
+        ]
+        self.earlier = [x.float().contiguous() for x in state[self.layers : -1]]
+        self.hidden_units = c["expansion"] * self.head_dim if c["memory"] == "mlp" else self.head_dim
+        self.masses = [c["simplex_mass"] * self.hidden_units / math.sqrt(fan_in) for fan_in, _ in self.shapes]
+        precision = c["precision"] or default_precision(q.dtype)
+        self.precision = precision
+        self.constants = {
+            "C": self.chunk_size,
+            "D": self.head_dim,
+            "BD": max(16, 1 << (self.head_dim - 1).bit_length()),
+            "GATE_DIM": self.gate_dim,
+            "DELTA_DIM": self.delta.shape[-1] if has_delta else 0,
+            "LOSS": ATTENTIONAL_BIASES.index(c["attentional_bias"]),
+            "POWER": c["lp_power"],
+            "SMOOTH_SIGN": c["lp_smooth_sign"],
+            "SHARPNESS": c["lp_sharpness"],
+            "ERROR_CAP": c["lp_error_cap"],
+            "CLIP": c["residual_clip"] * math.sqrt(self.head_dim),
+            "LINK": RETENTION_GATES.index(c["retention"]),
+            "Q": c["lq_power"],
+            "FLOOR": c["lq_norm_floor"],
+            "CAP": c["weight_cap"],
+            "TOWARD_INIT": self.toward_init,
+            "HAS_EARLIER": bool(state),
+            "HAS_ORDER": order is not None,
+            "PRECISION": "bf16_rounded" if precision == "bf16" and _INTERPRETED else precision,
+        }
+        if c["memory"] == "mlp":
+            self.constants |= {"N": self.hidden_units, "NORM_EPS": c["norm_eps"]}
+
+    def starting_dual(self, state: list[Tensor]) -> list[Tensor]:
+        """Copies, which the kernel goes on from."""
+        if state:
+            dual = [d.to(torch.float32, copy=True).contiguous() for d in state[: self.layers]]
+            if not self.toward_init:  # a row that has not read anything is at the learned initial memory
+                dual = [torch.where(self.fresh(), a.float(), d) for a, d in zip(self.base, dual)]
+            return dual
+        dual = [torch.zeros(self.rows, *a.shape, device=self.device) for a in self.base]
+        return dual if self.toward_init else [d + a for a, d in zip(self.base, dual)]
+
+    def fresh(self) -> Tensor:
+        return (self.count == 0).view(-1, 1, 1, 1)
+
+    def saved_of_row(self, save_every: int) -> Tensor:
+        span = self.chunk_size * save_every
+        phases = self.phases if self.constants["HAS_EARLIER"] else 0
+        chunks = (self.lengths + phases + span - 1) // span
+        return chunks.cumsum(0) - chunks
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.device)
+
+    def scratch(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self.device)
+
+    def configuration(self, kernel: str) -> dict[str, int]:
+        return launch_configuration(
+            kernel,
+            device=self.device,
+            head_dim=self.head_dim,
+            chunk_size=self.chunk_size,
+            precision=self.precision,
+        )
+
+
 @torch.library.custom_op("miras_kernels::forward", mutates_args=())
 def _forward(
     q: Tensor,
@@ -200,125 +322,63 @@ def _forward(
     from .forward_matrix import matrix_forward_kernel
     from .forward_mlp import mlp_forward_kernel
 
-    precision = precision or default_precision(q.dtype)
-    batch, tokens, heads, head_dim = q.shape
-    device, rows = q.device, _rows(q, cu_seqlens)
-    layers = len(initial)
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    eta, log_alpha = (_gate(x) for x in (eta, log_alpha))
-    gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
-    eta, log_alpha = (x.expand(*x.shape[:3], gate_dim).float().contiguous() for x in (eta, log_alpha))
-    delta = eta if delta is None else _gate(delta).float().contiguous()
-    has_delta = attentional_bias.startswith("huber")
-
-    # where each row's tokens are
-    order = None
-    if cu_seqlens is not None:
-        starts = cu_seqlens[:-1].to(torch.int64)
-        lengths = cu_seqlens.diff().to(torch.int64)
-    else:
-        starts = torch.arange(rows, device=device) * tokens
-        lengths = torch.full((rows,), tokens, device=device)
-        if mask is not None:
-            order = torch.argsort(~mask, dim=-1, stable=True)
-            lengths = mask.sum(-1)
-
-    base = [a.contiguous() for a in initial]
-    toward_init = decay_target == "init"
-    if state:
-        count = state[-1]
-        phases = (count % chunk_size).contiguous()
-        dual = [d.to(torch.float32, copy=True).contiguous() for d in state[:layers]]
-        if not toward_init:  # a row that has not read anything is at the learned initial memory
-            fresh = (count == 0).view(-1, 1, 1, 1)
-            dual = [torch.where(fresh, a.float(), d) for a, d in zip(base, dual)]
-        earlier = [x.float().contiguous() for x in state[layers:-1]]
-    else:
-        count, phases = None, lengths
-        dual = [torch.zeros(rows, *a.shape, device=device) for a in base]
-        if not toward_init:  # copies, which the kernel goes on from
-            dual = [d + a for a, d in zip(base, dual)]
-        earlier = [eta] * (2 * layers + 2)
-
-    final = [eta] * (2 * layers + 2)
-    if output_final_state:
-        shapes = [tuple(a.shape[1:]) for a in base]
-        widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + [gate_dim, gate_dim]
-        final = [torch.zeros(rows, heads, chunk_size, width, device=device) for width in widths]
-    saved = [eta] * layers
-    saved_of_row = lengths
+    choices = {
+        "memory": memory,
+        "attentional_bias": attentional_bias,
+        "retention": retention,
+        "chunk_size": chunk_size,
+        "decay_target": decay_target,
+        "min_log_alpha": min_log_alpha,
+        "expansion": expansion,
+        "norm_eps": norm_eps,
+        "residual_clip": residual_clip,
+        "lp_power": lp_power,
+        "lp_smooth_sign": lp_smooth_sign,
+        "lp_sharpness": lp_sharpness,
+        "lp_error_cap": lp_error_cap,
+        "lq_power": lq_power,
+        "lq_norm_floor": lq_norm_floor,
+        "weight_cap": weight_cap,
+        "simplex_mass": simplex_mass,
+    }
+    call = _Call(
+        q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
+        precision=precision, **choices,
+    )  # fmt: skip
+    dual = call.starting_dual(state)
+    unused = [call.eta] * len(call.factor_shapes)
+    final = [call.zeros(*shape) for shape in call.factor_shapes] if output_final_state else unused
+    saved, saved_of_row = [call.eta] * call.layers, call.lengths
     if save_every:
         room = _saved_chunks(q, cu_seqlens, chunk_size, save_every)
-        saved = [torch.zeros(room, *a.shape, device=device) for a in base]
-        chunks = (lengths + (phases if state else 0) + chunk_size * save_every - 1) // (chunk_size * save_every)
-        saved_of_row = chunks.cumsum(0) - chunks
+        saved = [call.zeros(room, *a.shape) for a in initial]
+        saved_of_row = call.saved_of_row(save_every)
 
     # pads are not written to
-    y = torch.zeros_like(q) if mask is not None else torch.empty_like(q)
-    hidden_units = expansion * head_dim if memory == "mlp" else head_dim
-    masses = [simplex_mass * hidden_units / math.sqrt(a.shape[-2]) for a in base]
-    constants = {
-        "C": chunk_size,
-        "D": head_dim,
-        "BD": max(16, 1 << (head_dim - 1).bit_length()),
-        "GATE_DIM": gate_dim,
-        "DELTA_DIM": delta.shape[-1] if has_delta else 0,
-        "LOSS": ATTENTIONAL_BIASES.index(attentional_bias),
-        "POWER": lp_power,
-        "SMOOTH_SIGN": lp_smooth_sign,
-        "SHARPNESS": lp_sharpness,
-        "ERROR_CAP": lp_error_cap,
-        "CLIP": residual_clip * math.sqrt(head_dim),
-        "LINK": RETENTION_GATES.index(retention),
-        "Q": lq_power,
-        "FLOOR": lq_norm_floor,
-        "CAP": weight_cap,
-        "TOWARD_INIT": toward_init,
-        "HAS_EARLIER": bool(state),
-        "HAS_ORDER": order is not None,
-        "KEEP_FINAL": output_final_state,
-        "SAVE_EVERY": save_every,
-        "PRECISION": "bf16_rounded" if precision == "bf16" and _INTERPRETED else precision,
-    }
-    where = [starts, lengths, lengths if order is None else order]
-    if rows * heads > 0 and tokens > 0:
-        launch = launch_configuration(
-            f"{memory}_forward", device=device, head_dim=head_dim, chunk_size=chunk_size, precision=precision
-        )
+    y = torch.zeros_like(call.q) if mask is not None else torch.empty_like(call.q)
+    if call.programs > 0 and call.tokens > 0:
+        arguments = [call.q, call.k, call.v, call.eta, call.log_alpha, call.delta, y, *call.base]
         if memory == "mlp":
-            scratch = torch.empty(rows * heads, chunk_size, hidden_units, device=device)
-            norm = (norm_weight.contiguous(), norm_bias.contiguous())
-            arguments = [q, k, v, eta, log_alpha, delta, y, *base, *norm, *dual, *earlier, phases, *final, *where]
-            mlp_forward_kernel[(rows * heads,)](
-                *arguments,
-                scratch,
-                *saved,
-                saved_of_row,
-                tokens,
-                heads,
-                min_log_alpha,
-                *masses,
-                N=hidden_units,
-                NORM_EPS=norm_eps,
-                **constants,
-                **launch,
-            )
-        else:
-            arguments = [q, k, v, eta, log_alpha, delta, y, *base, *dual, *earlier, phases, *final, *where]
-            matrix_forward_kernel[(rows * heads,)](
-                *arguments, *saved, saved_of_row, tokens, heads, min_log_alpha, *masses, **constants, **launch
-            )
+            arguments += call.norm
+        arguments += [*dual, *(call.earlier or unused), call.phases, *final, *call.where]
+        if memory == "mlp":
+            arguments.append(call.scratch(call.programs, chunk_size, call.hidden_units))
+        arguments += [*saved, saved_of_row, call.tokens, call.heads, min_log_alpha, *call.masses]
+        kernel = mlp_forward_kernel if memory == "mlp" else matrix_forward_kernel
+        kernel[(call.programs,)](
+            *arguments,
+            KEEP_FINAL=output_final_state,
+            SAVE_EVERY=save_every,
+            **call.constants,
+            **call.configuration(f"{memory}_forward"),
+        )
     elif output_final_state and state:
-        final = [x.clone() for x in earlier]
+        final = [x.clone() for x in call.earlier]
 
     outputs = []
     if output_final_state:
-        outputs = [*dual, *final, lengths if count is None else count + lengths]
+        outputs = [*dual, *final, call.lengths.clone() if call.count is None else call.count + call.lengths]
     return y, outputs, saved if save_every else []
-
-
-def _gate(x: Tensor) -> Tensor:
-    return x.unsqueeze(-1) if x.dim() == 3 else x
 
 
 @_forward.register_fake
@@ -338,4 +398,176 @@ def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu
     if save_every:
         room = _saved_chunks(q, cu_seqlens, chunk_size, save_every)
         saved = [q.new_empty((room, *a.shape), dtype=torch.float32) for a in initial]
-    return torch.empty_like(q), final, saved
+    return q.new_empty(q.shape), final, saved
+
+
+@torch.library.custom_op("miras_kernels::backward", mutates_args=())
+def _backward(
+    y_bar: Tensor,
+    final_bars: list[Tensor],
+    saved: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    log_alpha: Tensor,
+    delta: Tensor | None,
+    initial: list[Tensor],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    state: list[Tensor],
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    precision: str,
+    memory: str,
+    attentional_bias: str,
+    retention: str,
+    chunk_size: int,
+    decay_target: str,
+    min_log_alpha: float,
+    expansion: int,
+    norm_eps: float,
+    residual_clip: float,
+    lp_power: float,
+    lp_smooth_sign: bool,
+    lp_sharpness: float,
+    lp_error_cap: float,
+    lq_power: float,
+    lq_norm_floor: float,
+    weight_cap: float,
+    simplex_mass: float,
+) -> list[Tensor]:
+    """Adjoints of q, k, v, eta, log_alpha, delta (empty if there is none), the initial memory, the norm, the state."""
+    from .backward_mlp import mlp_backward_kernel
+
+    choices = {
+        "memory": memory,
+        "attentional_bias": attentional_bias,
+        "retention": retention,
+        "chunk_size": chunk_size,
+        "decay_target": decay_target,
+        "min_log_alpha": min_log_alpha,
+        "expansion": expansion,
+        "norm_eps": norm_eps,
+        "residual_clip": residual_clip,
+        "lp_power": lp_power,
+        "lp_smooth_sign": lp_smooth_sign,
+        "lp_sharpness": lp_sharpness,
+        "lp_error_cap": lp_error_cap,
+        "lq_power": lq_power,
+        "lq_norm_floor": lq_norm_floor,
+        "weight_cap": weight_cap,
+        "simplex_mass": simplex_mass,
+    }
+    call = _Call(
+        q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
+        precision=precision, **choices,
+    )  # fmt: skip
+    heads, rows, layers = call.heads, call.rows, call.layers
+    unused = [call.eta] * len(call.factor_shapes)
+    # pads are not written to
+    new = torch.zeros_like if mask is not None else torch.empty_like
+    bars = [new(x) for x in (call.q, call.k, call.v, call.eta, call.log_alpha)]
+    delta_bar = call.eta if delta is None else new(call.delta)
+    if final_bars:
+        state_bars = [x.to(torch.float32, copy=True).contiguous() for x in final_bars[:layers]]
+        factor_bars = [x.float().contiguous() for x in final_bars[layers:]]
+    else:
+        state_bars, factor_bars = [call.zeros(rows, *a.shape) for a in initial], unused
+    base_bars = [call.zeros(rows, *a.shape) for a in initial] if call.toward_init else state_bars
+    norm_bars = [call.zeros(rows, heads, call.head_dim) for _ in range(2)]
+    earlier_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else unused
+    if call.programs > 0 and call.tokens > 0:
+        scratch = [call.scratch(call.programs, chunk_size, call.hidden_units) for _ in range(3)]
+        scratch += [call.scratch(call.programs, *shape) for shape in call.shapes]
+        arguments = [call.q, call.k, call.v, call.eta, call.log_alpha, call.delta, y_bar.contiguous(), *call.base]
+        arguments += [*call.norm, *saved, call.saved_of_row(1), *bars, delta_bar, *state_bars, *base_bars, *norm_bars]
+        arguments += [*(call.earlier or unused), call.phases, *earlier_bars, *factor_bars, *call.where, *scratch]
+        mlp_backward_kernel[(call.programs,)](
+            *arguments,
+            call.tokens,
+            heads,
+            min_log_alpha,
+            *call.masses,
+            KEEP_FINAL=bool(final_bars),
+            **call.constants,
+            **call.configuration("mlp_backward"),
+        )
+    elif state and final_bars:
+        earlier_bars = [x.clone() for x in factor_bars]
+
+    # sums over rows in fixed order
+    if call.toward_init:
+        initial_bars = [x.sum(0) for x in base_bars]
+    elif state:
+        initial_bars = [torch.where(call.fresh(), x, 0.0).sum(0) for x in state_bars]
+        state_bars = [torch.where(call.fresh(), 0.0, x) for x in state_bars]
+    else:
+        initial_bars = [x.sum(0) for x in state_bars]
+
+    def like(bar: Tensor, x: Tensor) -> Tensor:
+        if bar.shape[-1] != _gate(x).shape[-1]:
+            bar = bar.sum(-1, keepdim=True)
+        return bar.reshape(x.shape).to(x.dtype)
+
+    outputs = [*bars[:3], like(bars[3], eta), like(bars[4], log_alpha)]
+    outputs.append(call.zeros(0) if delta is None else like(delta_bar, delta))
+    outputs += [bar.to(a.dtype) for bar, a in zip(initial_bars, initial)]
+    outputs += [bar.sum(0).to(p.dtype) for bar, p in zip(norm_bars, (norm_weight, norm_bias))]
+    if state:
+        outputs += [bar.to(x.dtype) for bar, x in zip([*state_bars, *earlier_bars], state)]
+    return outputs
+
+
+@_backward.register_fake
+def _(y_bar, final_bars, saved, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, *rest, **_):
+    outputs = [x.new_empty(x.shape) for x in (q, k, v, eta, log_alpha)]
+    outputs.append(q.new_empty((0,), dtype=torch.float32) if delta is None else delta.new_empty(delta.shape))
+    outputs += [x.new_empty(x.shape) for x in (*initial, norm_weight, norm_bias)]
+    return outputs + [x.new_empty(x.shape) for x in state[:-1]]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, keeps, _, *rest = inputs
+    _, final, saved = output
+    ctx.sizes = (len(initial), len(state), len(saved))
+    ctx.rest, ctx.keeps = rest, keeps
+    ctx.save_for_backward(
+        q, k, v, eta, log_alpha, delta, norm_weight, norm_bias, cu_seqlens, mask, *initial, *state, *saved
+    )
+    ctx.final_shapes = [(x.shape, x.dtype) for x in final]
+
+
+def _adjoint(ctx, y_bar, final_bars, saved_bars):
+    q, k, v, eta, log_alpha, delta, norm_weight, norm_bias, cu_seqlens, mask, *lists = ctx.saved_tensors
+    layers, states, kept = ctx.sizes
+    initial, state, saved = lists[:layers], lists[layers : layers + states], lists[layers + states :]
+    if not saved:
+        raise RuntimeError(
+            "`save_every` must be 1 in a call that is differentiated, got 0: no chunk starts were kept."
+        )
+    if y_bar is None:
+        y_bar = torch.zeros_like(q)
+    finals = []
+    if ctx.keeps:
+        finals = [
+            torch.zeros(shape, dtype=dtype, device=q.device) if bar is None else bar
+            for bar, (shape, dtype) in zip(final_bars[:-1], ctx.final_shapes)
+        ]
+    bars = torch.ops.miras_kernels.backward(
+        y_bar, finals, saved, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
+        *ctx.rest,
+    )  # fmt: skip
+    delta_bar = None if delta is None else bars[5]
+    state_bars = [*bars[8 + layers :], None] if states else []
+    return (
+        *bars[:5],
+        delta_bar,
+        bars[6 : 6 + layers],
+        *bars[6 + layers : 8 + layers],
+        state_bars,
+        *(None,) * (len(ctx.rest) + 4),
+    )
+
+
+torch.library.register_autograd("miras_kernels::forward", _adjoint, setup_context=_setup_context)

@@ -222,3 +222,95 @@ def chunk_gates(eta, log_decay, total_log_decay):
     query = tl.exp(log_decay - reference)
     key = eta * tl.exp(reference - log_decay)
     return query * half, query, key, key * half, tl.exp(total_log_decay)
+
+
+# -- adjoints ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gelu_slope_curvature(z):
+    gate = sigmoid(z * (GELU_B + 3.0 * GELU_A * z * z))
+    rate = GELU_B + 9.0 * GELU_A * z * z
+    spread = gate * (1.0 - gate)
+    slope = gate + z * spread * rate
+    curvature = spread * (2.0 * rate + 18.0 * GELU_A * z * z + z * rate * rate * (1.0 - 2.0 * gate))
+    return z * gate, slope, curvature
+
+
+@triton.jit
+def shortened_vjp(x, limit, bar):
+    # adjoints of x and of the limit of `shortened`
+    norm = tl.sqrt(tl.sum(x * x, 1) + 1e-24)[:, None]
+    factor = tl.minimum(limit / norm, 1.0)
+    along = tl.where(factor < 1.0, tl.sum(bar * x, 1)[:, None] / norm, 0.0)
+    return bar * factor - x * (along * factor / norm), along
+
+
+@triton.jit
+def residual_vjp(
+    error,
+    b_delta,
+    bar,
+    m_d,
+    LOSS: tl.constexpr,
+    POWER: tl.constexpr,
+    SMOOTH_SIGN: tl.constexpr,
+    SHARPNESS: tl.constexpr,
+    ERROR_CAP: tl.constexpr,
+    CLIP: tl.constexpr,
+):
+    # from the adjoint of `residual` to those of the error and of delta, [C, BD] each, a head's delta in every channel
+    if LOSS == L2:
+        bar, _ = shortened_vjp(error, CLIP, bar)
+        return bar, bar
+    elif LOSS == LP:
+        cut = tl.minimum(tl.maximum(error, -ERROR_CAP), ERROR_CAP)
+        squared = cut * cut + 1e-6
+        if SMOOTH_SIGN:
+            direction = 2.0 * sigmoid(2.0 * SHARPNESS * cut) - 1.0
+        else:
+            direction = sign(cut)
+        signed = POWER * direction
+        if POWER != 3.0:
+            signed = signed * tl.exp(0.5 * (POWER - 3.0) * tl.log(squared))
+        bar, _ = shortened_vjp(tl.where(m_d[None, :], signed * squared, 0.0), CLIP, bar)
+        slope = signed * cut * (POWER - 1.0)
+        if SMOOTH_SIGN:
+            bent = POWER * SHARPNESS * (1.0 - direction * direction)
+            slope += bent * tl.exp(0.5 * (POWER - 1.0) * tl.log(squared))
+        bar = tl.where((tl.abs(error) <= ERROR_CAP) & m_d[None, :], bar * slope, 0.0)
+        return bar, bar
+    elif LOSS == HUBER_COORDINATE:
+        bar, _ = shortened_vjp(tl.maximum(tl.minimum(error, b_delta), -b_delta), CLIP, bar)
+        inside = tl.where(tl.abs(error) <= b_delta, bar, 0.0)
+        return inside, (bar - inside) * sign(error)
+    elif LOSS == HUBER_NORM:
+        bar, _ = shortened_vjp(shortened(error, b_delta), CLIP, bar)
+        bar, of_delta = shortened_vjp(error, b_delta, bar)
+        return bar, of_delta + 0.0 * bar
+    else:
+        norm = tl.sqrt(tl.sum(error * error, 1) + 1e-24)[:, None]
+        bar, _ = shortened_vjp(tl.where(norm <= b_delta, error, b_delta * sign(error)), CLIP, bar)
+        of_delta = tl.sum(bar * sign(error), 1)[:, None]
+        return tl.where(norm <= b_delta, bar, 0.0), tl.where(norm <= b_delta, 0.0, of_delta + 0.0 * bar)
+
+
+@triton.jit
+def frozen_scale_rates(
+    squares, powers, size, scale_bar, LINK: tl.constexpr, Q: tl.constexpr, FLOOR: tl.constexpr, CAP: tl.constexpr
+):
+    # the dual's adjoint through `frozen_scale` is (first + second |A|^(q-2)) A
+    first, second = scale_bar * 0.0, scale_bar * 0.0
+    capped = scale_bar * 0.0 + 3.0e38
+    if CAP > 0.0:
+        capped = CAP * tl.sqrt(size) / tl.maximum(tl.sqrt(squares), 1e-12)
+    if LINK == DECAY:
+        free = scale_bar * 0.0 + 1.0
+    else:
+        total = tl.maximum(powers, power(FLOOR, Q))
+        free = tl.exp(-(Q - 2.0) / Q * tl.log(total))
+        moves = (powers > power(FLOOR, Q)) & (free <= capped)
+        second = tl.where(moves, scale_bar * free / total, 0.0) * (2.0 - Q)
+    if CAP > 0.0:
+        first = tl.where(capped < free, scale_bar * capped * capped * capped, 0.0) * (-1.0 / (CAP * CAP * size))
+    return first, second

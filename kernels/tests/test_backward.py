@@ -1,0 +1,216 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The backward kernel against autograd of the PyTorch forms in float64: every input, every state, every border."""
+
+import itertools
+
+import pytest
+import torch
+from test_forward import DEVICE, by_kernel, flat, make_call, make_rule
+
+from miras_hf.memory import MemoryParameters, chunk_miras, recurrent_miras
+
+
+NAMES = ("q", "k", "v", "eta", "log_alpha", "delta", "A1", "A2", "norm_weight", "norm_bias")
+# relative to the largest entry. KL's reads are small differences of its weights, and so are their derivatives.
+TOLERANCE = {"decay": 3e-6, "lq": 3e-6, "kl": 3e-5}
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """What a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def gradients(rule, inputs, parameters, cuts=(), mask=None, cu_seqlens=None, form=None, of_state=True):
+    """Of a random linear function of the outputs and of the final state; by kernel, or by a form in float64."""
+    draw = torch.Generator().manual_seed(5)
+    tensors = (*inputs, *parameters.initial, parameters.norm_weight, parameters.norm_bias)
+    leaves = [None if t is None else (t if form is None else t.double()).detach().requires_grad_() for t in tensors]
+    memory = MemoryParameters(tuple(leaves[6:8]), *leaves[8:])
+    outputs, state = [], None
+    for first, last in itertools.pairwise([0, *cuts, inputs[0].shape[1]]):
+        piece = [None if t is None else t[:, first:last] for t in leaves[:6]]
+        where = {"mask": None if mask is None else mask[:, first:last], "cu_seqlens": cu_seqlens}
+        if form is None:
+            y, state, _ = by_kernel(rule, piece, memory, state=state, **where)
+        else:
+            options = {"rule": rule, "parameters": memory, "initial_state": state, "output_final_state": True}
+            y, state = form(*piece, **options, **where)
+        outputs.append(y)
+    outputs = [torch.cat(outputs, 1), *(state if form is None else flat(state))[: -1 if of_state else 0]]
+    weighted = [x * torch.randn(x.shape, generator=draw).to(x) for x in outputs]
+    loss = sum(x.sum() for x in weighted if x.requires_grad)
+    found = iter(torch.autograd.grad(loss, [x for x in leaves if x is not None]))
+    return [None if x is None else next(found) for x in leaves]
+
+
+def check(rule, inputs, parameters, tolerance=None, form=chunk_miras, **kwargs):
+    name = {"Decay": "decay", "Lq": "lq", "KL": "kl"}[type(rule.retention).__name__]
+    got = gradients(rule, inputs, parameters, **kwargs)
+    expected = gradients(rule, inputs, parameters, form=form, **kwargs)
+    for what, one, other, x in zip(NAMES, got, expected, (*inputs, *parameters.initial, *parameters[1:]), strict=True):
+        if other is None:
+            continue
+        assert one.shape == x.shape and one.dtype == x.dtype, what
+        assert torch.isfinite(one).all(), what
+        error = (one.double() - other).abs().max() / other.abs().max().clamp(min=1e-9)
+        allowed = tolerance or TOLERANCE[name]
+        assert error <= allowed, f"{what}: {error:.1e} relative, allowed {allowed:.1e}"
+    return got
+
+
+@pytest.mark.parametrize("retention", TOLERANCE)
+@pytest.mark.parametrize("bias", ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"])
+def test_losses_and_links(bias, retention):
+    rule = make_rule("mlp", bias, retention)
+    check(rule, *make_call(rule))
+
+
+@pytest.mark.parametrize("gates", ["channel", "head"])
+@pytest.mark.parametrize("decay_target", ["init", "zero"])
+@pytest.mark.parametrize("retention", TOLERANCE)
+def test_gates_and_decay_targets(retention, decay_target, gates):
+    rule = make_rule("mlp", "huber_mixture", retention, decay_target=decay_target)
+    check(rule, *make_call(rule, gates=gates, seed=1))
+
+
+@pytest.mark.parametrize("options", [{"power": 2.5}, {"power": 3.0, "sign": "tanh"}])
+def test_powers_of_the_loss(options):
+    rule = make_rule(bias="lp", **options)
+    check(rule, *make_call(rule))
+
+
+def test_power_of_the_retention_and_gates_of_different_granularity():
+    rule = make_rule("mlp", "huber_coordinate", "lq", q=2.5)
+    inputs, parameters = make_call(rule)
+    inputs[3], inputs[4], inputs[5] = 0.1 * inputs[3], inputs[4][..., 0], inputs[5][..., 0]
+    check(rule, inputs, parameters, tolerance=2e-5)
+
+
+def test_what_is_cut_has_no_gradient():
+    rule = make_rule("mlp", "l2", "decay")
+    inputs, parameters = make_call(rule)
+    inputs[4][:, 3] = -4.0  # below the bound on log alpha
+    inputs[1][:, 5] *= 2e3  # a key beyond its cap
+    got = check(rule, inputs, parameters, tolerance=1e-4)
+    assert (got[4][:, 3] == 0).all() and (got[1][:, 5][inputs[1][:, 5].abs() > 1e3] == 0).all()
+
+
+def test_capped_weights_and_floored_norms():
+    for retention, scale in (("decay", 30.0), ("lq", 1e-4)):
+        rule = make_rule("mlp", "l2", retention)
+        inputs, parameters = make_call(rule)
+        parameters = parameters._replace(initial=tuple(scale * a for a in parameters.initial))
+        check(rule, inputs, parameters, tolerance=2e-5)
+
+
+@pytest.mark.parametrize(("head_dim", "chunk_size", "retention"), [
+    (32, 64, "kl"), (48, 16, "lq"), (64, 32, "decay"), (96, 16, "kl"), (128, 16, "lq"),
+])  # fmt: skip
+def test_sizes(head_dim, chunk_size, retention):
+    rule = make_rule("mlp", "l2", retention, chunk_size=chunk_size)
+    inputs, parameters = make_call(rule, tokens=chunk_size + 3, heads=1, head_dim=head_dim)
+    inputs[3] = inputs[3] * (16 / chunk_size)
+    check(rule, inputs, parameters)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 47])
+def test_lengths(tokens):
+    rule = make_rule("mlp", "huber_norm", "lq")
+    check(rule, *make_call(rule, batch=2, tokens=tokens, heads=1))
+
+
+def test_against_autograd_of_the_recurrent_reference():
+    rule = make_rule("mlp", "lp", "lq")
+    check(rule, *make_call(rule, tokens=20, heads=1), form=recurrent_miras)
+
+
+@pytest.mark.parametrize(("bias", "retention", "decay_target", "gates"), [
+    ("l2", "decay", "init", "channel"), ("huber_mixture", "decay", "zero", "head"), ("lp", "lq", "init", "head"),
+    ("l2", "kl", "init", "channel"), ("huber_coordinate", "kl", "zero", "head"),
+])  # fmt: skip
+@pytest.mark.parametrize("cuts", [(21,), (16,), (7, 9, 30)])
+def test_through_states_in_the_middle_of_a_chunk(cuts, bias, retention, decay_target, gates):
+    """Truncated and full backpropagation over several calls: gradients of the final and of the initial state."""
+    rule = make_rule("mlp", bias, retention, decay_target=decay_target)
+    check(rule, *make_call(rule, tokens=37, heads=1, gates=gates), cuts=cuts)
+
+
+@pytest.mark.parametrize("retention", ["decay", "kl"])
+def test_packs(retention):
+    rule = make_rule("mlp", "huber_mixture", retention)
+    inputs, parameters = make_call(rule, tokens=39)
+    check(rule, inputs, parameters, cu_seqlens=torch.tensor([0, 5, 5, 22, 38, 39], device=DEVICE))
+
+
+@pytest.mark.parametrize("cuts", [(), (11,)])
+def test_pads_on_any_side_and_in_between(cuts):
+    rule = make_rule("mlp", "l2", "lq")
+    inputs, parameters = make_call(rule, batch=4, tokens=24, heads=1)
+    mask = torch.ones(4, 24, dtype=torch.bool, device=DEVICE)
+    mask[0, 17:], mask[1, :9], mask[3] = False, False, False
+    mask[2] = torch.arange(24, device=DEVICE) % 3 > 0
+    got = check(rule, inputs, parameters, mask=mask, cuts=cuts)
+    assert all((grad[~mask] == 0).all() for grad in got[:5])
+
+
+def test_two_runs_give_equal_bits():
+    rule = make_rule("mlp", "huber_mixture", "lq")
+    inputs, parameters = make_call(rule, batch=3, tokens=37)
+    one, other = (gradients(rule, inputs, parameters) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other) if a is not None)
+
+
+@pytest.mark.parametrize("retention", TOLERANCE)
+def test_bfloat16(retention):
+    """Operands of 8 bits: within 6e-2 of the largest gradient, KL within 0.15."""
+    rule = make_rule("mlp", "l2", retention)
+    inputs, parameters = make_call(rule, tokens=37, dtype=torch.bfloat16)
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    y, _, _ = by_kernel(rule, leaves, parameters, precision="bf16")
+    wide = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+    double = MemoryParameters(tuple(a.double() for a in parameters.initial), *(p.double() for p in parameters[1:]))
+    expected, _ = chunk_miras(*wide, rule=rule, parameters=double)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    y.backward(weights.to(y.dtype))
+    expected.backward(weights.double())
+    for what, one, other in zip(NAMES, leaves, wide):
+        if one is not None:
+            assert one.grad.dtype == one.dtype
+            error = (one.grad.double() - other.grad).abs().max() / other.grad.abs().max()
+            assert error <= (0.15 if retention == "kl" else 6e-2), f"{what}: {error:.1e}"
+
+
+def test_adjoint_stays_finite_on_streams_that_make_it_grow():
+    rule = make_rule("mlp", "lp", "decay", decay_target="zero")
+    inputs, parameters = make_call(rule, tokens=400, heads=1)
+    inputs[2], inputs[3] = inputs[2] * 1e6, inputs[3] * 30
+    got = gradients(rule, inputs, parameters)
+    assert all(torch.isfinite(grad).all() for grad in got if grad is not None)
+
+
+def test_operator_is_well_formed():
+    from miras_hf.backend import kernel_choices
+
+    rule = make_rule("mlp", "huber_mixture", "lq")
+    inputs, parameters = make_call(rule, tokens=5, heads=1)
+    inputs = [x.requires_grad_() for x in inputs]
+    choices = vars(kernel_choices(rule)[0]).values()
+    arguments = (*inputs, list(parameters.initial), *parameters[1:], [], None, None, False, 1, "ieee", *choices)
+    torch.library.opcheck(torch.ops.miras_kernels.forward.default, arguments, test_utils=(
+        "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static",
+    ))  # fmt: skip
