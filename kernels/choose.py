@@ -35,8 +35,13 @@ SHAPES = [(head_dim, chunk_size) for head_dim in (32, 64, 128) for chunk_size in
 CORNERS = [(head_dim, chunk_size) for head_dim in (64, 128) for chunk_size in (16, 64)]
 LARGE = [(64, 64), (128, 64)]
 
-# What spills most: the lq norms' sums over a tile, and the softmax's third pass over the tiles.
-MODELS = [{"attentional_bias": "lp", "retention": "lq"}, {"attentional_bias": "l2", "retention": "kl"}]
+# What spills most, the lq norms' sums over a tile and the softmax's third pass over the tiles, and what takes most shared
+# memory, a chunk begun before the call.
+CALLS = [
+    Call(Choices(attentional_bias="lp", retention="lq")),
+    Call(Choices(attentional_bias="l2", retention="kl")),
+    Call(Choices(attentional_bias="huber_mixture", retention="decay"), continues=True),
+]
 
 # Cycles that a tile takes whatever its size: about ten dependent products of some 200 cycles. Not measured: a guess that
 # says how many spills a wider tile is worth.
@@ -78,7 +83,7 @@ def choose(name: str, kernel: str, head_dim: int, chunk_size: int, precision: st
     capability, shared = CAPABILITIES[name]
     best, launch_of_best = (0, math.inf), None
     for launch in candidates(kernel, head_dim, chunk_size, precision):
-        calls = [Call(Choices(**model)).at(kernel, head_dim, chunk_size, precision) for model in MODELS]
+        calls = [call.at(kernel, head_dim, chunk_size, precision) for call in CALLS]
         if launch_of_best and (best[0] or capability < 90) and sum(tiles(c, launch) for c in calls) * TILE >= best[1]:
             continue  # its tiles alone cost more
         total, units = 0.0, True

@@ -27,21 +27,20 @@ from unittest.mock import patch
 
 import torch
 import triton
-from ahead_of_time import Call, run
-from choose import MODELS, candidates, write
+from ahead_of_time import run
+from choose import CALLS, candidates, write
 from triton.testing import do_bench
 
 from miras_kernels import configuration, ops
-from miras_kernels.choices import CHUNK_SIZES, HEAD_DIMS, Choices
+from miras_kernels.choices import CHUNK_SIZES, HEAD_DIMS
 
 
 def time(kernel: str, shape: dict, launch: dict[str, int], options: argparse.Namespace) -> float:
-    """Milliseconds of the models together; infinite if the device cannot run the launch."""
+    """Milliseconds of the calls together; infinite if the device cannot run the launch."""
     total = 0.0
     launch = {"enable_fp_fusion": True, **launch}
-    for model in MODELS:
-        call = Call(Choices(**model)).at(kernel, **shape)
-        step = run(call, options.heads, options.batch, options.tokens, "cuda")
+    for call in CALLS:
+        step = run(call.at(kernel, **shape), options.heads, options.batch, options.tokens, "cuda")
         with patch.object(ops, "launch_configuration", lambda *_, **__: dict(launch)):
             try:
                 total += do_bench(step, return_mode="median")
