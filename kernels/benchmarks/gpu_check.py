@@ -35,7 +35,7 @@ import time
 from pathlib import Path
 
 import torch
-from paths import LONGEST, MODELS, PATHS, Shape, kernel_call, make_inputs, make_rule
+from paths import LONGEST, MODELS, PATHS, Shape, forward_and_backward, kernel_call, make_inputs, make_rule
 from tables import write_report
 
 from miras_hf.memory import MemoryParameters, chunk_miras
@@ -43,6 +43,7 @@ from miras_hf.memory import MemoryParameters, chunk_miras
 
 # relative to the largest output
 TOLERANCE = {"ieee": 1e-5, "tf32x3": 5e-5, "tf32": 2e-2, "bf16": 3e-2}
+OTHER_SIZES = ((64, 16), (64, 32), (48, 64), (96, 64), (128, 64))
 KL_TOLERANCE = {"ieee": 5e-5, "tf32x3": 2e-4, "tf32": 5e-2, "bf16": 1e-1}
 
 
@@ -117,9 +118,11 @@ def milliseconds(call, device: str, repeats: int = 12) -> dict:
     return {"median": statistics.median(samples), "low": min(samples), "high": max(samples)}
 
 
-@torch.no_grad()
 def check_correctness(run: Run, quick: bool) -> bool:
-    """Every model at every width, chunk size and precision, odd lengths, against float64 on the same device."""
+    """Every model at every width, chunk size and precision, odd lengths, against float64 on the same device.
+
+    Values, and in the two full precisions the gradients of queries, keys, values, gates and initial memory.
+    """
     sizes = [(32, 16)] if quick else list(itertools.product((32, 48, 64, 96, 128), (16, 32, 64)))
     precisions = ["ieee"] if quick else ["bf16", "tf32", "tf32x3", "ieee"]
     right = True
@@ -129,53 +132,64 @@ def check_correctness(run: Run, quick: bool) -> bool:
         tokens = chunk_size + 5 if quick else 4 * chunk_size + 7
         shape = Shape(2, tokens, 2, head_dim, chunk_size, torch.float32, run.device)
         inputs, parameters = make_inputs(model, shape)
-        expected, _ = chunk_miras(
-            *(None if x is None else x.double() for x in inputs),
-            rule=make_rule(model, chunk_size),
-            parameters=MemoryParameters(
-                tuple(a.double() for a in parameters.initial), *(p.double() for p in parameters[1:])
-            ),
-        )
+        wide = [None if x is None else x.double().requires_grad_() for x in inputs]
+        initial = [a.double().requires_grad_() for a in parameters.initial]
+        memory = MemoryParameters(tuple(initial), *(p.double() for p in parameters[1:]))
+        expected, _ = chunk_miras(*wide, rule=make_rule(model, chunk_size), parameters=memory)
+        weights = torch.randn(expected.shape, generator=torch.Generator(run.device).manual_seed(1), device=run.device)
+        expected.backward(weights.double())
+        leaves = [x for x in (*wide, *initial) if x is not None]
         for precision in precisions:
             row = {"model": model, "head_dim": head_dim, "chunk_size": chunk_size, "precision": precision}
+            allowed = (KL_TOLERANCE if model == "memora" else TOLERANCE)[precision]
             try:
-                y, *_ = kernel_call(model, shape, precision=precision)()
+                call, given = kernel_call(model, shape, precision=precision)
+                y, *_ = call()
+                errors = {"error": _error(y, expected), "allowed": allowed}
+                if precision in ("ieee", "tf32x3"):
+                    y.backward(weights)
+                    found = [_error(one.grad, other.grad) for one, other in zip(given, leaves, strict=True)]
+                    errors["gradient_error"] = max(found)
             except Exception as error:  # a configuration that does not launch must not hide the others
                 run.add("correctness", row | {"right": False, "error": f"{type(error).__name__}: {error}"[:300]})
                 right = False
                 continue
-            error = ((y.double() - expected).abs().max() / expected.abs().max()).item()
-            allowed = (KL_TOLERANCE if model == "memora" else TOLERANCE)[precision]
-            row |= {"error": error, "allowed": allowed, "right": error <= allowed}
+            row |= errors | {"right": errors["error"] <= allowed and errors.get("gradient_error", 0.0) <= 3 * allowed}
             right &= row["right"]
             run.add("correctness", row)
     return right
 
 
-@torch.no_grad()
-def measure(run: Run, name: str, shape: Shape, setting: str) -> None:
-    row = {"path": name, "setting": setting, "batch": shape.batch, "tokens": shape.tokens, "heads": shape.heads}
-    row |= {"head_dim": shape.head_dim, "chunk_size": shape.chunk_size}
-    what = f"{name}, {setting}, T = {shape.tokens}"
+def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.detach().double() - expected.detach()).abs().max() / expected.abs().max()).item()
+
+
+def measure(run: Run, name: str, shape: Shape, setting: str, backward: bool = False) -> None:
+    kind = "forward + backward" if backward else "forward"
+    row = {"path": name, "setting": f"{setting}, {kind}", "batch": shape.batch, "tokens": shape.tokens}
+    row |= {"heads": shape.heads, "head_dim": shape.head_dim, "chunk_size": shape.chunk_size}
+    what = f"{name}, {row['setting']}, T = {shape.tokens}"
     if shape.tokens > LONGEST.get(name, shape.tokens):
         return run.skip(what, f"not measured beyond T = {LONGEST[name]}")
     if run.out_of_time(what):
         return None
     try:
-        call = PATHS[name](shape)
-        call()
-        if run.device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+        with torch.set_grad_enabled(backward):
+            call = PATHS[name](shape)
+            call = forward_and_backward(call) if backward else call
             call()
-            torch.cuda.synchronize()
-            row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-        row |= {key: round(value, 4) for key, value in milliseconds(call, run.device).items()}
+            if run.device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                call()
+                torch.cuda.synchronize()
+                row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+            row |= {key: round(value, 4) for key, value in milliseconds(call, run.device).items()}
     except Exception as error:
         return run.skip(what, f"{type(error).__name__}: {error}")
     if "Triton" in name:
-        row["tflops"] = round(shape.miras_flops() / row["median"] / 1e9, 2)
+        row["tflops"] = round((3 if backward else 1) * shape.miras_flops() / row["median"] / 1e9, 2)
         if "matmul_tflops" in run.results["machine"]:
             row["share_of_matmul"] = round(row["tflops"] / run.results["machine"]["matmul_tflops"], 4)
     return run.add("times", row)
@@ -196,17 +210,18 @@ def main() -> None:
     run = Run(args.out, device, args.minutes)
     right = check_correctness(run, args.quick)
     print(f"Correctness: {'every configuration is right' if right else 'SOMETHING IS WRONG, see above'}", flush=True)
+    both = (False, True)
     if args.quick:
-        for name in args.paths:
-            measure(run, name, Shape(1, 40, 1, 32, 16, torch.float32, device), "quick")
+        for name, backward in itertools.product(args.paths, both):
+            measure(run, name, Shape(1, 40, 1, 32, 16, torch.float32, device), "quick", backward)
     else:
         # the shape of the issue, the other sizes at it, the constant number of tokens, and batch 1
-        for name in args.paths:
-            measure(run, name, Shape(8, 4096, 16, 64, 64), "B*H = 128")
-        for head_dim, chunk_size in ((64, 16), (64, 32), (48, 64), (96, 64), (128, 64)):
-            measure(run, "yaad, Triton", Shape(8, 4096, 16, head_dim, chunk_size), "other sizes")
-        for tokens, name in itertools.product(args.lengths, args.paths):
-            measure(run, name, Shape(max(1, 65536 // tokens), tokens, 16, 64, 64), "constant tokens")
+        for name, backward in itertools.product(args.paths, both):
+            measure(run, name, Shape(8, 4096, 16, 64, 64), "B*H = 128", backward)
+        for (head_dim, chunk_size), backward in itertools.product(OTHER_SIZES, both):
+            measure(run, "yaad, Triton", Shape(8, 4096, 16, head_dim, chunk_size), "other sizes", backward)
+        for tokens, name, backward in itertools.product(args.lengths, args.paths, both):
+            measure(run, name, Shape(max(1, 65536 // tokens), tokens, 16, 64, 64), "constant tokens", backward)
         for tokens, name in itertools.product(args.lengths, args.paths):
             measure(run, name, Shape(1, tokens, 16, 64, 64), "batch 1")
     run.results["right"] = right

@@ -90,19 +90,43 @@ def make_inputs(model: str, shape: Shape, gates: str = "channel", seed: int = 0)
     return (q, k, v, eta, log_alpha, delta), MemoryParameters(tuple(initial), *affine)
 
 
-def kernel_call(model: str, shape: Shape, gates: str = "channel", seed: int = 0, **kwargs) -> Callable:
+def needing_gradients(tensors):
+    """The same tensors as leaves that need gradients where the script measures a backward pass."""
+    if not torch.is_grad_enabled():
+        return tensors
+    if isinstance(tensors, MemoryParameters):
+        return MemoryParameters(tuple(needing_gradients(tensors.initial)), *needing_gradients(tensors[1:]))
+    return [None if x is None else x.requires_grad_() for x in tensors]
+
+
+def forward_and_backward(call: Callable) -> Callable:
+    """One training step of a path: its forward pass, and gradients of everything that it was given."""
+
+    def step():
+        y = call()
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(torch.ones_like(y))
+
+    return step
+
+
+def kernel_call(
+    model: str, shape: Shape, gates: str = "channel", seed: int = 0, **kwargs
+) -> tuple[Callable, list[torch.Tensor]]:
+    """The call, and the inputs and initial memory that it is made with."""
     rule = make_rule(model, shape.chunk_size)
-    inputs, parameters = make_inputs(model, shape, gates, seed)
+    inputs, parameters = (needing_gradients(x) for x in make_inputs(model, shape, gates, seed))
     choices, reason = kernel_choices(rule)
     if choices is None:
         raise ValueError(reason)
     norm = {"norm_weight": parameters.norm_weight, "norm_bias": parameters.norm_bias}
-    return lambda: forward(*inputs, choices=choices, initial=parameters.initial, **norm, **kwargs)
+    given = [x for x in (*inputs, *parameters.initial) if x is not None]
+    return lambda: forward(*inputs, choices=choices, initial=parameters.initial, **norm, **kwargs), given
 
 
 def pytorch_call(model: str, shape: Shape, compiled: bool = False) -> Callable:
     rule = make_rule(model, shape.chunk_size)
-    inputs, parameters = make_inputs(model, shape)
+    inputs, parameters = (needing_gradients(x) for x in make_inputs(model, shape))
     form = torch.compile(chunk_miras, dynamic=False) if compiled else chunk_miras
     return lambda: form(*inputs, rule=rule, parameters=parameters)
 
@@ -118,6 +142,7 @@ def titans_call(shape: Shape) -> Callable:
         batch_size=shape.chunk_size,
     ).to(shape.device, shape.dtype)
     x = torch.randn(shape.batch, shape.tokens, shape.heads * shape.head_dim, device=shape.device, dtype=shape.dtype)
+    (x,) = needing_gradients((x,))
     return lambda: memory(x)
 
 
@@ -125,17 +150,17 @@ def gated_delta_net_call(shape: Shape) -> Callable:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     (q, k, v, eta, log_alpha, _), _ = make_inputs("yaad", shape, gates="head")
-    beta, g = torch.rand_like(eta).to(shape.dtype), log_alpha
+    q, k, v, g, beta = needing_gradients((q, k, v, log_alpha, torch.rand_like(eta).to(shape.dtype)))
     return lambda: chunk_gated_delta_rule(q, k, v, g, beta)
 
 
 def attention_call(shape: Shape) -> Callable:
-    q, k, v = (x.transpose(1, 2).contiguous() for x in make_inputs("yaad", shape)[0][:3])
+    q, k, v = needing_gradients([x.transpose(1, 2).contiguous() for x in make_inputs("yaad", shape)[0][:3]])
     return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 PATHS: dict[str, Callable[[Shape], Callable]] = {
-    **{f"{model}, Triton": (lambda shape, model=model: kernel_call(model, shape)) for model in MODELS},
+    **{f"{model}, Triton": (lambda shape, model=model: kernel_call(model, shape)[0]) for model in MODELS},
     "yaad, PyTorch": lambda shape: pytorch_call("yaad", shape),
     "yaad, PyTorch compiled": lambda shape: pytorch_call("yaad", shape, compiled=True),
     "titans-pytorch": titans_call,

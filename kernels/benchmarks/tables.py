@@ -78,7 +78,13 @@ def plot(results: dict, ax=None):
 
     ax = ax or Figure(figsize=(7, 4.5), layout="constrained").subplots()
     for path in dict.fromkeys(row["path"] for row in results["times"]):
-        rows = [row for row in results["times"] if row["path"] == path and row["setting"] == "constant tokens"]
+        rows = [
+            row
+            for row in results["times"]
+            if row["path"] == path
+            and row["setting"].startswith("constant tokens, forward")
+            and "+" not in row["setting"]
+        ]
         if rows:
             ax.plot([row["tokens"] for row in rows], [row["median"] for row in rows], marker="o", label=path)
     ax.set(xscale="log", yscale="log", xlabel="tokens in a sequence (65,536 in all)", ylabel="milliseconds, forward")

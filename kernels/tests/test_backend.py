@@ -33,9 +33,9 @@ FAMILIES = {
 }
 SIZE = {
     "vocab_size": 99,
-    "hidden_size": 64,
+    "hidden_size": 32,
     "num_hidden_layers": 2,
-    "num_attention_heads": 2,
+    "num_attention_heads": 1,
     "chunk_size": 16,
     "initializer_range": 0.1,
     "pad_token_id": 0,
@@ -111,7 +111,7 @@ def test_whole_model_is_one_graph(ids):
     torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["moneta", "yaad", "memora", "hybrid"])
+@pytest.mark.parametrize("family", ["moneta", "memora", "hybrid", "matrix"])
 def test_training_gives_the_same_losses(family, ids, monkeypatch):
     """Steps of AdamW, packs and pads among them, with the memory's own cache in the way as in a loop by hand."""
     models = make_models(family)
@@ -121,7 +121,7 @@ def test_training_gives_the_same_losses(family, ids, monkeypatch):
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         of_model = []
-        for step in range(4):
+        for step in range(3):
             positions = torch.cat((torch.arange(9), torch.arange(12)))[None].to(DEVICE) if step == 2 else None
             batch = ids[:1] if step == 2 else ids
             loss = model(input_ids=batch, position_ids=positions, labels=batch, use_cache=step == 1).loss
@@ -130,14 +130,14 @@ def test_training_gives_the_same_losses(family, ids, monkeypatch):
             optimizer.zero_grad()
             of_model.append(loss.item())
         losses.append(torch.tensor(of_model))
-    assert len(calls) == 4 * models[1].config.layer_types.count("miras_memory")
+    assert len(calls) == 3 * models[1].config.layer_types.count("miras_memory")
     torch.testing.assert_close(losses[1], losses[0], rtol=3e-5, atol=3e-5)
     assert losses[0][-1] < losses[0][0]
 
 
-def test_training_of_a_matrix_memory_takes_the_pytorch_path(ids, monkeypatch):
-    slow, fast = make_models("matrix")
-    with pytest.raises(ValueError, match="backend is 'triton': gradients are needed.* matrix"):
+def test_training_of_what_kernels_do_not_know_takes_the_pytorch_path(ids, monkeypatch):
+    slow, fast = make_models("moneta", lq_map="mirror")
+    with pytest.raises(ValueError, match="backend is 'triton': gradients are needed.* lq_mirror"):
         fast(input_ids=ids)
     for module in fast.modules():
         if hasattr(module, "read_tokens"):

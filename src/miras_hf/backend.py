@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from miras_kernels import Choices, forward, refusal, refusal_of_gradient
+from miras_kernels import Choices, forward, refusal
 
 from .memory import (
     KL,
@@ -84,10 +84,7 @@ class MemoryBackend:
         """The reason for which no kernel serves values like `v`, `None` if one does."""
         if self.choices is None:
             return self.reason
-        reason = refusal(v.device, v.dtype, v.shape[-1], self.choices)
-        if reason is None and needs_grad:
-            reason = refusal_of_gradient(self.choices)
-        return reason
+        return refusal(v.device, v.dtype, v.shape[-1], self.choices, needs_grad)
 
     def __call__(
         self,

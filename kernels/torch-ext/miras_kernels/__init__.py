@@ -18,7 +18,7 @@ Knows of tensors only, of no models. Importing it needs no Triton and touches no
 
 from .choices import Choices
 from .configuration import launch_configuration
-from .ops import forward, refusal, refusal_of_gradient
+from .ops import forward, refusal
 
 
-__all__ = ["Choices", "forward", "launch_configuration", "refusal", "refusal_of_gradient"]
+__all__ = ["Choices", "forward", "launch_configuration", "refusal"]

@@ -35,6 +35,7 @@ from .pieces import (
     HUBER_COORDINATE,
     KEY_CAP,
     KL,
+    LARGEST_STATE_ADJOINT,
     LQ,
     VALUE_CAP,
     chunk_gates,
@@ -46,14 +47,13 @@ from .pieces import (
     load_gates,
     normalise,
     normalise_vjp,
+    operand,
     power,
     product,
     residual,
     residual_vjp,
+    store_gate_bars,
 )
-
-
-LARGEST_STATE_ADJOINT = tl.constexpr(1e12)
 
 
 @triton.jit(do_not_specialize=["LONGEST"])
@@ -244,6 +244,7 @@ def mlp_backward_kernel(
 
         # -- write ----------------------------------------------------------------------------------------------------
         b_z2 = tl.zeros([C, BD], dtype=tl.float32)
+        k_operand = operand(b_k, PRECISION)
         hidden_mean = tl.zeros([C], dtype=tl.float32)
         for j in range(0, TILES):
             o_h = j * TN + o_n
@@ -261,7 +262,7 @@ def mlp_backward_kernel(
                 b_a2 = b_base2 + b_d2
             b_w1 = tl.where(m_1, linked(b_a1, scale1, x1, y1, MASS1, 0.0, 1, LINK, Q), 0.0)
             b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
-            b_z1 = product(b_k, b_w1, PRECISION)
+            b_z1 = product(k_operand, b_w1, PRECISION)
             tl.store(hidden + o_ch, b_z1, mask=m_ch)
             b_h = gelu(b_z1)
             b_z2 += product(b_h, b_w2, PRECISION)
@@ -311,6 +312,8 @@ def mlp_backward_kernel(
                     p_eh = earlier_gradients1 + program * C * N + o_ch
                     b_dz1 = tl.where(m_e[:, None], tl.load(p_eh, mask=m_ch & m_e[:, None], other=0.0), b_dz1)
                 gradient_mean += tl.sum(b_dz1, 1) / N
+        p_operand, dz2_operand = operand(b_p, PRECISION), operand(b_dz2, PRECISION)
+        x_operand, decayed_operand = operand(b_x, PRECISION), operand(b_x * b_decay, PRECISION)
         b_s = tl.zeros([C, C], dtype=tl.float32)
         b_kept = tl.zeros([C, BD], dtype=tl.float32)
         b_constant = tl.zeros([C, BD], dtype=tl.float32)
@@ -332,18 +335,18 @@ def mlp_backward_kernel(
             b_w1 = tl.where(m_1, linked(b_a1, scale1, x1, y1, MASS1, 0.0, 1, LINK, Q), 0.0)
             b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
             b_h, b_slope = gelu_and_slope(tl.load(hidden + o_ch, mask=m_ch, other=0.0))
-            b_dz1 = product(b_dz2, tl.trans(b_w2), PRECISION) * b_slope
+            b_dz1 = product(dz2_operand, tl.trans(b_w2), PRECISION) * b_slope
             if HAS_EARLIER:
                 m_eh, o_eh = m_ch & m_e[:, None], program * C * N + o_ch
                 b_dz1 = tl.where(m_e[:, None], tl.load(earlier_gradients1 + o_eh, mask=m_eh, other=0.0), b_dz1)
                 b_h = tl.where(m_e[:, None], tl.load(earlier_inputs2 + o_eh, mask=m_eh, other=0.0), b_h)
             if LINK == KL:
                 b_written = tl.where(m_ch, (MASS1 / N) * (b_dz1 - gradient_mean[:, None]), 0.0)
-                b_z1q = product(b_p, b_written, PRECISION) + product(b_q, b_w1, PRECISION)
+                b_z1q = product(p_operand, b_written, PRECISION) + product(x_operand, b_w1, PRECISION)
             else:
-                b_z1q = product(b_p, b_dz1, PRECISION) + product(b_x * b_decay, b_d1, PRECISION)
+                b_z1q = product(p_operand, b_dz1, PRECISION) + product(decayed_operand, b_d1, PRECISION)
                 if TOWARD_INIT:
-                    b_z1q += product(b_x, b_base1, PRECISION)
+                    b_z1q += product(x_operand, b_base1, PRECISION)
             tl.store(read_hidden + o_ch, b_z1q, mask=m_ch)
             b_hq = gelu(b_z1q)
             b_s += product(b_hq, tl.trans(b_h), PRECISION)
@@ -413,6 +416,12 @@ def mlp_backward_kernel(
         # what centring takes out of the adjoints of H and of dZ1
         hidden_bar_mean = tl.sum(b_s_bar * read_mean[:, None], 0)
         gradient_bar_mean = tl.sum(b_p * z1q_bar_mean[:, None], 0)
+        # operands of the products below, rounded once: half the registers where they are bfloat16
+        s_operand, p_operand = operand(b_s_bar, PRECISION), operand(b_p, PRECISION)
+        u_operand, kept_operand = operand(b_u, PRECISION), operand(b_kept_bar, PRECISION)
+        x_operand, decayed_operand = operand(b_x, PRECISION), operand(b_x * b_decay, PRECISION)
+        k_fold_operand, dz2_fold_operand = operand(b_k * b_fold, PRECISION), operand(b_dz2 * b_fold, PRECISION)
+        dz2_operand = operand(b_dz2, PRECISION)
         b_p_bar = tl.zeros([C, C], dtype=tl.float32)
         b_x_bar = tl.zeros([C, BD], dtype=tl.float32)
         b_x_decayed_bar = tl.zeros([C, BD], dtype=tl.float32)
@@ -442,7 +451,7 @@ def mlp_backward_kernel(
             b_w1 = tl.where(m_1, linked(b_a1, scale1, x1, y1, MASS1, 0.0, 1, LINK, Q), 0.0)
             b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
             b_h, b_slope, b_curvature = gelu_slope_curvature(tl.load(hidden + o_ch, mask=m_ch, other=0.0))
-            b_dh = product(b_dz2, tl.trans(b_w2), PRECISION)
+            b_dh = product(dz2_operand, tl.trans(b_w2), PRECISION)
             b_dz1 = b_dh * b_slope
             m_eh, o_eh = m_ch & m_e[:, None], program * C * N + o_ch
             if HAS_EARLIER:
@@ -456,48 +465,48 @@ def mlp_backward_kernel(
             if LINK == KL:
                 b_inputs = tl.where(m_ch, (MASS2 / N) * (b_h - hidden_mean[:, None]), 0.0)
                 b_gradients = tl.where(m_ch, (MASS1 / N) * (b_dz1 - gradient_mean[:, None]), 0.0)
-            b_hq_bar = product(b_s_bar, b_inputs, PRECISION)
-            b_h_bar = product(tl.trans(b_s_bar), b_hq, PRECISION)
+            b_hq_bar = product(s_operand, b_inputs, PRECISION)
+            b_h_bar = product(tl.trans(s_operand), b_hq, PRECISION)
             b_state2 = b_next2 * b_kept_total[None, :]
             if LINK == KL:
-                b_hq_bar += product(b_u, tl.trans(b_w2), PRECISION)
+                b_hq_bar += product(u_operand, tl.trans(b_w2), PRECISION)
                 b_h_bar = tl.where(m_ch, (MASS2 / N) * (b_h_bar - hidden_bar_mean[:, None]), 0.0)
-                b_w2_bar = product(tl.trans(b_hq), b_u, PRECISION)
+                b_w2_bar = product(tl.trans(b_hq), u_operand, PRECISION)
             else:
-                b_hq_bar += product(b_kept_bar, tl.trans(b_d2), PRECISION)
-                b_state2 += product(tl.trans(b_hq), b_kept_bar, PRECISION)
+                b_hq_bar += product(kept_operand, tl.trans(b_d2), PRECISION)
+                b_state2 += product(tl.trans(b_hq), kept_operand, PRECISION)
                 b_w2_bar = tl.zeros([TN, BD], dtype=tl.float32)
                 if TOWARD_INIT:
-                    b_hq_bar += product(b_u, tl.trans(b_base2), PRECISION)
+                    b_hq_bar += product(u_operand, tl.trans(b_base2), PRECISION)
                     b_base2_bar = tl.load(base_bar2 + o_2, mask=m_2, other=0.0)
-                    b_base2_bar += product(tl.trans(b_hq), b_u, PRECISION)
+                    b_base2_bar += product(tl.trans(b_hq), u_operand, PRECISION)
                     tl.store(base_bar2 + o_2, b_base2_bar, mask=m_2)
 
             b_z1q_bar = b_hq_bar * b_slope_q
             b_p_bar += product(b_z1q_bar, tl.trans(b_gradients), PRECISION)
-            b_dz1_bar = product(tl.trans(b_p), b_z1q_bar, PRECISION)
+            b_dz1_bar = product(tl.trans(p_operand), b_z1q_bar, PRECISION)
             b_state1 = b_next1 * b_kept_total[:, None]
             b_next1 = b_next1 * folds
             b_next2 = b_next2 * folds
             if LINK == KL:
                 b_dz1_bar = tl.where(m_ch, (MASS1 / N) * (b_dz1_bar - gradient_bar_mean[:, None]), 0.0)
                 b_x_bar += product(b_z1q_bar, tl.trans(b_w1), PRECISION)
-                b_w1_bar = product(tl.trans(b_q), b_z1q_bar, PRECISION)
+                b_w1_bar = product(tl.trans(x_operand), b_z1q_bar, PRECISION)
                 tl.store(weight_bar1 + o_1, b_w1_bar, mask=m_1)
             else:
                 b_x_decayed_bar += product(b_z1q_bar, tl.trans(b_d1), PRECISION)
-                b_state1 += product(tl.trans(b_x * b_decay), b_z1q_bar, PRECISION)
+                b_state1 += product(tl.trans(decayed_operand), b_z1q_bar, PRECISION)
                 if TOWARD_INIT:
                     b_x_bar += product(b_z1q_bar, tl.trans(b_base1), PRECISION)
                     b_base1_bar = tl.load(base_bar1 + o_1, mask=m_1, other=0.0)
-                    b_base1_bar += product(tl.trans(b_x), b_z1q_bar, PRECISION)
+                    b_base1_bar += product(tl.trans(x_operand), b_z1q_bar, PRECISION)
                     tl.store(base_bar1 + o_1, b_base1_bar, mask=m_1)
 
             # the fold
             b_total_bar += tl.sum(b_next1 * b_d1, 1) + tl.sum(b_next2 * b_d2, 0)
             b_k_fold_bar -= product(b_dz1, tl.trans(b_next1), PRECISION)
-            b_dz1_bar -= product(b_k * b_fold, b_next1, PRECISION)
-            b_h_bar -= product(b_dz2 * b_fold, tl.trans(b_next2), PRECISION)
+            b_dz1_bar -= product(k_fold_operand, b_next1, PRECISION)
+            b_h_bar -= product(dz2_fold_operand, tl.trans(b_next2), PRECISION)
             b_dz2_fold_bar -= product(b_h, b_next2, PRECISION)
             if KEEP_FINAL:
                 m_fh = m_ch & m_f[:, None]
@@ -514,7 +523,7 @@ def mlp_backward_kernel(
             # dZ1 = (dZ2 W2^T) gelu'(Z1)
             b_dh_bar = b_dz1_bar * b_slope
             b_dz2_bar += product(b_dh_bar, b_w2, PRECISION)
-            b_w2_bar += product(tl.trans(b_dh_bar), b_dz2, PRECISION)
+            b_w2_bar += product(tl.trans(b_dh_bar), dz2_operand, PRECISION)
             tl.store(weight_bar2 + o_2, b_w2_bar, mask=m_2)
             tl.store(kept_hidden + o_ch, b_h_bar * b_slope + b_dz1_bar * b_dh * b_curvature, mask=m_ch)
         tl.debug_barrier()
@@ -551,6 +560,7 @@ def mlp_backward_kernel(
 
         # -- write back -----------------------------------------------------------------------------------------------
         b_k_bar = b_prediction_bar
+        k_operand, z2_operand = operand(b_k, PRECISION), operand(b_z2_bar, PRECISION)
         inner1 = tl.zeros([BD], dtype=tl.float32)
         inner2 = tl.zeros([BD], dtype=tl.float32)
         for j in range(0, TILES):
@@ -571,12 +581,12 @@ def mlp_backward_kernel(
             b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
             b_h, b_slope = gelu_and_slope(tl.load(hidden + o_ch, mask=m_ch, other=0.0))
             b_z1_bar = tl.load(kept_hidden + o_ch, mask=m_ch, other=0.0)
-            b_z1_bar += product(b_z2_bar, tl.trans(b_w2), PRECISION) * b_slope
-            b_w1_bar = product(tl.trans(b_k), b_z1_bar, PRECISION)
+            b_z1_bar += product(z2_operand, tl.trans(b_w2), PRECISION) * b_slope
+            b_w1_bar = product(tl.trans(k_operand), b_z1_bar, PRECISION)
             if LINK == KL:
                 b_w1_bar += tl.load(weight_bar1 + o_1, mask=m_1, other=0.0)
             b_w2_bar = tl.load(weight_bar2 + o_2, mask=m_2, other=0.0)
-            b_w2_bar += product(tl.trans(b_h), b_z2_bar, PRECISION)
+            b_w2_bar += product(tl.trans(b_h), z2_operand, PRECISION)
             tl.store(weight_bar1 + o_1, b_w1_bar, mask=m_1)
             tl.store(weight_bar2 + o_2, b_w2_bar, mask=m_2)
             b_k_bar += product(b_z1_bar, tl.trans(b_w1), PRECISION)
@@ -625,55 +635,36 @@ def mlp_backward_kernel(
         elif DELTA_DIM > 1:
             tl.store(delta_bar + p_td, b_delta_bar, mask=m_td)
 
-        half = tl.exp(0.5 * total_log_decay)[None, :]
-        b_key_bar = b_gk_bar + b_fold_bar * half
-        b_query_bar = b_gq_bar + b_decay_bar * half
-        half_bar = (
-            tl.sum(b_decay_bar * b_gq + b_fold_bar * b_gk, 0) + 2.0 * tl.exp(0.5 * total_log_decay) * b_total_bar
+        store_gate_bars(
+            b_decay_bar,
+            b_gq_bar,
+            b_gk_bar,
+            b_fold_bar,
+            b_total_bar,
+            b_gq,
+            b_gk,
+            total_log_decay,
+            log_alpha,
+            eta_bar,
+            log_alpha_bar,
+            earlier_eta_bar,
+            earlier_log_decay_bar,
+            final_eta_bar,
+            final_log_decay_bar,
+            o_t,
+            m_t,
+            program * C * GATE_DIM,
+            m_e,
+            m_f,
+            phase,
+            MIN_LOG_ALPHA,
+            C,
+            D,
+            BD,
+            GATE_DIM,
+            HAS_EARLIER,
+            KEEP_FINAL,
         )
-        b_eta_bar = tl.where(m_d[None, :], b_key_bar / b_gq, 0.0)
-        b_log_decay_bar = b_query_bar * b_gq - b_key_bar * b_gk
-        # the chunk's last slot decides its reference and its whole decay; slots without a token decay by nothing
-        reference_bar = half_bar * tl.exp(0.5 * total_log_decay) - tl.sum(b_log_decay_bar, 0)
-        b_log_decay_bar += tl.where((o_c == C - 1)[:, None], 0.5 * reference_bar[None, :], 0.0)
-        p_g = program * C * GATE_DIM + o_c * GATE_DIM
-        if KEEP_FINAL:
-            if GATE_DIM == 1:
-                # one number for all channels: given to the first, of which sums are taken
-                b_eta_bar += (
-                    tl.where(m_d[None, :] & (o_d == 0)[None, :], 1.0, 0.0)
-                    * (tl.load(final_eta_bar + p_g, mask=m_f, other=0.0)[:, None])
-                )
-                b_log_decay_bar += (
-                    tl.where(m_d[None, :] & (o_d == 0)[None, :], 1.0, 0.0)
-                    * (tl.load(final_log_decay_bar + p_g, mask=m_f, other=0.0)[:, None])
-                )
-            else:
-                b_eta_bar += tl.load(final_eta_bar + p_e, mask=m_fd, other=0.0)
-                b_log_decay_bar += tl.load(final_log_decay_bar + p_e, mask=m_fd, other=0.0)
-        # log B_t is a sum over the tokens up to t: its adjoint one over those from t on
-        b_log_alpha_bar = tl.sum(b_log_decay_bar, 0)[None, :] - tl.cumsum(b_log_decay_bar, 0) + b_log_decay_bar
-        if HAS_EARLIER:
-            # the decay before this call stands in every later slot of the chunk
-            later = tl.sum(tl.where(m_e[:, None], 0.0, b_log_decay_bar), 0)
-            b_since_bar = b_log_decay_bar + tl.where((o_c == phase - 1)[:, None], later[None, :], 0.0)
-            if GATE_DIM == 1:
-                tl.store(earlier_eta_bar + p_g, tl.sum(b_eta_bar, 1), mask=m_e)
-                tl.store(earlier_log_decay_bar + p_g, tl.sum(tl.where(m_d[None, :], b_since_bar, 0.0), 1), mask=m_e)
-            else:
-                tl.store(earlier_eta_bar + p_e, b_eta_bar, mask=m_ed)
-                tl.store(earlier_log_decay_bar + p_e, b_since_bar, mask=m_ed)
-        if GATE_DIM == 1:
-            b_raw = tl.load(log_alpha + o_t, mask=m_t, other=0.0).to(tl.float32)
-            tl.store(eta_bar + o_t, tl.sum(b_eta_bar, 1), mask=m_t)
-            b_bar = tl.sum(tl.where(m_d[None, :], b_log_alpha_bar, 0.0), 1)
-            b_bar = tl.where((b_raw >= MIN_LOG_ALPHA) & (b_raw <= 0.0), b_bar, 0.0)
-            tl.store(log_alpha_bar + o_t, b_bar, mask=m_t)
-        else:
-            b_raw = tl.load(log_alpha + p_td, mask=m_td, other=0.0).to(tl.float32)
-            tl.store(eta_bar + p_td, b_eta_bar, mask=m_td)
-            b_bar = tl.where((b_raw >= MIN_LOG_ALPHA) & (b_raw <= 0.0), b_log_alpha_bar, 0.0)
-            tl.store(log_alpha_bar + p_td, b_bar, mask=m_td)
 
         # -- link -----------------------------------------------------------------------------------------------------
         if LINK != KL:

@@ -36,7 +36,14 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, choices: Choices) -> str | None:
+def refusal(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    choices: Choices,
+    needs_grad: bool = False,
+    precision: str | None = None,
+) -> str | None:
     """Why the kernels do not serve queries like these, or `None` if they do: a sentence without its full stop.
 
     Looks at nothing that changes while a program runs, so it can be asked before tracing.
@@ -53,6 +60,13 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int, choices: Ch
         return f"head_dim is {head_dim}, and kernels take {', '.join(map(str, HEAD_DIMS))}"
     if choices.memory == "mlp" and choices.expansion * head_dim % 16:
         return f"the memory has {choices.expansion * head_dim} hidden units, not a multiple of 16"
+    if needs_grad and choices.retention == "lq_mirror":
+        return "gradients are needed, and the backward kernels do not know lq_mirror retention"
+    for part in ("forward", "backward") if needs_grad else ("forward",):
+        kernel = f"{choices.memory}_{part}"
+        reason = _no_launch(kernel, str(device), str(dtype), head_dim, choices.chunk_size, precision or "")
+        if reason:
+            return reason
     return None
 
 
@@ -60,13 +74,16 @@ def _capability(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).major
 
 
-def refusal_of_gradient(choices: Choices) -> str | None:
-    """Why the kernels have no backward pass for these choices, or `None` if they have."""
-    if choices.memory != "mlp":
-        return f"gradients are needed, and the backward kernels do not know the {choices.memory} memory"
-    if choices.retention == "lq_mirror":
-        return "gradients are needed, and the backward kernels do not know lq_mirror retention"
-    return None
+@torch.compiler.assume_constant_result
+def _no_launch(kernel: str, device: str, dtype: str, head_dim: int, chunk_size: int, precision: str) -> str:
+    # words in and out, which a trace can take for constants
+    precision = precision or default_precision(getattr(torch, dtype.removeprefix("torch.")))
+    where = {"device": torch.device(device), "head_dim": head_dim, "chunk_size": chunk_size}
+    try:
+        launch_configuration(kernel, precision=precision, **where)
+    except ValueError as error:
+        return str(error).removesuffix(".")
+    return ""
 
 
 def forward(
@@ -120,21 +137,19 @@ def forward(
     Raises:
         `ValueError`: if no kernel serves the call, or arguments do not fit, naming the reason.
     """
-    reason = refusal(q.device, q.dtype, q.shape[-1], choices)
-    if reason is not None:
-        raise ValueError(f"No kernel serves this call: {reason}.")
     if precision not in (None, *PRECISIONS):
         raise ValueError(f"`precision` must be one of {PRECISIONS} or None, got {precision!r}.")
+    tensors = [q, k, v, eta, log_alpha, delta, *initial, norm_weight, norm_bias, *(state or ())]
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    reason = refusal(q.device, q.dtype, q.shape[-1], choices, needs_grad, precision)
+    if reason is not None:
+        raise ValueError(f"No kernel serves this call: {reason}.")
     if mask is not None and cu_seqlens is not None:
         raise ValueError("`mask` and `cu_seqlens` exclude each other: a pack has no pad tokens.")
     shapes = [(q.shape[2], *shape) for shape in choices.weight_shapes(q.shape[-1])]
     if [tuple(a.shape) for a in initial] != shapes:
         raise ValueError(f"`initial` must have shapes {shapes}, got {[tuple(a.shape) for a in initial]}.")
-    tensors = [q, k, v, eta, log_alpha, delta, *initial, norm_weight, norm_bias, *(state or ())]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        reason = refusal_of_gradient(choices)
-        if reason is not None:
-            raise ValueError(f"No kernel serves this call: {reason}.")
+    if needs_grad:
         save_every = 1  # the backward pass goes on from there
     values = dataclasses.asdict(choices)
     values["weight_cap"] = values["weight_cap"] or 0.0
@@ -199,7 +214,8 @@ class _Call:
         self.base = [a.contiguous() for a in initial]
         self.shapes = [tuple(a.shape[1:]) for a in initial]
         self.toward_init = c["decay_target"] == "init"
-        self.norm = [p.contiguous() for p in (norm_weight, norm_bias) if p is not None]
+        has_norm = c["memory"] == "mlp"
+        self.norm = [p.contiguous() for p in (norm_weight, norm_bias)] if has_norm else []
 
         order = None
         if cu_seqlens is not None:
@@ -358,8 +374,7 @@ def _forward(
     y = torch.zeros_like(call.q) if mask is not None else torch.empty_like(call.q)
     if call.programs > 0 and call.tokens > 0:
         arguments = [call.q, call.k, call.v, call.eta, call.log_alpha, call.delta, y, *call.base]
-        if memory == "mlp":
-            arguments += call.norm
+        arguments += call.norm
         arguments += [*dual, *(call.earlier or unused), call.phases, *final, *call.where]
         if memory == "mlp":
             arguments.append(call.scratch(call.programs, chunk_size, call.hidden_units))
@@ -438,6 +453,7 @@ def _backward(
     simplex_mass: float,
 ) -> list[Tensor]:
     """Adjoints of q, k, v, eta, log_alpha, delta (empty if there is none), the initial memory, the norm, the state."""
+    from .backward_matrix import matrix_backward_kernel
     from .backward_mlp import mlp_backward_kernel
 
     choices = {
@@ -478,12 +494,16 @@ def _backward(
     norm_bars = [call.zeros(rows, heads, call.head_dim) for _ in range(2)]
     earlier_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else unused
     if call.programs > 0 and call.tokens > 0:
-        scratch = [call.scratch(call.programs, chunk_size, call.hidden_units) for _ in range(3)]
-        scratch += [call.scratch(call.programs, *shape) for shape in call.shapes]
         arguments = [call.q, call.k, call.v, call.eta, call.log_alpha, call.delta, y_bar.contiguous(), *call.base]
-        arguments += [*call.norm, *saved, call.saved_of_row(1), *bars, delta_bar, *state_bars, *base_bars, *norm_bars]
-        arguments += [*(call.earlier or unused), call.phases, *earlier_bars, *factor_bars, *call.where, *scratch]
-        mlp_backward_kernel[(call.programs,)](
+        arguments += [*call.norm, *saved, call.saved_of_row(1), *bars, delta_bar, *state_bars, *base_bars]
+        if memory == "mlp":
+            arguments += norm_bars
+        arguments += [*(call.earlier or unused), call.phases, *earlier_bars, *factor_bars, *call.where]
+        if memory == "mlp":
+            arguments += [call.scratch(call.programs, chunk_size, call.hidden_units) for _ in range(3)]
+            arguments += [call.scratch(call.programs, *shape) for shape in call.shapes]
+        kernel = mlp_backward_kernel if memory == "mlp" else matrix_backward_kernel
+        kernel[(call.programs,)](
             *arguments,
             call.tokens,
             heads,
@@ -491,7 +511,7 @@ def _backward(
             *call.masses,
             KEEP_FINAL=bool(final_bars),
             **call.constants,
-            **call.configuration("mlp_backward"),
+            **call.configuration(f"{memory}_backward"),
         )
     elif state and final_bars:
         earlier_bars = [x.clone() for x in factor_bars]
@@ -513,7 +533,8 @@ def _backward(
     outputs = [*bars[:3], like(bars[3], eta), like(bars[4], log_alpha)]
     outputs.append(call.zeros(0) if delta is None else like(delta_bar, delta))
     outputs += [bar.to(a.dtype) for bar, a in zip(initial_bars, initial)]
-    outputs += [bar.sum(0).to(p.dtype) for bar, p in zip(norm_bars, (norm_weight, norm_bias))]
+    norm = (q if norm_weight is None else norm_weight, q if norm_bias is None else norm_bias)
+    outputs += [bar.sum(0).to(p.dtype) for bar, p in zip(norm_bars, norm)]
     if state:
         outputs += [bar.to(x.dtype) for bar, x in zip([*state_bars, *earlier_bars], state)]
     return outputs
@@ -523,7 +544,9 @@ def _backward(
 def _(y_bar, final_bars, saved, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, *rest, **_):
     outputs = [x.new_empty(x.shape) for x in (q, k, v, eta, log_alpha)]
     outputs.append(q.new_empty((0,), dtype=torch.float32) if delta is None else delta.new_empty(delta.shape))
-    outputs += [x.new_empty(x.shape) for x in (*initial, norm_weight, norm_bias)]
+    norm_shape = (q.shape[2], q.shape[3])
+    outputs += [x.new_empty(x.shape) for x in initial]
+    outputs += [(q if x is None else x).new_empty(norm_shape) for x in (norm_weight, norm_bias)]
     return outputs + [x.new_empty(x.shape) for x in state[:-1]]
 
 
@@ -564,7 +587,7 @@ def _adjoint(ctx, y_bar, final_bars, saved_bars):
         *bars[:5],
         delta_bar,
         bars[6 : 6 + layers],
-        *bars[6 + layers : 8 + layers],
+        *(None if x is None else bar for x, bar in zip((norm_weight, norm_bias), bars[6 + layers : 8 + layers])),
         state_bars,
         *(None,) * (len(ctx.rest) + 4),
     )

@@ -38,6 +38,7 @@ GELU_B = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 GELU_A = tl.constexpr(0.023784938757533416)  # 0.044715 / 3 of it
 KEY_CAP = tl.constexpr(1e3)
 VALUE_CAP = tl.constexpr(1e15)
+LARGEST_STATE_ADJOINT = tl.constexpr(1e12)
 
 
 @triton.jit
@@ -314,3 +315,81 @@ def frozen_scale_rates(
     if CAP > 0.0:
         first = tl.where(capped < free, scale_bar * capped * capped * capped, 0.0) * (-1.0 / (CAP * CAP * size))
     return first, second
+
+
+@triton.jit
+def store_gate_bars(
+    b_decay_bar,
+    b_gq_bar,
+    b_gk_bar,
+    b_fold_bar,
+    b_total_bar,
+    b_gq,
+    b_gk,
+    total_log_decay,
+    log_alpha,
+    eta_bar,
+    log_alpha_bar,
+    earlier_eta_bar,
+    earlier_log_decay_bar,
+    final_eta_bar,
+    final_log_decay_bar,
+    o_t,
+    m_t,
+    p_e,
+    m_e,
+    m_f,
+    phase,
+    MIN_LOG_ALPHA,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    GATE_DIM: tl.constexpr,
+    HAS_EARLIER: tl.constexpr,
+    KEEP_FINAL: tl.constexpr,
+):
+    # from the adjoints of `chunk_gates` to those of the tokens' gates, and of a begun chunk's in both states
+    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
+    m_d = o_d < D
+    half = tl.exp(0.5 * total_log_decay)
+    b_key_bar = b_gk_bar + b_fold_bar * half[None, :]
+    b_query_bar = b_gq_bar + b_decay_bar * half[None, :]
+    half_bar = tl.sum(b_decay_bar * b_gq + b_fold_bar * b_gk, 0) + 2.0 * half * b_total_bar
+    b_eta_bar = tl.where(m_d[None, :], b_key_bar / b_gq, 0.0)
+    b_log_decay_bar = tl.where(m_d[None, :], b_query_bar * b_gq - b_key_bar * b_gk, 0.0)
+    # the chunk's last slot decides its reference and its whole decay; slots without a token decay by nothing
+    reference_bar = tl.where(m_d, half_bar * half - tl.sum(b_log_decay_bar, 0), 0.0)
+    b_log_decay_bar += tl.where((o_c == C - 1)[:, None], 0.5 * reference_bar[None, :], 0.0)
+    # one number for all channels is given to the first of them: sums are taken in the end
+    o_g, m_g = o_d, m_d
+    if GATE_DIM == 1:
+        o_g, m_g = 0 * o_d, o_d == 0
+    p_g = p_e + o_c[:, None] * GATE_DIM + o_g[None, :]
+    if KEEP_FINAL:
+        m_fg = m_f[:, None] & m_g[None, :]
+        b_eta_bar += tl.load(final_eta_bar + p_g, mask=m_fg, other=0.0)
+        b_log_decay_bar += tl.load(final_log_decay_bar + p_g, mask=m_fg, other=0.0)
+    # log B_t is a sum over the tokens up to t: its adjoint one over those from t on
+    b_log_alpha_bar = tl.sum(b_log_decay_bar, 0)[None, :] - tl.cumsum(b_log_decay_bar, 0) + b_log_decay_bar
+    if HAS_EARLIER:
+        # the decay before this call stands in every later slot of the chunk
+        later = tl.sum(tl.where(m_e[:, None], 0.0, b_log_decay_bar), 0)
+        b_since_bar = b_log_decay_bar + tl.where((o_c == phase - 1)[:, None], later[None, :], 0.0)
+        if GATE_DIM == 1:
+            tl.store(earlier_eta_bar + p_e + o_c, tl.sum(b_eta_bar, 1), mask=m_e)
+            tl.store(earlier_log_decay_bar + p_e + o_c, tl.sum(b_since_bar, 1), mask=m_e)
+        else:
+            tl.store(earlier_eta_bar + p_g, b_eta_bar, mask=m_e[:, None] & m_g[None, :])
+            tl.store(earlier_log_decay_bar + p_g, b_since_bar, mask=m_e[:, None] & m_g[None, :])
+    if GATE_DIM == 1:
+        b_raw = tl.load(log_alpha + o_t, mask=m_t, other=0.0).to(tl.float32)
+        b_bar = tl.where((b_raw >= MIN_LOG_ALPHA) & (b_raw <= 0.0), tl.sum(b_log_alpha_bar, 1), 0.0)
+        tl.store(eta_bar + o_t, tl.sum(b_eta_bar, 1), mask=m_t)
+        tl.store(log_alpha_bar + o_t, b_bar, mask=m_t)
+    else:
+        m_tg = m_t[:, None] & m_g[None, :]
+        p_tg = o_t[:, None] * D + o_d[None, :]
+        b_raw = tl.load(log_alpha + p_tg, mask=m_tg, other=0.0).to(tl.float32)
+        b_bar = tl.where((b_raw >= MIN_LOG_ALPHA) & (b_raw <= 0.0), b_log_alpha_bar, 0.0)
+        tl.store(eta_bar + p_tg, b_eta_bar, mask=m_tg)
+        tl.store(log_alpha_bar + p_tg, b_bar, mask=m_tg)
