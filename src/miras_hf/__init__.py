@@ -46,6 +46,7 @@ from .modeling_miras import (
     YaadForTokenClassification,
     YaadModel,
 )
+from .saved_memory import load_memory, save_memory
 from .tokenization_miras import MirasTokenizer
 
 
@@ -107,4 +108,6 @@ __all__ = [
     "YaadForSequenceClassification",
     "YaadForTokenClassification",
     "YaadModel",
+    "load_memory",
+    "save_memory",
 ]
