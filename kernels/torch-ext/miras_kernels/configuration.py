@@ -18,7 +18,7 @@ A file holds, for the device or compute capability it is named after, entries of
     {"head_dim": 64, "chunk_size": 64, "precision": "bf16", "launch": {"TN": 32, "num_warps": 8, "num_stages": 1}}
 
 A shape without an entry of its own takes the nearest one's, in log space; a `null` launch says that nothing fits into the
-device's shared memory there. `kernels/compile_report.py` chooses entries by
+device's shared memory from there on. `kernels/compile_report.py` chooses entries by
 what the compiler reports, `kernels/tune.py` by the clock.
 """
 
@@ -67,15 +67,14 @@ def launch_configuration(
     for name in names:
         candidates = [entry for entry in entries(name).get(kernel, ()) if entry["precision"] == precision]
         if candidates:
-            # of two equally near ones the larger: what fits there fits here
-            best = min(
-                candidates, key=lambda e: (_distance(e, head_dim, chunk_size), -e["head_dim"], -e["chunk_size"])
-            )
-            if best["launch"] is None:
+            fitting = [entry for entry in candidates if entry["launch"] is not None]
+            if not fitting or _is_too_large(candidates, head_dim, chunk_size):
                 raise ValueError(
                     f"No launch of `{kernel}` fits into the shared memory of {name!r} at head_dim {head_dim}, chunk_size "
                     f"{chunk_size}, precision {precision!r}: take a smaller chunk_size, or precision 'bf16'."
                 )
+            # of two equally near ones the larger: what fits there fits here
+            best = min(fitting, key=lambda e: (_distance(e, head_dim, chunk_size), -e["head_dim"], -e["chunk_size"]))
             # said, because Triton is about to change its default
             launch = {"enable_fp_fusion": True, **best["launch"]}
             if torch.version.hip is not None:
@@ -86,6 +85,15 @@ def launch_configuration(
 
 def _distance(entry: dict, head_dim: int, chunk_size: int) -> float:
     return math.hypot(math.log(entry["head_dim"] / head_dim), math.log(entry["chunk_size"] / chunk_size))
+
+
+def _is_too_large(candidates: list[dict], head_dim: int, chunk_size: int) -> bool:
+    # tiles are as wide as the next power of two
+    width = 1 << (head_dim - 1).bit_length()
+    return any(
+        entry["launch"] is None and entry["head_dim"] <= width and entry["chunk_size"] <= chunk_size
+        for entry in candidates
+    )
 
 
 def shipped() -> tuple[str, ...]:
