@@ -56,6 +56,27 @@ from .pieces import (
 )
 
 
+@triton.jit
+def tile_offsets(j, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr, TN: tl.constexpr):
+    # offsets and masks of tile j in W1 [BD, TN], in W2 [TN, BD] and in activations [C, TN]
+    o_c, o_d, o_h = tl.arange(0, C), tl.arange(0, BD), j * TN + tl.arange(0, TN)
+    m_d, m_h = o_d < D, o_h < N
+    o_1, m_1 = o_d[:, None] * N + o_h[None, :], m_d[:, None] & m_h[None, :]
+    o_2, m_2 = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
+    return o_1, m_1, o_2, m_2, o_c[:, None] * N + o_h[None, :], m_h[None, :] & (o_c >= 0)[:, None]
+
+
+@triton.jit
+def load_dual(state, base, offsets, mask, TOWARD_INIT: tl.constexpr):
+    # the decaying state, what it deviates from, and the dual state itself
+    b_state = tl.load(state + offsets, mask=mask, other=0.0)
+    b_base, b_dual = b_state, b_state
+    if TOWARD_INIT:
+        b_base = tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
+        b_dual = b_base + b_state
+    return b_state, b_base, b_dual
+
+
 @triton.jit(do_not_specialize=["LONGEST"])
 def mlp_backward_kernel(
     q,
@@ -151,7 +172,7 @@ def mlp_backward_kernel(
     chunks = tl.cdiv(phase + length, C)
     taken = (phase + length) % C
 
-    o_c, o_d, o_n = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, TN)
+    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
     m_d = o_d < D
     m_causal = o_c[:, None] >= o_c[None, :]
     b_gamma = tl.load(norm_weight + head * D + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -224,19 +245,9 @@ def mlp_backward_kernel(
 
         sums = start_of_sums(BD, LINK)
         for j in range(0, TILES):
-            o_h = j * TN + o_n
-            o_1, m_1 = o_d[:, None] * N + o_h[None, :], m_d[:, None] & (o_h < N)[None, :]
-            o_2, m_2 = o_h[:, None] * D + o_d[None, :], (o_h < N)[:, None] & m_d[None, :]
-            o_ch, m_ch = o_c[:, None] * N + o_h[None, :], (o_h < N)[None, :] & (o_c >= 0)[:, None]
-            b_d1 = tl.load(saved1 + slot + o_1, mask=m_1, other=0.0)
-            b_d2 = tl.load(saved2 + slot + o_2, mask=m_2, other=0.0)
-            b_a1, b_a2 = b_d1, b_d2
-            b_base1, b_base2 = b_d1, b_d2
-            if TOWARD_INIT:
-                b_base1 = tl.load(base1 + o_1, mask=m_1, other=0.0).to(tl.float32)
-                b_base2 = tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                b_a1 = b_base1 + b_d1
-                b_a2 = b_base2 + b_d2
+            o_1, m_1, o_2, m_2, o_ch, m_ch = tile_offsets(j, C, D, BD, N, TN)
+            b_d1, b_base1, b_a1 = load_dual(saved1 + slot, base1, o_1, m_1, TOWARD_INIT)
+            b_d2, b_base2, b_a2 = load_dual(saved2 + slot, base2, o_2, m_2, TOWARD_INIT)
             sums = sum_of_link(b_a1, b_a2, m_1, m_2, sums, LINK, Q)
         a1, p1, x1, y1, a2, p2, x2, y2 = sums
         scale1 = frozen_scale(a1, p1, 1.0 * D * N, LINK, Q, FLOOR, CAP)
@@ -247,19 +258,9 @@ def mlp_backward_kernel(
         k_operand = operand(b_k, PRECISION)
         hidden_mean = tl.zeros([C], dtype=tl.float32)
         for j in range(0, TILES):
-            o_h = j * TN + o_n
-            o_1, m_1 = o_d[:, None] * N + o_h[None, :], m_d[:, None] & (o_h < N)[None, :]
-            o_2, m_2 = o_h[:, None] * D + o_d[None, :], (o_h < N)[:, None] & m_d[None, :]
-            o_ch, m_ch = o_c[:, None] * N + o_h[None, :], (o_h < N)[None, :] & (o_c >= 0)[:, None]
-            b_d1 = tl.load(saved1 + slot + o_1, mask=m_1, other=0.0)
-            b_d2 = tl.load(saved2 + slot + o_2, mask=m_2, other=0.0)
-            b_a1, b_a2 = b_d1, b_d2
-            b_base1, b_base2 = b_d1, b_d2
-            if TOWARD_INIT:
-                b_base1 = tl.load(base1 + o_1, mask=m_1, other=0.0).to(tl.float32)
-                b_base2 = tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                b_a1 = b_base1 + b_d1
-                b_a2 = b_base2 + b_d2
+            o_1, m_1, o_2, m_2, o_ch, m_ch = tile_offsets(j, C, D, BD, N, TN)
+            b_d1, b_base1, b_a1 = load_dual(saved1 + slot, base1, o_1, m_1, TOWARD_INIT)
+            b_d2, b_base2, b_a2 = load_dual(saved2 + slot, base2, o_2, m_2, TOWARD_INIT)
             b_w1 = tl.where(m_1, linked(b_a1, scale1, x1, y1, MASS1, 0.0, 1, LINK, Q), 0.0)
             b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
             b_z1 = product(k_operand, b_w1, PRECISION)
@@ -292,19 +293,9 @@ def mlp_backward_kernel(
         gradient_mean = tl.zeros([C], dtype=tl.float32)
         if LINK == KL:
             for j in range(0, TILES):
-                o_h = j * TN + o_n
-                o_1, m_1 = o_d[:, None] * N + o_h[None, :], m_d[:, None] & (o_h < N)[None, :]
-                o_2, m_2 = o_h[:, None] * D + o_d[None, :], (o_h < N)[:, None] & m_d[None, :]
-                o_ch, m_ch = o_c[:, None] * N + o_h[None, :], (o_h < N)[None, :] & (o_c >= 0)[:, None]
-                b_d1 = tl.load(saved1 + slot + o_1, mask=m_1, other=0.0)
-                b_d2 = tl.load(saved2 + slot + o_2, mask=m_2, other=0.0)
-                b_a1, b_a2 = b_d1, b_d2
-                b_base1, b_base2 = b_d1, b_d2
-                if TOWARD_INIT:
-                    b_base1 = tl.load(base1 + o_1, mask=m_1, other=0.0).to(tl.float32)
-                    b_base2 = tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                    b_a1 = b_base1 + b_d1
-                    b_a2 = b_base2 + b_d2
+                o_1, m_1, o_2, m_2, o_ch, m_ch = tile_offsets(j, C, D, BD, N, TN)
+                b_d1, b_base1, b_a1 = load_dual(saved1 + slot, base1, o_1, m_1, TOWARD_INIT)
+                b_d2, b_base2, b_a2 = load_dual(saved2 + slot, base2, o_2, m_2, TOWARD_INIT)
                 b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
                 _, b_slope = gelu_and_slope(tl.load(hidden + o_ch, mask=m_ch, other=0.0))
                 b_dz1 = product(b_dz2, tl.trans(b_w2), PRECISION) * b_slope
@@ -319,19 +310,9 @@ def mlp_backward_kernel(
         b_constant = tl.zeros([C, BD], dtype=tl.float32)
         read_mean = tl.zeros([C], dtype=tl.float32)
         for j in range(0, TILES):
-            o_h = j * TN + o_n
-            o_1, m_1 = o_d[:, None] * N + o_h[None, :], m_d[:, None] & (o_h < N)[None, :]
-            o_2, m_2 = o_h[:, None] * D + o_d[None, :], (o_h < N)[:, None] & m_d[None, :]
-            o_ch, m_ch = o_c[:, None] * N + o_h[None, :], (o_h < N)[None, :] & (o_c >= 0)[:, None]
-            b_d1 = tl.load(saved1 + slot + o_1, mask=m_1, other=0.0)
-            b_d2 = tl.load(saved2 + slot + o_2, mask=m_2, other=0.0)
-            b_a1, b_a2 = b_d1, b_d2
-            b_base1, b_base2 = b_d1, b_d2
-            if TOWARD_INIT:
-                b_base1 = tl.load(base1 + o_1, mask=m_1, other=0.0).to(tl.float32)
-                b_base2 = tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                b_a1 = b_base1 + b_d1
-                b_a2 = b_base2 + b_d2
+            o_1, m_1, o_2, m_2, o_ch, m_ch = tile_offsets(j, C, D, BD, N, TN)
+            b_d1, b_base1, b_a1 = load_dual(saved1 + slot, base1, o_1, m_1, TOWARD_INIT)
+            b_d2, b_base2, b_a2 = load_dual(saved2 + slot, base2, o_2, m_2, TOWARD_INIT)
             b_w1 = tl.where(m_1, linked(b_a1, scale1, x1, y1, MASS1, 0.0, 1, LINK, Q), 0.0)
             b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
             b_h, b_slope = gelu_and_slope(tl.load(hidden + o_ch, mask=m_ch, other=0.0))
@@ -391,19 +372,9 @@ def mlp_backward_kernel(
         z1q_bar_mean = tl.zeros([C], dtype=tl.float32)
         if LINK == KL:
             for j in range(0, TILES):
-                o_h = j * TN + o_n
-                o_1, m_1 = o_d[:, None] * N + o_h[None, :], m_d[:, None] & (o_h < N)[None, :]
-                o_2, m_2 = o_h[:, None] * D + o_d[None, :], (o_h < N)[:, None] & m_d[None, :]
-                o_ch, m_ch = o_c[:, None] * N + o_h[None, :], (o_h < N)[None, :] & (o_c >= 0)[:, None]
-                b_d1 = tl.load(saved1 + slot + o_1, mask=m_1, other=0.0)
-                b_d2 = tl.load(saved2 + slot + o_2, mask=m_2, other=0.0)
-                b_a1, b_a2 = b_d1, b_d2
-                b_base1, b_base2 = b_d1, b_d2
-                if TOWARD_INIT:
-                    b_base1 = tl.load(base1 + o_1, mask=m_1, other=0.0).to(tl.float32)
-                    b_base2 = tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                    b_a1 = b_base1 + b_d1
-                    b_a2 = b_base2 + b_d2
+                o_1, m_1, o_2, m_2, o_ch, m_ch = tile_offsets(j, C, D, BD, N, TN)
+                b_d1, b_base1, b_a1 = load_dual(saved1 + slot, base1, o_1, m_1, TOWARD_INIT)
+                b_d2, b_base2, b_a2 = load_dual(saved2 + slot, base2, o_2, m_2, TOWARD_INIT)
                 b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
                 b_h = gelu(tl.load(hidden + o_ch, mask=m_ch, other=0.0))
                 if HAS_EARLIER:
@@ -435,19 +406,9 @@ def mlp_backward_kernel(
             folds = tl.where(is_partial, 0.0, 1.0)
             b_kept_total = tl.where(is_partial, 1.0, b_total)
         for j in range(0, TILES):
-            o_h = j * TN + o_n
-            o_1, m_1 = o_d[:, None] * N + o_h[None, :], m_d[:, None] & (o_h < N)[None, :]
-            o_2, m_2 = o_h[:, None] * D + o_d[None, :], (o_h < N)[:, None] & m_d[None, :]
-            o_ch, m_ch = o_c[:, None] * N + o_h[None, :], (o_h < N)[None, :] & (o_c >= 0)[:, None]
-            b_d1 = tl.load(saved1 + slot + o_1, mask=m_1, other=0.0)
-            b_d2 = tl.load(saved2 + slot + o_2, mask=m_2, other=0.0)
-            b_a1, b_a2 = b_d1, b_d2
-            b_base1, b_base2 = b_d1, b_d2
-            if TOWARD_INIT:
-                b_base1 = tl.load(base1 + o_1, mask=m_1, other=0.0).to(tl.float32)
-                b_base2 = tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                b_a1 = b_base1 + b_d1
-                b_a2 = b_base2 + b_d2
+            o_1, m_1, o_2, m_2, o_ch, m_ch = tile_offsets(j, C, D, BD, N, TN)
+            b_d1, b_base1, b_a1 = load_dual(saved1 + slot, base1, o_1, m_1, TOWARD_INIT)
+            b_d2, b_base2, b_a2 = load_dual(saved2 + slot, base2, o_2, m_2, TOWARD_INIT)
             b_w1 = tl.where(m_1, linked(b_a1, scale1, x1, y1, MASS1, 0.0, 1, LINK, Q), 0.0)
             b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
             b_h, b_slope, b_curvature = gelu_slope_curvature(tl.load(hidden + o_ch, mask=m_ch, other=0.0))
@@ -564,19 +525,9 @@ def mlp_backward_kernel(
         inner1 = tl.zeros([BD], dtype=tl.float32)
         inner2 = tl.zeros([BD], dtype=tl.float32)
         for j in range(0, TILES):
-            o_h = j * TN + o_n
-            o_1, m_1 = o_d[:, None] * N + o_h[None, :], m_d[:, None] & (o_h < N)[None, :]
-            o_2, m_2 = o_h[:, None] * D + o_d[None, :], (o_h < N)[:, None] & m_d[None, :]
-            o_ch, m_ch = o_c[:, None] * N + o_h[None, :], (o_h < N)[None, :] & (o_c >= 0)[:, None]
-            b_d1 = tl.load(saved1 + slot + o_1, mask=m_1, other=0.0)
-            b_d2 = tl.load(saved2 + slot + o_2, mask=m_2, other=0.0)
-            b_a1, b_a2 = b_d1, b_d2
-            b_base1, b_base2 = b_d1, b_d2
-            if TOWARD_INIT:
-                b_base1 = tl.load(base1 + o_1, mask=m_1, other=0.0).to(tl.float32)
-                b_base2 = tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                b_a1 = b_base1 + b_d1
-                b_a2 = b_base2 + b_d2
+            o_1, m_1, o_2, m_2, o_ch, m_ch = tile_offsets(j, C, D, BD, N, TN)
+            b_d1, b_base1, b_a1 = load_dual(saved1 + slot, base1, o_1, m_1, TOWARD_INIT)
+            b_d2, b_base2, b_a2 = load_dual(saved2 + slot, base2, o_2, m_2, TOWARD_INIT)
             b_w1 = tl.where(m_1, linked(b_a1, scale1, x1, y1, MASS1, 0.0, 1, LINK, Q), 0.0)
             b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
             b_h, b_slope = gelu_and_slope(tl.load(hidden + o_ch, mask=m_ch, other=0.0))
@@ -672,19 +623,9 @@ def mlp_backward_kernel(
             first2, second2 = frozen_scale_rates(a2, p2, 1.0 * D * N, scale_bar2, LINK, Q, FLOOR, CAP)
         largest1, largest2 = 0.0, 0.0
         for j in range(0, TILES):
-            o_h = j * TN + o_n
-            o_1, m_1 = o_d[:, None] * N + o_h[None, :], m_d[:, None] & (o_h < N)[None, :]
-            o_2, m_2 = o_h[:, None] * D + o_d[None, :], (o_h < N)[:, None] & m_d[None, :]
-            o_ch, m_ch = o_c[:, None] * N + o_h[None, :], (o_h < N)[None, :] & (o_c >= 0)[:, None]
-            b_d1 = tl.load(saved1 + slot + o_1, mask=m_1, other=0.0)
-            b_d2 = tl.load(saved2 + slot + o_2, mask=m_2, other=0.0)
-            b_a1, b_a2 = b_d1, b_d2
-            b_base1, b_base2 = b_d1, b_d2
-            if TOWARD_INIT:
-                b_base1 = tl.load(base1 + o_1, mask=m_1, other=0.0).to(tl.float32)
-                b_base2 = tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                b_a1 = b_base1 + b_d1
-                b_a2 = b_base2 + b_d2
+            o_1, m_1, o_2, m_2, o_ch, m_ch = tile_offsets(j, C, D, BD, N, TN)
+            b_d1, b_base1, b_a1 = load_dual(saved1 + slot, base1, o_1, m_1, TOWARD_INIT)
+            b_d2, b_base2, b_a2 = load_dual(saved2 + slot, base2, o_2, m_2, TOWARD_INIT)
             b_w1 = tl.where(m_1, linked(b_a1, scale1, x1, y1, MASS1, 0.0, 1, LINK, Q), 0.0)
             b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
             b_w1_bar = tl.load(weight_bar1 + o_1, mask=m_1, other=0.0)
