@@ -32,14 +32,16 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from miras_kernels import forward_matrix, forward_mlp, ops
+from miras_kernels import backward_matrix, backward_mlp, forward_matrix, forward_mlp, ops
 from miras_kernels.choices import Choices
 
 
 # where the operator finds a kernel when it launches it
 KERNELS = {
     "mlp_forward": (forward_mlp, "mlp_forward_kernel"),
+    "mlp_backward": (backward_mlp, "mlp_backward_kernel"),
     "matrix_forward": (forward_matrix, "matrix_forward_kernel"),
+    "matrix_backward": (backward_matrix, "matrix_backward_kernel"),
 }
 # shared memory that one program may use, KiB, for what a configuration file's name says: sm_89 stands for every device
 # that has to do with the default, and has the least of those that PyTorch and Triton still serve
@@ -102,7 +104,14 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
         factors = (torch.zeros(batch, heads, choices.chunk_size, width, device=device) for width in widths)
         dual = (torch.zeros(batch, heads, *shape, device=device) for shape in shapes)
         arguments["state"] = (*dual, *factors, torch.full((batch,), 5, device=device))
-    return lambda: ops.forward(q, k, v, eta, log_alpha, delta, **arguments)
+    if not call.kernel.endswith("_backward"):
+        return lambda: ops.forward(q, k, v, eta, log_alpha, delta, **arguments)
+
+    def step():
+        y, *_ = ops.forward(*(x.requires_grad_() for x in (q, k, v)), eta, log_alpha, delta, **arguments)
+        y.sum().backward()
+
+    return step
 
 
 def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, int]:
@@ -124,7 +133,10 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
     """
     module, attribute = KERNELS[call.kernel]
     kernel = _Compiler(getattr(module, attribute))
+    # a backward pass follows a forward pass, whose kernel is not what is asked for
+    before, first = KERNELS[call.kernel.replace("_backward", "_forward")]
     with (
+        patch.object(before, first, _Nothing()),
         patch.object(module, attribute, kernel),
         patch.object(ops, "launch_configuration", lambda *_, **__: dict(launch)),
         patch.object(ops, "refusal", lambda *_: None),  # there is no GPU, and none is needed
@@ -136,6 +148,13 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
         knobs.cache.dir = cache
         run(call)()
     return _counts(kernel.binary)
+
+
+class _Nothing:
+    """A kernel that does not run."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **launch: None
 
 
 class _Compiler:
