@@ -67,6 +67,8 @@ def markdown(results: dict) -> str:
     ]
     if results["settings"]["clock"] == "cpu":
         lines += ["", "**Seconds are CPU seconds of one thread**: the machine was busy with other work."]
+    if "note" in results:
+        lines += ["", results["note"]]
     for section in (overview, ratios, memory, recurrent, correctness, skipped):
         lines += ["", *section(results)] if section(results) else []
     return "\n".join(lines) + "\n"
