@@ -165,7 +165,7 @@ def test_loads_without_the_package(tokenizer, tmp_path):
     code = """
         import json, sys
         from transformers import AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
         assert "miras_hf" not in sys.modules
         texts = json.load(sys.stdin)
         chat = tokenizer.apply_chat_template(texts.pop(), return_dict=True, return_assistant_tokens_mask=True)

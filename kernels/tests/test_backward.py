@@ -35,7 +35,7 @@ def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def gradients(rule, inputs, parameters, cuts=(), mask=None, cu_seqlens=None, form=None, of_state=True):
+def gradients(rule, inputs, parameters, cuts=(), mask=None, cu_seqlens=None, form=None, of_state=True, every=0):
     """Of a random linear function of the outputs and of the final state; by kernel, or by a form in float64."""
     draw = torch.Generator().manual_seed(5)
     tensors = (*inputs, *parameters.initial, parameters.norm_weight, parameters.norm_bias)
@@ -46,7 +46,7 @@ def gradients(rule, inputs, parameters, cuts=(), mask=None, cu_seqlens=None, for
         piece = [None if t is None else t[:, first:last] for t in leaves[:6]]
         where = {"mask": None if mask is None else mask[:, first:last], "cu_seqlens": cu_seqlens}
         if form is None:
-            y, state, _ = by_kernel(rule, piece, memory, state=state, **where)
+            y, state, _ = by_kernel(rule, piece, memory, state=state, save_every=every, **where)
         else:
             options = {"rule": rule, "parameters": memory, "initial_state": state, "output_final_state": True}
             y, state = form(*piece, **options, **where)
@@ -62,6 +62,7 @@ def gradients(rule, inputs, parameters, cuts=(), mask=None, cu_seqlens=None, for
 def check(rule, inputs, parameters, tolerance=None, form=chunk_miras, **kwargs):
     name = {"Decay": "decay", "Lq": "lq", "KL": "kl"}[type(rule.retention).__name__]
     got = gradients(rule, inputs, parameters, **kwargs)
+    kwargs.pop("every", None)
     expected = gradients(rule, inputs, parameters, form=form, **kwargs)
     names = (*NAMES, *(f"A{i}" for i in range(len(parameters.initial))), "norm_weight", "norm_bias")
     for what, one, other, x in zip(names, got, expected, (*inputs, *parameters.initial, *parameters[1:]), strict=True):
@@ -173,6 +174,30 @@ def test_pads_on_any_side_and_in_between(cuts):
     mask[2] = torch.arange(24, device=DEVICE) % 3 > 0
     got = check(rule, inputs, parameters, mask=mask, cuts=cuts)
     assert all((grad[~mask] == 0).all() for grad in got[:5])
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+def test_states_between_kept_chunk_starts_are_computed_again(memory, every):
+    rule = make_rule(memory, "huber_norm", "decay")
+    inputs, parameters = make_call(rule, batch=2, tokens=89, heads=1)
+    check(rule, inputs, parameters, every=every, cuts=(37,))
+    mask = torch.arange(89, device=DEVICE) >= torch.tensor([[0], [41]], device=DEVICE)
+    check(rule, inputs, parameters, every=every, mask=mask)
+    one = [None if x is None else x[:1] for x in inputs]
+    check(rule, one, parameters, every=every, cu_seqlens=torch.tensor([0, 3, 60, 89], device=DEVICE))
+
+
+def test_kept_chunk_starts_take_no_more_than_inputs_outputs_and_their_gradients():
+    from miras_kernels import Choices
+    from miras_kernels.ops import chunks_between_starts
+
+    for head_dim, chunk_size, itemsize in itertools.product((32, 64, 128), (16, 32, 64), (2, 4)):
+        every = chunks_between_starts(Choices(chunk_size=chunk_size), head_dim, itemsize)
+        budget = 2 * (4 * head_dim * itemsize + 8 * head_dim)
+        kept = [32 * head_dim**2 / (chunk_size * g) for g in (every, every - 1) if g]
+        assert kept[0] <= budget and all(other > budget for other in kept[1:])
+    assert chunks_between_starts(Choices(chunk_size=64), 64, 2) == 1
 
 
 def test_two_runs_give_equal_bits():

@@ -119,6 +119,8 @@ def matrix_backward_kernel(
     b_base_bar = tl.zeros([BD, BD], dtype=tl.float32)
     if TOWARD_INIT:
         b_base = tl.load(base + head * D * D + o_dd, mask=m_dd, other=0.0).to(tl.float32)
+        # later groups of chunks have been here before
+        b_base_bar = tl.load(base_bar + program * D * D + o_dd, mask=m_dd, other=0.0)
     b_next = tl.load(state_bar + program * D * D + o_dd, mask=m_dd, other=0.0)
 
     for i in range(0, chunks):

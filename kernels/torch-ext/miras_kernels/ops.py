@@ -30,6 +30,7 @@ from .configuration import launch_configuration
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
+LARGEST_STATE_ADJOINT = 1e12  # as in pieces.py
 
 # known once, so that nothing has to be looked up while a graph is traced
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -128,11 +129,13 @@ def forward(
             Operands of the products: `"bf16"`, `"tf32"`, `"tf32x3"` or `"ieee"`. By default bf16 for bfloat16 inputs,
             tf32 for float16, and for float32 what `torch.get_float32_matmul_precision()` allows. Sums, states, norms
             and gates are float32 always.
-        save_every (`int`, *optional*, defaults to 0): keep every so-manyth chunk's dual states at its start, 0 for none.
+        save_every (`int`, *optional*, defaults to 0):
+            Keep every so-manyth chunk's dual states at its start, 0 for none; where gradients are needed, 0 stands for
+            `chunks_between_starts`.
 
     Returns:
         `y` of the shape and dtype of `q`, the final state (empty if not asked for), and the saved chunk starts, for
-        each weight `[saved, heads, in, out]`, sequence after sequence; where gradients are needed, of every chunk.
+        each weight `[saved, heads, in, out]`, sequence after sequence.
 
     Raises:
         `ValueError`: if no kernel serves the call, or arguments do not fit, naming the reason.
@@ -149,8 +152,8 @@ def forward(
     shapes = [(q.shape[2], *shape) for shape in choices.weight_shapes(q.shape[-1])]
     if [tuple(a.shape) for a in initial] != shapes:
         raise ValueError(f"`initial` must have shapes {shapes}, got {[tuple(a.shape) for a in initial]}.")
-    if needs_grad:
-        save_every = 1  # the backward pass goes on from there
+    if needs_grad and save_every == 0:
+        save_every = chunks_between_starts(choices, q.shape[-1], q.element_size())
     values = dataclasses.asdict(choices)
     values["weight_cap"] = values["weight_cap"] or 0.0
     y, final, saved = torch.ops.miras_kernels.forward(
@@ -172,6 +175,22 @@ def forward(
         **values,
     )
     return y, tuple(final), tuple(saved)
+
+
+def chunks_between_starts(choices: Choices, head_dim: int, itemsize: int) -> int:
+    """G: a call that needs gradients keeps the dual state of every G-th chunk's start.
+
+    The states in between are computed again, one group after the other, which costs another forward pass. G is the
+    smallest for which the kept states take no more bytes than inputs, outputs and their gradients, per token and head
+
+        4 state / (C G)  <=  2 (4 d itemsize + 8 d)        state: 8 d^2 numbers of an MLP memory, d^2 of a matrix
+
+    Args:
+        itemsize (`int`): bytes of a query's number.
+    """
+    state = sum(fan_in * fan_out for fan_in, fan_out in choices.weight_shapes(head_dim))
+    budget = 2 * (4 * head_dim * itemsize + 8 * head_dim)
+    return max(1, math.ceil(4 * state / (choices.chunk_size * budget)))
 
 
 def default_precision(dtype: torch.dtype) -> str:
@@ -229,7 +248,7 @@ class _Call:
         self.lengths = lengths
         self.where = [starts, lengths, lengths if order is None else order]
 
-        self.chunk_size = c["chunk_size"]
+        self.memory, self.chunk_size = c["memory"], c["chunk_size"]
         self.count = state[-1] if state else None
         self.phases = (self.count % self.chunk_size).contiguous() if state else lengths
         widths = [fan_in for fan_in, _ in self.shapes] + [fan_out for _, fan_out in self.shapes]
@@ -284,6 +303,30 @@ class _Call:
         chunks = (self.lengths + phases + span - 1) // span
         return chunks.cumsum(0) - chunks
 
+    def launch_forward(
+        self, y, dual, final, where, saved, saved_of_row, save_every, min_log_alpha, begun=None
+    ) -> None:
+        """Reads the tokens `where` says, from `dual` on, which it writes to."""
+        from .forward_matrix import matrix_forward_kernel
+        from .forward_mlp import mlp_forward_kernel
+
+        unused = [self.eta] * len(self.factor_shapes)
+        arguments = [self.q, self.k, self.v, self.eta, self.log_alpha, self.delta, y, *self.base, *self.norm, *dual]
+        arguments += [*(self.earlier or unused), self.phases, *(final or unused), *where]
+        if self.memory == "mlp":
+            arguments.append(self.scratch(self.programs, self.chunk_size, self.hidden_units))
+        arguments += [*(saved or [self.eta] * self.layers), saved_of_row, self.tokens, self.heads, min_log_alpha]
+        kernel = mlp_forward_kernel if self.memory == "mlp" else matrix_forward_kernel
+        constants = self.constants if begun is None else self.constants | {"HAS_EARLIER": begun}
+        kernel[(self.programs,)](
+            *arguments,
+            *self.masses,
+            KEEP_FINAL=bool(final),
+            SAVE_EVERY=save_every,
+            **constants,
+            **self.configuration(f"{self.memory}_forward"),
+        )
+
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, device=self.device)
 
@@ -335,9 +378,6 @@ def _forward(
     weight_cap: float,
     simplex_mass: float,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    from .forward_matrix import matrix_forward_kernel
-    from .forward_mlp import mlp_forward_kernel
-
     choices = {
         "memory": memory,
         "attentional_bias": attentional_bias,
@@ -362,9 +402,8 @@ def _forward(
         precision=precision, **choices,
     )  # fmt: skip
     dual = call.starting_dual(state)
-    unused = [call.eta] * len(call.factor_shapes)
-    final = [call.zeros(*shape) for shape in call.factor_shapes] if output_final_state else unused
-    saved, saved_of_row = [call.eta] * call.layers, call.lengths
+    final = [call.zeros(*shape) for shape in call.factor_shapes] if output_final_state else []
+    saved, saved_of_row = [], call.lengths
     if save_every:
         room = _saved_chunks(q, cu_seqlens, chunk_size, save_every)
         saved = [call.zeros(room, *a.shape) for a in initial]
@@ -373,27 +412,14 @@ def _forward(
     # pads are not written to
     y = torch.zeros_like(call.q) if mask is not None else torch.empty_like(call.q)
     if call.programs > 0 and call.tokens > 0:
-        arguments = [call.q, call.k, call.v, call.eta, call.log_alpha, call.delta, y, *call.base]
-        arguments += call.norm
-        arguments += [*dual, *(call.earlier or unused), call.phases, *final, *call.where]
-        if memory == "mlp":
-            arguments.append(call.scratch(call.programs, chunk_size, call.hidden_units))
-        arguments += [*saved, saved_of_row, call.tokens, call.heads, min_log_alpha, *call.masses]
-        kernel = mlp_forward_kernel if memory == "mlp" else matrix_forward_kernel
-        kernel[(call.programs,)](
-            *arguments,
-            KEEP_FINAL=output_final_state,
-            SAVE_EVERY=save_every,
-            **call.constants,
-            **call.configuration(f"{memory}_forward"),
-        )
+        call.launch_forward(y, dual, final, call.where, saved, saved_of_row, save_every, min_log_alpha)
     elif output_final_state and state:
         final = [x.clone() for x in call.earlier]
 
     outputs = []
     if output_final_state:
         outputs = [*dual, *final, call.lengths.clone() if call.count is None else call.count + call.lengths]
-    return y, outputs, saved if save_every else []
+    return y, outputs, saved
 
 
 @_forward.register_fake
@@ -416,11 +442,39 @@ def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu
     return q.new_empty(q.shape), final, saved
 
 
+def _groups(call: _Call, saved: list[Tensor], every: int, min_log_alpha: float):
+    """The groups of chunks that lie between two kept starts, last one first: whether it goes on in the middle of a chunk,
+    where its tokens are, and the slots and states of all its chunks' starts, computed again."""
+    continues = call.constants["HAS_EARLIER"]
+    if every == 1:
+        yield continues, call.where, call.saved_of_row(1), saved
+        return
+    span, phases = every * call.chunk_size, call.phases if continues else 0
+    starts, lengths, order = call.where
+    slots = torch.arange(call.rows, device=call.device) * every
+    nothing = torch.empty_like(call.q)
+    groups = -(-(call.tokens + (call.chunk_size - 1 if continues else 0)) // span)
+    for group in reversed(range(groups)):
+        first = (torch.full_like(lengths, group * span) - phases).clamp(min=0)
+        length = (lengths.clamp(max=(group + 1) * span - phases) - first).clamp(min=0)
+        where = [starts + first, length, length]
+        if call.constants["HAS_ORDER"]:  # whose entries count from the row's start
+            ranks = torch.arange(call.tokens, device=call.device) + first[:, None]
+            where = [starts, length, order.gather(1, ranks.clamp(max=call.tokens - 1))]
+        begun = continues and group == 0
+        kept = (call.saved_of_row(every) + group).clamp(max=saved[0].shape[0] - 1)
+        dual = [x.index_select(0, kept) for x in saved]
+        chunk_starts = [call.zeros(call.rows * every, *x.shape[1:]) for x in saved]
+        call.launch_forward(nothing, dual, [], where, chunk_starts, slots, 1, min_log_alpha, begun)
+        yield begun, where, slots, chunk_starts
+
+
 @torch.library.custom_op("miras_kernels::backward", mutates_args=())
 def _backward(
     y_bar: Tensor,
     final_bars: list[Tensor],
     saved: list[Tensor],
+    save_every: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -494,25 +548,30 @@ def _backward(
     norm_bars = [call.zeros(rows, heads, call.head_dim) for _ in range(2)]
     earlier_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else unused
     if call.programs > 0 and call.tokens > 0:
-        arguments = [call.q, call.k, call.v, call.eta, call.log_alpha, call.delta, y_bar.contiguous(), *call.base]
-        arguments += [*call.norm, *saved, call.saved_of_row(1), *bars, delta_bar, *state_bars, *base_bars]
+        y_bar = y_bar.contiguous()
+        scratch = []
         if memory == "mlp":
-            arguments += norm_bars
-        arguments += [*(call.earlier or unused), call.phases, *earlier_bars, *factor_bars, *call.where]
-        if memory == "mlp":
-            arguments += [call.scratch(call.programs, chunk_size, call.hidden_units) for _ in range(3)]
-            arguments += [call.scratch(call.programs, *shape) for shape in call.shapes]
+            scratch = [call.scratch(call.programs, chunk_size, call.hidden_units) for _ in range(3)]
+            scratch += [call.scratch(call.programs, *shape) for shape in call.shapes]
         kernel = mlp_backward_kernel if memory == "mlp" else matrix_backward_kernel
-        kernel[(call.programs,)](
-            *arguments,
-            call.tokens,
-            heads,
-            min_log_alpha,
-            *call.masses,
-            KEEP_FINAL=bool(final_bars),
-            **call.constants,
-            **call.configuration(f"{memory}_backward"),
-        )
+        for begun, where, slots, chunk_starts in _groups(call, saved, save_every, min_log_alpha):
+            for bar in state_bars:  # inside a group the kernel does it
+                bar.mul_(LARGEST_STATE_ADJOINT / bar.abs().amax((-2, -1), keepdim=True).clamp(LARGEST_STATE_ADJOINT))
+            of_group = [call.zeros(rows, heads, call.head_dim) for _ in call.norm]
+            arguments = [call.q, call.k, call.v, call.eta, call.log_alpha, call.delta, y_bar, *call.base, *call.norm]
+            arguments += [*chunk_starts, slots, *bars, delta_bar, *state_bars, *base_bars, *of_group]
+            arguments += [*(call.earlier or unused), call.phases, *earlier_bars, *factor_bars, *where, *scratch]
+            kernel[(call.programs,)](
+                *arguments,
+                call.tokens,
+                heads,
+                min_log_alpha,
+                *call.masses,
+                KEEP_FINAL=bool(final_bars),
+                **call.constants | {"HAS_EARLIER": begun},
+                **call.configuration(f"{memory}_backward"),
+            )
+            norm_bars = [total + part for total, part in zip(norm_bars, of_group)] if of_group else norm_bars
     elif state and final_bars:
         earlier_bars = [x.clone() for x in factor_bars]
 
@@ -541,7 +600,24 @@ def _backward(
 
 
 @_backward.register_fake
-def _(y_bar, final_bars, saved, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, *rest, **_):
+def _(
+    y_bar,
+    final_bars,
+    saved,
+    save_every,
+    q,
+    k,
+    v,
+    eta,
+    log_alpha,
+    delta,
+    initial,
+    norm_weight,
+    norm_bias,
+    state,
+    *rest,
+    **_,
+):
     outputs = [x.new_empty(x.shape) for x in (q, k, v, eta, log_alpha)]
     outputs.append(q.new_empty((0,), dtype=torch.float32) if delta is None else delta.new_empty(delta.shape))
     norm_shape = (q.shape[2], q.shape[3])
@@ -551,10 +627,11 @@ def _(y_bar, final_bars, saved, q, k, v, eta, log_alpha, delta, initial, norm_we
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, keeps, _, *rest = inputs
+    q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, *rest = inputs
+    ctx.keeps, ctx.save_every, *rest = rest
     _, final, saved = output
     ctx.sizes = (len(initial), len(state), len(saved))
-    ctx.rest, ctx.keeps = rest, keeps
+    ctx.rest = rest
     ctx.save_for_backward(
         q, k, v, eta, log_alpha, delta, norm_weight, norm_bias, cu_seqlens, mask, *initial, *state, *saved
     )
@@ -566,9 +643,7 @@ def _adjoint(ctx, y_bar, final_bars, saved_bars):
     layers, states, kept = ctx.sizes
     initial, state, saved = lists[:layers], lists[layers : layers + states], lists[layers + states :]
     if not saved:
-        raise RuntimeError(
-            "`save_every` must be 1 in a call that is differentiated, got 0: no chunk starts were kept."
-        )
+        raise RuntimeError("`save_every` must not be 0 in a call that is differentiated: no chunk starts were kept.")
     if y_bar is None:
         y_bar = torch.zeros_like(q)
     finals = []
@@ -578,7 +653,7 @@ def _adjoint(ctx, y_bar, final_bars, saved_bars):
             for bar, (shape, dtype) in zip(final_bars[:-1], ctx.final_shapes)
         ]
     bars = torch.ops.miras_kernels.backward(
-        y_bar, finals, saved, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
+        y_bar, finals, saved, ctx.save_every, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
         *ctx.rest,
     )  # fmt: skip
     delta_bar = None if delta is None else bars[5]
