@@ -178,6 +178,19 @@ def test_checkpointing_and_adapters_train_through_the_kernels(ids, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_decoding_on_pytorch_is_said_once(ids, monkeypatch, compiled):
+    said = []
+    monkeypatch.setattr(miras_hf.backend.logger, "warning_once", said.append)
+    _, fast = make_models("yaad")
+    step = torch.compile(fast, backend="eager") if compiled else fast
+    with torch.no_grad():
+        cache = fast(input_ids=ids, use_cache=True).past_key_values
+        assert not said
+        step(input_ids=ids[:, :1], past_key_values=cache)
+    assert said and all("decode on PyTorch" in message for message in said)
+
+
 def test_environment_wins_over_the_config(monkeypatch):
     rule = MirasRule(attentional_bias=L2(), chunk_size=16)
     assert MemoryBackend(rule, "pytorch").backend == "pytorch"

@@ -377,6 +377,33 @@ def test_refusals_name_the_reason():
         by_kernel(make_rule("matrix"), inputs, parameters)
 
 
+def test_arguments_that_do_not_fit_are_named():
+    """A kernel would read beyond them."""
+    rule = make_rule("mlp", "huber_norm", "lq")
+    inputs, parameters = make_call(rule, tokens=21)
+    for index, name in enumerate(("k", "v", "eta", "log_alpha", "delta"), start=1):
+        wrong = list(inputs)
+        wrong[index] = wrong[index][:, :20]
+        with pytest.raises(ValueError, match=f"`{name}` must have shape .*, got "):
+            by_kernel(rule, wrong, parameters)
+    with pytest.raises(ValueError, match="`delta` is required by huber_norm"):
+        by_kernel(rule, [*inputs[:5], None], parameters)
+    with pytest.raises(ValueError, match="`delta` must be None: l2"):
+        by_kernel(make_rule("mlp", "l2", "lq"), inputs, parameters)
+    with pytest.raises(ValueError, match="`norm_weight` must have shape"):
+        by_kernel(rule, inputs, parameters._replace(norm_weight=parameters.norm_weight[:1]))
+    with pytest.raises(ValueError, match="`mask` must have shape"):
+        by_kernel(rule, inputs, parameters, mask=torch.ones(1, 20, dtype=torch.bool, device=DEVICE))
+    with pytest.raises(ValueError, match="`mask` must be a bool tensor"):
+        by_kernel(rule, inputs, parameters, mask=torch.ones(1, 21, device=DEVICE))
+    with pytest.raises(ValueError, match="`cu_seqlens` must have shape"):
+        by_kernel(rule, inputs, parameters, cu_seqlens=torch.tensor([21], device=DEVICE))
+    _, state, _ = by_kernel(rule, inputs, parameters)
+    two, _ = make_call(rule, batch=2, tokens=21)
+    with pytest.raises(ValueError, match="`state` must have shapes"):
+        by_kernel(rule, two, parameters, state=state)
+
+
 def test_operator_is_well_formed():
     rule = make_rule("mlp", "huber_mixture", "lq")
     inputs, parameters = make_call(rule, tokens=5, heads=1)

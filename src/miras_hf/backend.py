@@ -15,6 +15,7 @@
 
 `MIRAS_BACKEND` in the environment wins over `memory_backend` in the config. `"auto"` takes a kernel where one serves the
 call, and says once if a GPU is left to the slow path; `"triton"` raises where none does; `"pytorch"` takes none.
+Decoding token by token has no kernel yet: it is PyTorch under all three, and says so once.
 """
 
 import os
@@ -41,6 +42,7 @@ from .memory import (
     MirasRule,
     MLPMemory,
     chunk_miras,
+    step_miras,
 )
 from .memory.learning import GradientDescent
 from .memory.retention import FrozenScale
@@ -63,6 +65,8 @@ _GATES = {Decay: "decay", Lq: "lq", LqMirror: "lq_mirror", KL: "kl"}
 
 class MemoryBackend:
     """Reads tokens with the memory of a rule; arguments and results are those of [`~miras_hf.memory.chunk_miras`].
+
+    One token that continues a state takes the decode step, which is PyTorch whatever the backend.
 
     Args:
         rule (`MirasRule`): the four choices.
@@ -101,6 +105,12 @@ class MemoryBackend:
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, MemoryState | None]:
+        if q.shape[1] == 1 and initial_state is not None:
+            if self.backend == "triton" or (self.backend == "auto" and q.device.type == "cuda"):
+                _say_once("Miras memories decode on PyTorch: there is no kernel for single tokens yet.")
+            arguments = {"parameters": parameters, "initial_state": initial_state, "mask": mask}
+            arguments["output_final_state"] = output_final_state
+            return step_miras(q, k, v, eta, log_alpha, delta, rule=self.rule, **arguments)
         if self.backend != "pytorch":
             tensors = [q, k, v, eta, log_alpha, delta, *parameters.initial, *parameters[1:]]
             if initial_state is not None:
@@ -113,8 +123,8 @@ class MemoryBackend:
                 )
             if self.backend == "triton":
                 raise ValueError(f"No kernel serves this call, and the backend is 'triton': {reason}.")
-            if q.device.type == "cuda" and not torch.compiler.is_compiling():
-                logger.warning_once(f"Miras memories run on the slow PyTorch path on a GPU: {reason}.")
+            if q.device.type == "cuda":
+                _say_once(f"Miras memories run on the slow PyTorch path on a GPU: {reason}.")
         return chunk_miras(
             q,
             k,
@@ -155,6 +165,13 @@ class MemoryBackend:
             return y, None
         parts = (final[i * layers : (i + 1) * layers] for i in range(3))
         return y, MemoryState(*parts, *final[3 * layers :])
+
+
+# in a compiled model too: said while the graph is traced
+@torch.compiler.assume_constant_result
+def _say_once(message: str) -> bool:
+    logger.warning_once(message)
+    return True
 
 
 def kernel_choices(rule: MirasRule) -> tuple[Choices | None, str | None]:

@@ -53,7 +53,6 @@ from .memory import (
     MemoryParameters,
     MemoryState,
     MirasRule,
-    step_miras,
 )
 from .model_card import save_model_card
 from .parallel import check_distributed_config
@@ -324,15 +323,19 @@ class MirasMemory(nn.Module):
         """Arguments of [`miras_hf.memory.chunk_miras`]; one token that continues a state takes the decode step."""
         # tensor parallelism leaves buffers whole: as many as this rank has heads
         norm = (self.norm_weight[: q.shape[2]], self.norm_bias[: q.shape[2]])
-        arguments = {
-            "parameters": MemoryParameters(self.initial_state(), *norm),
-            "initial_state": state,
-            "output_final_state": output_final_state,
-            "mask": mask,
-        }
-        if q.shape[1] == 1 and state is not None:
-            return step_miras(q, k, v, eta, log_alpha, delta, rule=self.rule, **arguments)
-        return self.read_tokens(q, k, v, eta, log_alpha, delta, cu_seqlens=cu_seqlens, **arguments)
+        return self.read_tokens(
+            q,
+            k,
+            v,
+            eta,
+            log_alpha,
+            delta,
+            parameters=MemoryParameters(self.initial_state(), *norm),
+            initial_state=state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            mask=mask,
+        )
 
     def sample_initial_state(self, layer: int) -> Tensor:
         """A dual state whose weights have the scale that simulations found stable."""

@@ -154,6 +154,7 @@ def forward(
         raise ValueError(f"`initial` must have shapes {shapes}, got {[tuple(a.shape) for a in initial]}.")
     if needs_grad and save_every == 0:
         save_every = chunks_between_starts(choices, q.shape[-1], q.element_size())
+    _check(q, k, v, eta, log_alpha, delta, choices, norm_weight, norm_bias, state, cu_seqlens, mask)
     values = dataclasses.asdict(choices)
     values["weight_cap"] = values["weight_cap"] or 0.0
     y, final, saved = torch.ops.miras_kernels.forward(
@@ -175,6 +176,48 @@ def forward(
         **values,
     )
     return y, tuple(final), tuple(saved)
+
+
+def _check(q, k, v, eta, log_alpha, delta, choices, norm_weight, norm_bias, state, cu_seqlens, mask) -> None:
+    # a kernel reads where these shapes say, whatever is there
+    batch, tokens, heads, head_dim = q.shape
+    of_gate = [(batch, tokens, heads), (batch, tokens, heads, 1), (batch, tokens, heads, head_dim)]
+    allowed: dict[str, tuple] = {"k": (k, [q.shape]), "v": (v, [q.shape])}
+    allowed |= {"eta": (eta, of_gate), "log_alpha": (log_alpha, of_gate)}
+    if choices.attentional_bias.startswith("huber"):
+        if delta is None:
+            raise ValueError(f"`delta` is required by {choices.attentional_bias}, a threshold per token.")
+        allowed["delta"] = (delta, of_gate if choices.attentional_bias == "huber_coordinate" else of_gate[:2])
+    elif delta is not None:
+        raise ValueError(f"`delta` must be None: {choices.attentional_bias} has no threshold.")
+    if choices.memory == "mlp":
+        for name, x in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+            if x is None:
+                raise ValueError(f"`{name}` is required by an MLP memory.")
+            allowed[name] = (x, [(heads, head_dim)])
+    if mask is not None:
+        allowed["mask"] = (mask, [(batch, tokens)])
+        if mask.dtype != torch.bool:
+            raise ValueError(f"`mask` must be a bool tensor, got {mask.dtype}.")
+    if cu_seqlens is not None and (batch != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
+        raise ValueError(
+            "`cu_seqlens` must have shape [sequences + 1] and needs a batch of one packed row, got "
+            f"{tuple(cu_seqlens.shape)} and a batch of {batch}."
+        )
+    if state:
+        rows = _rows(q, cu_seqlens)
+        shapes = choices.weight_shapes(head_dim)
+        gate_dim = max(_gate(eta).shape[-1], _gate(log_alpha).shape[-1])
+        widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + [gate_dim, gate_dim]
+        expected = [(rows, heads, *shape) for shape in shapes]
+        expected += [(rows, heads, choices.chunk_size, width) for width in widths] + [(rows,)]
+        if [tuple(x.shape) for x in state] != expected:
+            raise ValueError(f"`state` must have shapes {expected}, got {[tuple(x.shape) for x in state]}.")
+    for name, (x, shapes) in allowed.items():
+        if tuple(x.shape) not in [tuple(shape) for shape in shapes]:
+            raise ValueError(
+                f"`{name}` must have shape {' or '.join(str(tuple(s)) for s in shapes)}, got {tuple(x.shape)}."
+            )
 
 
 def chunks_between_starts(choices: Choices, head_dim: int, itemsize: int) -> int:
