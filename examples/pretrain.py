@@ -71,7 +71,7 @@ from transformers import (
 )
 
 import miras_hf
-from miras_hf.model_card import ModelCardMixin, changed_fields, model_card, training_run
+from miras_hf.model_card import ModelCardMixin, changed_fields, training_run
 
 
 @dataclass
@@ -480,9 +480,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "prompt": run.prompt,
         "sample": sample,
     }
-    trainer.run_details = report
-    model.training_run = report
-    model_card(model, report, name=report["name"], license=run.license).save(folder / "README.md")
+    trainer.run_details = model.training_run = report
+    trainer.create_model_card(license=run.license)
     if args.push_to_hub:
         trainer.push_to_hub(license=run.license)
     if run.report:

@@ -20,7 +20,7 @@ after every measurement (`results.json`), so a run that is stopped keeps what it
 `results.png`. What is not installed (titans-pytorch, flash-linear-attention) or fails is skipped by name. Fits into ten
 minutes on an H200; `--minutes` says when to stop measuring.
 
-Without a GPU, `TRITON_INTERPRET=1 python kernels/benchmarks/gpu_check.py --quick --out /tmp/x` shows that it runs; it
+Without a GPU, `TRITON_INTERPRET=1 python kernels/benchmarks/gpu_check.py --quick --out quick` shows that it runs; it
 times nothing that means anything.
 """
 

@@ -89,7 +89,7 @@ def model_card(
         "datasets": [data["id"]] if data.get("id") else None,
         "tags": ["miras-hf", config.model_type, "arxiv:2504.13173"],
         "model_name": name,
-        "eval_results": _eval_results(run, task, kind),
+        "eval_results": _eval_results(run, task),
     }
     tags = metadata.pop("tags", None) or []
     fields |= {key: value for key, value in metadata.items() if value is not None}
@@ -262,7 +262,7 @@ def _merged(known: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
     return known | added | both
 
 
-def _eval_results(run: dict[str, Any] | None, task: str, kind: str) -> list[EvalResult] | None:
+def _eval_results(run: dict[str, Any] | None, task: str) -> list[EvalResult] | None:
     if not run:
         return None
     data = run.get("data", {})
