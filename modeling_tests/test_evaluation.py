@@ -27,7 +27,6 @@ import torch
 import miras_hf
 
 
-PACKAGE = Path(miras_hf.__file__).resolve().parent.parent
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TEXTS = ["to be or not to be, that is the question", "whether 'tis nobler in the mind to suffer", "to be"]
 
@@ -44,7 +43,11 @@ def folder(tmp_path_factory):
 
 
 def run(arguments, tmp_path):
-    env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PACKAGE)}
+    env = os.environ | {
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -27,12 +27,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import miras_hf
-
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-# The package under test, installed or not.
-PACKAGE = Path(miras_hf.__file__).resolve().parent.parent
 
 
 def load_example(name: str):
@@ -60,7 +56,8 @@ def smoke(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "pretrain.py"), *flags],
         cwd=folder,
-        env=os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PACKAGE)},
+        env=os.environ
+        | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )

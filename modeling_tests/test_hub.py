@@ -35,7 +35,6 @@ from miras_hf.hub import SHIM_MODULE, auto_map
 from miras_hf.model_card import MARKER, model_card
 
 
-PACKAGE = Path(miras_hf.__file__).resolve().parent.parent
 SIZE = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "chunk_size": 4}
 FAMILIES = {
     "miras": miras_hf.MirasConfig,
@@ -47,7 +46,7 @@ FAMILIES = {
 
 def run(hub, folder, script, name):
     """A script in a process of its own that knows only `hub`; what it prints last is JSON."""
-    env = os.environ | hub.env | {"HF_HOME": str(folder / name), "PYTHONPATH": str(PACKAGE)}
+    env = os.environ | hub.env | {"HF_HOME": str(folder / name), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], cwd=folder, env=env, capture_output=True, text=True
     )
