@@ -173,7 +173,7 @@ def forward(
         output_final_state,
         save_every,
         precision or "",
-        **values,
+        *values.values(),
     )
     return y, tuple(final), tuple(saved)
 
@@ -291,7 +291,7 @@ class _Call:
         self.lengths = lengths
         self.where = [starts, lengths, lengths if order is None else order]
 
-        self.memory, self.chunk_size = c["memory"], c["chunk_size"]
+        self.memory, self.chunk_size, self.min_log_alpha = c["memory"], c["chunk_size"], c["min_log_alpha"]
         self.count = state[-1] if state else None
         self.phases = (self.count % self.chunk_size).contiguous() if state else lengths
         widths = [fan_in for fan_in, _ in self.shapes] + [fan_out for _, fan_out in self.shapes]
@@ -346,9 +346,7 @@ class _Call:
         chunks = (self.lengths + phases + span - 1) // span
         return chunks.cumsum(0) - chunks
 
-    def launch_forward(
-        self, y, dual, final, where, saved, saved_of_row, save_every, min_log_alpha, begun=None
-    ) -> None:
+    def launch_forward(self, y, dual, final, where, saved, saved_of_row, save_every, begun=None) -> None:
         """Reads the tokens `where` says, from `dual` on, which it writes to."""
         from .forward_matrix import matrix_forward_kernel
         from .forward_mlp import mlp_forward_kernel
@@ -358,12 +356,12 @@ class _Call:
         arguments += [*(self.earlier or unused), self.phases, *(final or unused), *where]
         if self.memory == "mlp":
             arguments.append(self.scratch(self.programs, self.chunk_size, self.hidden_units))
-        arguments += [*(saved or [self.eta] * self.layers), saved_of_row, self.tokens, self.heads, min_log_alpha]
+        arguments += [*(saved or [self.eta] * self.layers), saved_of_row, self.tokens, self.heads]
+        arguments += [self.min_log_alpha, *self.masses]
         kernel = mlp_forward_kernel if self.memory == "mlp" else matrix_forward_kernel
         constants = self.constants if begun is None else self.constants | {"HAS_EARLIER": begun}
         kernel[(self.programs,)](
             *arguments,
-            *self.masses,
             KEEP_FINAL=bool(final),
             SAVE_EVERY=save_every,
             **constants,
@@ -386,7 +384,21 @@ class _Call:
         )
 
 
-@torch.library.custom_op("miras_kernels::forward", mutates_args=())
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor eta, Tensor log_alpha, Tensor? delta, Tensor[] initial, Tensor? norm_weight, "
+    "Tensor? norm_bias, Tensor[] state, Tensor? cu_seqlens, Tensor? mask"
+)
+# the choices, one argument each, in the order of the dataclass; `weight_cap` 0 is no cap
+_CHOICES = {field.name: getattr(field.type, "__name__", "float") for field in dataclasses.fields(Choices)}
+_OPTIONS = ", ".join(f"{kind} {name}" for name, kind in _CHOICES.items())
+
+
+@torch.library.custom_op(
+    "miras_kernels::forward",
+    mutates_args=(),
+    schema=f"({_TENSORS}, bool output_final_state, int save_every, str precision, {_OPTIONS})"
+    " -> (Tensor, Tensor[], Tensor[])",
+)
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -403,43 +415,9 @@ def _forward(
     output_final_state: bool,
     save_every: int,
     precision: str,
-    memory: str,
-    attentional_bias: str,
-    retention: str,
-    chunk_size: int,
-    decay_target: str,
-    min_log_alpha: float,
-    expansion: int,
-    norm_eps: float,
-    residual_clip: float,
-    lp_power: float,
-    lp_smooth_sign: bool,
-    lp_sharpness: float,
-    lp_error_cap: float,
-    lq_power: float,
-    lq_norm_floor: float,
-    weight_cap: float,
-    simplex_mass: float,
+    *choices,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    choices = {
-        "memory": memory,
-        "attentional_bias": attentional_bias,
-        "retention": retention,
-        "chunk_size": chunk_size,
-        "decay_target": decay_target,
-        "min_log_alpha": min_log_alpha,
-        "expansion": expansion,
-        "norm_eps": norm_eps,
-        "residual_clip": residual_clip,
-        "lp_power": lp_power,
-        "lp_smooth_sign": lp_smooth_sign,
-        "lp_sharpness": lp_sharpness,
-        "lp_error_cap": lp_error_cap,
-        "lq_power": lq_power,
-        "lq_norm_floor": lq_norm_floor,
-        "weight_cap": weight_cap,
-        "simplex_mass": simplex_mass,
-    }
+    choices = dict(zip(_CHOICES, choices))
     call = _Call(
         q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
         precision=precision, **choices,
@@ -448,14 +426,14 @@ def _forward(
     final = [call.zeros(*shape) for shape in call.factor_shapes] if output_final_state else []
     saved, saved_of_row = [], call.lengths
     if save_every:
-        room = _saved_chunks(q, cu_seqlens, chunk_size, save_every)
+        room = _saved_chunks(q, cu_seqlens, call.chunk_size, save_every)
         saved = [call.zeros(room, *a.shape) for a in initial]
         saved_of_row = call.saved_of_row(save_every)
 
     # pads are not written to
     y = torch.zeros_like(call.q) if mask is not None else torch.empty_like(call.q)
     if call.programs > 0 and call.tokens > 0:
-        call.launch_forward(y, dual, final, call.where, saved, saved_of_row, save_every, min_log_alpha)
+        call.launch_forward(y, dual, final, call.where, saved, saved_of_row, save_every)
     elif output_final_state and state:
         final = [x.clone() for x in call.earlier]
 
@@ -466,13 +444,12 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, *rest, **choices):
-    names = ("output_final_state", "save_every", "precision", "memory", "attentional_bias", "retention", "chunk_size")
-    known = dict(zip(names, rest)) | choices
-    chunk_size, save_every = known["chunk_size"], known["save_every"]
+def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, *options):
+    output_final_state, save_every, _precision, *choices = options
+    chunk_size = dict(zip(_CHOICES, choices))["chunk_size"]
     rows, heads = _rows(q, cu_seqlens), q.shape[2]
     final, saved = [], []
-    if known["output_final_state"]:
+    if output_final_state:
         shapes = [tuple(a.shape[1:]) for a in initial]
         gate_dim = max(_gate(eta).shape[-1], _gate(log_alpha).shape[-1])
         widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + [gate_dim, gate_dim]
@@ -485,7 +462,7 @@ def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu
     return q.new_empty(q.shape), final, saved
 
 
-def _groups(call: _Call, saved: list[Tensor], every: int, min_log_alpha: float):
+def _groups(call: _Call, saved: list[Tensor], every: int):
     """The groups of chunks that lie between two kept starts, last one first: whether it goes on in the middle of a chunk,
     where its tokens are, and the slots and states of all its chunks' starts, computed again."""
     continues = call.constants["HAS_EARLIER"]
@@ -508,11 +485,16 @@ def _groups(call: _Call, saved: list[Tensor], every: int, min_log_alpha: float):
         kept = (call.saved_of_row(every) + group).clamp(max=saved[0].shape[0] - 1)
         dual = [x.index_select(0, kept) for x in saved]
         chunk_starts = [call.zeros(call.rows * every, *x.shape[1:]) for x in saved]
-        call.launch_forward(nothing, dual, [], where, chunk_starts, slots, 1, min_log_alpha, begun)
+        call.launch_forward(nothing, dual, [], where, chunk_starts, slots, 1, begun)
         yield begun, where, slots, chunk_starts
 
 
-@torch.library.custom_op("miras_kernels::backward", mutates_args=())
+@torch.library.custom_op(
+    "miras_kernels::backward",
+    mutates_args=(),
+    schema=f"(Tensor y_bar, Tensor[] final_bars, Tensor[] saved, int save_every, {_TENSORS}, str precision, {_OPTIONS})"
+    " -> Tensor[]",
+)
 def _backward(
     y_bar: Tensor,
     final_bars: list[Tensor],
@@ -531,47 +513,13 @@ def _backward(
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
     precision: str,
-    memory: str,
-    attentional_bias: str,
-    retention: str,
-    chunk_size: int,
-    decay_target: str,
-    min_log_alpha: float,
-    expansion: int,
-    norm_eps: float,
-    residual_clip: float,
-    lp_power: float,
-    lp_smooth_sign: bool,
-    lp_sharpness: float,
-    lp_error_cap: float,
-    lq_power: float,
-    lq_norm_floor: float,
-    weight_cap: float,
-    simplex_mass: float,
+    *choices,
 ) -> list[Tensor]:
     """Adjoints of q, k, v, eta, log_alpha, delta (empty if there is none), the initial memory, the norm, the state."""
     from .backward_matrix import matrix_backward_kernel
     from .backward_mlp import mlp_backward_kernel
 
-    choices = {
-        "memory": memory,
-        "attentional_bias": attentional_bias,
-        "retention": retention,
-        "chunk_size": chunk_size,
-        "decay_target": decay_target,
-        "min_log_alpha": min_log_alpha,
-        "expansion": expansion,
-        "norm_eps": norm_eps,
-        "residual_clip": residual_clip,
-        "lp_power": lp_power,
-        "lp_smooth_sign": lp_smooth_sign,
-        "lp_sharpness": lp_sharpness,
-        "lp_error_cap": lp_error_cap,
-        "lq_power": lq_power,
-        "lq_norm_floor": lq_norm_floor,
-        "weight_cap": weight_cap,
-        "simplex_mass": simplex_mass,
-    }
+    choices = dict(zip(_CHOICES, choices))
     call = _Call(
         q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
         precision=precision, **choices,
@@ -593,11 +541,11 @@ def _backward(
     if call.programs > 0 and call.tokens > 0:
         y_bar = y_bar.contiguous()
         scratch = []
-        if memory == "mlp":
-            scratch = [call.scratch(call.programs, chunk_size, call.hidden_units) for _ in range(3)]
+        if call.memory == "mlp":
+            scratch = [call.scratch(call.programs, call.chunk_size, call.hidden_units) for _ in range(3)]
             scratch += [call.scratch(call.programs, *shape) for shape in call.shapes]
-        kernel = mlp_backward_kernel if memory == "mlp" else matrix_backward_kernel
-        for begun, where, slots, chunk_starts in _groups(call, saved, save_every, min_log_alpha):
+        kernel = mlp_backward_kernel if call.memory == "mlp" else matrix_backward_kernel
+        for begun, where, slots, chunk_starts in _groups(call, saved, save_every):
             for bar in state_bars:  # inside a group the kernel does it
                 bar.mul_(LARGEST_STATE_ADJOINT / bar.abs().amax((-2, -1), keepdim=True).clamp(LARGEST_STATE_ADJOINT))
             of_group = [call.zeros(rows, heads, call.head_dim) for _ in call.norm]
@@ -608,11 +556,11 @@ def _backward(
                 *arguments,
                 call.tokens,
                 heads,
-                min_log_alpha,
+                call.min_log_alpha,
                 *call.masses,
                 KEEP_FINAL=bool(final_bars),
                 **call.constants | {"HAS_EARLIER": begun},
-                **call.configuration(f"{memory}_backward"),
+                **call.configuration(f"{call.memory}_backward"),
             )
             norm_bars = [total + part for total, part in zip(norm_bars, of_group)] if of_group else norm_bars
     elif state and final_bars:
