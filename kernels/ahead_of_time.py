@@ -32,7 +32,18 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from miras_kernels import backward_matrix, backward_mlp, forward_matrix, forward_mlp, ops
+from miras_kernels import (
+    Projections,
+    backward_matrix,
+    backward_mlp,
+    decode_matrix,
+    decode_mlp,
+    decoding,
+    forward_matrix,
+    forward_mlp,
+    ops,
+    resident_state,
+)
 from miras_kernels.choices import Choices
 
 
@@ -40,8 +51,10 @@ from miras_kernels.choices import Choices
 KERNELS = {
     "mlp_forward": (forward_mlp, "mlp_forward_kernel"),
     "mlp_backward": (backward_mlp, "mlp_backward_kernel"),
+    "mlp_decode": (decode_mlp, "mlp_decode_kernel"),
     "matrix_forward": (forward_matrix, "matrix_forward_kernel"),
     "matrix_backward": (backward_matrix, "matrix_backward_kernel"),
+    "matrix_decode": (decode_matrix, "matrix_decode_kernel"),
 }
 # shared memory that one program may use, KiB, for what a configuration file's name says: sm_89 stands for every device
 # that has to do with the default, and has the least of those that PyTorch and Triton still serve
@@ -70,7 +83,8 @@ class Call:
 def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: str = "cpu") -> Callable[[], object]:
     """The call, ready to be made, on random inputs; `tokens` is rounded up to whole chunks."""
     choices, head_dim = call.choices, call.head_dim
-    tokens = -(-tokens // choices.chunk_size) * choices.chunk_size
+    decodes = call.kernel.endswith("_decode")
+    tokens = 1 if decodes else -(-tokens // choices.chunk_size) * choices.chunk_size
     dtype = torch.bfloat16 if call.precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
 
@@ -91,19 +105,31 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
         "choices": choices,
         "initial": tuple(normal(heads, *shape) / shape[0] ** 0.5 for shape in shapes),
         "precision": call.precision,
-        "output_final_state": call.continues,
-        "save_every": call.save_every,
     }
     if choices.memory == "mlp":
         arguments["norm_weight"] = torch.ones(heads, head_dim, device=device)
         arguments["norm_bias"] = torch.zeros(heads, head_dim, device=device)
     if call.masked:
         arguments["mask"] = torch.arange(tokens, device=device).expand(batch, tokens) >= 3
-    if call.continues:
+    if call.continues or decodes:
         widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + 2 * [(*gate, 1)[3]]
         factors = (torch.zeros(batch, heads, choices.chunk_size, width, device=device) for width in widths)
         dual = (torch.zeros(batch, heads, *shape, device=device) for shape in shapes)
         arguments["state"] = (*dual, *factors, torch.full((batch,), 5, device=device))
+    if decodes:
+        state, companions = resident_state(arguments["state"], choices=choices, initial=arguments["initial"])
+        width = heads * head_dim
+        projections = Projections(
+            conv_weights=tuple(normal(width, 4).to(dtype) for _ in "qkv"),
+            conv_tail=normal(batch, 3, 3 * width).to(dtype),
+            a_log=torch.zeros(heads, device=device),
+            eta_max=0.03,
+            cos=normal(1, tokens, head_dim).to(dtype),
+            sin=normal(1, tokens, head_dim).to(dtype),
+        )
+        arguments |= {"state": state, "companions": companions, "projections": projections}
+        return lambda: decoding.decode(q, k, v, eta, log_alpha, delta, **arguments)
+    arguments |= {"output_final_state": call.continues, "save_every": call.save_every}
     if not call.kernel.endswith("_backward"):
         return lambda: ops.forward(q, k, v, eta, log_alpha, delta, **arguments)
 
@@ -139,7 +165,10 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
         patch.object(before, first, _Nothing()),
         patch.object(module, attribute, kernel),
         patch.object(ops, "launch_configuration", lambda *_, **__: dict(launch)),
-        patch.object(ops, "refusal", lambda *_: None),  # there is no GPU, and none is needed
+        patch.object(decoding, "launch_configuration", lambda *_, **__: dict(launch)),
+        # there is no GPU, and none is needed
+        patch.object(ops, "refusal", lambda *_: None),
+        patch.object(decoding, "refusal", lambda *_, **__: None),
         _target(capability),
         # nothing is read from or left in the user's cache: what is counted was compiled here
         tempfile.TemporaryDirectory() as cache,

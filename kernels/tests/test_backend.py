@@ -15,7 +15,9 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
+from transformers.generation import CompileConfig
 from transformers.utils import logging
 
 import miras_hf
@@ -52,16 +54,16 @@ def make_models(family, **options):
     return slow, fast.to(DEVICE).eval()
 
 
-def calls_of(monkeypatch):
+def calls_of(monkeypatch, name="_by_kernel"):
     """Counts what the operator is called for."""
     calls = []
-    by_kernel = MemoryBackend._by_kernel
+    method = getattr(MemoryBackend, name)
 
-    def counted(self, *args):
+    def counted(self, *args, **kwargs):
         calls.append(args[0].shape)
-        return by_kernel(self, *args)
+        return method(self, *args, **kwargs)
 
-    monkeypatch.setattr(MemoryBackend, "_by_kernel", counted)
+    monkeypatch.setattr(MemoryBackend, name, counted)
     return calls
 
 
@@ -87,13 +89,43 @@ def test_logits(family, ids, monkeypatch):
     assert len(calls) == 3 * fast.config.layer_types.count("miras_memory")
 
 
-@pytest.mark.parametrize("family", ["moneta", "hybrid"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generate(family, ids, monkeypatch):
+    """Left-padded rows whose chunks end at different tokens, a prompt read in pieces."""
     slow, fast = make_models(family)
     calls = calls_of(monkeypatch)
-    options = {"max_new_tokens": 6, "do_sample": False, "prefill_chunk_size": 8}
+    few = calls_of(monkeypatch, "read_in_place")
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "prefill_chunk_size": 18, "attention_mask": mask}
+    expected = slow.generate(ids, **options)
+    few.clear()
+    assert torch.equal(fast.generate(ids, **options), expected)
+    # the prompt's first piece by the forward kernel, its last three tokens and all others by the decode kernel
+    assert {shape[1] for shape in calls} == {18} and {shape[1] for shape in few} == {3, 1}
+
+
+def test_generate_with_beams(ids):
+    slow, fast = make_models("yaad")
+    options = {"max_new_tokens": 4, "num_beams": 2, "num_return_sequences": 2, "do_sample": False}
     assert torch.equal(fast.generate(ids, **options), slow.generate(ids, **options))
-    assert {shape[1] for shape in calls} == {8, 5}  # the prompt, in pieces; tokens one by one take the decode step
+
+
+@pytest.mark.parametrize("family", ["moneta", "hybrid"])
+def test_compiled_generation(family, ids):
+    """One graph without a break serves every token, also over the end of a chunk."""
+    slow, fast = make_models(family)
+    mask = torch.ones_like(ids)
+    mask[0, :10] = 0
+    options = {"max_new_tokens": 7, "do_sample": False, "attention_mask": mask}
+    compile_config = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
+    compile_config._compile_all_devices = True  # `generate()` would leave CPUs alone
+    torch._dynamo.reset()
+    counters.clear()
+    static = {"cache_implementation": "static", "compile_config": compile_config}
+    assert torch.equal(fast.generate(ids, **options, **static), slow.generate(ids, **options))
+    # the window's own layers, Transformers', are traced again for a length that grows
+    assert counters["stats"]["unique_graphs"] == (1 if family == "moneta" else 2)
 
 
 @torch.no_grad()
@@ -160,8 +192,8 @@ def test_training_of_what_kernels_do_not_know_takes_the_pytorch_path(ids, monkey
     with pytest.raises(ValueError, match="backend is 'triton': gradients are needed.* lq_mirror"):
         fast(input_ids=ids)
     for module in fast.modules():
-        if hasattr(module, "read_tokens"):
-            module.read_tokens.backend = "auto"
+        if hasattr(module, "rule"):
+            module.backend.backend = "auto"
     calls = calls_of(monkeypatch)
     one, other = (model(input_ids=ids, labels=ids).loss for model in (fast, slow))
     assert not calls and torch.equal(one, other)
@@ -198,17 +230,16 @@ def test_checkpointing_and_adapters_train_through_the_kernels(ids, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_decoding_on_pytorch_is_said_once(ids, monkeypatch, compiled):
+def test_slow_paths_are_said_in_compiled_models_too(monkeypatch):
     said = []
     monkeypatch.setattr(miras_hf.backend.logger, "warning_once", said.append)
-    _, fast = make_models("yaad")
-    step = torch.compile(fast, backend="eager") if compiled else fast
-    with torch.no_grad():
-        cache = fast(input_ids=ids, use_cache=True).past_key_values
-        assert not said
-        step(input_ids=ids[:, :1], past_key_values=cache)
-    assert said and all("decode on PyTorch" in message for message in said)
+
+    def model(x):
+        miras_hf.backend._say_once("slow")
+        return x + 1
+
+    torch.compile(model, backend="eager", fullgraph=True)(torch.ones(1))
+    assert said == ["slow"]
 
 
 def test_environment_wins_over_the_config(monkeypatch):
@@ -239,8 +270,8 @@ def test_rules_that_kernels_do_not_know_say_why(ids):
 def test_slow_path_on_a_gpu_is_said_once(ids, caplog):
     slow, _ = make_models("yaad", chunk_size=8)
     for module in slow.modules():
-        if hasattr(module, "read_tokens"):
-            module.read_tokens.backend = "auto"
+        if hasattr(module, "rule"):
+            module.backend.backend = "auto"
     logging.enable_propagation()
     with torch.no_grad():
         slow(input_ids=ids)

@@ -15,16 +15,16 @@
 
 `MIRAS_BACKEND` in the environment wins over `memory_backend` in the config. `"auto"` takes a kernel where one serves the
 call, and says once if a GPU is left to the slow path; `"triton"` raises where none does; `"pytorch"` takes none.
-Decoding token by token has no kernel yet: it is PyTorch under all three, and says so once.
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from miras_kernels import Choices, forward, refusal
+from miras_kernels import LARGEST_CALL, Choices, Projections, decode, forward, refusal, resident_state
 
 from .memory import (
     KL,
@@ -43,6 +43,7 @@ from .memory import (
     MLPMemory,
     chunk_miras,
     step_miras,
+    step_miras_,
 )
 from .memory.learning import GradientDescent
 from .memory.retention import FrozenScale
@@ -64,9 +65,7 @@ _GATES = {Decay: "decay", Lq: "lq", LqMirror: "lq_mirror", KL: "kl"}
 
 
 class MemoryBackend:
-    """Reads tokens with the memory of a rule; arguments and results are those of [`~miras_hf.memory.chunk_miras`].
-
-    One token that continues a state takes the decode step, which is PyTorch whatever the backend.
+    """Reads tokens with the memory of a rule.
 
     Args:
         rule (`MirasRule`): the four choices.
@@ -84,11 +83,23 @@ class MemoryBackend:
         self.rule, self.backend = rule, backend
         self.choices, self.reason = kernel_choices(rule)
 
-    def why_pytorch(self, v: Tensor, needs_grad: bool) -> str | None:
+    def why_pytorch(self, v: Tensor, needs_grad: bool, in_place: bool = False) -> str | None:
         """The reason for which no kernel serves values like `v`, `None` if one does."""
         if self.choices is None:
             return self.reason
-        return refusal(v.device, v.dtype, v.shape[-1], self.choices, needs_grad)
+        return refusal(v.device, v.dtype, v.shape[-1], self.choices, needs_grad, decode=in_place)
+
+    def _takes_kernel(self, v: Tensor, needs_grad: bool, in_place: bool = False) -> bool:
+        if self.backend == "pytorch":
+            return False
+        reason = self.why_pytorch(v, needs_grad, in_place)
+        if reason is None:
+            return True
+        if self.backend == "triton":
+            raise ValueError(f"No kernel serves this call, and the backend is 'triton': {reason}.")
+        if v.device.type == "cuda":
+            _say_once(f"Miras memories run on the slow PyTorch path on a GPU: {reason}.")
+        return False
 
     def __call__(
         self,
@@ -104,47 +115,95 @@ class MemoryBackend:
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, MemoryState | None]:
+    ) -> tuple[Tensor, MemoryState | None, Any]:
+        """Arguments as in [`~miras_hf.memory.chunk_miras`].
+
+        Returns:
+            `y`, the final state or `None`, and what belongs to the state for `read_in_place`, which may be `None`.
+        """
+        tensors = [q, k, v, eta, log_alpha, delta, *parameters.initial, *parameters[1:]]
+        if initial_state is not None:
+            tensors += initial_state.dual
+        needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        arguments = {"initial_state": initial_state, "output_final_state": output_final_state, "mask": mask}
+        if self._takes_kernel(v, needs_grad):
+            y, state = self._by_kernel(q, k, v, eta, log_alpha, delta, parameters, cu_seqlens, **arguments)
+            if state is None or torch.is_grad_enabled():
+                return y, state, None
+            return y, *self._resident(state, parameters)
+        arguments |= {"rule": self.rule, "parameters": parameters}
         if q.shape[1] == 1 and initial_state is not None:
-            if self.backend == "triton" or (self.backend == "auto" and q.device.type == "cuda"):
-                _say_once("Miras memories decode on PyTorch: there is no kernel for single tokens yet.")
-            arguments = {"parameters": parameters, "initial_state": initial_state, "mask": mask}
-            arguments["output_final_state"] = output_final_state
-            return step_miras(q, k, v, eta, log_alpha, delta, rule=self.rule, **arguments)
-        if self.backend != "pytorch":
-            tensors = [q, k, v, eta, log_alpha, delta, *parameters.initial, *parameters[1:]]
-            if initial_state is not None:
-                tensors += initial_state.dual
-            needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-            reason = self.why_pytorch(v, needs_grad)
-            if reason is None:
-                return self._by_kernel(
-                    q, k, v, eta, log_alpha, delta, parameters, initial_state, output_final_state, cu_seqlens, mask
-                )
-            if self.backend == "triton":
-                raise ValueError(f"No kernel serves this call, and the backend is 'triton': {reason}.")
-            if q.device.type == "cuda":
-                _say_once(f"Miras memories run on the slow PyTorch path on a GPU: {reason}.")
-        return chunk_miras(
-            q,
-            k,
+            return *step_miras(q, k, v, eta, log_alpha, delta, **arguments), None
+        return *chunk_miras(q, k, v, eta, log_alpha, delta, cu_seqlens=cu_seqlens, **arguments), None
+
+    def reads_in_place(self, v: Tensor) -> bool:
+        """Whether `read_in_place` serves values like `v`: few tokens, and nothing to differentiate."""
+        if torch.is_grad_enabled():
+            return False
+        return v.shape[1] == 1 or (v.shape[1] <= LARGEST_CALL and self._takes_kernel(v, False, in_place=True))
+
+    def takes_projections(self, v: Tensor) -> bool:
+        """Whether `read_in_place` does what stands between a layer's projections and its memory, too."""
+        return self._takes_kernel(v, False, in_place=True)
+
+    def read_in_place(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        eta: Tensor,
+        log_alpha: Tensor,
+        delta: Tensor | None = None,
+        *,
+        parameters: MemoryParameters,
+        state: MemoryState,
+        companions: Any = None,
+        projections: Projections | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, MemoryState, Any]:
+        """Reads a few tokens per row, and updates `state` and `companions`, what an earlier call returned, where they lie.
+
+        Args:
+            companions (*optional*): `None` if the state comes from elsewhere.
+            projections (`Projections`, *optional*): only where `takes_projections`.
+
+        Returns:
+            `y`, and the state and companions, the same tensors wherever they could be.
+        """
+        if not self._takes_kernel(v, False, in_place=True):
+            weights = companions if isinstance(companions, list) else None
+            arguments = {"rule": self.rule, "parameters": parameters, "state": state, "mask": mask}
+            y, weights = step_miras_(q, k, v, eta, log_alpha, delta, weights=weights, **arguments)
+            return y, state, weights
+        if not isinstance(companions, tuple):
+            state, companions = self._resident(state, parameters)
+        y = decode(
+            q.to(v.dtype),
+            k.to(v.dtype),
             v,
             eta,
             log_alpha,
             delta,
-            rule=self.rule,
-            parameters=parameters,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
+            choices=self.choices,
+            initial=parameters.initial,
+            norm_weight=parameters.norm_weight,
+            norm_bias=parameters.norm_bias,
+            state=_flat(state),
+            companions=companions,
+            projections=projections,
             mask=mask,
         )
+        return y, state, companions
 
-    def _by_kernel(self, q, k, v, eta, log_alpha, delta, parameters, state, output_final_state, cu_seqlens, mask):
-        layers = len(parameters.initial)
+    def _resident(self, state: MemoryState, parameters: MemoryParameters) -> tuple[MemoryState, tuple[Tensor, ...]]:
+        flat, companions = resident_state(_flat(state), choices=self.choices, initial=parameters.initial)
+        return _unflat(flat, len(parameters.initial)), companions
+
+    def _by_kernel(
+        self, q, k, v, eta, log_alpha, delta, parameters, cu_seqlens, initial_state, output_final_state, mask
+    ):
         # queries and keys come from their norm in float32: the values' dtype is the one that the model computes in
         q, k = q.to(v.dtype), k.to(v.dtype)
-        flat = None if state is None else (*state.dual, *state.inputs, *state.gradients, *state[3:])
         y, final, _ = forward(
             q,
             k,
@@ -156,15 +215,21 @@ class MemoryBackend:
             initial=parameters.initial,
             norm_weight=parameters.norm_weight,
             norm_bias=parameters.norm_bias,
-            state=flat,
+            state=None if initial_state is None else _flat(initial_state),
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
             mask=mask,
         )
-        if not output_final_state:
-            return y, None
-        parts = (final[i * layers : (i + 1) * layers] for i in range(3))
-        return y, MemoryState(*parts, *final[3 * layers :])
+        return y, _unflat(final, len(parameters.initial)) if output_final_state else None
+
+
+def _flat(state: MemoryState) -> tuple[Tensor, ...]:
+    return *state.dual, *state.inputs, *state.gradients, *state[3:]
+
+
+def _unflat(tensors: tuple[Tensor, ...], layers: int) -> MemoryState:
+    parts = (tuple(tensors[i * layers : (i + 1) * layers]) for i in range(3))
+    return MemoryState(*parts, *tensors[3 * layers :])
 
 
 # in a compiled model too: said while the graph is traced

@@ -11,11 +11,21 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The generation cache of a memory layer: a cache layer that Transformers' own `DynamicCache` builds and `generate()`
-uses untouched. Its size does not grow with the text read."""
+"""The generation cache of a memory layer: a cache layer that Transformers' own `DynamicCache` and `StaticCache` build and
+`generate()` uses untouched. Its size does not grow with the text read."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+)
 
 from .configuration_miras import MEMORY_LAYER
 from .memory import MemoryState
@@ -29,11 +39,12 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             from the model's learned initial memory.
         conv_tail (`torch.Tensor` of shape `[rows, conv_kernel_size - 1, channels]`, *optional*):
             Last inputs of the q, k and v convolutions.
+        companions (*optional*):
+            What the backend keeps beside the memory to spare single tokens a pass over it. Belongs to this very memory.
         tokens_seen (`int`): length of the text read, pad tokens included (what `generate()` counts); the tokens that
             a row really read are in `memory.count`.
     """
 
-    _layer_type = MEMORY_LAYER
     is_compileable = False
     is_croppable = False
     is_sliding = False
@@ -46,19 +57,24 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         # tuple does not take
         self._memory: tuple | None = None
         self.conv_tail: Tensor | None = None
+        self.companions: Any = None
         self.tokens_seen = 0
 
     @property
     def memory(self) -> MemoryState | None:
-        return None if self._memory is None else MemoryState(*self._memory)
+        return MemoryState(*self._memory) if self.is_initialized else None
 
-    def update_memory(self, memory: MemoryState, conv_tail: Tensor, tokens: int) -> None:
-        """Takes the state after `tokens` more tokens per row, pads included."""
-        self._memory, self.conv_tail = tuple(memory), conv_tail
+    def update_memory(self, memory: MemoryState, conv_tail: Tensor, tokens: int, companions: Any = None) -> None:
+        """Takes the state after `tokens` more tokens per row, pads included, and what belongs to it. The tensors are the
+        cache's from then on: single tokens are written into them where they lie."""
+        self._keep(memory, conv_tail, companions)
         self.tokens_seen += tokens
         self.device, self.dtype = conv_tail.device, conv_tail.dtype
         self.is_initialized = True
         self.has_previous_state = {0: True}
+
+    def _keep(self, memory: MemoryState, conv_tail: Tensor, companions: Any) -> None:
+        self._memory, self.conv_tail, self.companions = tuple(memory), conv_tail, companions
 
     # -- what Transformers asks of a cache layer ----------------------------------------------------------------------
 
@@ -73,7 +89,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def reset(self) -> None:
         """Back to the learned initial memory (which is not zero): the next token starts a new text."""
-        self._memory = self.conv_tail = None
+        self._memory = self.conv_tail = self.companions = None
         self.tokens_seen = 0
         self.is_initialized = False
         self.has_previous_state = {0: False}
@@ -116,14 +132,66 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     update_recurrent_state = update_conv_state
 
-    def _map(self, function) -> None:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
-            self._memory = tuple(self.memory.map(function))
-            self.conv_tail = function(self.conv_tail)
+            companions = self.companions
+            # tensors have the rows first; anything else is made again when it is needed
+            kernel_made = isinstance(companions, tuple) and all(isinstance(t, Tensor) for t in companions)
+            companions = tuple(map(function, companions)) if kernel_made else None
+            self._keep(self.memory.map(function), function(self.conv_tail), companions)
 
 
-# the state has one size whatever the cache: `cache_implementation="static"` serves memory layers with the same class
-STATIC_LAYER_TYPE_MAPPING[MEMORY_LAYER] = MirasLayer
+class StaticMirasLayer(MirasLayer):
+    """The memory layer of a `StaticCache`: its tensors keep their addresses, and nothing in it is a number that grows, so
+    that a compiled step (`generate(cache_implementation="static")`, CUDA graphs) serves every token.
+
+    Attributes:
+        tokens_seen (`torch.Tensor`): as in [`MirasLayer`], an integer on the cache's device.
+    """
+
+    is_compileable = True
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.tokens_seen = torch.tensor(0)
+
+    def get_seq_length(self) -> Tensor | int:
+        return self.tokens_seen if self.is_initialized else 0
+
+    def reset(self) -> None:
+        self.tokens_seen.zero_()
+        self.is_initialized = False
+        self.has_previous_state = {0: False}
+
+    def _keep(self, memory: MemoryState, conv_tail: Tensor, companions: Any) -> None:
+        new, old = _tensors(memory, conv_tail, companions), _tensors(self._memory, self.conv_tail, self.companions)
+        if [(t.shape, t.dtype, t.device) for t in new] == [(t.shape, t.dtype, t.device) for t in old]:
+            for mine, t in zip(old, new, strict=True):
+                if t is not mine:
+                    mine.copy_(t)
+            if not isinstance(companions, tuple):
+                self.companions = companions
+            return
+        if self._memory is not None and torch.compiler.is_compiling():
+            raise ValueError("A static cache cannot change its shapes in a compiled step: read the prompt before.")
+        memory = MemoryState(*memory).map(lambda t: t.clone(memory_format=torch.contiguous_format))
+        super()._keep(memory, conv_tail.contiguous(), companions)
+        self.tokens_seen = self.tokens_seen.to(conv_tail.device)
+        if not torch.compiler.is_compiling():
+            for t in (*_tensors(memory, self.conv_tail, companions), self.tokens_seen):
+                torch._dynamo.mark_static_address(t)
+
+
+def _tensors(memory: tuple | None, conv_tail: Tensor | None, companions: Any) -> list[Tensor]:
+    if memory is None or conv_tail is None:
+        return []
+    dual, inputs, gradients, *rest = memory
+    companions = companions if isinstance(companions, tuple) else ()
+    return [*dual, *inputs, *gradients, *rest, conv_tail, *companions]
+
+
+DYNAMIC_LAYER_TYPE_MAPPING[MEMORY_LAYER] = MirasLayer
+STATIC_LAYER_TYPE_MAPPING[MEMORY_LAYER] = StaticMirasLayer
 
 
 def memory_layer(cache: Cache | None, layer_idx: int) -> MirasLayer | None:

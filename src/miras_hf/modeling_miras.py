@@ -19,6 +19,7 @@ MLP, decoder layer, models. Moneta, Yaad and Memora are the same modules under d
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
+
+from miras_kernels import Projections
 
 from .backend import MemoryBackend
 from .cache import memory_layer, tokens_read
@@ -187,7 +190,7 @@ class MirasLowRankGate(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
         self.head_dim = config.head_dim
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def logits(self, hidden_states: Tensor) -> Tensor:
         """`[batch, tokens, hidden_size]` to float32 `[batch, tokens, heads, head_dim]`, or `[batch, tokens, heads]`."""
         hidden_states = hidden_states.to(self.bias.dtype)  # float32 in a float16 model
         if self.per_channel:
@@ -204,7 +207,7 @@ class MirasStepGate(MirasLowRankGate):
         self.eta_max = config.eta_max
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.eta_max * torch.sigmoid(super().forward(hidden_states))
+        return self.eta_max * torch.sigmoid(self.logits(hidden_states))
 
     def initial_bias(self) -> Tensor:
         # a third of the largest step: the one that simulations found stable
@@ -220,7 +223,7 @@ class MirasRetentionGate(MirasLowRankGate):
         self.a_log = nn.Parameter(torch.zeros(config.num_attention_heads))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        rate = F.softplus(super().forward(hidden_states))
+        rate = F.softplus(self.logits(hidden_states))
         scale = self.a_log.float().exp()
         return -rate * (scale[:, None] if self.per_channel else scale)
 
@@ -244,7 +247,7 @@ class MirasThresholdGate(MirasLowRankGate):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # the floor keeps the l1 branch from writing nothing at all
-        return F.softplus(super().forward(hidden_states)) + 1e-4
+        return F.softplus(self.logits(hidden_states)) + 1e-4
 
     def initial_bias(self) -> Tensor:
         threshold = torch.linspace(*self.initial, self.bias.numel(), device=self.bias.device)
@@ -295,7 +298,7 @@ class MirasMemory(nn.Module):
     def __init__(self, config: MirasConfig):
         super().__init__()
         self.rule = memory_rule(config)
-        self.read_tokens = MemoryBackend(self.rule, config.memory_backend)
+        self.backend = MemoryBackend(self.rule, config.memory_backend)
         heads, head_dim = config.num_attention_heads, config.head_dim
         self.initial_state = MirasInitialState(
             nn.Parameter(torch.empty(heads, *shape)) for shape in self.rule.architecture.weight_shapes(head_dim)
@@ -319,22 +322,21 @@ class MirasMemory(nn.Module):
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, MemoryState | None]:
-        """Arguments of [`miras_hf.memory.chunk_miras`]; one token that continues a state takes the decode step."""
+        in_place: bool = False,
+        companions: Any = None,
+        projections: Projections | None = None,
+    ) -> tuple[Tensor, MemoryState | None, Any]:
+        """Arguments and results of [`MemoryBackend`], those of its `read_in_place` if `in_place`."""
         # tensor parallelism leaves buffers whole: as many as this rank has heads
         norm = (self.norm_weight[: q.shape[2]], self.norm_bias[: q.shape[2]])
-        return self.read_tokens(
-            q,
-            k,
-            v,
-            eta,
-            log_alpha,
-            delta,
-            parameters=MemoryParameters(self.initial_state(), *norm),
-            initial_state=state,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-            mask=mask,
+        inputs = (q, k, v, eta, log_alpha, delta)
+        arguments = {"parameters": MemoryParameters(self.initial_state(), *norm), "mask": mask}
+        if in_place:
+            return self.backend.read_in_place(
+                *inputs, state=state, companions=companions, projections=projections, **arguments
+            )
+        return self.backend(
+            *inputs, initial_state=state, output_final_state=output_final_state, cu_seqlens=cu_seqlens, **arguments
         )
 
     def sample_initial_state(self, layer: int) -> Tensor:
@@ -395,47 +397,84 @@ class MirasMixer(nn.Module):
 
         batch, tokens = hidden_states.shape[:2]
         hidden_states = sequences.gather(hidden_states)
-        q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if cached is not None:
-            new_tail = self.conv_tail(torch.cat((q, k, v), dim=-1), tail, sequences.lengths)
-        tails = (None,) * 3 if tail is None else tail.split((q.shape[-1], k.shape[-1], v.shape[-1]), dim=-1)
-        q = self.q_conv(q, tails[0], sequences.position)
-        k = self.k_conv(k, tails[1], sequences.position)
-        v = self.v_conv(v, tails[2], sequences.position)
-
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        if self.use_rope and position_embeddings is not None:
-            cos, sin = (sequences.gather(x.expand(batch, -1, -1)) for x in position_embeddings)
-            q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
-        memory, state = self.memory(
-            l2norm(q.float()),
-            l2norm(k.float()),
-            v,
-            self.eta(hidden_states),
-            self.alpha(hidden_states),
-            None if self.delta is None else self.delta(hidden_states),
-            state=state,
-            output_final_state=cached is not None,
-            cu_seqlens=sequences.cu_seqlens,
-            mask=sequences.live,
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        rotary = (None, None)
+        if self.use_rope and position_embeddings is not None:
+            rotary = tuple(sequences.gather(x.expand(batch, -1, -1)) for x in position_embeddings)
+        # a few tokens without gradients are written into the cached memory where it lies
+        in_place = state is not None and sequences.cu_seqlens is None and self.memory.backend.reads_in_place(v)
+        arguments = {"state": state, "mask": sequences.live, "in_place": in_place}
+        if in_place:
+            arguments["companions"] = cached.companions
+        if in_place and self.memory.backend.takes_projections(v) and self.is_plain(v.device):
+            eta, alpha, delta = (
+                None if gate is None else gate.logits(hidden_states) for gate in (self.eta, self.alpha, self.delta)
+            )
+            weights = (self.q_conv.weight, self.k_conv.weight, self.v_conv.weight)
+            tail = tail.contiguous()
+            projections = Projections(weights, tail, self.alpha.a_log, self.eta.eta_max, *rotary)
+            memory, state, companions = self.memory(q, k, v, eta, alpha, delta, projections=projections, **arguments)
+        else:
+            (q, k, v), tail = self.convolve(q, k, v, tail, sequences, cached is not None)
+            if rotary[0] is not None:
+                q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
+            memory, state, companions = self.memory(
+                l2norm(q.float()),
+                l2norm(k.float()),
+                v,
+                self.eta(hidden_states),
+                self.alpha(hidden_states),
+                None if self.delta is None else self.delta(hidden_states),
+                output_final_state=cached is not None,
+                cu_seqlens=sequences.cu_seqlens,
+                **arguments,
+            )
         if cached is not None:
-            cached.update_memory(state, new_tail, tokens)
+            cached.update_memory(state, tail, tokens, companions)
 
         gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         output = self.o_norm(memory.to(gate.dtype), gate).flatten(-2)
         return sequences.scatter(self.o_proj(output), batch), None
 
-    def conv_tail(self, inputs: Tensor, tail: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """The last inputs of the convolutions, of each row's real tokens: `[batch, conv_kernel_size - 1, channels]`."""
+    def is_plain(self, device: torch.device) -> bool:
+        """Whether the small modules before the memory are what they seem, so that a kernel can do what they do: none is
+        wrapped by an adapter, sharded or offloaded."""
+        modules = [(MirasShortConvolution, conv) for conv in (self.q_conv, self.k_conv, self.v_conv)]
+        modules += [(MirasStepGate, self.eta), (MirasRetentionGate, self.alpha)]
+        if self.delta is not None:
+            modules.append((MirasThresholdGate, self.delta))
+        return all(
+            type(module) is kind
+            and all(type(p) is nn.Parameter and p.device == device for p in module.parameters(recurse=False))
+            for kind, module in modules
+        )
+
+    def convolve(
+        self, q: Tensor, k: Tensor, v: Tensor, tail: Tensor | None, sequences: Sequences, keep_tail: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Convolved queries, keys and values, and the last inputs of each row's real tokens for the next call,
+        `[batch, conv_kernel_size - 1, channels]`."""
+        parts = [x.flatten(-2) for x in (q, k, v)]
+        widths = [x.shape[-1] for x in parts]
+        tails = (None,) * 3 if tail is None else tail.split(widths, dim=-1)
+        convolved = [
+            conv(x, t, sequences.position).unflatten(-1, (-1, self.head_dim))
+            for conv, x, t in zip((self.q_conv, self.k_conv, self.v_conv), parts, tails, strict=True)
+        ]
+        if not keep_tail:
+            return convolved, None
         before = self.conv_kernel_size - 1
+        inputs = torch.cat(parts, dim=-1)
         inputs = (
             F.pad(inputs, (0, 0, before, 0)) if tail is None else torch.cat((tail.to(inputs.dtype), inputs), dim=1)
         )
-        if lengths is None:
-            return inputs[:, inputs.shape[1] - before :].clone()
-        index = lengths[:, None] + torch.arange(before, device=lengths.device)
-        return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[-1]))
+        if sequences.lengths is None:
+            return convolved, inputs[:, inputs.shape[1] - before :].clone()
+        index = sequences.lengths[:, None] + torch.arange(before, device=inputs.device)
+        return convolved, inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[-1]))
 
 
 def repeat_kv(hidden_states: Tensor, n_rep: int) -> Tensor:
@@ -628,6 +667,31 @@ class MirasPreTrainedModel(PreTrainedModel):
         save_model_card(self, working_dir, name=repo_id, tags=getattr(self, "model_tags", None))
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
+    @staticmethod
+    def create_masks_for_generate(
+        config: MirasConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        is_first_iteration: bool = True,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """What `generate()` gives a step that may be compiled, in place of a mask that grows: for memories the mask of the
+        new tokens, `None` for one that was generated, and for attention layers theirs."""
+        tokens = inputs_embeds.shape[1]
+        generated = tokens == 1 and not is_first_iteration
+        masks = {MEMORY_LAYER: None if attention_mask is None or generated else attention_mask[:, -tokens:]}
+        if ATTENTION_LAYER in config.layer_types:
+            masks[ATTENTION_LAYER] = create_sliding_window_causal_mask(
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        return masks
+
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Does nothing: checkpoints name the installed package instead of carrying copies of its code."""
@@ -655,7 +719,7 @@ class MirasModel(MirasPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -669,6 +733,7 @@ class MirasModel(MirasPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): token ids.
             attention_mask (`torch.Tensor` of shape `[batch, tokens]` or `[batch, past + tokens]`, *optional*):
                 1 at real tokens, 0 at pads. A padded row gives exactly what the row gives alone, wherever its pads are.
+                Or what `create_masks_for_generate` returns.
             position_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*):
                 Counted from the real tokens if not given. Ids that start again inside a row mark packed sequences.
             past_key_values (`Cache`, *optional*): `DynamicCache(config=model.config)`, with what has been read.
@@ -685,6 +750,12 @@ class MirasModel(MirasPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
+
+        # `generate()` makes the masks of steps that may be compiled itself: `create_masks_for_generate`
+        prepared = isinstance(attention_mask, dict)
+        causal_mask = attention_mask.get(ATTENTION_LAYER) if prepared else None
+        if prepared:
+            attention_mask = attention_mask[MEMORY_LAYER]
 
         sequences = None
         if attention_mask is None:
@@ -707,7 +778,9 @@ class MirasModel(MirasPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if sequences is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = 0
+            if attention_mask is not None and past_key_values is not None and not prepared:
+                past = past_key_values.get_seq_length()
             sequences = padded_sequences(attention_mask, batch, tokens, past)
 
         if position_ids is None:
@@ -719,8 +792,7 @@ class MirasModel(MirasPreTrainedModel):
                 read.to(position_ids.device).unsqueeze(1) if isinstance(read, Tensor) else read
             )
 
-        causal_mask = None
-        if ATTENTION_LAYER in self.config.layer_types:
+        if ATTENTION_LAYER in self.config.layer_types and not prepared:
             if attention_mask is not None and not is_tracing(attention_mask):
                 longer = attention_mask.shape[-1] > self.config.sliding_window
                 if longer and attention_mask.dim() == 2 and has_inner_pads(attention_mask):
@@ -736,8 +808,8 @@ class MirasModel(MirasPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-            if cu_seq_lens_q is not None:
-                kwargs["cu_seq_lens_q"] = cu_seq_lens_q
+        if ATTENTION_LAYER in self.config.layer_types and cu_seq_lens_q is not None:
+            kwargs["cu_seq_lens_q"] = cu_seq_lens_q
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -777,7 +849,7 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,

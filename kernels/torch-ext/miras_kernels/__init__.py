@@ -18,7 +18,17 @@ Knows of tensors only, of no models. Importing it needs no Triton and touches no
 
 from .choices import Choices
 from .configuration import launch_configuration
+from .decoding import LARGEST_CALL, Projections, decode, resident_state
 from .ops import forward, refusal
 
 
-__all__ = ["Choices", "forward", "launch_configuration", "refusal"]
+__all__ = [
+    "LARGEST_CALL",
+    "Choices",
+    "Projections",
+    "decode",
+    "forward",
+    "launch_configuration",
+    "refusal",
+    "resident_state",
+]

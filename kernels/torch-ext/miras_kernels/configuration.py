@@ -32,7 +32,7 @@ import torch
 
 DIRECTORY = Path(__file__).parent / "configurations"
 DEFAULT = "default"
-KERNELS = ("mlp_forward", "mlp_backward", "matrix_forward", "matrix_backward")
+KERNELS = ("mlp_forward", "mlp_backward", "mlp_decode", "matrix_forward", "matrix_backward", "matrix_decode")
 PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
 
 

@@ -34,7 +34,7 @@ LARGEST_STATE_ADJOINT = 1e12  # as in pieces.py
 
 # known once, so that nothing has to be looked up while a graph is traced
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def refusal(
@@ -44,6 +44,7 @@ def refusal(
     choices: Choices,
     needs_grad: bool = False,
     precision: str | None = None,
+    decode: bool = False,
 ) -> str | None:
     """Why the kernels do not serve queries like these, or `None` if they do: a sentence without its full stop.
 
@@ -51,7 +52,7 @@ def refusal(
     """
     if not _TRITON_INSTALLED:
         return "Triton is not installed (`pip install triton`)"
-    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
+    if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
         return f"tensors are on {device.type!r}, and Triton kernels run on GPUs"
     if device.type == "cuda" and torch.version.cuda is not None and _capability(device) < 8:
         return f"the GPU has compute capability {_capability(device)}, and kernels need 8 or higher"
@@ -61,9 +62,11 @@ def refusal(
         return f"head_dim is {head_dim}, and kernels take {', '.join(map(str, HEAD_DIMS))}"
     if choices.memory == "mlp" and choices.expansion * head_dim % 16:
         return f"the memory has {choices.expansion * head_dim} hidden units, not a multiple of 16"
-    if needs_grad and choices.retention == "lq_mirror":
+    if needs_grad and choices.retention == "lq_mirror" and not decode:
         return "gradients are needed, and the backward kernels do not know lq_mirror retention"
-    for part in ("forward", "backward") if needs_grad else ("forward",):
+    if decode and needs_grad:
+        return "gradients are needed, and decoding has none"
+    for part in ("decode",) if decode else ("forward", "backward") if needs_grad else ("forward",):
         kernel = f"{choices.memory}_{part}"
         reason = _no_launch(kernel, str(device), str(dtype), head_dim, choices.chunk_size, precision or "")
         if reason:
@@ -149,12 +152,9 @@ def forward(
         raise ValueError(f"No kernel serves this call: {reason}.")
     if mask is not None and cu_seqlens is not None:
         raise ValueError("`mask` and `cu_seqlens` exclude each other: a pack has no pad tokens.")
-    shapes = [(q.shape[2], *shape) for shape in choices.weight_shapes(q.shape[-1])]
-    if [tuple(a.shape) for a in initial] != shapes:
-        raise ValueError(f"`initial` must have shapes {shapes}, got {[tuple(a.shape) for a in initial]}.")
+    check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, cu_seqlens, mask)
     if needs_grad and save_every == 0:
         save_every = chunks_between_starts(choices, q.shape[-1], q.element_size())
-    _check(q, k, v, eta, log_alpha, delta, choices, norm_weight, norm_bias, state, cu_seqlens, mask)
     values = dataclasses.asdict(choices)
     values["weight_cap"] = values["weight_cap"] or 0.0
     y, final, saved = torch.ops.miras_kernels.forward(
@@ -178,9 +178,14 @@ def forward(
     return y, tuple(final), tuple(saved)
 
 
-def _check(q, k, v, eta, log_alpha, delta, choices, norm_weight, norm_bias, state, cu_seqlens, mask) -> None:
-    # a kernel reads where these shapes say, whatever is there
+def check_inputs(
+    q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, cu_seqlens, mask
+) -> None:
+    """Raises a `ValueError` for shapes that do not fit: a kernel reads where they say, whatever is there."""
     batch, tokens, heads, head_dim = q.shape
+    shapes = [(heads, *shape) for shape in choices.weight_shapes(head_dim)]
+    if [tuple(a.shape) for a in initial] != shapes:
+        raise ValueError(f"`initial` must have shapes {shapes}, got {[tuple(a.shape) for a in initial]}.")
     of_gate = [(batch, tokens, heads), (batch, tokens, heads, 1), (batch, tokens, heads, head_dim)]
     allowed: dict[str, tuple] = {"k": (k, [q.shape]), "v": (v, [q.shape])}
     allowed |= {"eta": (eta, of_gate), "log_alpha": (log_alpha, of_gate)}
@@ -207,7 +212,7 @@ def _check(q, k, v, eta, log_alpha, delta, choices, norm_weight, norm_bias, stat
     if state:
         rows = _rows(q, cu_seqlens)
         shapes = choices.weight_shapes(head_dim)
-        gate_dim = max(_gate(eta).shape[-1], _gate(log_alpha).shape[-1])
+        gate_dim = max(gate(eta).shape[-1], gate(log_alpha).shape[-1])
         widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + [gate_dim, gate_dim]
         expected = [(rows, heads, *shape) for shape in shapes]
         expected += [(rows, heads, choices.chunk_size, width) for width in widths] + [(rows,)]
@@ -254,8 +259,35 @@ def _saved_chunks(q: Tensor, cu_seqlens: Tensor | None, chunk_size: int, save_ev
     return q.shape[1] // (chunk_size * save_every) + 2 * _rows(q, cu_seqlens)
 
 
-def _gate(x: Tensor) -> Tensor:
+def gate(x: Tensor) -> Tensor:
+    """A gate per head or per channel, with a last axis in both cases."""
     return x.unsqueeze(-1) if x.dim() == 3 else x
+
+
+def kernel_constants(choices: dict, head_dim: int, gate_dim: int, delta_dim: int, precision: str) -> dict:
+    """What every kernel is compiled for: the choices, and the sizes of a head."""
+    constants = {
+        "C": choices["chunk_size"],
+        "D": head_dim,
+        "BD": max(16, 1 << (head_dim - 1).bit_length()),
+        "GATE_DIM": gate_dim,
+        "DELTA_DIM": delta_dim,
+        "LOSS": ATTENTIONAL_BIASES.index(choices["attentional_bias"]),
+        "POWER": choices["lp_power"],
+        "SMOOTH_SIGN": choices["lp_smooth_sign"],
+        "SHARPNESS": choices["lp_sharpness"],
+        "ERROR_CAP": choices["lp_error_cap"],
+        "CLIP": choices["residual_clip"] * math.sqrt(head_dim),
+        "LINK": RETENTION_GATES.index(choices["retention"]),
+        "Q": choices["lq_power"],
+        "FLOOR": choices["lq_norm_floor"],
+        "CAP": choices["weight_cap"],
+        "TOWARD_INIT": choices["decay_target"] == "init",
+        "PRECISION": "bf16_rounded" if precision == "bf16" and INTERPRETED else precision,
+    }
+    if choices["memory"] == "mlp":
+        constants |= {"N": choices["expansion"] * head_dim, "NORM_EPS": choices["norm_eps"]}
+    return constants
 
 
 class _Call:
@@ -266,13 +298,13 @@ class _Call:
         self.device, self.rows, self.layers = q.device, _rows(q, cu_seqlens), len(initial)
         self.programs = self.rows * self.heads
         self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
-        eta, log_alpha = _gate(eta), _gate(log_alpha)
+        eta, log_alpha = gate(eta), gate(log_alpha)
         self.gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
         self.eta, self.log_alpha = (
             x.expand(*x.shape[:3], self.gate_dim).float().contiguous() for x in (eta, log_alpha)
         )
         has_delta = c["attentional_bias"].startswith("huber")
-        self.delta = _gate(delta).float().contiguous() if has_delta else self.eta
+        self.delta = gate(delta).float().contiguous() if has_delta else self.eta
         self.base = [a.contiguous() for a in initial]
         self.shapes = [tuple(a.shape[1:]) for a in initial]
         self.toward_init = c["decay_target"] == "init"
@@ -303,29 +335,11 @@ class _Call:
         self.masses = [c["simplex_mass"] * self.hidden_units / math.sqrt(fan_in) for fan_in, _ in self.shapes]
         precision = c["precision"] or default_precision(q.dtype)
         self.precision = precision
-        self.constants = {
-            "C": self.chunk_size,
-            "D": self.head_dim,
-            "BD": max(16, 1 << (self.head_dim - 1).bit_length()),
-            "GATE_DIM": self.gate_dim,
-            "DELTA_DIM": self.delta.shape[-1] if has_delta else 0,
-            "LOSS": ATTENTIONAL_BIASES.index(c["attentional_bias"]),
-            "POWER": c["lp_power"],
-            "SMOOTH_SIGN": c["lp_smooth_sign"],
-            "SHARPNESS": c["lp_sharpness"],
-            "ERROR_CAP": c["lp_error_cap"],
-            "CLIP": c["residual_clip"] * math.sqrt(self.head_dim),
-            "LINK": RETENTION_GATES.index(c["retention"]),
-            "Q": c["lq_power"],
-            "FLOOR": c["lq_norm_floor"],
-            "CAP": c["weight_cap"],
-            "TOWARD_INIT": self.toward_init,
+        delta_dim = self.delta.shape[-1] if has_delta else 0
+        self.constants = kernel_constants(c, self.head_dim, self.gate_dim, delta_dim, precision) | {
             "HAS_EARLIER": bool(state),
             "HAS_ORDER": order is not None,
-            "PRECISION": "bf16_rounded" if precision == "bf16" and _INTERPRETED else precision,
         }
-        if c["memory"] == "mlp":
-            self.constants |= {"N": self.hidden_units, "NORM_EPS": c["norm_eps"]}
 
     def starting_dual(self, state: list[Tensor]) -> list[Tensor]:
         """Copies, which the kernel goes on from."""
@@ -389,14 +403,14 @@ _TENSORS = (
     "Tensor? norm_bias, Tensor[] state, Tensor? cu_seqlens, Tensor? mask"
 )
 # the choices, one argument each, in the order of the dataclass; `weight_cap` 0 is no cap
-_CHOICES = {field.name: getattr(field.type, "__name__", "float") for field in dataclasses.fields(Choices)}
-_OPTIONS = ", ".join(f"{kind} {name}" for name, kind in _CHOICES.items())
+CHOICE_NAMES = {field.name: getattr(field.type, "__name__", "float") for field in dataclasses.fields(Choices)}
+CHOICE_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in CHOICE_NAMES.items())
 
 
 @torch.library.custom_op(
     "miras_kernels::forward",
     mutates_args=(),
-    schema=f"({_TENSORS}, bool output_final_state, int save_every, str precision, {_OPTIONS})"
+    schema=f"({_TENSORS}, bool output_final_state, int save_every, str precision, {CHOICE_SCHEMA})"
     " -> (Tensor, Tensor[], Tensor[])",
 )
 def _forward(
@@ -417,7 +431,7 @@ def _forward(
     precision: str,
     *choices,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    choices = dict(zip(_CHOICES, choices))
+    choices = dict(zip(CHOICE_NAMES, choices))
     call = _Call(
         q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
         precision=precision, **choices,
@@ -446,12 +460,12 @@ def _forward(
 @_forward.register_fake
 def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, *options):
     output_final_state, save_every, _precision, *choices = options
-    chunk_size = dict(zip(_CHOICES, choices))["chunk_size"]
+    chunk_size = dict(zip(CHOICE_NAMES, choices))["chunk_size"]
     rows, heads = _rows(q, cu_seqlens), q.shape[2]
     final, saved = [], []
     if output_final_state:
         shapes = [tuple(a.shape[1:]) for a in initial]
-        gate_dim = max(_gate(eta).shape[-1], _gate(log_alpha).shape[-1])
+        gate_dim = max(gate(eta).shape[-1], gate(log_alpha).shape[-1])
         widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + [gate_dim, gate_dim]
         final = [q.new_empty((rows, heads, *shape), dtype=torch.float32) for shape in shapes]
         final += [q.new_empty((rows, heads, chunk_size, width), dtype=torch.float32) for width in widths]
@@ -492,7 +506,7 @@ def _groups(call: _Call, saved: list[Tensor], every: int):
 @torch.library.custom_op(
     "miras_kernels::backward",
     mutates_args=(),
-    schema=f"(Tensor y_bar, Tensor[] final_bars, Tensor[] saved, int save_every, {_TENSORS}, str precision, {_OPTIONS})"
+    schema=f"(Tensor y_bar, Tensor[] final_bars, Tensor[] saved, int save_every, {_TENSORS}, str precision, {CHOICE_SCHEMA})"
     " -> Tensor[]",
 )
 def _backward(
@@ -519,7 +533,7 @@ def _backward(
     from .backward_matrix import matrix_backward_kernel
     from .backward_mlp import mlp_backward_kernel
 
-    choices = dict(zip(_CHOICES, choices))
+    choices = dict(zip(CHOICE_NAMES, choices))
     call = _Call(
         q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
         precision=precision, **choices,
@@ -576,7 +590,7 @@ def _backward(
         initial_bars = [x.sum(0) for x in state_bars]
 
     def like(bar: Tensor, x: Tensor) -> Tensor:
-        if bar.shape[-1] != _gate(x).shape[-1]:
+        if bar.shape[-1] != gate(x).shape[-1]:
             bar = bar.sum(-1, keepdim=True)
         return bar.reshape(x.shape).to(x.dtype)
 

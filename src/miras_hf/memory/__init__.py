@@ -20,7 +20,7 @@ from .learning import LEARNING_ALGORITHMS, GradientDescent
 from .recurrent import recurrent_miras
 from .retention import KL, RETENTION_GATES, ChunkWeights, Decay, Lq, LqMirror, RetentionGate
 from .rule import MemoryParameters, MemoryState, MirasRule, initial_memory_state
-from .step import step_miras
+from .step import step_miras, step_miras_
 
 
 __all__ = [
@@ -51,4 +51,5 @@ __all__ = [
     "initial_memory_state",
     "recurrent_miras",
     "step_miras",
+    "step_miras_",
 ]

@@ -98,9 +98,9 @@ class _GeluAndSlope(torch.autograd.Function):
 
 def gelu(z: Tensor) -> Tensor:
     """`gelu(z)`, differentiable twice."""
-    return _Gelu.apply(z)
+    return _Gelu.apply(z) if torch.is_grad_enabled() else _gate(z).mul_(z)
 
 
 def gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
     """`gelu(z)` and `gelu'(z)`, both differentiable once."""
-    return _GeluAndSlope.apply(z)
+    return _GeluAndSlope.apply(z) if torch.is_grad_enabled() else _hidden_and_slope(z)

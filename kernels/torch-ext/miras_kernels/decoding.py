@@ -1,0 +1,329 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Decoding as a PyTorch operator, `torch.ops.miras_kernels.decode`: a few tokens for every row, in one launch.
+
+It updates the state where it lies, so a state is first made resident: contiguous, in float32, beside what the kernel
+would otherwise have to compute from all weights at every token.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .choices import Choices
+from .configuration import launch_configuration
+from .ops import (
+    CHOICE_NAMES,
+    CHOICE_SCHEMA,
+    PRECISIONS,
+    check_inputs,
+    default_precision,
+    gate,
+    kernel_constants,
+    refusal,
+)
+
+
+LARGEST_CALL = 16
+"""Tokens a row may have in a call; the kernel reads them one by one, and from there on the forward kernel is faster."""
+
+
+class Projections(NamedTuple):
+    """What stands between a layer's projections and its memory: short convolutions with SiLU, a rotary embedding, the
+    l2 norm of queries and keys (epsilon 1e-6), and the gates' activations
+
+        eta = eta_max sigmoid(.)      log alpha = -exp(a_log) softplus(.)      delta = softplus(.) + 1e-4
+
+    Args:
+        conv_weights (`tuple` of `torch.Tensor` of shape `[heads * head_dim, kernel]`): of queries, keys and values.
+        conv_tail (`torch.Tensor` of shape `[rows, kernel - 1, 3 * heads * head_dim]`):
+            The convolutions' last inputs, queries, keys and values side by side. Updated where it lies.
+        a_log (`torch.Tensor` of shape `[heads]`): log rate of retention.
+        eta_max (`float`): largest step.
+        cos, sin (`torch.Tensor` of shape `[rows or 1, tokens, head_dim]`, *optional*): of the rotary embedding.
+    """
+
+    conv_weights: tuple[Tensor, Tensor, Tensor]
+    conv_tail: Tensor
+    a_log: Tensor
+    eta_max: float
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+def resident_state(
+    state: tuple[Tensor, ...], *, choices: Choices, initial: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Makes a state ready for `decode`.
+
+    Args:
+        state (`tuple` of `torch.Tensor`): as `forward` takes and returns it.
+        choices, initial: as in `forward`.
+
+    Returns:
+        The state, its tensors as they are where nothing has to change; and its companions: the phase of every row and
+        head, `[rows, heads]`, and for an MLP memory what its link needs of the whole weights, `[rows, heads, numbers]`.
+        They belong together: after a change of the state by anything but `decode` the companions have to be made anew.
+    """
+    layers = len(initial)
+    count = state[-1].contiguous()
+    rest = [x.float().contiguous() for x in state[:-1]]
+    if choices.decay_target != "init":  # a row that has not read anything is at the learned initial memory
+        fresh = (count == 0).view(-1, 1, 1, 1)
+        rest[:layers] = [torch.where(fresh, a.float(), d) for a, d in zip(initial, rest)]
+    heads = rest[0].shape[1]
+    phases = (count % choices.chunk_size).to(torch.int32)[:, None].expand(-1, heads).contiguous()
+    companions = [phases]
+    if choices.memory == "mlp":
+        gradients = rest[2 * layers]
+        companions.append(_links(choices, initial, rest[:layers], gradients))
+    return (*rest, count), tuple(companions)
+
+
+def _links(choices: Choices, initial, duals, gradients: Tensor) -> Tensor:
+    # [rows, heads, 4 + 4 head_dim + chunk_size]: the layout that decode_mlp.py reads and writes
+    bases = [a.float() for a in initial]
+    if choices.decay_target == "init":
+        duals = [a + d for a, d in zip(bases, duals)]
+    scales = [_scale(choices, x) for x in duals]
+    base_scales = [_scale(choices, a).expand_as(s) for a, s in zip(bases, scales)]
+    vectors = []
+    for dual, axis in zip(duals, (-1, -2)):
+        if choices.retention == "kl":
+            top = dual.amax(axis)
+            vectors += [top, (dual - top.unsqueeze(axis)).exp().sum(axis)]
+        elif choices.retention == "lq_mirror":
+            slope = dual.abs().pow(choices.lq_power - 2.0).sum(axis)
+            vectors += [slope, torch.zeros_like(slope)]
+        else:
+            vectors += [torch.zeros_like(dual.sum(axis))] * 2
+    means = gradients.mean(-1) if choices.retention == "kl" else torch.zeros_like(gradients[..., 0])
+    return torch.cat((torch.stack((*scales, *base_scales), -1), *vectors, means), -1).contiguous()
+
+
+def _scale(choices: Choices, dual: Tensor) -> Tensor:
+    # the scalar of links phi(A) = s(A) A
+    q = choices.lq_power
+    scale = torch.ones_like(dual[..., 0, 0])
+    if choices.retention in ("lq", "lq_mirror"):
+        total = dual.abs().pow(q).sum((-2, -1)).clamp(min=choices.lq_norm_floor**q)
+        scale = total.pow(-(q - 2.0) / q)
+    if choices.weight_cap is not None and choices.retention != "kl":
+        mapped = dual * dual.abs().pow(q - 2.0) if choices.retention == "lq_mirror" else dual
+        rms = mapped.square().sum((-2, -1)).sqrt().clamp(min=1e-12) / math.sqrt(dual.shape[-2] * dual.shape[-1])
+        scale = torch.minimum(scale, choices.weight_cap / rms)
+    return scale
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    log_alpha: Tensor,
+    delta: Tensor | None,
+    *,
+    choices: Choices,
+    initial: tuple[Tensor, ...],
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    state: tuple[Tensor, ...],
+    companions: tuple[Tensor, ...],
+    projections: Projections | None = None,
+    mask: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """Reads a few tokens per row; several at once give the bits of one after the other, and a row those of the row alone.
+
+    Args:
+        q, k, v, eta, log_alpha, delta: as in `forward`, or, with `projections`, what the layer's projections give.
+        choices, initial, norm_weight, norm_bias, precision: as in `forward`; `precision` is that of the fold at a chunk's
+            end, everything else is float32.
+        state, companions (`tuple` of `torch.Tensor`): what `resident_state` returns. Updated where they lie.
+        projections (`Projections`, *optional*): what stands before the memory, to be done in the same launch.
+        mask (`torch.Tensor` of shape `[rows, tokens]`, bool, *optional*):
+            False where a row has no token: its state stays, its output is zero.
+
+    Returns:
+        `y` of the shape and dtype of `q`.
+
+    Raises:
+        `ValueError`: if no kernel serves the call, or arguments do not fit, naming the reason.
+    """
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"`precision` must be one of {PRECISIONS} or None, got {precision!r}.")
+    tensors = [q, k, v, eta, log_alpha, delta, *initial, norm_weight, norm_bias, *state]
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    reason = refusal(q.device, q.dtype, q.shape[-1], choices, needs_grad, precision, decode=True)
+    if reason is not None:
+        raise ValueError(f"No kernel serves this call: {reason}.")
+    _check(
+        q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, companions, projections, mask
+    )
+    values = dataclasses.asdict(choices)
+    values["weight_cap"] = values["weight_cap"] or 0.0
+    p = projections
+    return torch.ops.miras_kernels.decode(
+        q,
+        k,
+        v,
+        eta,
+        log_alpha,
+        delta,
+        list(initial),
+        norm_weight,
+        norm_bias,
+        [*state, *companions],
+        [] if p is None else list(p.conv_weights),
+        None if p is None else p.conv_tail,
+        None if p is None else p.a_log,
+        0.0 if p is None else p.eta_max,
+        None if p is None else p.cos,
+        None if p is None else p.sin,
+        mask,
+        precision or "",
+        *values.values(),
+    )
+
+
+def _check(
+    q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, companions, projections, mask
+) -> None:
+    rows, tokens, heads, head_dim = q.shape
+    if not 1 <= tokens <= LARGEST_CALL:
+        raise ValueError(f"`q` must hold 1 to {LARGEST_CALL} tokens a row, got {tokens}: longer calls take `forward`.")
+    check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, None, mask)
+    allowed = [(rows, heads)]
+    if choices.memory == "mlp":
+        allowed.append((rows, heads, 4 + 4 * head_dim + choices.chunk_size))
+    if [tuple(x.shape) for x in companions] != allowed:
+        raise ValueError(f"`companions` must have shapes {allowed}, got {[tuple(x.shape) for x in companions]}.")
+    for name, x in (("state", state[:-1]), ("companions", companions[1:])):
+        if any(t.dtype != torch.float32 or not t.is_contiguous() for t in x):
+            raise ValueError(f"`{name}` must be contiguous and float32, as `resident_state` returns it.")
+    if projections is None:
+        return
+    width, kernel = heads * head_dim, projections.conv_weights[0].shape[-1]
+    fits = {
+        "conv_weights": ([tuple(w.shape) for w in projections.conv_weights], [(width, kernel)] * 3),
+        "conv_tail": (tuple(projections.conv_tail.shape), (rows, kernel - 1, 3 * width)),
+        "a_log": (tuple(projections.a_log.shape), (heads,)),
+    }
+    for name, (got, expected) in fits.items():
+        if got != expected:
+            raise ValueError(f"`projections.{name}` must have shape {expected}, got {got}.")
+    if not projections.conv_tail.is_contiguous():
+        raise ValueError("`projections.conv_tail` must be contiguous: it is updated where it lies.")
+    for name, x in (("cos", projections.cos), ("sin", projections.sin)):
+        if x is not None and tuple(x.shape) not in ((rows, tokens, head_dim), (1, tokens, head_dim)):
+            raise ValueError(
+                f"`projections.{name}` must have shape {(rows, tokens, head_dim)} or {(1, tokens, head_dim)}, got "
+                f"{tuple(x.shape)}."
+            )
+
+
+@torch.library.custom_op(
+    "miras_kernels::decode",
+    mutates_args=("state", "conv_tail"),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor eta, Tensor log_alpha, Tensor? delta, Tensor[] initial, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor(a!)[] state, Tensor[] conv_weights, Tensor(b!)? conv_tail, "
+    f"Tensor? a_log, float eta_max, Tensor? cos, Tensor? sin, Tensor? mask, str precision, {CHOICE_SCHEMA}) -> Tensor",
+)
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    log_alpha: Tensor,
+    delta: Tensor | None,
+    initial: list[Tensor],
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    state: list[Tensor],
+    conv_weights: list[Tensor],
+    conv_tail: Tensor | None,
+    a_log: Tensor | None,
+    eta_max: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: Tensor | None,
+    precision: str,
+    *choices,
+) -> Tensor:
+    from .decode_matrix import matrix_decode_kernel
+    from .decode_mlp import mlp_decode_kernel
+
+    c = dict(zip(CHOICE_NAMES, choices))
+    rows, tokens, heads, head_dim = q.shape
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    y = torch.empty_like(q)
+    if rows == 0:
+        return y
+    eta, log_alpha = gate(eta), gate(log_alpha)
+    gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
+    eta, log_alpha = (x.expand(*x.shape[:3], gate_dim).contiguous() for x in (eta, log_alpha))
+    delta_dim = 0
+    if c["attentional_bias"].startswith("huber"):
+        delta = gate(delta).contiguous()
+        delta_dim = delta.shape[-1]
+    initial = [a.contiguous() for a in initial]
+    norm = [p.contiguous() for p in (norm_weight, norm_bias)] if c["memory"] == "mlp" else []
+    shapes = [tuple(a.shape[1:]) for a in initial]
+    hidden_units = shapes[0][1]
+    kernel_size = conv_weights[0].shape[-1] if conv_weights else 0
+    rotary = [eta, eta] if cos is None else [x.contiguous() for x in (cos, sin)]
+    precision = precision or default_precision(q.dtype)
+    constants = kernel_constants(c, head_dim, gate_dim, delta_dim, precision) | {
+        "HAS_MASK": mask is not None,
+        "K": kernel_size,
+        "KP": max(1, 1 << (kernel_size - 1).bit_length()),
+        "ROTARY": cos is not None,
+        "RAW": bool(conv_weights),
+    }
+    scratch = []
+    if c["memory"] == "mlp":
+        scratch = [torch.empty(rows * heads, 3, hidden_units, device=q.device)]
+    kernel = mlp_decode_kernel if c["memory"] == "mlp" else matrix_decode_kernel
+    kernel[(rows * heads,)](
+        *(q, k, v, eta, log_alpha, eta if delta is None else delta, y, *initial, *norm, *state),
+        q if conv_tail is None else conv_tail,
+        *([w.contiguous() for w in conv_weights] or [q, q, q]),
+        *rotary,
+        eta if a_log is None else a_log,
+        eta if mask is None else mask.contiguous(),
+        *scratch,
+        tokens,
+        heads,
+        0 if cos is None or cos.shape[0] == 1 else tokens * head_dim,
+        eta_max,
+        c["min_log_alpha"],
+        *(c["simplex_mass"] * hidden_units / math.sqrt(fan_in) for fan_in, _ in shapes),
+        **constants,
+        **launch_configuration(
+            f"{c['memory']}_decode",
+            device=q.device,
+            head_dim=head_dim,
+            chunk_size=c["chunk_size"],
+            precision=precision,
+        ),
+    )
+    return y
+
+
+@_decode.register_fake
+def _(q, *_):
+    return q.new_empty(q.shape)
