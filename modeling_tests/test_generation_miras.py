@@ -17,7 +17,9 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.generation import CompileConfig
 
 from miras_hf import MemoraConfig, MirasConfig, MirasLayer, MonetaConfig, YaadConfig
 
@@ -235,12 +237,50 @@ def test_generate_goes_on_from_a_cache_with_beams(model, input_ids):
     assert torch.equal(model.generate(input_ids, past_key_values=cache, **options), expected)
 
 
-def test_static_cache(input_ids):
-    model = build("moneta")
-    options = {"max_new_tokens": 6, "do_sample": False}
-    assert torch.equal(
-        model.generate(input_ids, cache_implementation="static", **options), model.generate(input_ids, **options)
-    )
+def test_static_cache(model, input_ids):
+    rows = [input_ids[0, :13], input_ids[1, :8], input_ids[2, :2]]
+    ids, mask = padded(rows, "left", length=13)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    for beams in (1, 2):
+        static = model.generate(ids, cache_implementation="static", num_beams=beams, **options)
+        assert torch.equal(static, model.generate(ids, num_beams=beams, **options))
+
+
+def test_a_static_cache_keeps_its_tensors(model, input_ids):
+    """Over tokens, over a second text and, reset, over another prompt: what a captured graph has to find again."""
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    addresses = set()
+    with torch.no_grad():
+        for start in (0, 1):
+            outputs = [model(input_ids[:, start:14], past_key_values=cache).logits]
+            for t in range(14, 21):
+                outputs.append(model(input_ids[:, t : t + 1], past_key_values=cache).logits)
+                layer = next(layer for layer in cache.layers if isinstance(layer, MirasLayer))
+                memory = layer.memory
+                addresses.add((*(x.data_ptr() for x in (*memory.dual, *memory.inputs, memory.count)),))
+            expected = model(input_ids[:, start:], use_cache=False).logits
+            torch.testing.assert_close(torch.cat(outputs, dim=1), expected, **TOLERANCE)
+            assert cache.get_seq_length() == 21 - start
+            cache.reset()
+    assert len(addresses) == 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_compiled_generation(name, hybrid, input_ids):
+    """One graph without a break serves every token, of padded rows and over the ends of their chunks."""
+    model = build(name, hybrid)
+    ids, mask = padded([input_ids[0, :13], input_ids[1, :8], input_ids[2, :2]], "left", length=13)
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(ids, **options)
+    compile_config = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
+    compile_config._compile_all_devices = True  # `generate()` would leave CPUs alone
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = model.generate(ids, cache_implementation="static", compile_config=compile_config, **options)
+    assert torch.equal(compiled, expected)
+    # Transformers' own layers of the window are traced once more, for a length that grows
+    assert counters["stats"]["unique_graphs"] == (2 if hybrid else 1)
 
 
 def test_reset_goes_back_to_the_learned_memory(model, input_ids):

@@ -22,6 +22,7 @@ from memory_cases import (
     FORMS,
     MODELS,
     OTHER_FORMS,
+    RULES,
     assert_same,
     gradients,
     make_case,
@@ -33,7 +34,7 @@ from memory_cases import (
     weighted_sum,
 )
 
-from miras_hf.memory import MemoryState, chunk_miras, initial_memory_state, recurrent_miras
+from miras_hf.memory import MemoryState, chunk_miras, initial_memory_state, recurrent_miras, step_miras_
 
 
 NAMES = [*MODELS, "moneta_zero", "memora_zero", "matrix"]
@@ -177,6 +178,36 @@ def test_initial_states_are_not_written_to(form):
     case.tokens(2, 10)(FORMS[form], initial_state=state, output_final_state=True)
     for name, x in state_tensors(before).items():
         assert torch.equal(x, state_tensors(state)[name]), name
+
+
+@pytest.mark.parametrize("keeps_weights", [True, False])
+@pytest.mark.parametrize("name", RULES)
+def test_steps_in_place(name, keeps_weights):
+    """As a cache decodes: into the tensors of the state, rows at phases of their own, some without a token now and then."""
+    case = make_case(rule_of(name), batch=3, tokens=17)
+    prompt = torch.arange(6) < torch.tensor([[6], [3], [0]])
+    new = torch.ones(3, 11, dtype=torch.bool)
+    new[0, 2:5], new[1, ::2] = False, False
+    with torch.no_grad():
+        _, state = case.tokens(0, 6)(chunk_miras, mask=prompt, output_final_state=True)
+        later = case.tokens(6, 17)
+        expected = values(later, FORMS["decode"], initial_state=state, mask=new)
+        state, weights, outputs = state.map(torch.clone), None, []
+        where = {name: x.data_ptr() for name, x in state_tensors(state).items()}
+        for t in range(11):
+            mask = None if bool(new[:, t].all()) else new[:, t : t + 1]
+            step = functools.partial(step_miras_, state=state, weights=weights if keeps_weights else None)
+            y, weights = later.tokens(t, t + 1)(step, mask=mask)
+            outputs.append(y)
+    assert_same({"y": torch.cat(outputs, dim=1), **state_tensors(state)}, expected, 1e-12)
+    assert {name: x.data_ptr() for name, x in state_tensors(state).items()} == where
+
+
+def test_steps_in_place_need_a_state_of_their_own_dtype():
+    case = make_case(rule_of("yaad"), tokens=3)
+    _, state = case.tokens(0, 2)(chunk_miras, output_final_state=True)
+    with pytest.raises(ValueError, match="`state` must be contiguous and in torch.float64"):
+        case.tokens(2, 3)(step_miras_, state=state.map(lambda x: x.float() if x.is_floating_point() else x))
 
 
 @pytest.mark.parametrize("form", FORMS)

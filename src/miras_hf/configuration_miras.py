@@ -127,8 +127,7 @@ class MirasConfig(PreTrainedConfig):
         output_gate_act (`str`, *optional*, defaults to `"silu"`): Activation of the output gate, `"linear"` for none.
         memory_backend (`str`, *optional*, defaults to `"auto"`):
             What memories compute with. `"auto"`: Triton kernels where they serve the call, PyTorch elsewhere;
-            `"triton"` raises where no kernel does; `"pytorch"`. Decoding token by token is PyTorch under all three. The
-            environment variable `MIRAS_BACKEND` wins over it.
+            `"triton"` raises where no kernel does; `"pytorch"`. The environment variable `MIRAS_BACKEND` wins over it.
 
     Raises:
         `StrictDataclassError`: for a wrong type or value, naming the field, the value and what is allowed.

@@ -393,7 +393,8 @@ class MirasMixer(nn.Module):
         """
         sequences = Sequences() if sequences is None else sequences
         cached = memory_layer(past_key_values, self.layer_idx)
-        state, tail = (None, None) if cached is None else (cached.memory, cached.conv_tail)
+        state = None if cached is None else cached.memory
+        tail = None if state is None else cached.conv_tail
 
         batch, tokens = hidden_states.shape[:2]
         hidden_states = sequences.gather(hidden_states)
