@@ -21,19 +21,27 @@ See README.md in this folder for what is measured and how.
 import argparse
 import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from competitors import BUILDERS, LABELS, OURS, Competitor, Shape, build, small_models
+from models import WholeModel, decode_difference, difference
+from provenance import command_line, machine, say
 from report import write_report
-from timing import CLOCKS, Sample, calls_for, decode, one_backward, one_forward, summary, timed, wait_until_quiet
-from torch import nn
+from timing import (
+    CLOCKS,
+    Rounds,
+    calls_for,
+    decode,
+    one_backward,
+    one_forward,
+    round_robin,
+    summary,
+    timed,
+    timed_inside,
+)
 
 
 HERE = Path(__file__).resolve().parent
@@ -96,6 +104,7 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.clock = CLOCKS[args.clock]
+        self.rounds = Rounds(args.rounds, args.max_rounds, args.quiet_limit, args.patience)
         self.shape = Shape(args.width, args.heads, args.chunk)
         self.results: dict = {
             "command": command_line(),
@@ -153,24 +162,32 @@ class Run:
         args = self.args
         recurrent = [name for name in self.built if name.endswith("-recurrent")]
         groups = [
-            (seq_len, mode, [n for n in self.built if n not in recurrent])
+            [(n, seq_len, mode) for n in self.built if n not in recurrent]
             for seq_len in args.lengths
             for mode in MODES
         ]
         if recurrent:
             both = [n for name in recurrent for n in (name.removesuffix("-recurrent"), name) if n in self.built]
-            groups += [(args.recurrent_length, mode, both) for mode in MODES]
+            groups += [[(n, args.recurrent_length, mode) for n in both] for mode in MODES]
+        calls: dict[tuple, int] = {}
 
-        def cell(name, seq_len, mode):
-            generator = torch.Generator().manual_seed(2)
-            x = torch.randn(1, seq_len, self.shape.width, generator=generator)
-            return lambda: MODES[mode](self.built[name], x)
+        def take(key):
+            name, seq_len, mode = key
+            x = torch.randn(1, seq_len, self.shape.width, generator=torch.Generator().manual_seed(2))
 
-        def row(name, seq_len, mode, samples):
+            def call():
+                return MODES[mode](self.built[name], x)
+
+            if key not in calls:
+                calls[key] = calls_for(call, args.min_seconds, self.clock)
+            return timed(call, calls[key], self.clock)
+
+        def row(key, samples):
+            name, seq_len, mode = key
             entry = summary(samples, args.quiet_limit)
             return {"name": name, "T": seq_len, "mode": mode, "tokens_per_second": seq_len / entry["seconds"], **entry}
 
-        self._round_robin("speed", groups, cell, row)
+        self._round_robin("speed", groups, take, row)
 
     def measure_decode(self) -> None:
         args = self.args
@@ -178,61 +195,35 @@ class Run:
         x = torch.randn(1, args.prompt + args.decode_tokens, self.shape.width, generator=generator)
         names = [name for name in self.built if not name.endswith("-recurrent")]
 
-        def row(name, prompt, mode, samples):
+        def seconds_per_token(name):
+            _, seconds = decode(self.built[name], x, args.prompt, self.clock)
+            return sum(seconds) / len(seconds)
+
+        def row(key, samples):
             entry = summary(samples, args.quiet_limit)
             return {
-                "name": name,
-                "prompt": prompt,
+                "name": key[0],
+                "prompt": args.prompt,
                 "tokens": args.decode_tokens,
                 "ms_per_token": 1e3 * entry.pop("seconds"),
                 "ms_per_token_quartiles": [1e3 * s for s in entry.pop("seconds_quartiles")],
                 **entry,
             }
 
-        def sample(name):
-            _, seconds = decode(self.built[name], x, args.prompt, self.clock)
-            return sum(seconds) / len(seconds)
+        def take(key):
+            return timed_inside(lambda: seconds_per_token(key[0]))
 
-        self._round_robin("decode", [(args.prompt, "decode", names)], None, row, sample)
+        self._round_robin("decode", [[(name,) for name in names]], take, row)
 
-    def _round_robin(self, part, groups, cell, row, sample=None) -> None:
-        """Everything once, then everything again, each round in another order: drift hits all alike."""
-        args = self.args
-        samples: dict[tuple, list[Sample]] = {}
-        calls: dict[tuple, int] = {}
-        for number in range(args.max_rounds):
-            started, missing = time.perf_counter(), 0
-            for seq_len, mode, names in groups:
-                names = [n for n in names if n in self.built]
-                enough = [
-                    sum(s.quiet(args.quiet_limit) for s in samples.get((n, seq_len, mode), [])) >= args.rounds
-                    for n in names
-                ]
-                if names and all(enough):
-                    continue
-                turn = number % max(len(names), 1)
-                for name in names[turn:] + names[:turn]:
-                    key = (name, seq_len, mode)
-                    wait_until_quiet(args.quiet_limit, args.patience)
-                    try:
-                        if sample is not None:
-                            taken = timed_inside(lambda name=name: sample(name))
-                        else:
-                            call = cell(*key)
-                            if key not in calls:
-                                calls[key] = calls_for(call, args.min_seconds, self.clock)
-                            taken = timed(call, calls[key], self.clock)
-                    except Exception as error:
-                        self.skip(name, error)
-                        continue
-                    samples.setdefault(key, []).append(taken)
-                    missing += not taken.quiet(args.quiet_limit)
-            self.results[part] = [row(*key, taken) for key, taken in samples.items()]
+    def _round_robin(self, part, groups, take, row) -> None:
+        """Keys begin with the name of what they measure, which is skipped for good where it raises."""
+
+        def after_round(samples, text):
+            self.results[part] = [row(key, taken) for key, taken in samples.items()]
             self.save()
-            say(f"{part}: round {number + 1} took {time.perf_counter() - started:.0f} s, {missing} noisy samples")
-            counts = [sum(s.quiet(args.quiet_limit) for s in taken) for taken in samples.values()]
-            if counts and min(counts) >= args.rounds:
-                break
+            say(f"{part}: {text}")
+
+        round_robin(groups, take, self.rounds, lambda key, error: self.skip(key[0], error), after_round)
 
     def measure_memory(self) -> None:
         args = self.args
@@ -265,7 +256,7 @@ class Run:
         while True:
             try:
                 name, model = next(models)
-                entry = {"name": name, **model_decode_difference(model)}
+                entry = {"name": name, **decode_difference(WholeModel(model))}
             except StopIteration:
                 return
             except Exception as error:
@@ -273,69 +264,6 @@ class Run:
             self.results["model"].append(entry)
             self.save()
             say(f"model: {entry}")
-
-
-def timed_inside(call) -> Sample:
-    """For a call that returns its own seconds, because part of it is preparation."""
-    seconds = []
-    sample = timed(lambda: seconds.append(call()), 1, CLOCKS["wall"])
-    return Sample(seconds[0], sample.foreign)
-
-
-@torch.no_grad()
-def model_decode_difference(model: nn.Module, batch_size: int = 2, seq_len: int = 150, prompt: int = 7) -> dict:
-    model.eval()
-    generator = torch.Generator().manual_seed(4)
-    input_ids = torch.randint(0, model.config.vocab_size, (batch_size, seq_len), generator=generator)
-    full = model(input_ids, use_cache=False).logits
-    output = model(input_ids[:, :prompt], use_cache=True)
-    logits = [output.logits]
-    for t in range(prompt, seq_len):
-        output = model(input_ids[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True)
-        logits.append(output.logits)
-    settings = {"tokens": seq_len, "prompt": prompt, "batch": batch_size, "layers": model.config.num_hidden_layers}
-    return {**settings, **difference(torch.cat(logits, dim=1), full)}
-
-
-def difference(value: torch.Tensor, reference: torch.Tensor) -> dict:
-    error = (value - reference).abs().max().item()
-    return {"max_absolute": error, "max_relative": error / reference.abs().max().item()}
-
-
-def machine(threads: int) -> dict:
-    def package(name):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    cpu = platform.processor()
-    try:
-        lines = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout.splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("Model name"))
-    except (OSError, subprocess.CalledProcessError, StopIteration):
-        pass
-    return {
-        "cpu": cpu,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "niceness": os.nice(0),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{name: package(name) for name in ("torch", "transformers", "titans-pytorch")},
-    }
-
-
-def command_line() -> str:
-    """The command as a reader would type it, without this machine's folders."""
-    words = [os.path.relpath(w) if os.path.isabs(w) else w for w in sys.argv]
-    return " ".join(["python", *words])
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def main() -> None:

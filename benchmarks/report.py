@@ -57,9 +57,7 @@ def markdown(results: dict) -> str:
         "",
         f"`{results['command']}`, {results['date']}.",
         "",
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['cpu_capability']}, "
-        f"{machine['system']}; Python {machine['python']}, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, titans-pytorch {machine['titans-pytorch']}; {count(machine['threads'], 'thread')}.",
+        made_with(machine, ("torch", "transformers", "titans-pytorch")),
         "",
         f"One layer with its projections: width {shape['width']}, {shape['heads']} heads of {shape['head_dim']}, chunk "
         f"{shape['chunk']}, batch 1, float32. Medians of interleaved rounds; ± is half the distance between the "
@@ -72,6 +70,15 @@ def markdown(results: dict) -> str:
     for section in (overview, ratios, memory, recurrent, correctness, skipped):
         lines += ["", *section(results)] if section(results) else []
     return "\n".join(lines) + "\n"
+
+
+def made_with(machine: dict, packages: tuple[str, ...]) -> str:
+    """The machine and the versions in a line."""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['cpu_capability']}, "
+        f"{machine['system']}; Python {machine['python']}, {', '.join(f'{name} {machine[name]}' for name in packages)}; "
+        f"{count(machine['threads'], 'thread')}."
+    )
 
 
 def overview(results: dict) -> list[str]:

@@ -119,12 +119,70 @@ def timed(call: Callable[[], object], calls: int, clock: Clock) -> Sample:
     return Sample(seconds, load.stop())
 
 
+def timed_inside(call: Callable[[], float]) -> Sample:
+    """For a call that returns its own seconds, because part of it is preparation."""
+    seconds = []
+    sample = timed(lambda: seconds.append(call()), 1, CLOCKS["wall"])
+    return Sample(seconds[0], sample.foreign)
+
+
 def calls_for(call: Callable[[], object], min_seconds: float, clock: Clock) -> int:
     """Warms up and says how many calls make a sample long enough to be timed and its load to be known."""
     call()
     start = clock()
     call()
     return max(1, round(min_seconds / max(clock() - start, 1e-6)))
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often everything is measured: until `wanted` samples were quiet, `most` times at most."""
+
+    wanted: int
+    most: int
+    quiet_limit: float
+    patience: float  # seconds to wait for a quiet machine, per sample
+
+
+def round_robin(
+    groups: list[list[tuple]],
+    take: Callable[[tuple], Sample],
+    rounds: Rounds,
+    failed: Callable[[tuple, Exception], object],
+    after_round: Callable[[dict, str], object] = lambda samples, text: None,
+) -> dict[tuple, list[Sample]]:
+    """Everything once, then everything again, each round starting with another: drift hits all alike.
+
+    A key is `(name, ...)`; one that raises goes to `failed`, and no key of that name is measured any more.
+    """
+    samples: dict[tuple, list[Sample]] = {}
+    lost: set[str] = set()
+
+    def enough(key):
+        return sum(s.quiet(rounds.quiet_limit) for s in samples.get(key, [])) >= rounds.wanted
+
+    for number in range(rounds.most):
+        started, missing = time.perf_counter(), 0
+        for group in groups:
+            turn = number % max(len(group), 1)
+            if all(enough(key) for key in group if key[0] not in lost):
+                continue
+            for key in group[turn:] + group[:turn]:
+                if key[0] in lost:
+                    continue
+                wait_until_quiet(rounds.quiet_limit, rounds.patience)
+                try:
+                    taken = take(key)
+                except Exception as error:  # whatever a neighbour's package raises costs its own entries only
+                    lost.add(key[0])
+                    failed(key, error)
+                    continue
+                samples.setdefault(key, []).append(taken)
+                missing += not taken.quiet(rounds.quiet_limit)
+        after_round(samples, f"round {number + 1} took {time.perf_counter() - started:.0f} s, {missing} noisy samples")
+        if all(enough(key) for group in groups for key in group if key[0] not in lost):
+            break
+    return samples
 
 
 def summary(samples: list[Sample], limit: float) -> dict:

@@ -11,8 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The CPU benchmark runs from its one command, and its hand-written neighbour is what it says it is."""
+"""The CPU benchmarks run from their one command each, and the hand-written neighbour is what it says it is."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -42,12 +43,16 @@ def ttt_mlp(monkeypatch):
     return layer, torch.randn(2, 27, 32, dtype=torch.float64)
 
 
-def test_quick_run(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "layer_cpu.py"), "--quick", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+def quick_run(script, folder, *flags):
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--quick", "--out", str(folder), *flags]
+    paths = [str(ROOT / "src"), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
 
+
+def test_quick_run(tmp_path):
+    quick_run("layer_cpu", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     # only a package that is not installed may be missing
     assert set(results["skipped"]) <= {"titans", "titans-anchored"}, results["skipped"]
@@ -65,6 +70,31 @@ def test_quick_run(tmp_path):
         assert entry["max_relative"] < 1e-3, entry
     for name in names:
         assert results["competitors"][name]["label"] in (tmp_path / "results.md").read_text()
+
+
+def test_quick_run_of_decoding(tmp_path):
+    quick_run("decode", tmp_path)
+    results = json.loads((tmp_path / "decode.json").read_text())
+    names = {"moneta", "yaad", "memora", "llama", "gated-deltanet", "mamba2"}
+    assert not results["skipped"] and set(results["models"]) == names
+    for fact in results["models"].values():
+        assert fact["decode_against_forward"]["max_relative"] < 1e-4, fact
+    for batch, context in itertools.product((1, 2), (24, 100)):
+        # 200 tokens of both sequences are more than a quick run reads
+        read = batch * context <= 100
+        rows = {row["name"]: row for row in results["decode"] if (row["batch"], row["context"]) == (batch, context)}
+        assert set(rows) == names
+        assert all((row["filled"] == "read") == read for row in rows.values())
+        measured = {
+            row["name"] for row in results["first_token"] if (row["batch"], row["context"]) == (batch, context)
+        }
+        assert measured == (names if read else set())
+        # keys and values of 2 layers of 32 channels for the context and 16 steps, and two lengths
+        assert rows["llama"]["cache_bytes_per_sequence"] * batch == 2 * (2 * 32 * 4 * (context + 16) * batch + 8)
+        memory = rows["yaad"]["cache_bytes_per_sequence"]
+        assert memory == next(row["cache_bytes_per_sequence"] for row in results["decode"] if row["name"] == "yaad")
+    report = (tmp_path / "decode.md").read_text()
+    assert all(fact["label"] in report for fact in results["models"].values())
 
 
 def test_ttt_mlp_dual_form_is_gradient_descent(ttt_mlp):

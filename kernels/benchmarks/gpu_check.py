@@ -15,10 +15,11 @@
 
     python kernels/benchmarks/gpu_check.py --out kernels/benchmarks/results/h200
 
-First correctness, every model, head width, chunk size and precision against float64; then times. Results are written
-after every measurement (`results.json`), so a run that is stopped keeps what it has; at the end `results.md` and
-`results.png`. What is not installed (titans-pytorch, flash-linear-attention) or fails is skipped by name. Fits into ten
-minutes on an H200; `--minutes` says when to stop measuring.
+First correctness, every model, head width, chunk size and precision against float64; then times: of a layer's
+recurrence, of training steps of whole models, of decoding with them. `--parts` chooses. Results are written after every
+measurement (`results.json`), so a run that is stopped keeps what it has; at the end `results.md` and `results.png`. What
+is not installed (titans-pytorch, flash-linear-attention), fails or finds no memory is skipped by name. `--minutes` says
+when to stop measuring: correctness takes what it needs, the other parts share the rest.
 
 Without a GPU, `TRITON_INTERPRET=1 python kernels/benchmarks/gpu_check.py --quick --out quick` shows that it runs; it
 times nothing that means anything.
@@ -37,6 +38,8 @@ from pathlib import Path
 import torch
 from paths import LONGEST, MODELS, PATHS, Shape, forward_and_backward, kernel_call, make_inputs, make_rule
 from tables import write_report
+from training import MODELS as WHOLE_MODELS
+from training import ModelShape, Training, measure_training
 
 from miras_hf.memory import MemoryParameters, chunk_miras
 
@@ -47,13 +50,25 @@ OTHER_SIZES = ((64, 16), (64, 32), (48, 64), (96, 64), (128, 64))
 KL_TOLERANCE = {"ieee": 5e-5, "tf32x3": 2e-4, "tf32": 5e-2, "bf16": 1e-1}
 
 
+# of the time that correctness leaves
+SHARES = {"layers": 0.4, "training": 0.4, "decode": 0.2}
+
+
 class Run:
     """Collects results and writes them down as they come."""
 
     def __init__(self, out: Path, device: str, minutes: float):
         out.mkdir(parents=True, exist_ok=True)
-        self.out, self.device, self.end = out, device, time.monotonic() + 60 * minutes
-        self.results: dict = {"machine": machine(device), "correctness": [], "times": [], "skipped": []}
+        self.out, self.device = out, device
+        self.end = self.last = time.monotonic() + 60 * minutes
+        self.results: dict = {"machine": machine(device)}
+        self.results |= {part: [] for part in ("correctness", "times", "training", "first_token", "decode", "skipped")}
+
+    def begin(self, part: str, later: list[str]) -> None:
+        """Gives a part its share of the time that is left for it and the later ones."""
+        now = time.monotonic()
+        share = SHARES[part] / sum(SHARES[name] for name in (part, *later))
+        self.end = now + share * (self.last - now)
 
     def add(self, part: str, row: dict) -> None:
         self.results[part].append(row)
@@ -199,8 +214,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, results.md, results.png")
     parser.add_argument("--minutes", type=float, default=9.0, help="stop measuring after so many")
+    parser.add_argument("--parts", nargs="+", default=["correctness", *SHARES], choices=["correctness", *SHARES])
     parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=list(PATHS), metavar="PATH")
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096, 8192, 16384, 32768, 65536, 131072])
+    parser.add_argument("--models", nargs="+", default=WHOLE_MODELS, choices=WHOLE_MODELS, help="whole models")
+    parser.add_argument("--sizes", nargs="+", default=["170m", "340m"], help="of whole models; the last one decodes")
+    parser.add_argument("--compile", action="store_true", help="decode through torch.compile as well")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it runs")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,26 +227,76 @@ def main() -> None:
         parser.error("there is no GPU here; --quick shows that the script runs, in Triton's interpreter")
 
     run = Run(args.out, device, args.minutes)
-    right = check_correctness(run, args.quick)
-    print(f"Correctness: {'every configuration is right' if right else 'SOMETHING IS WRONG, see above'}", flush=True)
-    both = (False, True)
-    if args.quick:
-        for name, backward in itertools.product(args.paths, both):
-            measure(run, name, Shape(1, 40, 1, 32, 16, torch.float32, device), "quick", backward)
-    else:
-        # the shape of the issue, the other sizes at it, the constant number of tokens, and batch 1
-        for name, backward in itertools.product(args.paths, both):
-            measure(run, name, Shape(8, 4096, 16, 64, 64), "B*H = 128", backward)
-        for (head_dim, chunk_size), backward in itertools.product(OTHER_SIZES, both):
-            measure(run, "yaad, Triton", Shape(8, 4096, 16, head_dim, chunk_size), "other sizes", backward)
-        for tokens, name, backward in itertools.product(args.lengths, args.paths, both):
-            measure(run, name, Shape(max(1, 65536 // tokens), tokens, 16, 64, 64), "constant tokens", backward)
-        for tokens, name in itertools.product(args.lengths, args.paths):
-            measure(run, name, Shape(1, tokens, 16, 64, 64), "batch 1")
+    right = None
+    if "correctness" in args.parts:
+        right = check_correctness(run, args.quick)
+        print(
+            f"Correctness: {'every configuration is right' if right else 'SOMETHING IS WRONG, see above'}", flush=True
+        )
+    measures = {"layers": measure_layers, "training": measure_whole_models, "decode": measure_decode}
+    parts = [part for part in measures if part in args.parts]
+    for i, part in enumerate(parts):
+        run.begin(part, parts[i + 1 :])
+        measures[part](run, args)
     run.results["right"] = right
     run.write()
     write_report(args.out)
-    sys.exit(0 if right else 1)
+    sys.exit(1 if right is False else 0)
+
+
+def measure_layers(run: Run, args: argparse.Namespace) -> None:
+    both = (False, True)
+    if args.quick:
+        for name, backward in itertools.product(args.paths, both):
+            measure(run, name, Shape(1, 40, 1, 32, 16, torch.float32, run.device), "quick", backward)
+        return
+    # the shape of the issue, the other sizes at it, the constant number of tokens, and batch 1
+    for name, backward in itertools.product(args.paths, both):
+        measure(run, name, Shape(8, 4096, 16, 64, 64), "B*H = 128", backward)
+    for (head_dim, chunk_size), backward in itertools.product(OTHER_SIZES, both):
+        measure(run, "yaad, Triton", Shape(8, 4096, 16, head_dim, chunk_size), "other sizes", backward)
+    for tokens, name, backward in itertools.product(args.lengths, args.paths, both):
+        measure(run, name, Shape(max(1, 65536 // tokens), tokens, 16, 64, 64), "constant tokens", backward)
+    for tokens, name in itertools.product(args.lengths, args.paths):
+        measure(run, name, Shape(1, tokens, 16, 64, 64), "batch 1")
+
+
+TINY = ModelShape(width=32, layers=1, heads=1, vocabulary=64, chunk=16)
+
+
+def measure_whole_models(run: Run, args: argparse.Namespace) -> None:
+    trained = [Training(size, ModelShape.preset(size)) for size in args.sizes]
+    if args.quick:
+        trained = [Training("tiny", TINY, lengths=(20,), step_tokens=40, autocast=False, seconds=0.0)]
+    for training in trained:
+        measure_training(run, training, args.models)
+
+
+def measure_decode(run: Run, args: argparse.Namespace) -> None:
+    from decode import Plan, available_memory, prepare
+    from decode import measure as measure_decoding
+    from timing import Rounds
+
+    if run.out_of_time("decoding"):
+        return
+    plan = Plan(
+        batches=[1, 2] if args.quick else [1, 32, 256],
+        contexts=[24] if args.quick else [1024, 8192, 65536, 1048576],
+        steps=16 if args.quick else 64,
+        sample_seconds=1.0,
+        prefill_tokens=24 if args.quick else 131072,
+        repeat_tokens=24 if args.quick else 65536,
+        state_tokens=8 if args.quick else 256,
+        memory_bytes=available_memory(run.device, 0.8),
+        rounds=Rounds(1, 1, 1.0, 0.0) if args.quick else Rounds(3, 3, 1.0, 0.0),
+        compiled=args.compile,
+    )
+    shape = TINY if args.quick else ModelShape.preset(args.sizes[-1])
+    dtype = torch.float32 if args.quick else torch.bfloat16
+    models, facts = prepare(args.models, shape, run.device, dtype, run.add, {"memory_backend": "triton"})
+    run.results["decode_settings"] = {**vars(plan), "rounds": vars(plan.rounds), "device": run.device}
+    run.results["decode_models"] = facts
+    measure_decoding(models, plan, run.add, run.out_of_time)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def table(results: dict) -> list[str]:
     lines = ["# Kernels on a device", "", ", ".join(f"{key} {value}" for key, value in machine.items()) + ".", ""]
     checked = results["correctness"]
     wrong = [row for row in checked if not row["right"]]
-    lines += [f"{len(checked)} configurations checked against float64, {len(wrong)} wrong."]
+    if checked:
+        lines += [f"{len(checked)} configurations checked against float64, {len(wrong)} wrong."]
     lines += [f"- wrong: {json.dumps(row)}" for row in wrong]
     for setting in dict.fromkeys(row["setting"] for row in results["times"]):
         lines += ["", f"## {setting}", ""]
@@ -49,9 +50,52 @@ def table(results: dict) -> list[str]:
                 f"{row.get('peak_mib', '')} | {row.get('tflops', '')} | {share} |"
             )
         lines += overtaking(results, setting)
+    lines += training(results.get("training", []))
+    if results.get("decode"):
+        lines += decoding(results)
     if results["skipped"]:
         lines += ["", "## Not measured", "", *(f"- {row['name']}: {row['why']}" for row in results["skipped"])]
     return lines
+
+
+def training(rows: list[dict]) -> list[str]:
+    """Whole models, and how they compare with the Llama at the same length."""
+    lines = []
+    for size in dict.fromkeys(row["size"] for row in rows):
+        mine = [row for row in rows if row["size"] == size]
+        llama = {row["tokens"]: row for row in mine if row["model"] == "llama"}
+        lines += ["", f"## Training of whole models, {size}: forward, loss and backward", ""]
+        lines += [
+            "| model | parameters | B | T | ms a step (quartiles) | tokens/s | over Llama | peak MiB | over Llama |",
+            "|" + " --- |" * 9,
+        ]
+        for row in mine:
+            reference = llama.get(row["tokens"], {})
+            lines.append(
+                f"| {row['label']} | {row['parameters']:,} | {row['batch']} | {row['tokens']} | "
+                f"{row['median']:.1f} ({row['low']:.1f}-{row['high']:.1f}) | {row['tokens_per_s']:,.0f} | "
+                f"{_ratio(row, reference, 'tokens_per_s')} | {row.get('peak_mib', '')} | "
+                f"{_ratio(row, reference, 'peak_mib')} |"
+            )
+        lines += [
+            "",
+            *(f"- {label}: {text}" for label, text in {row["label"]: row["settings"] for row in mine}.items()),
+        ]
+    return lines
+
+
+def _ratio(row: dict, reference: dict, key: str) -> str:
+    return f"{row[key] / reference[key]:.2f}" if key in row and key in reference else ""
+
+
+def decoding(results: dict) -> list[str]:
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, not a package
+    from decode_report import tables
+
+    lines = [
+        f"- {fact['label']}: {fact['parameters']:,}, {fact['settings']}" for fact in results["decode_models"].values()
+    ]
+    return [*tables(results, results["decode_settings"]), "", *lines]
 
 
 def overtaking(results: dict, setting: str) -> list[str]:
