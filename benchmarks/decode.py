@@ -26,7 +26,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Plan:
         repeat_tokens (`int`): tokens up to which time to first token is measured more than once.
         state_tokens (`int`): tokens of each sequence that models with a state of one size read in place of more.
         memory_bytes (`int`): largest sum of caches.
+        cell_seconds (`float`): about how long the steps of one batch and context may take: fewer rounds, one at least.
         rounds (`Rounds`): how often.
         compiled (`bool`): whether to measure compiled steps beside eager ones.
     """
@@ -66,6 +67,7 @@ class Plan:
     repeat_tokens: int
     state_tokens: int
     memory_bytes: int
+    cell_seconds: float
     rounds: Rounds
     compiled: bool = False
 
@@ -161,7 +163,7 @@ class _Cell:
 
         rounds = self.plan.rounds
         if self.batch * self.context > self.plan.repeat_tokens:
-            rounds = Rounds(1, 1, rounds.quiet_limit, rounds.patience)
+            rounds = replace(rounds, wanted=1, most=1)
         keys = [(name,) for name in self.models]
         if self.device.type == "cuda":  # kernels are loaded and compiled at the first call of a shape
             round_robin([keys], self.take_first_token, Rounds(1, 1, 1.0, 0.0), failed)
@@ -241,11 +243,23 @@ class _Cell:
         def failed(key, error):
             self.failed(key[0], error)
 
-        for name in names:  # memory is first touched, and compilation done, outside the clock
+        predicted: dict[str, float] = {}
+
+        def warm_up(name: str) -> None:
+            """Touches memory and compiles outside the clock; then the next steps say how long a sample will be."""
+            self.decode(name, most=2)
+            period = self.models[name.removesuffix(COMPILED)].period
+            seconds = self.decode(name, most=2)[0]
+            predicted[name] = max(min(seconds * self.plan.steps, self.plan.sample_seconds), seconds * period)
+
+        for name in names:
             if name.removesuffix(COMPILED) in self.ready:
-                self.attempt(name, lambda name=name: self.decode(name, most=2))
-        keys = [(name,) for name in names if name.removesuffix(COMPILED) in self.ready]
-        for (name,), samples in round_robin([keys], take, self.plan.rounds, failed).items():
+                self.attempt(name, lambda name=name: warm_up(name))
+        keys = [(name,) for name in predicted if name.removesuffix(COMPILED) in self.ready]
+        rounds = self.plan.rounds
+        affordable = max(1, int(self.plan.cell_seconds / max(sum(predicted.values()), 1e-6)))
+        rounds = replace(rounds, wanted=min(rounds.wanted, affordable), most=min(rounds.most, affordable))
+        for (name,), samples in round_robin([keys], take, rounds, failed).items():
             ready = self.ready.get(name.removesuffix(COMPILED))
             if ready is not None:
                 self.add("decode", self.row(name, samples) | self.sizes(name, ready, samples, steps[name]))
@@ -432,6 +446,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--state-tokens", type=int, default=256, help="tokens read in place of a longer context")
     parser.add_argument("--memory-share", type=float, default=0.5, help="of the memory free at the start, for caches")
+    parser.add_argument("--cell-seconds", type=float, default=30.0, help="for the steps of one batch and context")
     parser.add_argument("--rounds", type=int, default=3, help="quiet samples wanted of everything")
     parser.add_argument("--max-rounds", type=int, default=5, help="rounds after which noisy ones are taken too")
     parser.add_argument("--quiet-limit", type=float, default=0.1, help="others' share of the machine, quiet sample")
@@ -479,6 +494,7 @@ def main() -> None:
         repeat_tokens=args.repeat_tokens,
         state_tokens=args.state_tokens,
         memory_bytes=available_memory(args.device, args.memory_share),
+        cell_seconds=args.cell_seconds,
         rounds=Rounds(args.rounds, args.max_rounds, args.quiet_limit, args.patience),
         compiled=args.compile,
     )

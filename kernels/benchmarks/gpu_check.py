@@ -288,6 +288,7 @@ def measure_decode(run: Run, args: argparse.Namespace) -> None:
         repeat_tokens=24 if args.quick else 65536,
         state_tokens=8 if args.quick else 256,
         memory_bytes=available_memory(run.device, 0.8),
+        cell_seconds=10.0,
         rounds=Rounds(1, 1, 1.0, 0.0) if args.quick else Rounds(3, 3, 1.0, 0.0),
         compiled=args.compile,
     )
