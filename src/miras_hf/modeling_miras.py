@@ -57,6 +57,7 @@ from .memory import (
     MemoryState,
     MirasRule,
 )
+from .mixer_ops import causal_convolution, l2norm, negative_softplus, rms_norm, scaled_sigmoid, silu_gated_rms_norm
 from .model_card import save_model_card
 from .parallel import check_distributed_config
 from .sequences import Sequences, has_inner_pads, packed_sequences, padded_sequences
@@ -72,11 +73,7 @@ class MirasRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * hidden_states.to(input_dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -87,9 +84,11 @@ class MirasRMSNormGated(MirasRMSNorm):
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, activation: str = "silu"):
         super().__init__(hidden_size, eps)
-        self.act_fn = ACT2FN[activation]
+        self.activation, self.act_fn = activation, ACT2FN[activation]
 
     def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:
+        if self.activation == "silu":
+            return silu_gated_rms_norm(hidden_states, gate, self.weight, self.variance_epsilon)
         return super().forward(hidden_states) * self.act_fn(gate)
 
 
@@ -137,15 +136,8 @@ def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsquee
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
-def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + eps)
-
-
 class MirasShortConvolution(nn.Module):
-    """Causal depthwise convolution over time, then SiLU.
-
-    Written as shifted products, so that a shift can stop at the border of a packed sequence.
-    """
+    """Causal depthwise convolution over time, then SiLU."""
 
     def __init__(self, channels: int, kernel_size: int):
         super().__init__()
@@ -159,18 +151,7 @@ class MirasShortConvolution(nn.Module):
             tail (`torch.Tensor` of shape `[batch, kernel_size - 1, channels]`, *optional*): the inputs before them.
             position (`torch.Tensor` of shape `[batch, tokens]`, *optional*): tokens since the sequence's start.
         """
-        tokens, before = hidden_states.shape[1], self.kernel_size - 1
-        if tokens == 1 and tail is not None:
-            window = torch.cat((tail, hidden_states), dim=1)
-            return F.silu((window * self.weight.mT).sum(dim=1, keepdim=True))
-        padded = F.pad(hidden_states, (0, 0, before, 0)) if tail is None else torch.cat((tail, hidden_states), dim=1)
-        output = hidden_states * self.weight[:, -1]
-        for shift in range(1, self.kernel_size):
-            shifted = padded[:, before - shift : before - shift + tokens]
-            if position is not None:
-                shifted = shifted.masked_fill((position < shift)[..., None], 0.0)
-            output = torch.addcmul(output, shifted, self.weight[:, -1 - shift])
-        return F.silu(output)
+        return causal_convolution(hidden_states, self.weight, tail, position)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}"
@@ -207,7 +188,7 @@ class MirasStepGate(MirasLowRankGate):
         self.eta_max = config.eta_max
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.eta_max * torch.sigmoid(self.logits(hidden_states))
+        return scaled_sigmoid(self.logits(hidden_states), self.eta_max)
 
     def initial_bias(self) -> Tensor:
         # a third of the largest step: the one that simulations found stable
@@ -223,9 +204,8 @@ class MirasRetentionGate(MirasLowRankGate):
         self.a_log = nn.Parameter(torch.zeros(config.num_attention_heads))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        rate = F.softplus(self.logits(hidden_states))
         scale = self.a_log.float().exp()
-        return -rate * (scale[:, None] if self.per_channel else scale)
+        return negative_softplus(self.logits(hidden_states), scale[:, None] if self.per_channel else scale)
 
     def initial_bias(self) -> Tensor:
         shortest, longest = (math.log(half_life) for half_life in self.half_lives)

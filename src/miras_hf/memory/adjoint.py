@@ -65,6 +65,7 @@ from torch.nn.functional import pad
 
 from .architecture import Factors
 from .attentional_bias import AttentionalBias
+from .layout import merge_chunks
 from .learning import Gates
 from .retention import ChunkWeights, LinkedChunk, link_by_autograd
 from .rule import MemoryInputs, MirasRule, bound_inputs
@@ -101,7 +102,7 @@ class ReadGroup(torch.autograd.Function):
     def backward(ctx, y_bar: Tensor | None, *state_bars: Tensor | None):
         x, states, base, norm = _parted(ctx.rule, ctx.saved_tensors)
         if y_bar is None:
-            y_bar = torch.zeros_like(x.q)
+            y_bar = torch.zeros_like(merge_chunks(x.q))
         with torch.autocast(y_bar.device.type, enabled=False):  # some call backward inside it
             return None, None, None, *_group_adjoint(ctx.rule, ctx.sizes, x, states, base, norm, y_bar, state_bars)
 
@@ -125,7 +126,8 @@ class _Chunk(NamedTuple):
 def _group_adjoint(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm, y_bar, state_bars):
     axes, algorithm = rule.architecture.gate_axes, rule.algorithm
     layers = range(len(axes))
-    unbounded, x = x, bound_inputs(x, rule)
+    pieces, unbounded = x, x.map(merge_chunks)
+    x = bound_inputs(unbounded, rule)
     gates, gates_vjp = algorithm.chunk_gates_with_vjp(x.eta, x.log_alpha.cumsum(-2))
     gates = gates.split(sizes)
     q, k, v, y_bars = (t.split(sizes) for t in (x.q, x.k, x.v, y_bar))
@@ -198,7 +200,9 @@ def _group_adjoint(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, b
     )
     q_bar, k_bar, v_bar, log_alpha_bar = (bar.mul_(b == u) for bar, (b, u) in zip(bars, bounds, strict=True))
     state_bars = [None if bar is None else _with_ended_rows(bar, total) for bar in state_bars]
-    return q_bar, k_bar, v_bar, eta_bar, log_alpha_bar, delta_bar, *state_bars, *base_bars, *norm_bars
+    of_inputs = (q_bar, k_bar, v_bar, eta_bar, log_alpha_bar, delta_bar)
+    of_inputs = (None if bar is None else bar.view(p.shape) for bar, p in zip(of_inputs, pieces, strict=True))
+    return *of_inputs, *state_bars, *base_bars, *norm_bars
 
 
 def _write(rule: MirasRule, k, v, delta, states, base, norm) -> _Chunk:

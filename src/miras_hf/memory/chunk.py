@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .adjoint import ReadGroup, has_adjoint
 from .architecture import Factors
-from .layout import ChunkLayout, build_layout, check_layout_arguments
+from .layout import ChunkLayout, build_layout, check_layout_arguments, merge_chunks
 from .rule import (
     MemoryInputs,
     MemoryParameters,
@@ -106,8 +106,7 @@ def chunk_miras(
     layout = build_layout(batch, tokens, rule.chunk_size, q.device, cu_seqlens=cu_seqlens, mask=mask, phase=phase)
     memory = _Memory.build(rule, parameters, initial_state, layout, heads, x.q.dtype, output_final_state)
 
-    chunks = MemoryInputs(*(None if t is None else layout.to_chunks(t) for t in x))
-    steps, offsets = len(layout.active), [o * heads for o in layout.offsets]
+    steps = len(layout.active)
     recompute = torch.is_grad_enabled() and (
         any(t is not None and t.requires_grad for t in x) or any(t.requires_grad for t in memory.tensors())
     )
@@ -116,20 +115,19 @@ def chunk_miras(
 
     # a group either is plain or does one of the rare things that only `read_group` knows
     borders = sorted({*range(0, steps, chunks_per_group), steps, *memory.special_borders()})
-    # split, not sliced group by group: the gradients of the pieces are put together once
-    sizes = [offsets[last] - offsets[first] for first, last in itertools.pairwise(borders)]
-    pieces = [itertools.repeat(None) if t is None else t.split(sizes) for t in chunks]
+    groups = list(itertools.pairwise(borders))
+    pieces = [itertools.repeat(None) if t is None else layout.to_groups(t, borders) for t in x]
     by_hand = recompute and has_adjoint(rule) and not torch.compiler.is_compiling()
 
     states, captured = memory.start, memory.captured
     outputs = []
-    for (first, last), *group in zip(itertools.pairwise(borders), *pieces, strict=False):
+    for (first, last), *group in zip(groups, *pieces, strict=False):
         group = MemoryInputs(*group)
         if by_hand and memory.is_plain(first, last):
             y, states = memory.read_group_by_hand(first, last, group, states)
             if captured is not None and last == layout.full_steps:
                 captured = states, captured[1]
-        elif recompute and len(sizes) > 1:  # a single group would be computed twice for nothing
+        elif recompute and len(groups) > 1:  # a single group would be computed twice for nothing
             y, states, captured = checkpoint(
                 memory.read_group,
                 first,
@@ -143,7 +141,7 @@ def chunk_miras(
         else:
             y, states, captured = memory.read_group(first, last, group, states, captured)
         outputs.append(y)
-    y = layout.from_chunks(torch.cat(outputs), heads) if outputs else x.q
+    y = layout.from_groups(outputs, heads) if outputs else x.q
     final_state = memory.final_state(captured, x.eta.shape[-1]) if output_final_state else None
     return y.to(q.dtype), final_state
 
@@ -238,9 +236,10 @@ class _Memory:
         return y, tuple(states)
 
     def read_group(self, first: int, last: int, x: MemoryInputs, states, captured):
-        """Reads the chunks of steps `first` to `last`; `x` holds their slots, `states` the living rows' dual states."""
+        """Reads the chunks of steps `first` to `last`; `x` holds their slots (`to_groups`), `states` the living rows' dual states."""
         rule, heads = self.rule, self.heads
-        x = bound_inputs(x, rule)  # here, where it is recomputed: copies of the whole length would be kept
+        # here, where it is recomputed: copies of the whole length would be kept
+        x = bound_inputs(x.map(merge_chunks), rule)
         axes = rule.architecture.gate_axes
         eta, log_decay = x.eta, x.log_alpha.cumsum(-2)
         if first == 0 and self.earlier is not None:

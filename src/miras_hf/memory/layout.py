@@ -59,32 +59,44 @@ class ChunkLayout:
         """First chunk of every step, and the number of chunks."""
         return [0, *itertools.accumulate(self.active)]
 
-    def to_chunks(self, x: Tensor) -> Tensor:
-        """`[batch, tokens, heads, f]` to `[chunks * heads, chunk_size, f]`, zeros in slots without a token."""
+    def to_groups(self, x: Tensor, borders: list[int]) -> tuple[Tensor, ...]:
+        """`[batch, tokens, heads, f]`, cut at steps, to a tensor for each group of steps between two borders.
+
+        Its axes before `[chunk_size, f]` are those of `[chunks, heads]`, three of them, for `merge_chunks`. Where tokens
+        fill the slots in order it is a view: what must be copied is copied group by group, and not kept. Slots without a
+        token are zero.
+        """
         heads, features = x.shape[2:]
-        size = self.chunk_size
+        size, steps = self.chunk_size, len(self.active)
         if self.slot_of_token is None:
-            steps = len(self.active)
             if steps * size != self.tokens:  # padding by nothing would copy
                 x = F.pad(x, (0, 0, 0, 0, 0, steps * size - self.tokens))
             x = x.view(self.batch, steps, size, heads, features).permute(1, 0, 3, 2, 4)
-            return x.reshape(steps * self.batch * heads, size, features)
-        chunks = self.offsets[-1]
-        slots = x.new_zeros(chunks * size + 1, heads, features)
-        # every token has its own slot, but pads share the one past the end, which is cut off
-        slots = slots.index_copy(0, self.slot_of_token, x.reshape(-1, heads, features))[:-1]
-        return slots.view(chunks, size, heads, features).transpose(1, 2).reshape(chunks * heads, size, features)
+        else:
+            chunks = self.offsets[-1]
+            slots = x.new_zeros(chunks * size + 1, heads, features)
+            # every token has its own slot, but pads share the one past the end, which is cut off
+            slots = slots.index_copy(0, self.slot_of_token, x.reshape(-1, heads, features))[:-1]
+            x = slots.view(chunks, 1, size, heads, features).transpose(2, 3)
+            borders = [self.offsets[border] for border in borders]
+        # split, not sliced group by group: the gradients of the pieces are put together once
+        return x.split([last - first for first, last in itertools.pairwise(borders)])
 
-    def from_chunks(self, x: Tensor, heads: int) -> Tensor:
-        """The inverse of `to_chunks`, zeros at pads."""
-        size, features = x.shape[1:]
+    def from_groups(self, outputs: list[Tensor], heads: int) -> Tensor:
+        """The inverse of `to_groups` and `merge_chunks`, zeros at pads."""
+        size, features = outputs[0].shape[1:]
         if self.slot_of_token is None:
-            steps = len(self.active)
-            x = x.view(steps, self.batch, heads, size, features).permute(1, 0, 3, 2, 4)
-            return x.reshape(self.batch, steps * size, heads, features)[:, : self.tokens]
-        x = x.view(-1, heads, size, features).transpose(1, 2).reshape(-1, heads, features)
+            outputs = [y.view(-1, self.batch, heads, size, features).permute(1, 0, 3, 2, 4) for y in outputs]
+            x = torch.cat(outputs, dim=1)
+            return x.reshape(self.batch, -1, heads, features)[:, : self.tokens]
+        x = torch.cat(outputs).view(-1, heads, size, features).transpose(1, 2).reshape(-1, heads, features)
         x = torch.cat((x, x.new_zeros(1, heads, features)))
         return x.index_select(0, self.slot_of_token).view(self.batch, self.tokens, heads, features)
+
+
+def merge_chunks(x: Tensor) -> Tensor:
+    """A group of `to_groups` as `[chunks * heads, chunk_size, f]`."""
+    return x.flatten(0, 2)
 
 
 def build_layout(

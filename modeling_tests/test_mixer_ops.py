@@ -1,0 +1,98 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The mixer's own operations: their hand-written adjoints are those of autograd, and keep what they say they keep."""
+
+import pytest
+import torch
+
+from miras_hf import YaadConfig, YaadModel
+from miras_hf.mixer_ops import (
+    causal_convolution,
+    l2norm,
+    negative_softplus,
+    scaled_sigmoid,
+    silu_gated_rms_norm,
+)
+
+
+def leaf(*shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+
+
+def convolution(tokens, position=None):
+    return (leaf(2, tokens, 6), leaf(6, 4)), lambda x, weight: causal_convolution(x, weight, position=position)
+
+
+CASES = {
+    **{f"convolution of {tokens}": convolution(tokens) for tokens in (1, 2, 3, 4, 9)},
+    "convolution of packs": convolution(7, torch.tensor([[0, 1, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5]])),
+    "convolution of short packs": convolution(2, torch.tensor([[0, 0], [0, 1]])),
+    "l2 norm": ((leaf(2, 5, 3, 4),), l2norm),
+    "step": ((leaf(2, 5, 3),), lambda u: scaled_sigmoid(u, 0.09)),
+    "retention of channels": ((leaf(2, 5, 3, 4), leaf(3, 1)), lambda u, a: negative_softplus(u, a.exp())),
+    "retention of heads": ((leaf(2, 5, 3), leaf(3)), lambda u, a: negative_softplus(u, a.exp())),
+    "gated norm": (
+        (leaf(2, 5, 3, 4), leaf(2, 5, 3, 4), leaf(4)),
+        lambda x, gate, weight: silu_gated_rms_norm(x, gate, weight, 1e-6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adjoints_are_those_of_autograd(name, monkeypatch):
+    inputs, function = CASES[name]
+    y = function(*inputs)
+    y_bar = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    bars = torch.autograd.grad(y, inputs, y_bar)
+    # the formulas as they are left to the compiler
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    expected = function(*inputs)
+    # the norm's statistics are float32 in every dtype
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if name == "gated norm" else {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(y, expected, **tolerance)
+    for bar, other in zip(bars, torch.autograd.grad(expected, inputs, y_bar), strict=True):
+        torch.testing.assert_close(bar, other, **tolerance)
+
+
+def test_mixed_precision():
+    """Half-precision inputs beside float32 weights, as under autocast: adjoints have the dtypes of what they belong to."""
+    x, gate = (leaf(2, 5, 3, 4, dtype=torch.bfloat16) for _ in range(2))
+    weight, taps = leaf(4, dtype=torch.float32), leaf(12, 4, dtype=torch.float32)
+    y = silu_gated_rms_norm(x, gate, weight, 1e-6)
+    convolved = causal_convolution(x.flatten(-2), taps)
+    assert y.dtype == convolved.dtype == torch.float32
+    (y.sum() + convolved.square().sum()).backward()
+    for tensor in (x, gate, weight, taps):
+        assert tensor.grad.dtype == tensor.dtype and tensor.grad.isfinite().all() and tensor.grad.abs().max() > 0
+
+
+def test_what_a_mixer_keeps():
+    """Twelve tensors of the whole length: its input, what enters the convolutions, what the memory reads, its output,
+    the output gate, and what enters the output projection."""
+    torch.manual_seed(0)
+    config = YaadConfig(vocab_size=16, hidden_size=64, num_attention_heads=2, num_hidden_layers=1, chunk_size=16)
+    mixer = YaadModel(config).layers[0].mixer
+    hidden_states = torch.randn(1, 512, 64, requires_grad=True)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output, _ = mixer(hidden_states)
+    whole = hidden_states.numel() * hidden_states.element_size()
+    assert sum(size >= whole for size in kept.values()) == 12
+    output.sum().backward()

@@ -1,0 +1,216 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a mixer does token by token around its memory, with adjoints that keep less than autograd does.
+
+Autograd keeps what every small operation has read, tensors of the whole length; over a mixer they take more than the
+memory does. Here each piece keeps its inputs, or its result where that is kept anyway, and computes the rest again. With
+`y_bar` the adjoint of y, r the inverse norm, per head, and products channel by channel:
+
+    convolution   u_t = sum_s w_s x_{t-s},  y = silu(u)      x_bar_t = sum_s w_s u_bar_{t+s},  w_s_bar = sum_t u_bar_t x_{t-s}
+    l2 norm       y = r x,  r = (x . x + eps)^(-1/2)         x_bar = r (y_bar - y (y . y_bar))
+    gated norm    y = w n silu(g),  n = r x                  n_bar = y_bar w silu(g),  x_bar = r (n_bar - n mean(n n_bar))
+    step          y = m sigmoid(u)                           u_bar = y_bar y (1 - y / m)
+    retention     y = -a softplus(u)                         u_bar = -y_bar a (1 - exp(y / a)),  a_bar = y . y_bar / a
+
+Under `torch.compile`, which fuses and recomputes as it likes, the formulas are left to it, and decoding takes them as
+they are. The adjoints themselves are not differentiable.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def _by_hand() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def causal_convolution(
+    x: Tensor, weight: Tensor, tail: Tensor | None = None, position: Tensor | None = None
+) -> Tensor:
+    """`silu` of the depthwise convolution of each token with the tokens before it.
+
+    Args:
+        x (`torch.Tensor` of shape `[batch, tokens, channels]`): inputs.
+        weight (`torch.Tensor` of shape `[channels, kernel_size]`): the last column is the token's own.
+        tail (`torch.Tensor` of shape `[batch, kernel_size - 1, channels]`, *optional*): the inputs before `x`.
+        position (`torch.Tensor` of shape `[batch, tokens]`, *optional*):
+            Tokens since the sequence's start: products stop at the border of a packed sequence.
+    """
+    tokens, before = x.shape[1], weight.shape[1] - 1
+    if tail is None and not torch.compiler.is_compiling():
+        return _SiLUConvolution.apply(x, weight, position)
+    if tokens == 1 and tail is not None:
+        return F.silu((torch.cat((tail, x), dim=1) * weight.mT).sum(dim=1, keepdim=True))
+    padded = F.pad(x, (0, 0, before, 0)) if tail is None else torch.cat((tail, x), dim=1)
+    taps = _taps(weight)
+    output = x * taps[0]
+    for shift in range(1, before + 1):
+        shifted = padded[:, before - shift : before - shift + tokens]
+        if position is not None:
+            shifted = shifted.masked_fill((position < shift)[..., None], 0.0)
+        output = torch.addcmul(output, shifted, taps[shift])
+    return F.silu(output)
+
+
+class _SiLUConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, position)
+        return F.silu(_convolved(x, weight, position), inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_bar: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, position = ctx.saved_tensors
+        taps = _taps(weight)
+        u_bar = torch.ops.aten.silu_backward(y_bar, _convolved(x, weight, position))
+        x_bar, taps_bar = u_bar * taps[0], torch.zeros_like(taps, dtype=u_bar.dtype)
+        product = u_bar * x
+        torch.sum(product, (0, 1), out=taps_bar[0])
+        for shift, begun in _shifts(x, weight, position):
+            late = u_bar[:, shift:] if begun is None else u_bar[:, shift:] * begun
+            x_bar[:, :-shift].addcmul_(late, taps[shift])
+            torch.sum(torch.mul(late, x[:, :-shift], out=product[:, shift:]), (0, 1), out=taps_bar[shift])
+        return x_bar.to(x.dtype), taps_bar.flip(0).mT.to(weight.dtype), None
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """The weights of every shift, `[kernel_size, channels]`, contiguous: strided ones cost a factor of four on a CPU."""
+    return weight.mT.flip(0).contiguous()
+
+
+def _convolved(x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+    taps = _taps(weight)
+    u = x * taps[0]
+    for shift, begun in _shifts(x, weight, position):
+        early = x[:, :-shift] if begun is None else x[:, :-shift] * begun
+        u[:, shift:].addcmul_(early, taps[shift])
+    return u
+
+
+def _shifts(x: Tensor, weight: Tensor, position: Tensor | None) -> Iterator[tuple[int, Tensor | None]]:
+    """Shifts that reach a token, and where they stay inside the sequence of a token that has so many before it."""
+    for shift in range(1, min(weight.shape[1], x.shape[1])):
+        yield shift, None if position is None else (position[:, shift:] >= shift).unsqueeze(-1)
+
+
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x over its l2 norm along the last axis."""
+    return _L2Norm.apply(x, eps) if _by_hand() else _l2norm(x, eps)[0]
+
+
+def _l2norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    inverse = torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + eps)
+    return x * inverse, inverse
+
+
+class _L2Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        y, inverse = _l2norm(x, eps)
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_bar: Tensor) -> tuple[Tensor, None]:
+        y, inverse = ctx.saved_tensors
+        along = (y * y_bar).sum(dim=-1, keepdim=True)
+        return torch.addcmul(y_bar, y, along, value=-1.0).mul_(inverse), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`weight` times x over its root mean square along the last axis, which is computed in float32."""
+    wide = x.to(torch.float32)
+    return weight * (wide * _inverse_rms(wide, eps)).to(x.dtype)
+
+
+def silu_gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm(x) * silu(gate)`, both of one shape and dtype."""
+    if _by_hand():
+        return _SiLUGatedRMSNorm.apply(x, gate, weight, eps)
+    return rms_norm(x, weight, eps) * F.silu(gate)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+class _SiLUGatedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.eps = eps
+        ctx.save_for_backward(x, gate, weight)
+        return rms_norm(x, weight, eps).mul_(F.silu(gate))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_bar: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, gate, weight = ctx.saved_tensors
+        wide, wide_gate, y_bar = (t.to(torch.float32) for t in (x, gate, y_bar))
+        inverse = _inverse_rms(wide, ctx.eps)
+        normed = wide * inverse
+        product = normed * weight
+        gate_bar = torch.ops.aten.silu_backward(product.mul_(y_bar), wide_gate)
+        bar = F.silu(wide_gate).mul_(y_bar)
+        weight_bar = torch.mul(bar, normed, out=product).flatten(0, -2).sum(0)
+        bar.mul_(weight)
+        along = torch.mul(bar, normed, out=product).mean(-1, keepdim=True)
+        x_bar = bar.addcmul_(normed, along, value=-1.0).mul_(inverse)
+        return x_bar.to(x.dtype), gate_bar.to(gate.dtype), weight_bar.to(weight.dtype), None
+
+
+def scaled_sigmoid(u: Tensor, scale: float) -> Tensor:
+    """`scale * sigmoid(u)`."""
+    return _ScaledSigmoid.apply(u, scale) if _by_hand() else scale * torch.sigmoid(u)
+
+
+class _ScaledSigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        y = torch.sigmoid(u).mul_(scale)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_bar: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return torch.addcmul(y, y, y, value=-1.0 / ctx.scale).mul_(y_bar), None
+
+
+def negative_softplus(u: Tensor, scale: Tensor) -> Tensor:
+    """`-scale * softplus(u)`, the scale positive and broadcast over leading axes and the last one."""
+    return _NegativeSoftplus.apply(u, scale) if _by_hand() else -F.softplus(u) * scale
+
+
+class _NegativeSoftplus(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u: Tensor, scale: Tensor) -> Tensor:
+        y = F.softplus(u).neg_().mul_(scale)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_bar: Tensor) -> tuple[Tensor, Tensor]:
+        y, scale = ctx.saved_tensors
+        scale_bar = (y * y_bar).sum_to_size(scale.shape) / scale
+        # softplus' is the sigmoid, 1 - exp(-softplus)
+        return (y / scale).expm1_().mul_(scale).mul_(y_bar), scale_bar
