@@ -211,6 +211,7 @@ class _NegativeSoftplus(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, y_bar: Tensor) -> tuple[Tensor, Tensor]:
         y, scale = ctx.saved_tensors
+        scale = scale.clamp(min=1e-30)  # an exponential that may have gone under
         scale_bar = (y * y_bar).sum_to_size(scale.shape) / scale
         # softplus' is the sigmoid, 1 - exp(-softplus)
         return (y / scale).expm1_().mul_(scale).mul_(y_bar), scale_bar
