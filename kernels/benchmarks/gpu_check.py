@@ -36,6 +36,7 @@ import time
 from pathlib import Path
 
 import torch
+from decoding import TOKENS, decode_call, decoded
 from paths import LONGEST, MODELS, PATHS, Shape, forward_and_backward, kernel_call, make_inputs, make_rule
 from tables import write_report
 from training import MODELS as WHOLE_MODELS
@@ -161,6 +162,8 @@ def check_correctness(run: Run, quick: bool) -> bool:
                 call, given = kernel_call(model, shape, precision=precision)
                 y, *_ = call()
                 errors = {"error": _error(y, expected), "allowed": allowed}
+                last = decoded(model, shape, precision)
+                errors["decode_error"] = _error(last, expected[:, -TOKENS:])
                 if precision in ("ieee", "tf32x3"):
                     y.backward(weights)
                     found = [_error(one.grad, other.grad) for one, other in zip(given, leaves, strict=True)]
@@ -169,7 +172,9 @@ def check_correctness(run: Run, quick: bool) -> bool:
                 run.add("correctness", row | {"right": False, "error": f"{type(error).__name__}: {error}"[:300]})
                 right = False
                 continue
-            row |= errors | {"right": errors["error"] <= allowed and errors.get("gradient_error", 0.0) <= 3 * allowed}
+            row |= errors
+            values = max(errors["error"], errors["decode_error"])
+            row["right"] = values <= allowed and errors.get("gradient_error", 0.0) <= 3 * allowed
             right &= row["right"]
             run.add("correctness", row)
     return right
@@ -207,6 +212,23 @@ def measure(run: Run, name: str, shape: Shape, setting: str, backward: bool = Fa
         row["tflops"] = round((3 if backward else 1) * shape.miras_flops() / row["median"] / 1e9, 2)
         if "matmul_tflops" in run.results["machine"]:
             row["share_of_matmul"] = round(row["tflops"] / run.results["machine"]["matmul_tflops"], 4)
+    return run.add("times", row)
+
+
+def measure_token(run: Run, model: str, shape: Shape) -> None:
+    """One token of one layer for every row."""
+    row = {"path": f"{model}, Triton", "setting": "one token a row, decoding", "batch": shape.batch, "tokens": 1}
+    row |= {"heads": shape.heads, "head_dim": shape.head_dim, "chunk_size": shape.chunk_size}
+    what = f"{model}, decoding, B = {shape.batch}"
+    if run.out_of_time(what):
+        return None
+    try:
+        with torch.no_grad():
+            call, moved = decode_call(model, shape)
+            row |= {key: round(value, 4) for key, value in milliseconds(call, run.device).items()}
+    except Exception as error:
+        return run.skip(what, f"{type(error).__name__}: {error}")
+    row["tb_per_s"] = float(f"{moved / row['median'] / 1e9:.3g}")
     return run.add("times", row)
 
 
@@ -249,7 +271,10 @@ def measure_layers(run: Run, args: argparse.Namespace) -> None:
     if args.quick:
         for name, backward in itertools.product(args.paths, both):
             measure(run, name, Shape(1, 40, 1, 32, 16, torch.float32, run.device), "quick", backward)
+        measure_token(run, "yaad", Shape(2, 1, 1, 32, 16, torch.float32, run.device))
         return
+    for model, batch in itertools.product(MODELS, (1, 8, 64, 256)):
+        measure_token(run, model, Shape(batch, 1, 16, 64, 64))
     # the shape of the issue, the other sizes at it, the constant number of tokens, and batch 1
     for name, backward in itertools.product(args.paths, both):
         measure(run, name, Shape(8, 4096, 16, 64, 64), "B*H = 128", backward)

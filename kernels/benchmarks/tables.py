@@ -39,15 +39,15 @@ def table(results: dict) -> list[str]:
     for setting in dict.fromkeys(row["setting"] for row in results["times"]):
         lines += ["", f"## {setting}", ""]
         lines += [
-            "| path | B | T | heads x width | chunk | ms (quartiles) | peak MiB | TFLOP/s | of matmul |",
-            "|" + " --- |" * 9,
+            "| path | B | T | heads x width | chunk | ms (quartiles) | peak MiB | TFLOP/s | of matmul | TB/s |",
+            "|" + " --- |" * 10,
         ]
         for row in (row for row in results["times"] if row["setting"] == setting):
             share = f"{row['share_of_matmul']:.1%}" if "share_of_matmul" in row else ""
             lines.append(
                 f"| {row['path']} | {row['batch']} | {row['tokens']} | {row['heads']} x {row['head_dim']} | "
                 f"{row['chunk_size']} | {row['median']:.3f} ({row['low']:.3f}-{row['high']:.3f}) | "
-                f"{row.get('peak_mib', '')} | {row.get('tflops', '')} | {share} |"
+                f"{row.get('peak_mib', '')} | {row.get('tflops', '')} | {share} | {row.get('tb_per_s', '')} |"
             )
         lines += overtaking(results, setting)
     lines += training(results.get("training", []))

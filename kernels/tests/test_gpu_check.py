@@ -50,6 +50,8 @@ def test_quick_run_checks_measures_and_reports(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["right"] and {row["model"] for row in results["correctness"]} == {"moneta", "yaad", "memora"}
     assert all(row["right"] and row["error"] > 0 for row in results["correctness"])
+    assert all(row["decode_error"] > 0 for row in results["correctness"])
+    assert [row["tb_per_s"] > 0 for row in results["times"] if row["setting"] == "one token a row, decoding"] == [True]
     said = {row["path"] for row in results["times"]} | {row["name"].split(", quick")[0] for row in results["skipped"]}
     assert said == set(wanted)
     assert {row["model"] for row in results["training"]} == models
