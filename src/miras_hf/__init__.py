@@ -20,10 +20,12 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from .cache import MirasLayer
 from .configuration_miras import MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
@@ -53,9 +55,11 @@ from .tokenization_miras import MirasTokenizer
 __version__ = "0.1.0.dev0"
 
 
+_CAUSAL_LMS = (MirasForCausalLM, MonetaForCausalLM, YaadForCausalLM, MemoraForCausalLM)
 _AUTO_CLASSES = (
     (AutoModel, (MirasModel, MonetaModel, YaadModel, MemoraModel)),
-    (AutoModelForCausalLM, (MirasForCausalLM, MonetaForCausalLM, YaadForCausalLM, MemoraForCausalLM)),
+    (AutoModelForCausalLM, _CAUSAL_LMS),
+    (AutoModelForMultimodalLM, _CAUSAL_LMS),
     (
         AutoModelForSequenceClassification,
         (
@@ -82,6 +86,10 @@ for _config in (MirasConfig, MonetaConfig, YaadConfig, MemoraConfig):
 for _auto_class, _models in _AUTO_CLASSES:
     for _model in _models:
         _auto_class.register(_model.config_class, _model)
+for _model in _CAUSAL_LMS:
+    # `transformers serve` loads what stands here through the Auto class above, and anything else as an attribute of the
+    # transformers module, where classes from elsewhere are not
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[_model.config_class.model_type] = _model.__name__
 
 
 __all__ = [

@@ -879,6 +879,15 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: raises a `ValueError`. `generate_batch` and `cache_implementation="paged"` come here, too."""
+        raise ValueError(
+            "Continuous batching (`generate_batch`, `cache_implementation='paged'`, `transformers serve "
+            "--continuous-batching`) pages keys and values, and a memory has none: its state has a constant "
+            "size. Use `generate()`, whose padded batches give every row what it gives alone, and `transformers serve` "
+            "without the flag."
+        )
+
 
 class MirasForSequenceClassification(GenericForSequenceClassification, MirasPreTrainedModel):
     """The decoder with a classification head on the last real token."""
