@@ -364,18 +364,6 @@ def test_autocast_leaves_the_memory_in_float32(input_ids):
     torch.testing.assert_close(output.loss, expected, rtol=1e-2, atol=1e-2)
 
 
-def test_assisted_decoding_is_refused(input_ids):
-    model = build("moneta")
-    with pytest.raises(ValueError, match="stateful"):
-        model.generate(input_ids[:1], assistant_model=build("moneta", seed=1), max_new_tokens=4)
-    with pytest.raises(ValueError, match="stateful"):
-        model.generate(input_ids[:1], prompt_lookup_num_tokens=2, max_new_tokens=4)
-    with torch.no_grad():
-        cache = model(input_ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="cannot be cropped"):
-        cache.crop(-2)
-
-
 def test_gradient_checkpointing_changes_nothing(input_ids):
     model = build("moneta").train()
     losses = []

@@ -48,6 +48,7 @@ from .modeling_miras import (
     YaadForTokenClassification,
     YaadModel,
 )
+from .rollback import restore, snapshot
 from .saved_memory import load_memory, save_memory
 from .tokenization_miras import MirasTokenizer
 
@@ -117,5 +118,7 @@ __all__ = [
     "YaadForTokenClassification",
     "YaadModel",
     "load_memory",
+    "restore",
     "save_memory",
+    "snapshot",
 ]

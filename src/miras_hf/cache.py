@@ -29,6 +29,7 @@ from transformers.cache_utils import (
 
 from .configuration_miras import MEMORY_LAYER
 from .memory import MemoryState
+from .rollback import Recording
 
 
 class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -46,6 +47,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """
 
     is_compileable = False
+    # Transformers asks this before it records by itself; a layer records only when it is asked to, see `crop`
     is_croppable = False
     is_sliding = False
     supports_early_init = False
@@ -59,6 +61,12 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.conv_tail: Tensor | None = None
         self.companions: Any = None
         self.tokens_seen = 0
+        self._recording = Recording()
+
+    @property
+    def recording(self) -> Recording | None:
+        """What is kept for `crop`, `None` unless `activate_past_recording` was called."""
+        return self._recording if self.record_past else None
 
     @property
     def memory(self) -> MemoryState | None:
@@ -90,6 +98,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def reset(self) -> None:
         """Back to the learned initial memory (which is not zero): the next token starts a new text."""
         self._memory = self.conv_tail = self.companions = None
+        self._recording = Recording()
         self.tokens_seen = 0
         self.is_initialized = False
         self.has_previous_state = {0: False}
@@ -110,13 +119,41 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if self.is_initialized and self.conv_tail.device != self.device:
             self._map(lambda t: t.to(self.device, non_blocking=True))
 
-    def crop(self, *args, **kwargs) -> None:
-        raise ValueError(
-            "A memory cannot be cropped: what it has read is mixed into its weights. Assisted decoding and prompt "
-            "lookup, which take tokens back, are therefore not available; keep a copy of the cache instead."
-        )
+    def activate_past_recording(self) -> None:
+        """From now on what is read can be taken back by `crop`, see [`~miras_hf.rollback.Recording`].
 
-    activate_past_recording = crop
+        Raises:
+            `ValueError`: if the rows have read different numbers of tokens.
+        """
+        if not self.record_past:
+            self._recording = Recording.start(self.memory, self.conv_tail)
+            self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last tokens of every row back: state and tail are exactly what they were before them.
+
+        Args:
+            tokens_to_remove (`int`): minus the number of tokens. What was read before cannot be taken back any more.
+
+        Raises:
+            `RuntimeError`: if the layer does not record.
+            `ValueError`: for a positive number, or more tokens than were recorded.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"`tokens_to_remove` must be zero or negative, got {tokens_to_remove}.")
+        if not self.is_initialized:
+            return
+        if not self.record_past:
+            raise RuntimeError(
+                "`crop` needs a memory that records: call `cache.activate_past_recording()` before reading what may "
+                "be taken back, or go back to a `miras_hf.snapshot(cache)` with `miras_hf.restore`."
+            )
+        if tokens_to_remove:
+            before = self.conv_tail.shape[1]
+            memory, conv_tail = self._recording.take_back(-tokens_to_remove, self.memory, before)
+            self._keep(memory, conv_tail, None)
+            self.tokens_seen += tokens_to_remove
+        self._recording = Recording.start(self.memory, self.conv_tail)
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         raise ValueError("A memory layer keeps no keys and values: its state is set by `update_memory`.")
@@ -139,6 +176,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             kernel_made = isinstance(companions, tuple) and all(isinstance(t, Tensor) for t in companions)
             companions = tuple(map(function, companions)) if kernel_made else None
             self._keep(self.memory.map(function), function(self.conv_tail), companions)
+            self._recording = self._recording.map(function)
 
 
 class StaticMirasLayer(MirasLayer):
@@ -157,6 +195,12 @@ class StaticMirasLayer(MirasLayer):
 
     def get_seq_length(self) -> Tensor | int:
         return self.tokens_seen if self.is_initialized else 0
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(
+            "A static cache cannot take tokens back: use `DynamicCache(config=model.config)`, or `miras_hf.snapshot` and "
+            "`miras_hf.restore`."
+        )
 
     def reset(self) -> None:
         self.tokens_seen.zero_()

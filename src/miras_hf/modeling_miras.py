@@ -373,6 +373,10 @@ class MirasMixer(nn.Module):
         """
         sequences = Sequences() if sequences is None else sequences
         cached = memory_layer(past_key_values, self.layer_idx)
+        recording = None if cached is None else cached.recording
+        if recording is not None and not recording.reading:
+            arguments = (hidden_states, position_embeddings, sequences, past_key_values)
+            return recording.read(self, cached, *arguments), None
         state = None if cached is None else cached.memory
         tail = None if state is None else cached.conv_tail
 
@@ -382,6 +386,8 @@ class MirasMixer(nn.Module):
             project(hidden_states).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if recording is not None:
+            recording.keep(torch.cat([x.flatten(-2) for x in (q, k, v)], dim=-1), self.conv_kernel_size - 1)
         rotary = (None, None)
         if self.use_rope and position_embeddings is not None:
             rotary = tuple(sequences.gather(x.expand(batch, -1, -1)) for x in position_embeddings)
@@ -524,6 +530,10 @@ class MirasAttention(nn.Module):
         )
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+            if getattr(past_key_values.layers[self.layer_idx], "record_past", False):
+                # in Transformers 5.17 a layer that records gives all that it has kept, more than masks cover
+                visible = self.sliding_window - 1 + query_states.shape[2]
+                key_states, value_states = key_states[:, :, -visible:], value_states[:, :, -visible:]
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -611,8 +621,8 @@ class MirasPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # a memory cannot give tokens back: generate() refuses assisted decoding by name
-    _is_stateful = True
+    # a memory that records can give tokens back: generate() may speculate
+    _is_stateful = False
     # Quantisation leaves these alone, too: they are a few percent of the weights, and what enters `up_proj` is narrower
     # than the blocks of 4-bit formats, which bitsandbytes refuses on CPUs.
     _keep_in_fp32_modules = [r".*\.mixer\.(eta|alpha|delta)"]
@@ -755,7 +765,8 @@ class MirasModel(MirasPreTrainedModel):
                 position_ids = sequences.position.view(batch, tokens)
             use_cache = False
         # before any layer: under activation checkpointing they get no cache, and one that does not fit goes unnoticed
-        memory_layer(past_key_values, self.config.layer_types.index(MEMORY_LAYER))
+        if MEMORY_LAYER in self.config.layer_types:  # a draft that exits early may have none
+            memory_layer(past_key_values, self.config.layer_types.index(MEMORY_LAYER))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if sequences is None:
@@ -794,7 +805,7 @@ class MirasModel(MirasPreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for decoder_layer in self.layers:
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -878,6 +889,16 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _assisted_decoding(self, *args, **kwargs):
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "`past_key_values` must be empty for assisted decoding and prompt lookup, got a cache that has read "
+                f"{cache.get_seq_length()} tokens: Transformers would read the whole text into it once more. Leave "
+                "`past_key_values` out, or go on from it without `assistant_model` and `prompt_lookup_num_tokens`."
+            )
+        return super()._assisted_decoding(*args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: raises a `ValueError`. `generate_batch` and `cache_implementation="paged"` come here, too."""

@@ -1,0 +1,260 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Taking tokens back: what a memory layer records for speculative decoding, and snapshots of whole caches."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache, StaticCache
+
+from .memory import MemoryState
+from .sequences import Sequences
+
+
+MAX_TOKENS_BACK = 256
+"""How many of the last tokens a recording cache gives back at most; speculative decoding drafts far fewer at a time."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a cache held at a moment; made by [`snapshot`], put back by [`restore`] as often as one likes."""
+
+    kinds: list[type]
+    layers: list[dict[str, Any]]
+
+
+def snapshot(cache: Cache) -> Snapshot:
+    """
+    A copy of all that a cache holds, to go back to: a conversation before its last turn, a text read once and continued
+    in several ways. Exact for any batch, and of constant size like the cache itself.
+
+    Args:
+        cache (`Cache`): Of any Miras model, dynamic or static, hybrid or not.
+
+    Raises:
+        `ValueError`: if a layer of the cache keeps something that cannot be copied.
+
+    ```python
+    >>> cache = model(**tokenizer(text, return_tensors="pt"), use_cache=True, logits_to_keep=1).past_key_values
+    >>> before = miras_hf.snapshot(cache)
+    >>> for question in questions:
+    ...     model.generate(**inputs(text + question), past_key_values=cache)
+    ...     miras_hf.restore(cache, before)
+    ```"""
+    kept = [dict(vars(layer)) for layer in cache.layers]
+    for attributes in kept:
+        # of what spares a pass over a memory only tensors can be copied; anything else is made again
+        if isinstance(attributes.get("companions"), list):
+            attributes["companions"] = None
+    return Snapshot([type(layer) for layer in cache.layers], [_copy(attributes) for attributes in kept])
+
+
+def restore(cache: Cache, snapshot: Snapshot) -> None:
+    """
+    Brings a cache back to where it was, tensors equal bit by bit. Those of a static cache stay where they are, so that
+    compiled decoding goes on.
+
+    Args:
+        cache (`Cache`): The cache, or another of the same model.
+        snapshot (`Snapshot`): Where to go back to. It is copied, and can be used again.
+
+    Raises:
+        `ValueError`: if the snapshot is of a cache with other layers.
+    """
+    kinds = [type(layer) for layer in cache.layers]
+    if kinds != snapshot.kinds:
+        raise ValueError(
+            f"`snapshot` must be of a cache with layers {[kind.__name__ for kind in kinds]}, got one with "
+            f"{[kind.__name__ for kind in snapshot.kinds]}."
+        )
+    for layer, attributes in zip(cache.layers, snapshot.layers, strict=True):
+        now = vars(layer) if isinstance(cache, StaticCache) else {}
+        layer.__dict__ = {name: _copy(value, into=now.get(name)) for name, value in attributes.items()}
+
+
+def _copy(value: Any, into: Any = None) -> Any:
+    """A copy of what a cache layer keeps, written into the tensors of `into` wherever those have its shape."""
+    if isinstance(value, Tensor):
+        alike = isinstance(into, Tensor) and all(
+            getattr(into, name) == getattr(value, name) for name in ("shape", "dtype", "device")
+        )
+        return into.copy_(value) if alike else value.clone()
+    if isinstance(value, dict):
+        into = into if isinstance(into, dict) else {}
+        return {key: _copy(part, into.get(key)) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        into = into if isinstance(into, (tuple, list)) and len(into) == len(value) else [None] * len(value)
+        parts = [_copy(part, target) for part, target in zip(value, into, strict=True)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, Recording):
+        return value.map(torch.clone)
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return value
+    raise ValueError(f"`cache` must keep tensors and numbers only, got a {type(value).__name__} in one of its layers.")
+
+
+@dataclass
+class Recording:
+    """What a memory layer keeps besides its state, so that the last tokens can be taken back exactly.
+
+    Inside a chunk the weights stand still and every token has a slot of its own, so an earlier state is the present one
+    with the later slots emptied. The token that ends a chunk folds its slots into the weights: the state before it is
+    kept. Of the convolutions the inputs are kept. All rows have the same pads, if any.
+
+    Args:
+        count (`int`): real tokens that every row has read.
+        columns (`list` of `bool`): the last columns read, true at real tokens; so many can be taken back.
+        inputs (`torch.Tensor` of shape `[rows, conv_kernel_size - 1 + sum(columns), channels]`, *optional*):
+            Last inputs of the q, k and v convolutions; `None` before the first token.
+        borders (`list` of `(int, MemoryState)`): states before the tokens that ended a chunk, and their counts.
+        reading (`bool`): whether a call is being read piece by piece.
+    """
+
+    count: int = 0
+    columns: list[bool] = field(default_factory=list)
+    inputs: Tensor | None = None
+    borders: list[tuple[int, MemoryState]] = field(default_factory=list)
+    reading: bool = False
+
+    @staticmethod
+    def start(memory: MemoryState | None, conv_tail: Tensor | None) -> "Recording":
+        """Of a layer in that state, from here on.
+
+        Raises:
+            `ValueError`: if the rows have read different numbers of tokens.
+        """
+        return Recording() if memory is None else Recording(count=_common(memory.count), inputs=conv_tail)
+
+    def read(
+        self,
+        mixer: Any,
+        cached: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        sequences: Sequences,
+        past_key_values: Cache,
+    ) -> Tensor:
+        """Reads with a mixer, arguments as of its forward, in pieces that begin with the tokens that end a chunk.
+
+        Args:
+            mixer (`MirasMixer`): reads a piece, and gives what enters its convolutions to `keep`.
+            cached (`MirasLayer`): its layer of the cache.
+
+        Raises:
+            `ValueError`: if the rows have different pads.
+        """
+        batch, padded = hidden_states.shape[:2]
+        columns = [True] * padded if sequences.mask is None else _common(sequences.mask)
+        tokens = sum(columns)
+        hidden_states = sequences.gather(hidden_states)
+        if position_embeddings is not None:
+            position_embeddings = tuple(sequences.gather(x.expand(batch, -1, -1)) for x in position_embeddings)
+        before, begin, size = self.columns, self.count, mixer.memory.rule.chunk_size
+        # the first token of all needs no border: before it is nothing
+        ends = [
+            i for i in range(max(0, tokens - MAX_TOKENS_BACK), tokens) if begin + i > 0 and (begin + i + 1) % size == 0
+        ]
+        outputs = []
+        self.reading = True
+        try:
+            for first, last in itertools.pairwise([*sorted({0, *ends}), tokens]):
+                if first in ends:
+                    # a copy: decoding may write into the state it goes on from
+                    self.borders.append((begin + first, cached.memory.map(torch.clone)))
+                outputs.append(
+                    mixer.forward(
+                        hidden_states[:, first:last],
+                        position_embeddings and tuple(x[:, first:last] for x in position_embeddings),
+                        past_key_values=past_key_values,
+                    )[0]
+                )
+        finally:
+            self.reading = False
+        self.columns = (before + columns)[-MAX_TOKENS_BACK:]
+        cached.tokens_seen += padded - tokens
+        reach = sum(self.columns)
+        self.borders = [(count, border) for count, border in self.borders if count >= self.count - reach]
+        return sequences.scatter(F.pad(torch.cat(outputs, dim=1), (0, 0, 0, padded - tokens)), batch)
+
+    def keep(self, conv_inputs: Tensor, conv_before: int) -> None:
+        """Takes what enters the convolutions with the tokens of a piece.
+
+        Args:
+            conv_inputs (`torch.Tensor` of shape `[batch, tokens, channels]`): the inputs.
+            conv_before (`int`): how many earlier ones the convolutions look at.
+        """
+        tokens = conv_inputs.shape[1]
+        if self.inputs is None:
+            conv_inputs = F.pad(conv_inputs, (0, 0, conv_before, 0))
+        else:
+            conv_inputs = torch.cat((self.inputs.to(conv_inputs.dtype), conv_inputs), dim=1)
+        self.columns = (self.columns + [True] * tokens)[-MAX_TOKENS_BACK:]
+        self.count += tokens
+        # a copy: a slice would keep the inputs of a whole prompt alive
+        self.inputs = conv_inputs[:, conv_inputs.shape[1] - conv_before - sum(self.columns) :].clone()
+
+    def take_back(self, columns: int, memory: MemoryState, conv_before: int) -> tuple[MemoryState, Tensor]:
+        """State and convolution tail before the last columns; `memory` is the state after them.
+
+        Raises:
+            `ValueError`: if they are more than were recorded.
+        """
+        if columns > len(self.columns):
+            raise ValueError(
+                f"`tokens_to_remove` must be at least {-len(self.columns)} here, got {-columns}: what was read before "
+                "`activate_past_recording`, before the last `crop`, or more than "
+                f"{MAX_TOKENS_BACK} tokens ago cannot be taken back."
+            )
+        tokens = sum(self.columns[len(self.columns) - columns :])
+        stop = self.inputs.shape[1] - tokens
+        conv_tail = self.inputs[:, stop - conv_before : stop].clone()
+        target = self.count - tokens
+        if target == 0:
+            return memory.map(torch.zeros_like), conv_tail
+        state = next(border for count, border in [*self.borders, (self.count, memory)] if count >= target)
+        size = state.eta.shape[-2]
+        kept = (torch.arange(size, device=state.eta.device) < target % size).unsqueeze(-1)
+
+        def emptied(slots: Tensor) -> Tensor:
+            return torch.where(kept, slots, 0.0)
+
+        return state._replace(
+            inputs=tuple(map(emptied, state.inputs)),
+            gradients=tuple(map(emptied, state.gradients)),
+            eta=emptied(state.eta),
+            log_decay=emptied(state.log_decay),
+            count=torch.full_like(state.count, target),
+        ), conv_tail
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Recording":
+        """The recording with `function` applied to every tensor; all have the rows first."""
+        inputs = None if self.inputs is None else function(self.inputs)
+        borders = [(count, border.map(function)) for count, border in self.borders]
+        return replace(self, columns=list(self.columns), inputs=inputs, borders=borders)
+
+
+def _common(rows: Tensor) -> Any:
+    """What all rows of a tensor have in common, as Python numbers."""
+    first, *others = rows.tolist()
+    if any(other != first for other in others):
+        raise ValueError(
+            "Tokens can be taken back (`crop`, assisted decoding, prompt lookup) only where all rows have the same "
+            "pads, which is not so in this batch: use `miras_hf.snapshot` and `miras_hf.restore`."
+        )
+    return first
