@@ -60,7 +60,7 @@ from .memory import (
 from .mixer_ops import causal_convolution, l2norm, negative_softplus, rms_norm, scaled_sigmoid, silu_gated_rms_norm
 from .model_card import save_model_card
 from .parallel import check_distributed_config
-from .sequences import Sequences, has_inner_pads, packed_sequences, padded_sequences
+from .sequences import Sequences, check_text_read, has_inner_pads, packed_sequences, padded_sequences
 
 
 logger = logging.get_logger(__name__)
@@ -774,6 +774,12 @@ class MirasModel(MirasPreTrainedModel):
             if attention_mask is not None and past_key_values is not None and not prepared:
                 past = past_key_values.get_seq_length()
             sequences = padded_sequences(attention_mask, batch, tokens, past)
+            spans_past = attention_mask is not None and past and attention_mask.shape[1] == past + tokens
+            # a text that goes on with one token was generated, and checked when it began
+            if spans_past and tokens > 1 and not is_tracing(attention_mask):
+                read = tokens_read(past_key_values)
+                if isinstance(read, Tensor):
+                    check_text_read(attention_mask, past, read)
 
         if position_ids is None:
             position_ids = torch.arange(tokens, device=inputs_embeds.device).unsqueeze(0)

@@ -98,6 +98,24 @@ def padded_sequences(attention_mask: Tensor | None, batch: int, tokens: int, pas
     return Sequences(mask=mask)
 
 
+def check_text_read(attention_mask: Tensor, past: int, read: Tensor) -> None:
+    """Raises a `ValueError` if the mask calls pads what a memory has read.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `[batch, past + tokens]`): 1 at real tokens, 0 at pads.
+        past (`int`): length of the text read, pads included.
+        read (`torch.Tensor` of shape `[batch]`): tokens that the memories of every row have read of it.
+    """
+    real = attention_mask[:, :past].sum(-1)
+    if bool((real < read.to(real.device)).any()):
+        raise ValueError(
+            f"`attention_mask` has {real.tolist()} real tokens in the text that was read, and the memories have read "
+            f"{read.tolist()}. In `generate()`, rows that end before others read pads until all have ended, and a memory "
+            "cannot forget them: take a `miras_hf.snapshot` before, `miras_hf.restore` it, and read the answers together "
+            "with what comes next, under this mask."
+        )
+
+
 def has_inner_pads(attention_mask: Tensor) -> bool:
     """Whether any row of `[batch, tokens]` has a pad between real tokens."""
     real = attention_mask.bool()
