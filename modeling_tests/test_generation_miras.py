@@ -175,6 +175,17 @@ def test_generate_uses_the_cache(model, input_ids):
     assert isinstance(output.past_key_values.layers[0], MirasLayer)
 
 
+@pytest.mark.parametrize("choices", [{}, {"decay_target": "zero"}, {"memory_architecture": "matrix"}], ids=str)
+def test_generation_leaves_the_parameters_alone(choices):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MirasConfig(**SMALL, retention="decay", **choices)).eval()
+    before = [parameter.clone() for parameter in model.parameters()]
+    for cache_implementation in (None, "static"):
+        # decoding writes into the memory that a prompt shorter than a chunk leaves
+        model.generate(torch.arange(1, 4)[None], max_new_tokens=12, cache_implementation=cache_implementation)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
 def test_generate_prompts_shorter_than_a_chunk(model):
     for length in (1, 2, 3, 9):
         prompt = torch.arange(1, length + 1)[None]

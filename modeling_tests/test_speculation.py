@@ -290,6 +290,20 @@ def test_a_snapshot_brings_a_cache_back(model, recording):
     assert torch.equal(answers[0], answers[2]) and not torch.equal(answers[0], answers[1])
 
 
+@pytest.mark.parametrize("kind", ["moneta", "yaad", "memora", "toward-zero"])
+def test_copies_in_the_middle_of_a_chunk_stay_apart(kind):
+    name, choices = ("yaad", {"decay_target": "zero"}) if kind == "toward-zero" else (kind, {})
+    model, ids = build(name, **VARIED, **choices), text(24)
+    _, cache = read(model, ids[:, :5])
+    for i in range(5, 10):
+        read(model, ids[:, i : i + 1], cache)
+    copied, before = copy.deepcopy(cache), miras_hf.snapshot(cache)
+    expected = [read(model, ids[:, i : i + 1], cache)[0] for i in range(10, 24)]
+    assert all(torch.equal(read(model, ids[:, i : i + 1], copied)[0], expected[i - 10]) for i in range(10, 24))
+    miras_hf.restore(cache, before)
+    assert all(torch.equal(read(model, ids[:, i : i + 1], cache)[0], expected[i - 10]) for i in range(10, 24))
+
+
 def test_a_snapshot_of_padded_rows_before_beams():
     model = build("yaad", hybrid=True, **VARIED)
     ids, mask = padded([text(13)[0], text(5)[0]], "left", length=13)

@@ -84,6 +84,11 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def _keep(self, memory: MemoryState, conv_tail: Tensor, companions: Any) -> None:
         self._memory, self.conv_tail, self.companions = tuple(memory), conv_tail, companions
 
+    def __getstate__(self) -> dict[str, Any]:
+        # for copies: of companions only tensors; anything else looks into this very memory, and is made again
+        companions = self.companions if isinstance(self.companions, tuple) else None
+        return {**vars(self), "companions": companions}
+
     # -- what Transformers asks of a cache layer ----------------------------------------------------------------------
 
     def get_seq_length(self) -> int:
@@ -171,10 +176,8 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
-            companions = self.companions
             # tensors have the rows first; anything else is made again when it is needed
-            kernel_made = isinstance(companions, tuple) and all(isinstance(t, Tensor) for t in companions)
-            companions = tuple(map(function, companions)) if kernel_made else None
+            companions = tuple(map(function, self.companions)) if isinstance(self.companions, tuple) else None
             self._keep(self.memory.map(function), function(self.conv_tail), companions)
             self._recording = self._recording.map(function)
 

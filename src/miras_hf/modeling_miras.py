@@ -672,6 +672,8 @@ class MirasPreTrainedModel(PreTrainedModel):
         new tokens, `None` for one that was generated, and for attention layers theirs."""
         tokens = inputs_embeds.shape[1]
         generated = tokens == 1 and not is_first_iteration
+        if attention_mask is not None:
+            check_text_read(attention_mask, tokens, tokens_read(past_key_values))
         masks = {MEMORY_LAYER: None if attention_mask is None or generated else attention_mask[:, -tokens:]}
         if ATTENTION_LAYER in config.layer_types:
             masks[ATTENTION_LAYER] = create_sliding_window_causal_mask(
@@ -774,12 +776,8 @@ class MirasModel(MirasPreTrainedModel):
             if attention_mask is not None and past_key_values is not None and not prepared:
                 past = past_key_values.get_seq_length()
             sequences = padded_sequences(attention_mask, batch, tokens, past)
-            spans_past = attention_mask is not None and past and attention_mask.shape[1] == past + tokens
-            # a text that goes on with one token was generated, and checked when it began
-            if spans_past and tokens > 1 and not is_tracing(attention_mask):
-                read = tokens_read(past_key_values)
-                if isinstance(read, Tensor):
-                    check_text_read(attention_mask, past, read)
+            if past and attention_mask.shape[1] == past + tokens:
+                check_text_read(attention_mask, tokens, tokens_read(past_key_values))
 
         if position_ids is None:
             position_ids = torch.arange(tokens, device=inputs_embeds.device).unsqueeze(0)

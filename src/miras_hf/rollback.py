@@ -57,12 +57,7 @@ def snapshot(cache: Cache) -> Snapshot:
     ...     model.generate(**inputs(text + question), past_key_values=cache)
     ...     miras_hf.restore(cache, before)
     ```"""
-    kept = [dict(vars(layer)) for layer in cache.layers]
-    for attributes in kept:
-        # of what spares a pass over a memory only tensors can be copied; anything else is made again
-        if isinstance(attributes.get("companions"), list):
-            attributes["companions"] = None
-    return Snapshot([type(layer) for layer in cache.layers], [_copy(attributes) for attributes in kept])
+    return Snapshot([type(layer) for layer in cache.layers], [_copy(layer.__getstate__()) for layer in cache.layers])
 
 
 def restore(cache: Cache, snapshot: Snapshot) -> None:

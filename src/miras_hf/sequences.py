@@ -98,15 +98,17 @@ def padded_sequences(attention_mask: Tensor | None, batch: int, tokens: int, pas
     return Sequences(mask=mask)
 
 
-def check_text_read(attention_mask: Tensor, past: int, read: Tensor) -> None:
+def check_text_read(attention_mask: Tensor, tokens: int, read: Tensor | int) -> None:
     """Raises a `ValueError` if the mask calls pads what a memory has read.
 
     Args:
         attention_mask (`torch.Tensor` of shape `[batch, past + tokens]`): 1 at real tokens, 0 at pads.
-        past (`int`): length of the text read, pads included.
-        read (`torch.Tensor` of shape `[batch]`): tokens that the memories of every row have read of it.
+        tokens (`int`): length of what is read now; one token was generated, and is not looked at.
+        read (`torch.Tensor` of shape `[batch]`): tokens that the memories of every row have read; 0 for none.
     """
-    real = attention_mask[:, :past].sum(-1)
+    if tokens < 2 or not isinstance(read, Tensor) or is_tracing(attention_mask):
+        return
+    real = attention_mask[:, :-tokens].sum(-1)
     if bool((real < read.to(real.device)).any()):
         raise ValueError(
             f"`attention_mask` has {real.tolist()} real tokens in the text that was read, and the memories have read "

@@ -182,7 +182,8 @@ class _Memory:
         toward_init = rule.decay_target == "init"
         earlier = None
         if state is None:
-            start = tuple(torch.zeros_like(a) for a in initial) if toward_init else initial
+            # a copy: who decodes on writes into the final state, which before the first chunk's end is this one
+            start = tuple(torch.zeros_like(a) if toward_init else a.clone() for a in initial)
         else:
             start = tuple(merged(d) for d in starting_dual(rule, parameters, state))
             earlier = MemoryState(
