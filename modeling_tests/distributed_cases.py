@@ -43,6 +43,10 @@ CONFIGS = {
         **SIZES, memory_architecture="matrix", gate_granularity="head", attentional_bias="huber_norm"
     ),
 }
+# of sizes that kernels know
+BY_KERNEL = {
+    "by-kernel": miras_hf.YaadConfig(**{**SIZES, "num_hidden_layers": 1, "num_attention_heads": 1, "chunk_size": 16})
+}
 INDIVISIBLE = {
     "three-heads": miras_hf.MonetaConfig(**{**SIZES, "num_attention_heads": 3, "head_dim": 16}),
     "one-key-value-head": miras_hf.MonetaConfig(**SIZES, **HYBRID, num_key_value_heads=1),

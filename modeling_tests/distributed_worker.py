@@ -189,6 +189,26 @@ def sharded_by_transformers(folder: Path) -> dict:
     return results
 
 
+def by_kernel(folder: Path) -> dict:
+    """Both ways to train, the memory on Triton kernels, which the backend `triton` insists on, in their interpreter."""
+    batch = token_ids(4, 19)
+    whole = AutoModelForCausalLM.from_pretrained(folder / "by-kernel", memory_backend="pytorch")
+    results = {"expected": train(whole, batch, optimizer_of(whole))}
+    for way in ("data_parallel", "sharded"):
+        ask = {"distributed_config": DistributedConfig(fsdp_size=2)} if way == "sharded" else {}
+        model = AutoModelForCausalLM.from_pretrained(folder / "by-kernel", memory_backend="triton", **ask)
+        optimizer = optimizer_of(model)
+        model = model if way == "sharded" else DistributedDataParallel(model)
+        results[way] = {
+            "found": mean_over_ranks(train(model, my_rows(batch), optimizer)),
+            "sharded": isinstance(model, FSDPModule),
+            "weights": largest_difference(
+                [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()], whole.parameters()
+            ),
+        }
+    return results
+
+
 @contextlib.contextmanager
 def accelerate_as_on_gpus(folder: Path, **kwargs):
     """An Accelerator launched with examples/accelerate/fsdp2.yaml, which does here what it does on GPUs: left alone, it
@@ -248,6 +268,7 @@ def main(folder: Path) -> None:
         data_parallel,
         trainer,
         sharded_by_transformers,
+        by_kernel,
         sharded_by_accelerate,
         context_parallel_refusal,
     ):

@@ -29,7 +29,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from distributed_cases import CONFIGS, INDIVISIBLE, TRAINER_ARGUMENTS, padded_examples, token_ids
+from distributed_cases import BY_KERNEL, CONFIGS, INDIVISIBLE, TRAINER_ARGUMENTS, padded_examples, token_ids
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -69,14 +69,16 @@ def folder(tmp_path_factory) -> Path:
     with FileLock(base / "distributed.lock"):
         if not folder.exists():
             folder.mkdir()
-            for name, config in (CONFIGS | INDIVISIBLE).items():
+            for name, config in (CONFIGS | BY_KERNEL | INDIVISIBLE).items():
                 set_seed(0)
                 AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
             environment = launch_environment(ROOT / "examples" / "accelerate" / "fsdp2.yaml")
             environment.pop("ACCELERATE_MIXED_PRECISION")  # the results are compared in float32
             (folder / "fsdp2.json").write_text(json.dumps(environment))
             worker = Path(__file__).with_name("distributed_worker.py")
-            launch("torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, folder)
+            # kernels run in Triton's interpreter; of the models, they know the one that is made for it
+            environment = {"TRITON_INTERPRET": "1"}
+            launch("torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, folder, **environment)
     return folder
 
 
@@ -147,6 +149,15 @@ def test_fully_sharded_by_transformers(results, name):
         assert found["logits"] == 0
         assert found["found"] == pytest.approx(found["expected"], abs=1e-5)
         assert found["saved"] < 1e-4
+
+
+@pytest.mark.parametrize("way", ["data_parallel", "sharded"])
+def test_by_kernel(results, way):
+    for rank in results("by_kernel"):
+        found = rank[way]
+        assert found["sharded"] == (way == "sharded")
+        assert found["found"] == pytest.approx(rank["expected"], abs=1e-5)
+        assert found["weights"] < 1e-4
 
 
 def test_fully_sharded_by_accelerate(results):
