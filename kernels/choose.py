@@ -48,10 +48,12 @@ CALLS = [
 TILE = 2000
 
 
-def shapes(name: str, precision: str) -> list[tuple[int, int]]:
+def shapes(name: str, kernel: str, precision: str) -> list[tuple[int, int]]:
     # Hopper's matrix units need 64 rows, so that shapes there differ in kind. Float32 operands are there to be right, and
-    # what fits at the largest shape fits below
-    return list(LARGE if precision != "bf16" else SHAPES if CAPABILITIES[name][0] >= 90 else CORNERS)
+    # what fits at the largest shape fits below. A backward kernel takes half a minute to compile
+    if precision != "bf16" or kernel.endswith("_backward"):
+        return list(LARGE)
+    return list(SHAPES if CAPABILITIES[name][0] >= 90 else CORNERS)
 
 
 def candidates(kernel: str, head_dim: int, chunk_size: int, precision: str) -> list[dict[str, int]]:
@@ -63,6 +65,13 @@ def candidates(kernel: str, head_dim: int, chunk_size: int, precision: str) -> l
     if kernel == "mlp_forward":
         widths = {"bf16": (64, 32, 16), "ieee": (16,)}.get(precision, (32, 16))
         return [{"TN": width, **launch} for width in widths for launch in launches]
+    if kernel.endswith("_backward"):
+        # operands of a chunk's rows are held where they are bfloat16; in float32 they would fill the shared memory
+        streamed = {"TN": 16, **launches[0], "STREAM": 1}
+        if precision != "bf16":
+            return [streamed]
+        widths = (64, 32) if kernel == "matrix_backward" and head_dim <= 64 else (32, 16)
+        return [*({"TN": width, **launches[0]} for width in widths), streamed]
     return launches
 
 
@@ -83,7 +92,8 @@ def choose(name: str, kernel: str, head_dim: int, chunk_size: int, precision: st
     capability, shared = CAPABILITIES[name]
     best, launch_of_best = (0, math.inf), None
     for launch in candidates(kernel, head_dim, chunk_size, precision):
-        calls = [call.at(kernel, head_dim, chunk_size, precision) for call in CALLS]
+        calls = CALLS[-1:] if kernel.endswith("_backward") else CALLS
+        calls = [call.at(kernel, head_dim, chunk_size, precision) for call in calls]
         if launch_of_best and (best[0] or capability < 90) and sum(tiles(c, launch) for c in calls) * TILE >= best[1]:
             continue  # its tiles alone cost more
         total, units = 0.0, True
@@ -97,7 +107,7 @@ def choose(name: str, kernel: str, head_dim: int, chunk_size: int, precision: st
         # a generation's own matrix units before anything else
         if math.isfinite(total) and (-units, total) < best:
             best, launch_of_best = (-units, total), launch
-        if launch_of_best and precision != "bf16":
+        if launch_of_best and (precision != "bf16" or kernel.endswith("_backward")):
             break  # the first that fits
     return launch_of_best
 
@@ -122,7 +132,7 @@ def main() -> None:
     for kernel in arguments.kernel or configuration.KERNELS:
         found = []
         for precision in configuration.PRECISIONS:
-            wanted = shapes(arguments.name, precision)
+            wanted = shapes(arguments.name, kernel, precision)
             for head_dim, chunk_size in wanted:
                 launch = choose(arguments.name, kernel, head_dim, chunk_size, precision)
                 shape = {"head_dim": head_dim, "chunk_size": chunk_size, "precision": precision}

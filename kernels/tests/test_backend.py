@@ -30,6 +30,7 @@ FAMILIES = {
     "moneta": (miras_hf.MonetaConfig, {}),
     "yaad": (miras_hf.YaadConfig, {}),
     "memora": (miras_hf.MemoraConfig, {}),
+    "mirror": (miras_hf.MonetaConfig, {"lq_map": "mirror"}),
     "hybrid": (miras_hf.YaadConfig, {"attention_layers": [1], "sliding_window": 8}),
     "matrix": (miras_hf.MirasConfig, {"memory_architecture": "matrix", "gate_granularity": "head"}),
 }
@@ -143,7 +144,7 @@ def test_whole_model_is_one_graph(ids):
     torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["moneta", "memora", "hybrid", "matrix"])
+@pytest.mark.parametrize("family", ["moneta", "mirror", "memora", "hybrid", "matrix"])
 def test_training_gives_the_same_losses(family, ids, monkeypatch):
     """Steps of AdamW, packs and pads among them, with the memory's own cache in the way as in a loop by hand."""
     models = make_models(family)
@@ -188,8 +189,8 @@ def test_fifty_steps_give_the_same_losses(family):
 
 
 def test_training_of_what_kernels_do_not_know_takes_the_pytorch_path(ids, monkeypatch):
-    slow, fast = make_models("moneta", lq_map="mirror")
-    with pytest.raises(ValueError, match="backend is 'triton': gradients are needed.* lq_mirror"):
+    slow, fast = (model.double() for model in make_models("moneta"))
+    with pytest.raises(ValueError, match="backend is 'triton': the dtype is torch.float64"):
         fast(input_ids=ids)
     for module in fast.modules():
         if hasattr(module, "rule"):

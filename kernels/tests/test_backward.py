@@ -19,12 +19,13 @@ import pytest
 import torch
 from test_forward import DEVICE, by_kernel, flat, make_call, make_rule
 
-from miras_hf.memory import MemoryParameters, chunk_miras, recurrent_miras
+from miras_hf.memory import RETENTION_GATES, MemoryParameters, chunk_miras, recurrent_miras
+from miras_kernels import ops
 
 
 NAMES = ("q", "k", "v", "eta", "log_alpha", "delta")
 # relative to the largest entry. KL's reads are small differences of its weights, and so are their derivatives.
-TOLERANCE = {"decay": 3e-6, "lq": 3e-6, "kl": 3e-5}
+TOLERANCE = {"decay": 3e-6, "lq": 3e-6, "lq_mirror": 6e-6, "kl": 3e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def gradients(rule, inputs, parameters, cuts=(), mask=None, cu_seqlens=None, for
 
 
 def check(rule, inputs, parameters, tolerance=None, form=chunk_miras, **kwargs):
-    name = {"Decay": "decay", "Lq": "lq", "KL": "kl"}[type(rule.retention).__name__]
+    name = next(name for name, gate in RETENTION_GATES.items() if type(rule.retention) is gate)
     got = gradients(rule, inputs, parameters, **kwargs)
     kwargs.pop("every", None)
     expected = gradients(rule, inputs, parameters, form=form, **kwargs)
@@ -100,8 +101,9 @@ def test_powers_of_the_loss(options):
     check(rule, *make_call(rule))
 
 
-def test_power_of_the_retention_and_gates_of_different_granularity():
-    rule = make_rule("mlp", "huber_coordinate", "lq", q=2.5)
+@pytest.mark.parametrize("retention", ["lq", "lq_mirror"])
+def test_power_of_the_retention_and_gates_of_different_granularity(retention):
+    rule = make_rule("mlp", "huber_coordinate", retention, q=2.5)
     inputs, parameters = make_call(rule)
     inputs[3], inputs[4], inputs[5] = 0.1 * inputs[3], inputs[4][..., 0], inputs[5][..., 0]
     check(rule, inputs, parameters, tolerance=2e-5)
@@ -117,7 +119,9 @@ def test_what_is_cut_has_no_gradient():
 
 
 def test_capped_weights_and_floored_norms():
-    for memory, retention, scale in (("mlp", "decay", 30.0), ("mlp", "lq", 1e-4), ("matrix", "decay", 30.0)):
+    cases = (("mlp", "decay", 30.0), ("mlp", "lq", 1e-4), ("matrix", "decay", 30.0))
+    cases += (("matrix", "lq_mirror", 30.0), ("mlp", "lq_mirror", 1e-4))
+    for memory, retention, scale in cases:
         rule = make_rule(memory, "l2", retention)
         inputs, parameters = make_call(rule)
         parameters = parameters._replace(initial=tuple(scale * a for a in parameters.initial))
@@ -134,6 +138,22 @@ def test_sizes(head_dim, chunk_size, retention):
     check(rule, inputs, parameters)
 
 
+@pytest.mark.parametrize("retention", ["decay", "kl"])
+@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+def test_operands_that_are_read_again_for_every_tile(memory, retention, monkeypatch):
+    """What a launch asks for where shared memory is small: the same bits."""
+    rule = make_rule(memory, "huber_mixture", retention)
+    inputs, parameters = make_call(rule, heads=1, head_dim=48)
+    found = []
+    for stream, run in ((False, gradients), (True, check)):
+        backward = {"TN": 32, "num_warps": 4, "STREAM": stream}
+        forward = {"TN": 64, "num_warps": 4} if memory == "mlp" else {"num_warps": 4}
+        launches = {f"{memory}_forward": forward, f"{memory}_backward": backward}
+        monkeypatch.setattr(ops, "launch_configuration", lambda kernel, found=launches, **_: found[kernel])
+        found.append(run(rule, inputs, parameters))
+    assert all(torch.equal(one, other) for one, other in zip(*found) if one is not None)
+
+
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 47])
 def test_lengths(tokens):
     rule = make_rule("mlp", "huber_norm", "lq")
@@ -147,7 +167,8 @@ def test_against_autograd_of_the_recurrent_reference():
 
 @pytest.mark.parametrize(("bias", "retention", "decay_target", "gates"), [
     ("l2", "decay", "init", "channel"), ("huber_mixture", "decay", "zero", "head"), ("lp", "lq", "init", "head"),
-    ("l2", "kl", "init", "channel"), ("huber_coordinate", "kl", "zero", "head"),
+    ("l2", "kl", "init", "channel"), ("huber_coordinate", "kl", "zero", "head"), ("lp", "lq_mirror", "init", "channel"),
+    ("l2", "lq_mirror", "zero", "head"),
 ])  # fmt: skip
 @pytest.mark.parametrize("cuts", [(21,), (16,), (7, 9, 30)])
 @pytest.mark.parametrize("memory", ["mlp", "matrix"])
@@ -157,7 +178,7 @@ def test_through_states_in_the_middle_of_a_chunk(memory, cuts, bias, retention, 
     check(rule, *make_call(rule, tokens=37, heads=1, gates=gates), cuts=cuts)
 
 
-@pytest.mark.parametrize("retention", ["decay", "kl"])
+@pytest.mark.parametrize("retention", ["decay", "lq_mirror", "kl"])
 @pytest.mark.parametrize("memory", ["mlp", "matrix"])
 def test_packs(memory, retention):
     rule = make_rule(memory, "huber_mixture", retention)
@@ -165,15 +186,21 @@ def test_packs(memory, retention):
     check(rule, inputs, parameters, cu_seqlens=torch.tensor([0, 5, 5, 22, 38, 39], device=DEVICE))
 
 
-@pytest.mark.parametrize("cuts", [(), (11,)])
-def test_pads_on_any_side_and_in_between(cuts):
-    rule = make_rule("mlp", "l2", "lq")
+@pytest.mark.parametrize(("cuts", "retention"), [((), "lq"), ((11,), "lq"), ((11,), "lq_mirror")])
+def test_pads_on_any_side_and_in_between(cuts, retention):
+    rule = make_rule("mlp", "l2", retention)
     inputs, parameters = make_call(rule, batch=4, tokens=24, heads=1)
     mask = torch.ones(4, 24, dtype=torch.bool, device=DEVICE)
     mask[0, 17:], mask[1, :9], mask[3] = False, False, False
     mask[2] = torch.arange(24, device=DEVICE) % 3 > 0
     got = check(rule, inputs, parameters, mask=mask, cuts=cuts)
     assert all((grad[~mask] == 0).all() for grad in got[:5])
+
+
+@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+def test_initial_memory_is_mapped_once_for_each_group_of_chunks(memory):
+    rule = make_rule(memory, "l2", "lq_mirror")
+    check(rule, *make_call(rule, tokens=53, heads=1), every=2)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])

@@ -13,7 +13,7 @@
 # limitations under the License.
 """No shipped launch configuration is worse than its report: compiled for real, for GPUs that need not be here.
 
-`MIRAS_COMPILE_ALL=1` compiles everything the reports hold, half an hour of one core, instead of a few programs.
+`MIRAS_COMPILE_ALL=1` compiles everything the reports hold, an hour of one core, instead of a few programs.
 """
 
 import json
@@ -82,8 +82,8 @@ def test_the_main_shape_uses_its_generation_s_matrix_units(name, units):
 def test_programs_are_not_worse_than_reported():
     done = check() if os.environ.get("MIRAS_COMPILE_ALL") == "1" else check("--few")
     assert done.returncode == 0, done.stderr
-    # one at least for each file and forward kernel: the backward kernels take half a minute each
-    assert done.stdout.count("as reported") >= len(NAMES) * 2, done.stdout
+    # one at least for each file and forward kernel, and the backward kernels, which take long, for one
+    assert done.stdout.count("as reported") >= len(NAMES) * 2 + 2, done.stdout
 
 
 @pytest.mark.parametrize("count", COUNTS)

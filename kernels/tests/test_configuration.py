@@ -30,7 +30,6 @@ from miras_kernels.ops import PRECISIONS as PRECISIONS_OF_THE_OPERATOR
 
 
 ROOT = Path(__file__).resolve().parents[2]
-# backward kernels hold more at once: where nothing fits, they say so
 FORWARD = [kernel for kernel in KERNELS if kernel.endswith("_forward")]
 
 
@@ -71,6 +70,14 @@ def test_every_shape_that_forward_kernels_take_has_a_launch(name):
         assert found["enable_fp_fusion"] is True
     # other operands may not fit at the largest shape, but do where memories are small
     assert all(launch(name, kernel, 64, 16, precision) for kernel, precision in itertools.product(FORWARD, PRECISIONS))
+
+
+@pytest.mark.parametrize("name", ("default", "sm_80", "sm_90", "sm_100"))
+def test_every_shape_trains_in_every_precision(name):
+    for memory, head_dim, chunk_size, precision in itertools.product(
+        ("mlp", "matrix"), HEAD_DIMS, CHUNK_SIZES, PRECISIONS
+    ):
+        assert launch(name, f"{memory}_backward", head_dim, chunk_size, precision)["TN"] % 16 == 0
 
 
 def test_the_operator_knows_the_same_precisions():

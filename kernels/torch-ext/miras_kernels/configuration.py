@@ -18,8 +18,8 @@ A file holds, for the device or compute capability it is named after, entries of
     {"head_dim": 64, "chunk_size": 64, "precision": "bf16", "launch": {"TN": 32, "num_warps": 8, "num_stages": 1}}
 
 A shape without an entry of its own takes the nearest one's, in log space; a `null` launch says that nothing fits into the
-device's shared memory from there on. `kernels/compile_report.py` chooses entries by
-what the compiler reports, `kernels/tune.py` by the clock.
+device's shared memory from there on. `STREAM`, of the backward kernels, leaves a chunk's operands in global memory to
+take less of it. `kernels/choose.py` chooses entries by what the compiler reports, `kernels/tune.py` by the clock.
 """
 
 import functools

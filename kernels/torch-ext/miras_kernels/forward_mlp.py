@@ -49,31 +49,34 @@ from .pieces import (
 
 
 @triton.jit
-def sum_of_link(dual1, dual2, m1, m2, sums, LINK: tl.constexpr, Q: tl.constexpr):
-    # adds a tile of both duals, [BD, TN] and [TN, BD], to what the link needs of the whole weights
-    a1, p1, x1, y1, a2, p2, x2, y2 = sums
+def sum_of_dual(dual, mask, sums, AXIS: tl.constexpr, LINK: tl.constexpr, Q: tl.constexpr):
+    # adds a tile of a dual state, AXIS its hidden one, to what the link needs of the whole weight
+    squares, powers, first, second = sums
     if LINK == KL:
         # running maximum and sum of exponentials along the hidden axis
-        top1 = tl.maximum(x1, tl.max(tl.where(m1, dual1, -1.0e30), 1))
-        y1 = y1 * tl.exp(x1 - top1) + tl.sum(tl.where(m1, tl.exp(dual1 - top1[:, None]), 0.0), 1)
-        x1 = top1
-        top2 = tl.maximum(x2, tl.max(tl.where(m2, dual2, -1.0e30), 0))
-        y2 = y2 * tl.exp(x2 - top2) + tl.sum(tl.where(m2, tl.exp(dual2 - top2[None, :]), 0.0), 0)
-        x2 = top2
+        top = tl.maximum(first, tl.max(tl.where(mask, dual, -1.0e30), AXIS))
+        exponentials = tl.exp(dual - (top[:, None] if AXIS == 1 else top[None, :]))
+        second = second * tl.exp(first - top) + tl.sum(tl.where(mask, exponentials, 0.0), AXIS)
+        first = top
     elif LINK == DECAY:
-        a1 += tl.sum(dual1 * dual1)
-        a2 += tl.sum(dual2 * dual2)
+        squares += tl.sum(dual * dual)
     else:
-        powered1, powered2 = power(tl.abs(dual1), Q - 2.0), power(tl.abs(dual2), Q - 2.0)
-        p1 += tl.sum(powered1 * dual1 * dual1)
-        p2 += tl.sum(powered2 * dual2 * dual2)
+        powered = power(tl.abs(dual), Q - 2.0)
+        powers += tl.sum(powered * dual * dual)
         if LINK == LQ_MIRROR:
-            # of the mirror map itself, whose cap it is; and the slope's means over the hidden axis
-            dual1, dual2 = dual1 * powered1, dual2 * powered2
-            x1 += tl.sum(tl.where(m1, powered1, 0.0), 1)
-            x2 += tl.sum(tl.where(m2, powered2, 0.0), 0)
-        a1 += tl.sum(dual1 * dual1)
-        a2 += tl.sum(dual2 * dual2)
+            # of the mirror map itself, whose cap it is; and the slope's sums over the hidden axis
+            dual = dual * powered
+            first += tl.sum(tl.where(mask, powered, 0.0), AXIS)
+        squares += tl.sum(dual * dual)
+    return squares, powers, first, second
+
+
+@triton.jit
+def sum_of_link(dual1, dual2, m1, m2, sums, LINK: tl.constexpr, Q: tl.constexpr):
+    # of a tile of both duals, [BD, TN] and [TN, BD]
+    a1, p1, x1, y1, a2, p2, x2, y2 = sums
+    a1, p1, x1, y1 = sum_of_dual(dual1, m1, (a1, p1, x1, y1), 1, LINK, Q)
+    a2, p2, x2, y2 = sum_of_dual(dual2, m2, (a2, p2, x2, y2), 0, LINK, Q)
     return a1, p1, x1, y1, a2, p2, x2, y2
 
 

@@ -62,8 +62,6 @@ def refusal(
         return f"head_dim is {head_dim}, and kernels take {', '.join(map(str, HEAD_DIMS))}"
     if choices.memory == "mlp" and choices.expansion * head_dim % 16:
         return f"the memory has {choices.expansion * head_dim} hidden units, not a multiple of 16"
-    if needs_grad and choices.retention == "lq_mirror" and not decode:
-        return "gradients are needed, and the backward kernels do not know lq_mirror retention"
     if decode and needs_grad:
         return "gradients are needed, and decoding has none"
     for part in ("decode",) if decode else ("forward", "backward") if needs_grad else ("forward",):
@@ -530,8 +528,7 @@ def _backward(
     *choices,
 ) -> list[Tensor]:
     """Adjoints of q, k, v, eta, log_alpha, delta (empty if there is none), the initial memory, the norm, the state."""
-    from .backward_matrix import matrix_backward_kernel
-    from .backward_mlp import mlp_backward_kernel
+    from . import backward_matrix, backward_mlp
 
     choices = dict(zip(CHOICE_NAMES, choices))
     call = _Call(
@@ -554,18 +551,31 @@ def _backward(
     earlier_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else unused
     if call.programs > 0 and call.tokens > 0:
         y_bar = y_bar.contiguous()
+        module = backward_mlp if call.memory == "mlp" else backward_matrix
+        kernel = module.mlp_backward_kernel if call.memory == "mlp" else module.matrix_backward_kernel
+        launch = {"STREAM": False, **call.configuration(f"{call.memory}_backward")}
         scratch = []
         if call.memory == "mlp":
-            scratch = [call.scratch(call.programs, call.chunk_size, call.hidden_units) for _ in range(3)]
-            scratch += [call.scratch(call.programs, *shape) for shape in call.shapes]
-        kernel = mlp_backward_kernel if call.memory == "mlp" else matrix_backward_kernel
+            scratch = [call.scratch(call.programs, call.chunk_size, call.hidden_units) for _ in range(4)]
+        scratch += [call.scratch(call.programs, *shape) for shape in call.shapes]
+        if call.memory == "mlp":
+            scratch.append(call.scratch(call.programs, *call.shapes[1]))
+        # what the mirror map needs besides: the adjoints of the initial memory's image, and of the slope's means
+        mirrors = choices["retention"] == "lq_mirror"
+        slopes = [call.scratch(call.programs, call.hidden_units) if mirrors else call.eta for _ in initial]
+        places = module.places(launch["STREAM"])
+        rows_of_chunk = call.scratch(
+            call.programs, places, call.chunk_size, max(call.chunk_size, call.constants["BD"])
+        )
         for begun, where, slots, chunk_starts in _groups(call, saved, save_every):
             for bar in state_bars:  # inside a group the kernel does it
                 bar.mul_(LARGEST_STATE_ADJOINT / bar.abs().amax((-2, -1), keepdim=True).clamp(LARGEST_STATE_ADJOINT))
             of_group = [call.zeros(rows, heads, call.head_dim) for _ in call.norm]
+            images = [call.zeros(rows, *a.shape) if mirrors and call.toward_init else call.eta for a in initial]
             arguments = [call.q, call.k, call.v, call.eta, call.log_alpha, call.delta, y_bar, *call.base, *call.norm]
             arguments += [*chunk_starts, slots, *bars, delta_bar, *state_bars, *base_bars, *of_group]
             arguments += [*(call.earlier or unused), call.phases, *earlier_bars, *factor_bars, *where, *scratch]
+            arguments += [*images, *slopes, rows_of_chunk]
             kernel[(call.programs,)](
                 *arguments,
                 call.tokens,
@@ -574,7 +584,7 @@ def _backward(
                 *call.masses,
                 KEEP_FINAL=bool(final_bars),
                 **call.constants | {"HAS_EARLIER": begun},
-                **call.configuration(f"{call.memory}_backward"),
+                **launch,
             )
             norm_bars = [total + part for total, part in zip(norm_bars, of_group)] if of_group else norm_bars
     elif state and final_bars:

@@ -172,6 +172,32 @@ def frozen_scale(squares, powers, size, LINK: tl.constexpr, Q: tl.constexpr, FLO
 
 
 @triton.jit
+def load_dual(state, base, offsets, mask, TOWARD_INIT: tl.constexpr):
+    # the decaying state, what it deviates from, and the dual state itself
+    b_state = tl.load(state + offsets, mask=mask, other=0.0)
+    b_base, b_dual = b_state, b_state
+    if TOWARD_INIT:
+        b_base = tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
+        b_dual = b_base + b_state
+    return b_state, b_base, b_dual
+
+
+@triton.jit
+def parts_of_read(
+    b_state, b_base, b_weight, base_scale, LINK: tl.constexpr, Q: tl.constexpr, TOWARD_INIT: tl.constexpr
+):
+    # what decays of a tile's read, and what does not
+    if LINK == LQ_MIRROR:
+        if TOWARD_INIT:
+            b_constant = base_scale * b_base * power(tl.abs(b_base), Q - 2.0)
+            return b_weight - b_constant, b_constant
+        else:
+            return b_weight, b_weight
+    else:
+        return b_state, b_base
+
+
+@triton.jit
 def load_gates(
     eta,
     log_alpha,
@@ -318,15 +344,30 @@ def frozen_scale_rates(
 
 
 @triton.jit
+def slope_bars(factor_bar, factor, mean, Q: tl.constexpr):
+    # adjoints of the scalar s and of the slope's mean, from that of the columns' factor (q - 1) s / mean
+    bounded = tl.maximum(mean, 1e-30)
+    return factor_bar * (Q - 1.0) / bounded, tl.where(mean > 1e-30, -factor_bar * factor / bounded, 0.0)
+
+
+@triton.jit
+def mirror_vjp(dual, weight_bar, slope_bar, scale, first, second, Q: tl.constexpr):
+    # the dual's adjoint from those of s A |A|^(q-2) and of the slope |A|^(q-2); the rates are those of the scalar, the
+    # first on what it scales
+    magnitude = tl.abs(dual)
+    powered = power(magnitude, Q - 2.0)
+    along = (Q - 1.0) * (scale * weight_bar + first * dual * powered) + second * dual
+    return powered * along + (Q - 2.0) * sign(dual) * power(magnitude, Q - 3.0) * slope_bar
+
+
+@triton.jit
 def store_gate_bars(
-    b_decay_bar,
-    b_gq_bar,
-    b_gk_bar,
-    b_fold_bar,
-    b_total_bar,
+    b_query_bar,
+    b_key_bar,
+    half_bar,
     b_gq,
     b_gk,
-    total_log_decay,
+    half,
     log_alpha,
     eta_bar,
     log_alpha_bar,
@@ -348,13 +389,10 @@ def store_gate_bars(
     HAS_EARLIER: tl.constexpr,
     KEEP_FINAL: tl.constexpr,
 ):
-    # from the adjoints of `chunk_gates` to those of the tokens' gates, and of a begun chunk's in both states
+    # from the adjoints of what `chunk_gates` makes its gates of, Gq and Gk [C, BD] and `half`, the root of B_C [BD], to
+    # those of the tokens' gates, and of a begun chunk's in both states
     o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
     m_d = o_d < D
-    half = tl.exp(0.5 * total_log_decay)
-    b_key_bar = b_gk_bar + b_fold_bar * half[None, :]
-    b_query_bar = b_gq_bar + b_decay_bar * half[None, :]
-    half_bar = tl.sum(b_decay_bar * b_gq + b_fold_bar * b_gk, 0) + 2.0 * half * b_total_bar
     b_eta_bar = tl.where(m_d[None, :], b_key_bar / b_gq, 0.0)
     b_log_decay_bar = tl.where(m_d[None, :], b_query_bar * b_gq - b_key_bar * b_gk, 0.0)
     # the chunk's last slot decides its reference and its whole decay; slots without a token decay by nothing
