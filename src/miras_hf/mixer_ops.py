@@ -78,7 +78,8 @@ class _SiLUConvolution(torch.autograd.Function):
     def backward(ctx, y_bar: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, position = ctx.saved_tensors
         taps = _taps(weight)
-        u_bar = torch.ops.aten.silu_backward(y_bar, _convolved(x, weight, position))
+        u = _convolved(x, weight, position)
+        u_bar = torch.ops.aten.silu_backward.grad_input(y_bar, u, grad_input=u)
         x_bar, taps_bar = u_bar * taps[0], torch.zeros_like(taps, dtype=u_bar.dtype)
         product = u_bar * x
         torch.sum(product, (0, 1), out=taps_bar[0])
@@ -164,14 +165,13 @@ class _SiLUGatedRMSNorm(torch.autograd.Function):
         x, gate, weight = ctx.saved_tensors
         wide, wide_gate, y_bar = (t.to(torch.float32) for t in (x, gate, y_bar))
         inverse = _inverse_rms(wide, ctx.eps)
-        normed = wide * inverse
-        product = normed * weight
-        gate_bar = torch.ops.aten.silu_backward(product.mul_(y_bar), wide_gate)
-        bar = F.silu(wide_gate).mul_(y_bar)
-        weight_bar = torch.mul(bar, normed, out=product).flatten(0, -2).sum(0)
-        bar.mul_(weight)
-        along = torch.mul(bar, normed, out=product).mean(-1, keepdim=True)
-        x_bar = bar.addcmul_(normed, along, value=-1.0).mul_(inverse)
+        normed, bar = wide * inverse, F.silu(wide_gate).mul_(y_bar)
+        product = bar * normed
+        weight_bar = product.flatten(0, -2).sum(0)
+        along = product.mul_(weight).mean(-1, keepdim=True)
+        product = torch.mul(normed, weight, out=product).mul_(y_bar)
+        gate_bar = torch.ops.aten.silu_backward.grad_input(product, wide_gate, grad_input=product)
+        x_bar = bar.mul_(weight).addcmul_(normed, along, value=-1.0).mul_(inverse)
         return x_bar.to(x.dtype), gate_bar.to(gate.dtype), weight_bar.to(weight.dtype), None
 
 
