@@ -46,7 +46,7 @@ from .memory import (
     step_miras_,
 )
 from .memory.learning import GradientDescent
-from .memory.retention import FrozenScale
+from .memory.retention import ChunkWeights, FrozenScale
 
 
 logger = logging.get_logger(__name__)
@@ -171,10 +171,10 @@ class MemoryBackend:
             `y`, and the state and companions, the same tensors wherever they could be.
         """
         if not self._takes_kernel(v, False, in_place=True):
-            weights = companions if isinstance(companions, list) else None
+            weights = companions.weights if isinstance(companions, _ChunkStart) else None
             arguments = {"rule": self.rule, "parameters": parameters, "state": state, "mask": mask}
             y, weights = step_miras_(q, k, v, eta, log_alpha, delta, weights=weights, **arguments)
-            return y, state, weights
+            return y, state, None if weights is None else _ChunkStart(weights)
         if not isinstance(companions, tuple):
             state, companions = self._resident(state, parameters)
         y = decode(
@@ -221,6 +221,20 @@ class MemoryBackend:
             mask=mask,
         )
         return y, _unflat(final, len(parameters.initial)) if output_final_state else None
+
+
+class _ChunkStart:
+    """The weights of the present chunk, which the next step needs again.
+
+    Shows no attributes: Transformers' exporters walk through all that a cache holds, and compare it with what a traced
+    step leaves, which keeps none.
+    """
+
+    __slots__ = ("weights",)
+    __dict__ = property(lambda self: {})
+
+    def __init__(self, weights: list[ChunkWeights]):
+        self.weights = weights
 
 
 def _flat(state: MemoryState) -> tuple[Tensor, ...]:
