@@ -330,12 +330,13 @@ def cache_bytes(cache: Cache, model: WholeModel) -> int:
 
 
 def bytes_of_one_sequence(model: WholeModel) -> int:
-    """Of a cache that does not grow, after a few tokens."""
+    """Of a cache that does not grow, after a prompt and a step, with what they leave beside the state."""
     if grows(model):
         return 0
     device = next(model.module.parameters()).device
-    cache = model.cache(4)
-    model.read(torch.zeros(1, 4, dtype=torch.long, device=device), cache)
+    cache = model.cache(5)
+    for tokens in (4, 1):
+        model.read(torch.zeros(1, tokens, dtype=torch.long, device=device), cache)
     return cache_bytes(cache, model)
 
 

@@ -82,7 +82,14 @@ def test_what_a_mixer_keeps():
     """Twelve tensors of the whole length: its input, what enters the convolutions, what the memory reads, its output,
     the output gate, and what enters the output projection."""
     torch.manual_seed(0)
-    config = YaadConfig(vocab_size=16, hidden_size=64, num_attention_heads=2, num_hidden_layers=1, chunk_size=16)
+    config = YaadConfig(
+        vocab_size=16,
+        hidden_size=64,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        chunk_size=16,
+        memory_backend="pytorch",
+    )
     mixer = YaadModel(config).layers[0].mixer
     hidden_states = torch.randn(1, 512, 64, requires_grad=True)
     kept = {}

@@ -305,12 +305,12 @@ def measure_decode(run: Run, args: argparse.Namespace) -> None:
     if run.out_of_time("decoding"):
         return
     plan = Plan(
-        batches=[1, 2] if args.quick else [1, 32, 256],
+        batches=[2] if args.quick else [1, 32, 256],
         contexts=[24] if args.quick else [1024, 8192, 65536, 1048576],
         steps=16 if args.quick else 64,
         sample_seconds=1.0,
-        prefill_tokens=24 if args.quick else 131072,
-        repeat_tokens=24 if args.quick else 65536,
+        prefill_tokens=48 if args.quick else 131072,
+        repeat_tokens=48 if args.quick else 65536,
         state_tokens=8 if args.quick else 256,
         memory_bytes=available_memory(run.device, 0.8),
         cell_seconds=10.0,
