@@ -51,7 +51,7 @@ TILE = 2000
 def shapes(name: str, kernel: str, precision: str) -> list[tuple[int, int]]:
     # Hopper's matrix units need 64 rows, so that shapes there differ in kind. Float32 operands are there to be right, and
     # what fits at the largest shape fits below. A backward kernel takes half a minute to compile
-    if precision != "bf16" or kernel.endswith("_backward"):
+    if precision != "bf16" or not kernel.endswith("_forward"):
         return list(LARGE)
     return list(SHAPES if CAPABILITIES[name][0] >= 90 else CORNERS)
 
@@ -59,12 +59,19 @@ def shapes(name: str, kernel: str, precision: str) -> list[tuple[int, int]]:
 def candidates(kernel: str, head_dim: int, chunk_size: int, precision: str) -> list[dict[str, int]]:
     """Launch arguments worth trying for a shape, those of the fewest tiles first."""
     # eight warps have all registers of a multiprocessor, four need less shared memory
-    warps = (8, 4) if head_dim == 32 or precision != "bf16" else (8,)
+    warps = (8, 4) if head_dim == 32 or precision != "bf16" or kernel == "mlp_decode" else (8,)
     # without a limit of its own, the assembler spills even more where it spills a lot
     launches = [{"num_warps": w, "num_stages": 1, "maxnreg": 255} for w in warps]
     if kernel == "mlp_forward":
         widths = {"bf16": (64, 32, 16), "ieee": (16,)}.get(precision, (32, 16))
         return [{"TN": width, **launch} for width in widths for launch in launches]
+    if kernel == "mlp_decode":
+        # products are at a chunk's end only: two programs of four warps on a multiprocessor wait less for memory than one
+        return [
+            {"TN": w, **launch}
+            for w in (32, 16)
+            for launch in reversed(launches[:2] if head_dim <= 64 else launches[:1])
+        ]
     if kernel.endswith("_backward"):
         # operands of a chunk's rows are held where they are bfloat16; in float32 they would fill the shared memory
         streamed = {"TN": 16, **launches[0], "STREAM": 1}
@@ -100,7 +107,7 @@ def choose(name: str, kernel: str, head_dim: int, chunk_size: int, precision: st
         for call in calls:
             counts = compiled(call, {"enable_fp_fusion": True, **launch}, capability)
             total += cost(call, launch, counts) if counts["shared"] <= shared * 1024 else math.inf
-            units = units and counts["wgmma"] + counts["tcgen05"] > 0
+            units = units and (kernel.endswith("_decode") or counts["wgmma"] + counts["tcgen05"] > 0)
             if math.isinf(total):
                 break
         print(name, kernel, head_dim, chunk_size, precision, launch, f"{total:.0f}", units, flush=True)
