@@ -231,6 +231,7 @@ def _ours(kind: str, shape: Shape, recurrent: bool = False) -> Competitor:
     rotary = MirasRotaryEmbedding(config)
     if recurrent:
         module.memory.forward = _recurrent_memory(module.memory)
+        module.memory.backend.reads_in_place = lambda v: False
 
     def call(x, cache=None):
         start = 0 if cache is None else cache.get_seq_length()
@@ -265,11 +266,12 @@ def _recurrent_memory(memory: nn.Module):
     """The mixer's memory with the token-by-token reference in place of the chunk-parallel form."""
     from miras_hf.memory import MemoryParameters, recurrent_miras
 
-    def forward(q, k, v, eta, log_alpha, delta, state=None, **kwargs):
+    def forward(q, k, v, eta, log_alpha, delta, state=None, in_place=False, **kwargs):
         parameters = MemoryParameters(tuple(memory.initial_state), memory.norm_weight, memory.norm_bias)
-        return recurrent_miras(
+        y, state = recurrent_miras(
             q, k, v, eta, log_alpha, delta, rule=memory.rule, parameters=parameters, initial_state=state, **kwargs
         )
+        return y, state, None
 
     return forward
 
