@@ -82,8 +82,8 @@ def test_the_main_shape_uses_its_generation_s_matrix_units(name, units):
 def test_programs_are_not_worse_than_reported():
     done = check() if os.environ.get("MIRAS_COMPILE_ALL") == "1" else check("--few")
     assert done.returncode == 0, done.stderr
-    # one at least for each file and forward kernel, and the backward kernels, which take long, for one
-    assert done.stdout.count("as reported") >= len(NAMES) * 2 + 2, done.stdout
+    # one at least for each file and forward kernel, and the other kernels for one file
+    assert done.stdout.count("as reported") >= len(NAMES) * 2 + 4, done.stdout
 
 
 @pytest.mark.parametrize("count", COUNTS)
