@@ -13,6 +13,8 @@
 # limitations under the License.
 """Whole models on the kernels: the same logits and tokens as on PyTorch, one graph when compiled, kind refusals."""
 
+import os
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -34,6 +36,7 @@ FAMILIES = {
     "hybrid": (miras_hf.YaadConfig, {"attention_layers": [1], "sliding_window": 8}),
     "matrix": (miras_hf.MirasConfig, {"memory_architecture": "matrix", "gate_granularity": "head"}),
 }
+THREE = ["moneta", "yaad", "memora"]
 SIZE = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -168,7 +171,8 @@ def test_training_gives_the_same_losses(family, ids, monkeypatch):
     assert losses[0][-1] < losses[0][0]
 
 
-@pytest.mark.parametrize("family", ["moneta", "yaad", "memora"])
+# a minute each in the interpreter
+@pytest.mark.parametrize("family", ["yaad"] if DEVICE == "cpu" and "MIRAS_ALL_FIFTY" not in os.environ else THREE)
 def test_fifty_steps_give_the_same_losses(family):
     """In float32; rounding grows from step to step, to 7e-5 of a loss near 5 in models of two layers."""
     losses = []

@@ -182,7 +182,7 @@ def test_through_states_in_the_middle_of_a_chunk(memory, cuts, bias, retention, 
 @pytest.mark.parametrize("memory", ["mlp", "matrix"])
 def test_packs(memory, retention):
     rule = make_rule(memory, "huber_mixture", retention)
-    inputs, parameters = make_call(rule, tokens=39)
+    inputs, parameters = make_call(rule, tokens=39, heads=1)
     check(rule, inputs, parameters, cu_seqlens=torch.tensor([0, 5, 5, 22, 38, 39], device=DEVICE))
 
 
@@ -203,16 +203,15 @@ def test_initial_memory_is_mapped_once_for_each_group_of_chunks(memory):
     check(rule, *make_call(rule, tokens=53, heads=1), every=2)
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
-@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize(("memory", "every"), [("mlp", 2), ("mlp", 3), ("matrix", 1), ("matrix", 2), ("matrix", 3)])
 def test_states_between_kept_chunk_starts_are_computed_again(memory, every):
     rule = make_rule(memory, "huber_norm", "decay")
-    inputs, parameters = make_call(rule, batch=2, tokens=89, heads=1)
-    check(rule, inputs, parameters, every=every, cuts=(37,))
-    mask = torch.arange(89, device=DEVICE) >= torch.tensor([[0], [41]], device=DEVICE)
+    inputs, parameters = make_call(rule, batch=2, tokens=57, heads=1)
+    check(rule, inputs, parameters, every=every, cuts=(21,))
+    mask = torch.arange(57, device=DEVICE) >= torch.tensor([[0], [25]], device=DEVICE)
     check(rule, inputs, parameters, every=every, mask=mask)
     one = [None if x is None else x[:1] for x in inputs]
-    check(rule, one, parameters, every=every, cu_seqlens=torch.tensor([0, 3, 60, 89], device=DEVICE))
+    check(rule, one, parameters, every=every, cu_seqlens=torch.tensor([0, 3, 57], device=DEVICE))
 
 
 def test_kept_chunk_starts_take_no_more_than_inputs_outputs_and_their_gradients():
@@ -229,7 +228,7 @@ def test_kept_chunk_starts_take_no_more_than_inputs_outputs_and_their_gradients(
 
 def test_two_runs_give_equal_bits():
     rule = make_rule("mlp", "huber_mixture", "lq")
-    inputs, parameters = make_call(rule, batch=3, tokens=37)
+    inputs, parameters = make_call(rule, batch=2, tokens=21)
     one, other = (gradients(rule, inputs, parameters) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, other) if a is not None)
 
