@@ -422,7 +422,7 @@ def test_compiled_without_a_break():
     backend = MemoryBackend(rule, "triton")
 
     def read(*inputs):
-        y, state = backend(*inputs, parameters=parameters, output_final_state=True)
+        y, state, _ = backend(*inputs, parameters=parameters, output_final_state=True)
         return y * 2.0, state.dual[0].sum()
 
     with torch.no_grad():
