@@ -204,7 +204,7 @@ FORMS = {
     "recurrent": recurrent_miras,
     "chunk": chunk_miras,
     "chunk_groups_of_1": functools.partial(chunk_miras, chunks_per_group=1),
-    "chunk_groups_of_2": functools.partial(chunk_miras, chunks_per_group=2),
+    "chunk_groups_of_2_recomputed": functools.partial(chunk_miras, chunks_per_group=2, kept_bytes=0),
     "decode": decode_miras,
 }
 OTHER_FORMS = [name for name in FORMS if name != "recurrent"]

@@ -19,6 +19,7 @@ here is what they cannot see: which path was taken, every companion alone, and w
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from memory_cases import (
     rule_of,
     values_and_gradients,
 )
+from torch.utils.checkpoint import checkpoint
 
 from miras_hf.memory import (
     KL,
@@ -94,6 +96,47 @@ def test_autograd_of_the_chunks_gives_the_same(name, monkeypatch):
     assert_same(values_and_gradients(case, chunk_miras, final_state=False, chunks_per_group=2), expected, 1e-10)
     assert_same(values_and_gradients(case, chunk_miras, final_state=False, chunks_per_group=9), expected, 1e-10)
     assert not met
+
+
+@pytest.fixture
+def tapes(monkeypatch) -> list:
+    """Weak references to the keys of every group that is run with its tape, in the order of the runs."""
+    met, original = [], adjoint._run
+
+    def run(*args, **kwargs):
+        result = original(*args, **kwargs)
+        met.append(weakref.ref(result[-1].x.k))
+        return result
+
+    monkeypatch.setattr(adjoint, "_run", run)
+    return met
+
+
+@pytest.mark.parametrize("kept_bytes", [None, 0])
+def test_what_fits_is_kept(kept_bytes, tapes):
+    """Then nothing runs again in the backward pass, which frees what it has read."""
+    case = make_case(rule_of("yaad"), tokens=13).requires_grad()
+    y, _ = case(chunk_miras, chunks_per_group=2, **({} if kept_bytes is None else {"kept_bytes": kept_bytes}))
+    assert [tape() is not None for tape in tapes] == ([True, True] if kept_bytes is None else [])
+    y.sum().backward(retain_graph=True)
+    assert [tape() for tape in tapes] == [None, None]
+    y.sum().backward()  # once more: what is gone is computed again
+    assert len(tapes) == 4
+
+
+def test_activation_checkpointing_frees_what_is_kept(tapes):
+    case = make_case(rule_of("yaad"), tokens=13)
+    expected = values_and_gradients(case, chunk_miras, final_state=False)
+    assert len(tapes) == 1
+    met = []
+
+    def checkpointed(*args, **kwargs):
+        y = checkpoint(lambda: chunk_miras(*args, **kwargs)[0], use_reentrant=False)
+        met.extend(tape() for tape in tapes)
+        return y, None
+
+    assert_same(values_and_gradients(case, checkpointed, final_state=False), expected, 1e-13)
+    assert met == [None, None]
 
 
 @pytest.mark.parametrize("wanted", ["q", "v", "eta", "log_alpha", "delta", "initial.0", "norm_weight"])

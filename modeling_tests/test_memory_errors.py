@@ -205,6 +205,10 @@ def test_chunks_per_group(chunks_per_group):
     assert_refused(yaad(), chunk_miras, "`chunks_per_group`", chunks_per_group, chunks_per_group=chunks_per_group)
 
 
+def test_kept_bytes():
+    assert_refused(yaad(), chunk_miras, "`kept_bytes`", -1, kept_bytes=-1)
+
+
 RULES = {
     "no chunk": ({"chunk_size": 0}, ["`chunk_size`", "0", "at least 1"]),
     "negative chunk": ({"chunk_size": -4}, ["`chunk_size`", "-4", "at least 1"]),

@@ -14,9 +14,10 @@
 """The adjoint of a group of chunks: the backward pass of the chunk-parallel form, in matrix products.
 
 Autograd of `chunk_miras` is right and slow: some three hundred small operations a chunk, each with a node and a saved
-tensor. Here the backward pass is written out. A group keeps the states before it, and nothing else; its adjoint runs
-the group's writes once more and then goes back chunk by chunk. `x_bar` is the adjoint of x, the gradient of the outer
-loss with respect to it. Names are those of `architecture.py` and `learning.py`; products are per head.
+tensor. Here the backward pass is written out. A group of a short sequence keeps what its adjoint reads; one of a long
+sequence keeps the states before it, and nothing else, and its adjoint runs the group's writes once more. Then it goes
+back chunk by chunk. `x_bar` is the adjoint of x, the gradient of the outer loss with respect to it. Names are those of
+`architecture.py` and `learning.py`; products are per head.
 
 What a chunk computes, S being strictly what a token sees, `tril`, and f, F the gates at which writes are folded:
 
@@ -83,28 +84,41 @@ def has_adjoint(rule: MirasRule) -> bool:
 
 
 class ReadGroup(torch.autograd.Function):
-    """Reads a group of chunks, keeping the state before it only.
+    """Reads a group of chunks, keeping the state before it only, or all that its adjoint needs.
 
-    Called as `apply(read, rule, sizes, *inputs, *states, *base, *norm)`: `read` maps the last four to the outputs and
-    the states after the group, `sizes` are the rows of every step.
+    Called as `apply(read, rule, sizes, keep, *inputs, *states, *base, *norm)`: `read` maps the last four to the outputs
+    and the states after the group, `sizes` are the rows of every step, `keep` is whether the adjoint is to find the
+    group's activations instead of computing them again.
     """
 
     @staticmethod
-    def forward(ctx, read: Callable, rule: MirasRule, sizes: list[int], *tensors: Tensor | None):
+    def forward(ctx, read: Callable, rule: MirasRule, sizes: list[int], keep: bool, *tensors: Tensor | None):
         ctx.rule, ctx.sizes = rule, sizes
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        y, states = read(*_parted(rule, tensors))
+        # the activations hang on a saved tensor, so that hooks on saved tensors meet them: activation checkpointing
+        # and offloading put another tensor in its place, and what hung on this one is freed
+        holder = torch.empty(0)
+        if keep:
+            y, states, holder.tape = _run(rule, sizes, *_parted(rule, tensors), reads=True)
+        else:
+            y, states = read(*_parted(rule, tensors))
+        ctx.save_for_backward(*tensors, holder)
         return y, *states
 
     @staticmethod
     @once_differentiable
     def backward(ctx, y_bar: Tensor | None, *state_bars: Tensor | None):
-        x, states, base, norm = _parted(ctx.rule, ctx.saved_tensors)
+        *tensors, holder = ctx.saved_tensors
+        x, states, base, norm = _parted(ctx.rule, tensors)
         if y_bar is None:
             y_bar = torch.zeros_like(merge_chunks(x.q))
         with torch.autocast(y_bar.device.type, enabled=False):  # some call backward inside it
-            return None, None, None, *_group_adjoint(ctx.rule, ctx.sizes, x, states, base, norm, y_bar, state_bars)
+            # taken away: the adjoint frees it chunk by chunk, and a second one computes it again
+            tape = vars(holder).pop("tape", None)
+            if tape is None:
+                _, _, tape = _run(ctx.rule, ctx.sizes, x, states, base, norm, reads=False)
+            bars = _group_adjoint(ctx.rule, ctx.sizes, tape, x, states, base, norm, y_bar, state_bars)
+        return None, None, None, None, *bars
 
 
 def _parted(rule: MirasRule, tensors):
@@ -121,29 +135,53 @@ class _Chunk(NamedTuple):
     factors: tuple[Factors, ...]
     write_vjp: Callable
     error_bars: list  # filled by the write's vjp: the adjoints of the error and of delta
+    read_vjp: Callable | None  # None: the chunk is to be read once more
 
 
-def _group_adjoint(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm, y_bar, state_bars):
-    axes, algorithm = rule.architecture.gate_axes, rule.algorithm
-    layers = range(len(axes))
-    pieces, unbounded = x, x.map(merge_chunks)
-    x = bound_inputs(unbounded, rule)
-    gates, gates_vjp = algorithm.chunk_gates_with_vjp(x.eta, x.log_alpha.cumsum(-2))
-    gates = gates.split(sizes)
-    q, k, v, y_bars = (t.split(sizes) for t in (x.q, x.k, x.v, y_bar))
+class _Tape(NamedTuple):
+    """What the adjoint of a group needs of its forward."""
+
+    x: MemoryInputs  # within the rule's bounds, chunk after chunk
+    gates: list[Gates]
+    gates_vjp: Callable
+    chunks: list[_Chunk]
+
+
+def _run(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm, *, reads: bool):
+    """A group's forward with its tape: outputs, states after the group, tape; the writes alone unless `reads`."""
+    x = bound_inputs(x.map(merge_chunks), rule)
+    all_gates, gates_vjp = rule.algorithm.chunk_gates_with_vjp(x.eta, x.log_alpha.cumsum(-2))
+    gates = all_gates.split(sizes)
+    q, k, v = (t.split(sizes) for t in (x.q, x.k, x.v))
     delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)
 
-    total = states[0].shape[0]
-    # forward once more, the writes alone: they make the states
-    chunks = []
+    chunks, outputs = [], []
     for i, rows in enumerate(sizes):
         states = tuple(s[:rows] for s in states)
-        chunks.append(_write(rule, k[i], v[i], delta[i], states, *_first_rows(rows, base, norm)))
-        if i + 1 < len(sizes):
+        base_here, norm_here = _first_rows(rows, base, norm)
+        chunk = _write(rule, k[i], v[i], delta[i], states, base_here, norm_here)
+        if reads:
+            y, read_vjp = _read(rule, chunk, q[i], gates[i], norm_here)
+            outputs.append(y)
+            chunk = chunk._replace(read_vjp=read_vjp)
+        chunks.append(chunk)
+        if reads or i + 1 < len(sizes):
             states = tuple(
-                algorithm.fold(axis, s, f, gates[i])
-                for axis, s, f in zip(axes, states, chunks[i].factors, strict=True)
+                rule.algorithm.fold(axis, s, f, gates[i])
+                for axis, s, f in zip(rule.architecture.gate_axes, states, chunk.factors, strict=True)
             )
+    return torch.cat(outputs) if reads else None, states, _Tape(x, gates, gates_vjp, chunks)
+
+
+def _group_adjoint(
+    rule: MirasRule, sizes: list[int], tape: _Tape, pieces: MemoryInputs, states, base, norm, y_bar, state_bars
+):
+    axes, algorithm = rule.architecture.gate_axes, rule.algorithm
+    layers = range(len(axes))
+    x, gates, gates_vjp, chunks = tape
+    unbounded = pieces.map(merge_chunks)
+    q, y_bars = (t.split(sizes) for t in (x.q, y_bar))
+    total = states[0].shape[0]
 
     base_bars = [None if b is None else torch.zeros_like(b) for b in base]
     norm_bars = [torch.zeros_like(p) for p in norm]
@@ -151,9 +189,8 @@ def _group_adjoint(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, b
     for i in reversed(range(len(sizes))):
         rows, chunk = sizes[i], chunks.pop()
         _, norm_here = _first_rows(rows, base, norm)
-        q_bar, read_norm_bars, weights_bars, factors_bars, gates_bars = _read_adjoint(
-            rule, chunk, q[i], gates[i], norm_here, y_bars[i]
-        )
+        read_vjp = chunk.read_vjp or _read(rule, chunk, q[i], gates[i], norm_here)[1]
+        q_bar, read_norm_bars, weights_bars, factors_bars, gates_bars = read_vjp(y_bars[i])
 
         new_state_bars = []
         for layer in layers:
@@ -225,7 +262,7 @@ def _write(rule: MirasRule, k, v, delta, states, base, norm) -> _Chunk:
 
     weights = tuple(link.weights.weight for link in linked)
     factors, write_vjp = rule.architecture.write_with_vjp(weights, k, residual, *norm)
-    return _Chunk(states, linked, factors, write_vjp, error_bars)
+    return _Chunk(states, linked, factors, write_vjp, error_bars, None)
 
 
 def _residual(bias: AttentionalBias, error: Tensor, delta: Tensor | None):
@@ -235,8 +272,11 @@ def _residual(bias: AttentionalBias, error: Tensor, delta: Tensor | None):
     return r, vjp
 
 
-def _read_adjoint(rule: MirasRule, chunk: _Chunk, q: Tensor, gates: Gates, norm, y_bar: Tensor):
-    """Adjoints of q and the norm, layer by layer of weights and factors, and one `Gates` per layer."""
+def _read(rule: MirasRule, chunk: _Chunk, q: Tensor, gates: Gates, norm):
+    """The chunk's outputs, and their vjp.
+
+    It returns adjoints of q and the norm, layer by layer of weights and factors, and one `Gates` per layer.
+    """
     layers = range(len(chunk.factors))
     weights_bars: list[ChunkWeights | None] = [None for _ in layers]
     factors_bars: list[Factors | None] = [None for _ in layers]
@@ -247,19 +287,23 @@ def _read_adjoint(rule: MirasRule, chunk: _Chunk, q: Tensor, gates: Gates, norm,
         factors, writes_vjp = chunk.factors[layer], None
         if writes_with_vjp is not None:
             factors, writes_vjp = writes_with_vjp(factors)
-        z, read_vjp = rule.algorithm.read_with_vjp(rule.architecture.gate_axes[layer], weights, factors, h, gates)
+        z, linear_vjp = rule.algorithm.read_with_vjp(rule.architecture.gate_axes[layer], weights, factors, h, gates)
 
         def vjp(z_bar: Tensor) -> Tensor:
-            h_bar, weights_bars[layer], bars, gates_bar = read_vjp(z_bar)
+            h_bar, weights_bars[layer], bars, gates_bar = linear_vjp(z_bar)
             factors_bars[layer] = bars if writes_vjp is None else writes_vjp(bars)
             gates_bars.append(gates_bar)
             return h_bar
 
         return z, vjp
 
-    _, read_vjp = rule.architecture.read_with_vjp(linear, q, *norm)
-    q_bar, *norm_bars = read_vjp(y_bar)
-    return q_bar, norm_bars, weights_bars, factors_bars, gates_bars
+    y, read_vjp = rule.architecture.read_with_vjp(linear, q, *norm)
+
+    def vjp(y_bar: Tensor):
+        q_bar, *norm_bars = read_vjp(y_bar)
+        return q_bar, norm_bars, weights_bars, factors_bars, gates_bars
+
+    return y, vjp
 
 
 def _first_rows(rows: int, base, norm):

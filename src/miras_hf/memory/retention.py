@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Factors
-from .vjp import Companions, by_autograd, gradients
+from .vjp import Companions, by_autograd, can_look_at, gradients
 
 
 class ChunkWeights(NamedTuple):
@@ -154,9 +154,12 @@ class FrozenScale(RetentionGate):
             raise ValueError(f"`weight_cap` must be positive or None, got {self.weight_cap}.")
 
     def scale(self, dual: Tensor) -> Tensor | None:
+        """`[..., 1, 1]`, or None for one."""
         if self.weight_cap is None:
             return None
-        return (self.weight_cap / _rms(dual)).clamp(max=1.0)
+        scale = (self.weight_cap / _rms(dual)).clamp(max=1.0)
+        # the cap is rarely met, and to multiply by one costs more than to look
+        return None if can_look_at(scale) and bool((scale == 1.0).all()) else scale
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
         scale = self.scale(dual)

@@ -64,6 +64,11 @@ def gradients(outputs_and_bars, leaves, retain_graph: bool = False) -> tuple[Ten
     return tuple(None if x is None else next(grads) for x in leaves)
 
 
+def can_look_at(x: Tensor) -> bool:
+    """Whether a decision may depend on numbers of `x`: they are at hand, and no graph is being traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 LARGEST_STATE_ADJOINT = 1e12
 """Largest entry of a state's adjoint. On streams that make the recurrence locally chaotic the adjoint grows by a factor
 per chunk and overflows over thousands of tokens; one such row would make the gradients of all parameters NaN."""
@@ -72,6 +77,8 @@ per chunk and overflows over thousands of tokens; one such row would make the gr
 def bound_adjoint(bar: Tensor) -> Tensor:
     """The adjoint of a dual state `[..., in, out]`, scaled down where an entry exceeds the largest."""
     largest = bar.abs().amax((-2, -1), keepdim=True)  # on a CPU the infinity norm takes fourteen times as long
+    if can_look_at(largest) and bool((largest <= LARGEST_STATE_ADJOINT).all()):
+        return bar
     return bar * (LARGEST_STATE_ADJOINT / largest.clamp(min=LARGEST_STATE_ADJOINT))
 
 
