@@ -32,7 +32,17 @@ from typing import Any
 
 import torch
 from decode_report import write_report
-from models import BUILDERS, LABELS, OURS, ModelShape, WholeModel, build, decode_difference
+from models import (
+    BUILDERS,
+    LABELS,
+    OURS,
+    ModelShape,
+    WholeModel,
+    add_shape_arguments,
+    build,
+    decode_difference,
+    shape_of,
+)
 from provenance import command_line, machine, say
 from timing import Rounds, Sample, round_robin, summary, timed_inside
 from transformers import DynamicCache
@@ -431,9 +441,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(BUILDERS), choices=list(BUILDERS), metavar="NAME")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--preset", help="one of the paper's sizes instead of the shape below, such as 340m")
-    for name, value in asdict(ModelShape()).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    add_shape_arguments(parser, ModelShape())
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 65536, 1048576])
     parser.add_argument("--compile", action="store_true", help="steps through torch.compile as well, as generate()'s")
@@ -460,17 +468,13 @@ def parse_arguments() -> argparse.Namespace:
         args.batches, args.contexts, args.steps, args.state_tokens = [1, 2], [24, 100], 16, 8
         args.prefill_tokens, args.repeat_tokens, args.threads = 100, 50, 1
         args.rounds, args.max_rounds, args.patience, args.preset = 1, 1, 0.0, None
-    if args.preset:
-        found = asdict(ModelShape.preset(args.preset))
-        for name, value in found.items():
-            setattr(args, name, value)
     return args
 
 
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    shape = ModelShape(args.width, args.layers, args.heads, args.vocabulary, args.chunk)
+    shape = shape_of(args)
     found = machine(args.threads, ("torch", "transformers", "triton"))
     if args.device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()

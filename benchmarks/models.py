@@ -18,8 +18,9 @@ depth and an MLP as wide as makes their parameters equal Moneta's, Mamba2, which
 neighbours are 64 wide, as they are published.
 """
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -51,6 +52,20 @@ class ModelShape:
     @property
     def neighbours_head_dim(self) -> int:
         return min(64, self.width)
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser, default: ModelShape) -> None:
+    """One flag a field of the shape, and `--preset` for all of them."""
+    parser.add_argument("--preset", help="one of the paper's sizes instead of the shape below, such as 340m")
+    for name, value in asdict(default).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+
+
+def shape_of(args: argparse.Namespace) -> ModelShape:
+    """The shape that the flags of `add_shape_arguments` ask for."""
+    if args.preset:
+        return ModelShape.preset(args.preset)
+    return ModelShape(**{name: getattr(args, name) for name in asdict(ModelShape())})
 
 
 @dataclass

@@ -98,6 +98,17 @@ def test_quick_run_of_decoding(tmp_path):
     assert all(fact["label"] in report for fact in results["models"].values())
 
 
+def test_quick_run_of_prefill(tmp_path):
+    quick_run("prefill", tmp_path)
+    results = json.loads((tmp_path / "prefill.json").read_text())
+    assert not results["skipped"]
+    assert set(results["models"]) == {"moneta", "yaad", "memora"}
+    for name, fact in results["models"].items():
+        assert fact["pieces_against_whole"]["max_relative"] < 1e-4, fact
+        assert [row["tokens"] for row in results["prefill"] if row["name"] == name] == [64, 200]
+        assert fact["label"] in (tmp_path / "prefill.md").read_text()
+
+
 def test_ttt_mlp_dual_form_is_gradient_descent(ttt_mlp):
     layer, hidden_states = ttt_mlp
     tokens, size = hidden_states.shape[1], layer.mini_batch_size
