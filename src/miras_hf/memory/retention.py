@@ -213,8 +213,9 @@ class Decay(FrozenScale):
 
 
 def _power_sum(x: Tensor, power: float) -> Tensor:
-    powered = x.square().square() if power == 4.0 else x.abs().pow(power)
-    return powered.sum((-2, -1), keepdim=True)
+    if power == 4.0:  # the norm of the squares: one pass, and no fourth powers in memory
+        return torch.linalg.vector_norm(x.square(), dim=(-2, -1), keepdim=True).square()
+    return x.abs().pow(power).sum((-2, -1), keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ class Lq(FrozenScale):
             powered = dual.square() if q == 4.0 else dual.abs().pow(q - 2.0)
             rate = torch.where(moves, bar * free / total, 0.0) * (2.0 - q)
             dual_bar = powered.mul_(rate)
-            if capped is not None:
+            if capped is not None and not (can_look_at(moves) and bool((free <= capped).all())):
                 size = dual.shape[-2] * dual.shape[-1]
                 rate = torch.where(capped < free, bar * capped**3, 0.0) * (-1.0 / (self.weight_cap**2 * size))
                 dual_bar.add_(rate)
