@@ -144,6 +144,8 @@ class _Cell:
         self.measure_steps()
         self.ready.clear()
         release(self.device)
+        if self.plan.compiled:  # else the next shape would be compiled for any shape, and a few later not at all
+            torch.compiler.reset()
 
     def row(self, name: str, samples: list[Sample]) -> dict:
         label = LABELS[name.removesuffix(COMPILED)] + (", compiled" if name.endswith(COMPILED) else "")
