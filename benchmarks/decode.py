@@ -444,7 +444,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     add_shape_arguments(parser, ModelShape())
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 65536, 1048576])
     parser.add_argument("--compile", action="store_true", help="steps through torch.compile as well, as generate()'s")
     parser.add_argument("--steps", type=int, default=64, help="steps of a sample; of ours whole chunks")
