@@ -38,7 +38,7 @@ from models import (
     OURS,
     ModelShape,
     WholeModel,
-    add_shape_arguments,
+    add_model_arguments,
     build,
     decode_difference,
     shape_of,
@@ -440,10 +440,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for decode.json, decode.md, decode.png")
-    parser.add_argument("--models", nargs="+", default=list(BUILDERS), choices=list(BUILDERS), metavar="NAME")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    add_shape_arguments(parser, ModelShape())
+    add_model_arguments(parser, BUILDERS, ModelShape())
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256])
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 65536, 1048576])
     parser.add_argument("--compile", action="store_true", help="steps through torch.compile as well, as generate()'s")

@@ -19,7 +19,7 @@ neighbours are 64 wide, as they are published.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -54,15 +54,19 @@ class ModelShape:
         return min(64, self.width)
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser, default: ModelShape) -> None:
-    """One flag a field of the shape, and `--preset` for all of them."""
+def add_model_arguments(parser: argparse.ArgumentParser, names: Iterable[str], default: ModelShape) -> None:
+    """Which models, where, and one flag a field of their shape, with `--preset` for all of them."""
+    names = list(names)
+    parser.add_argument("--models", nargs="+", default=names, choices=names, metavar="NAME")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--preset", help="one of the paper's sizes instead of the shape below, such as 340m")
     for name, value in asdict(default).items():
         parser.add_argument(f"--{name}", type=int, default=value)
 
 
 def shape_of(args: argparse.Namespace) -> ModelShape:
-    """The shape that the flags of `add_shape_arguments` ask for."""
+    """The shape that the flags of `add_model_arguments` ask for."""
     if args.preset:
         return ModelShape.preset(args.preset)
     return ModelShape(**{name: getattr(args, name) for name in asdict(ModelShape())})

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from memory_probe import release_free_memory, reset_peak, status_kib
-from models import LABELS, OURS, ModelShape, WholeModel, add_shape_arguments, build, difference, shape_of
+from models import LABELS, OURS, ModelShape, WholeModel, add_model_arguments, build, difference, shape_of
 from provenance import command_line, machine, say
 from report import count, find, made_with, star, table
 from timing import CLOCKS, Rounds, Sample, round_robin, summary, timed
@@ -37,10 +37,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for prefill.json and prefill.md")
-    parser.add_argument("--models", nargs="+", default=list(OURS), choices=OURS, metavar="NAME")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    add_shape_arguments(parser, replace(ModelShape(), layers=1))
+    add_model_arguments(parser, OURS, replace(ModelShape(), layers=1))
     parser.add_argument("--lengths", nargs="+", type=int, default=[16384, 131072, 1048576])
     parser.add_argument("--prefill-chunk-size", type=int, default=8192, help="tokens of a piece, as in generate()")
     parser.add_argument("--rounds", type=int, default=3, help="samples of every length")
