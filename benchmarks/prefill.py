@@ -21,7 +21,8 @@ See README.md in this folder for what is measured and how.
 import argparse
 import datetime
 import json
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +52,23 @@ def parse_arguments() -> argparse.Namespace:
         args.width, args.layers, args.heads, args.vocabulary, args.chunk, args.preset = 32, 1, 1, 64, 16, None
         args.lengths, args.prefill_chunk_size, args.rounds, args.patience, args.threads = [64, 200], 40, 1, 0.0, 1
     return args
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Args:
+        lengths (`list` of `int`): tokens of the prompts.
+        prefill_chunk_size (`int`): tokens of a piece, as in `generate()`.
+        repeat_tokens (`int`): longer prompts than this are read once.
+        rounds (`Rounds`): how often the others are.
+    """
+
+    lengths: list[int]
+    prefill_chunk_size: int
+    repeat_tokens: int
+    rounds: Rounds
 
 
 def read(model: WholeModel, input_ids: torch.Tensor, piece: int | None) -> torch.Tensor:
@@ -92,25 +110,42 @@ class Memory:
         return None if self.before is None else (status_kib("VmHWM") - self.before) / 1024
 
 
-def measure(models: dict[str, WholeModel], args: argparse.Namespace, add, skip) -> None:
-    device = torch.device(args.device)
-    for length in sorted(args.lengths):
+def measure(
+    models: dict[str, WholeModel],
+    plan: Plan,
+    add: Callable[[dict], None],
+    skip: Callable[[str, Exception], None],
+    out_of_time: Callable[[str], bool] = lambda what: False,
+) -> None:
+    """Reads prompts with every model, shortest first.
+
+    Args:
+        models (`dict`): models by name, on their device.
+        plan (`Plan`): what to measure.
+        add (`Callable`): takes a row.
+        skip (`Callable`): takes the name of a model that raises, and the exception.
+        out_of_time (`Callable`): whether there is no time left for what is named; says so itself.
+    """
+    for length in sorted(plan.lengths):
+        if out_of_time(f"prompts of {length} tokens"):
+            return
         added: dict[str, list[float]] = {}
 
         def take(key: tuple, length=length, added=added) -> Sample:
             (name,) = key
-            model = models[name]
-            input_ids = prompt(model, length)
-            memory = Memory(device)
-            sample = timed(lambda: read(model, input_ids, args.prefill_chunk_size).cpu(), 1, CLOCKS["wall"])
+            input_ids = prompt(models[name], length)
+            memory = Memory(input_ids.device)
+            sample = timed(lambda: read(models[name], input_ids, plan.prefill_chunk_size).cpu(), 1, CLOCKS["wall"])
             added.setdefault(name, []).append(memory.added())
             return sample
 
-        rounds = args.rounds if length <= args.repeat_tokens else 1
-        keys = [(name,) for name in models]
-        limits = Rounds(rounds, rounds, args.quiet_limit, args.patience)
-        for (name,), samples in round_robin([keys], take, limits, skip).items():
-            entry = summary(samples, args.quiet_limit)
+        def failed(key: tuple, error: Exception) -> None:
+            skip(key[0], error)
+            models.pop(key[0], None)
+
+        rounds = plan.rounds if length <= plan.repeat_tokens else replace(plan.rounds, wanted=1, most=1)
+        for (name,), samples in round_robin([[(name,) for name in models]], take, rounds, failed).items():
+            entry = summary(samples, rounds.quiet_limit)
             known = [mib for mib in added[name] if mib is not None]
             add(
                 {
@@ -148,9 +183,9 @@ class Run:
         say(json.dumps(row))
         self.save()
 
-    def skip(self, key: tuple, error: Exception) -> None:
-        self.results["skipped"][key[0]] = f"{type(error).__name__}: {error}".splitlines()[0]
-        say(f"skipped {key[0]}: {self.results['skipped'][key[0]]}")
+    def skip(self, name: str, error: Exception) -> None:
+        self.results["skipped"][name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        say(f"skipped {name}: {self.results['skipped'][name]}")
         self.save()
 
     def save(self) -> None:
@@ -159,18 +194,23 @@ class Run:
         (self.out / "prefill.md").write_text(markdown(self.results))
 
 
-def markdown(results: dict) -> str:
-    shape, settings, rows = results["shape"], results["settings"], results["prefill"]
+def rows_of(results: dict, models: dict[str, dict]) -> list[str]:
+    """The table, of `results["prefill"]` and facts about each model."""
+    rows = results["prefill"]
     lengths = sorted({row["tokens"] for row in rows})
     head = ["model", *(f"tokens/s, {length:,}" for length in lengths), *(f"MiB, {length:,}" for length in lengths)]
-    head.append("in pieces - at once: largest logit's share")
 
     def cells(name: str, fact: dict) -> list[str]:
         found = [find(rows, name=name, tokens=length) for length in lengths]
         rates = [f"{row['tokens_per_second']:,.0f}{star(row)}" if row else "" for row in found]
         mib = [f"{row['added_mib']:,.0f}" if row and row["added_mib"] is not None else "" for row in found]
-        return [fact["label"], *rates, *mib, f"{fact['pieces_against_whole']['max_relative']:.1e}"]
+        return [fact["label"], *rates, *mib]
 
+    return table(head, [cells(name, fact) for name, fact in models.items() if find(rows, name=name)])
+
+
+def markdown(results: dict) -> str:
+    shape, settings = results["shape"], results["settings"]
     device = f"{results['machine']['gpu']}. " if "gpu" in results["machine"] else ""
     lines = [
         "# Long prompts, read in pieces",
@@ -185,7 +225,14 @@ def markdown(results: dict) -> str:
         f"{count(settings['rounds'], 'sample')}, one of prompts beyond {settings['repeat_tokens']:,} tokens; \\* marks "
         "those taken beside other load on the machine.",
         "",
-        *table(head, [cells(name, fact) for name, fact in results["models"].items()]),
+        *rows_of(results, results["models"]),
+        "",
+        "In pieces against at once, largest difference over the largest logit: "
+        + ", ".join(
+            f"{fact['label']} {fact['pieces_against_whole']['max_relative']:.1e}"
+            for fact in results["models"].values()
+        )
+        + ".",
     ]
     if results["skipped"]:
         lines += ["", *(f"- {name}: {why}" for name, why in results["skipped"].items())]
@@ -210,7 +257,9 @@ def main() -> None:
                 read(model, input_ids, args.chunk + args.chunk // 2), read(model, input_ids, None)
             ),
         }
-    measure(models, args, run.add, run.skip)
+    rounds = Rounds(args.rounds, args.rounds, args.quiet_limit, args.patience)
+    plan = Plan(args.lengths, args.prefill_chunk_size, args.repeat_tokens, rounds)
+    measure(models, plan, run.add, run.skip)
     say((args.out / "prefill.md").read_text())
 
 

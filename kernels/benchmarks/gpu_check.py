@@ -55,6 +55,9 @@ KL_TOLERANCE = {"ieee": 5e-5, "tf32x3": 2e-4, "tf32": 5e-2, "bf16": 1e-1}
 SHARES = {"layers": 0.4, "training": 0.4, "decode": 0.2}
 
 
+PARTS = ("correctness", "times", "training", "first_token", "prefill", "decode", "skipped")
+
+
 class Run:
     """Collects results and writes them down as they come."""
 
@@ -63,7 +66,7 @@ class Run:
         self.out, self.device = out, device
         self.end = self.last = time.monotonic() + 60 * minutes
         self.results: dict = {"machine": machine(device)}
-        self.results |= {part: [] for part in ("correctness", "times", "training", "first_token", "decode", "skipped")}
+        self.results |= {part: [] for part in PARTS}
 
     def begin(self, part: str, later: list[str]) -> None:
         """Gives a part its share of the time that is left for it and the later ones."""
@@ -300,6 +303,9 @@ def measure_whole_models(run: Run, args: argparse.Namespace) -> None:
 def measure_decode(run: Run, args: argparse.Namespace) -> None:
     from decode import Plan, available_memory, prepare
     from decode import measure as measure_decoding
+    from models import OURS
+    from prefill import Plan as Prompts
+    from prefill import measure as measure_prompts
     from timing import Rounds
 
     if run.out_of_time("decoding"):
@@ -322,6 +328,21 @@ def measure_decode(run: Run, args: argparse.Namespace) -> None:
     models, facts = prepare(args.models, shape, run.device, dtype, run.add, {"memory_backend": "triton"})
     run.results["decode_settings"] = {**vars(plan), "rounds": vars(plan.rounds), "device": run.device}
     run.results["decode_models"] = facts
+    ours = {name: model for name, model in models.items() if name in OURS}
+    prompts = Prompts(
+        lengths=[40] if args.quick else [131072, 1048576],
+        prefill_chunk_size=24 if args.quick else 32768,
+        repeat_tokens=131072,
+        rounds=Rounds(2, 2, 1.0, 0.0),  # the first one loads and compiles
+    )
+    run.results["prefill_settings"] = {**vars(prompts), "rounds": vars(prompts.rounds)}
+    measure_prompts(
+        ours,
+        prompts,
+        lambda row: run.add("prefill", row),
+        lambda name, error: run.skip(f"{name}, long prompts", f"{type(error).__name__}: {error}"),
+        run.out_of_time,
+    )
     measure_decoding(models, plan, run.add, run.out_of_time)
 
 

@@ -91,11 +91,21 @@ def _ratio(row: dict, reference: dict, key: str) -> str:
 def decoding(results: dict) -> list[str]:
     sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, not a package
     from decode_report import tables
+    from prefill import rows_of
 
+    prompts = []
+    if results.get("prefill"):
+        settings = results["prefill_settings"]
+        prompts = [
+            "",
+            f"## Long prompts, batch 1, in pieces of {settings['prefill_chunk_size']:,} tokens",
+            "",
+            *rows_of(results, results["decode_models"]),
+        ]
     lines = [
         f"- {fact['label']}: {fact['parameters']:,}, {fact['settings']}" for fact in results["decode_models"].values()
     ]
-    return [*tables(results, results["decode_settings"]), "", *lines]
+    return [*tables(results, results["decode_settings"]), *prompts, "", *lines]
 
 
 def overtaking(results: dict, setting: str) -> list[str]:

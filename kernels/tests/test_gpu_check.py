@@ -59,11 +59,13 @@ def test_quick_run_checks_measures_and_reports(tmp_path):
     sizes = [row["parameters"] for row in results["training"] if row["model"] != "mamba2"]
     assert max(sizes) <= 1.02 * min(sizes)
     assert {(row["name"], row["batch"]) for row in results["decode"]} == {(name, 2) for name in models}
+    assert {(row["name"], row["tokens"]) for row in results["prefill"]} == {("yaad", 40)}
     # only what is not installed may be missing
     assert not any("batch" in row["name"] or "training" in row["name"] for row in results["skipped"])
     report = (tmp_path / "results.md").read_text()
     assert "3 configurations checked against float64, 0 wrong" in report and "yaad, Triton" in report
     assert "Training of whole models, tiny" in report and "Milliseconds a step, batch 2" in report
+    assert "Long prompts, batch 1, in pieces of 24 tokens" in report
 
 
 def test_out_of_memory_is_reported_and_not_fatal(monkeypatch):
