@@ -99,7 +99,7 @@ class ReadGroup(torch.autograd.Function):
         # and offloading put another tensor in its place, and what hung on this one is freed
         holder = torch.empty(0)
         if keep:
-            y, states, holder.tape = _run(rule, sizes, *_parted(rule, tensors), reads=True)
+            y, states, vars(holder)["tape"] = _run(rule, sizes, *_parted(rule, tensors), reads=True)
         else:
             y, states = read(*_parted(rule, tensors))
         ctx.save_for_backward(*tensors, holder)
