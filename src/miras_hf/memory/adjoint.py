@@ -70,7 +70,7 @@ from .layout import merge_chunks
 from .learning import Gates
 from .retention import ChunkWeights, LinkedChunk, link_by_autograd
 from .rule import MemoryInputs, MirasRule, bound_inputs
-from .vjp import bound_adjoint, by_autograd
+from .vjp import bound_adjoint, by_autograd, can_look_at
 
 
 def has_adjoint(rule: MirasRule) -> bool:
@@ -142,6 +142,7 @@ class _Tape(NamedTuple):
     """What the adjoint of a group needs of its forward."""
 
     x: MemoryInputs  # within the rule's bounds, chunk after chunk
+    uncut: list[Tensor | None]  # where q, k, v and log alpha were so before; None: everywhere
     gates: list[Gates]
     gates_vjp: Callable
     chunks: list[_Chunk]
@@ -149,7 +150,12 @@ class _Tape(NamedTuple):
 
 def _run(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm, *, reads: bool):
     """A group's forward with its tape: outputs, states after the group, tape; the writes alone unless `reads`."""
-    x = bound_inputs(x.map(merge_chunks), rule)
+    unbounded = x.map(merge_chunks)
+    x = bound_inputs(unbounded, rule)
+    uncut = [
+        None if can_look_at(b) and torch.equal(b, u) else b == u
+        for b, u in zip(_bounded(x), _bounded(unbounded), strict=True)
+    ]
     all_gates, gates_vjp = rule.algorithm.chunk_gates_with_vjp(x.eta, x.log_alpha.cumsum(-2))
     gates = all_gates.split(sizes)
     q, k, v = (t.split(sizes) for t in (x.q, x.k, x.v))
@@ -170,7 +176,12 @@ def _run(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm,
                 rule.algorithm.fold(axis, s, f, gates[i])
                 for axis, s, f in zip(rule.architecture.gate_axes, states, chunk.factors, strict=True)
             )
-    return torch.cat(outputs) if reads else None, states, _Tape(x, gates, gates_vjp, chunks)
+    return torch.cat(outputs) if reads else None, states, _Tape(x, uncut, gates, gates_vjp, chunks)
+
+
+def _bounded(x: MemoryInputs) -> tuple[Tensor, ...]:
+    """The inputs that `bound_inputs` may change."""
+    return x.q, x.k, x.v, x.log_alpha
 
 
 def _group_adjoint(
@@ -178,8 +189,7 @@ def _group_adjoint(
 ):
     axes, algorithm = rule.architecture.gate_axes, rule.algorithm
     layers = range(len(axes))
-    x, gates, gates_vjp, chunks = tape
-    unbounded = pieces.map(merge_chunks)
+    x, uncut, gates, gates_vjp, chunks = tape
     q, y_bars = (t.split(sizes) for t in (x.q, y_bar))
     total = states[0].shape[0]
 
@@ -232,10 +242,9 @@ def _group_adjoint(
     log_alpha_bar = log_decay_bar.flip(-2).cumsum(-2).flip(-2)
     bars = torch.cat(q_bar), torch.cat(k_bar), torch.cat(error_bar).neg_(), log_alpha_bar
     # what was cut has no gradient
-    bounds = zip(
-        (x.q, x.k, x.v, x.log_alpha), (unbounded.q, unbounded.k, unbounded.v, unbounded.log_alpha), strict=True
+    q_bar, k_bar, v_bar, log_alpha_bar = (
+        bar if where is None else bar.mul_(where) for bar, where in zip(bars, uncut, strict=True)
     )
-    q_bar, k_bar, v_bar, log_alpha_bar = (bar.mul_(b == u) for bar, (b, u) in zip(bars, bounds, strict=True))
     state_bars = [None if bar is None else _with_ended_rows(bar, total) for bar in state_bars]
     of_inputs = (q_bar, k_bar, v_bar, eta_bar, log_alpha_bar, delta_bar)
     of_inputs = (None if bar is None else bar.view(p.shape) for bar, p in zip(of_inputs, pieces, strict=True))

@@ -89,7 +89,7 @@ def chunk_miras(
             between groups are kept. Defaults to the number that balances the two.
         kept_bytes (`int`, *optional*, defaults to 160 MiB):
             Where the activations of all chunks take about so many bytes at most, they are kept for the backward pass
-            and nothing is recomputed, which saves a sixth of a training step.
+            and nothing is recomputed. Of each call, and so of each layer of a model.
 
     Returns:
         `y` of the shape and dtype of `q`, and the final `MemoryState` or `None`.

@@ -263,7 +263,7 @@ class Lq(FrozenScale):
             powered = dual.square() if q == 4.0 else dual.abs().pow(q - 2.0)
             rate = torch.where(moves, bar * free / total, 0.0) * (2.0 - q)
             dual_bar = powered.mul_(rate)
-            if capped is not None and not (can_look_at(moves) and bool((free <= capped).all())):
+            if capped is not None:
                 size = dual.shape[-2] * dual.shape[-1]
                 rate = torch.where(capped < free, bar * capped**3, 0.0) * (-1.0 / (self.weight_cap**2 * size))
                 dual_bar.add_(rate)
