@@ -44,7 +44,7 @@ from models import (
     shape_of,
 )
 from provenance import command_line, machine, say
-from timing import Rounds, Sample, round_robin, summary, timed_inside
+from timing import Rounds, Sample, add_noise_arguments, round_robin, summary, timed_inside
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 
@@ -457,10 +457,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cell-seconds", type=float, default=30.0, help="for the steps of one batch and context")
     parser.add_argument("--rounds", type=int, default=3, help="quiet samples wanted of everything")
     parser.add_argument("--max-rounds", type=int, default=5, help="rounds after which noisy ones are taken too")
-    parser.add_argument("--quiet-limit", type=float, default=0.1, help="others' share of the machine, quiet sample")
-    parser.add_argument("--patience", type=float, default=1.0, help="seconds to wait for a quiet machine, per sample")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows that it runs")
+    add_noise_arguments(parser)
     args = parser.parse_args()
     if args.quick:
         args.width, args.layers, args.heads, args.vocabulary, args.chunk = 32, 2, 1, 64, 16

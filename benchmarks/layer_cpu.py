@@ -33,6 +33,7 @@ from report import write_report
 from timing import (
     CLOCKS,
     Rounds,
+    add_noise_arguments,
     calls_for,
     decode,
     one_backward,
@@ -66,23 +67,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="quiet samples wanted of everything")
     parser.add_argument("--max-rounds", type=int, default=15, help="rounds after which noisy ones are taken too")
     parser.add_argument("--min-seconds", type=float, default=0.5, help="length of one sample")
-    parser.add_argument(
-        "--quiet-limit", type=float, default=0.1, help="others' share of the machine in a quiet sample"
-    )
-    parser.add_argument("--patience", type=float, default=2.0, help="seconds to wait for a quiet machine, per sample")
+    add_noise_arguments(parser)
+    parser.set_defaults(patience=2.0)
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
         default="wall",
         help="cpu, with --threads 1, for a machine that is never quiet: all samples count then",
     )
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--width", type=int, default=Shape.width)
     parser.add_argument("--heads", type=int, default=Shape.heads)
     parser.add_argument("--chunk", type=int, default=Shape.chunk)
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, one round: shows that it runs, times nothing"
-    )
     args = parser.parse_args()
     if args.quick:
         args.width, args.heads, args.chunk = 64, 2, 16

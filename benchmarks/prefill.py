@@ -30,7 +30,7 @@ from memory_probe import release_free_memory, reset_peak, status_kib
 from models import LABELS, OURS, ModelShape, WholeModel, add_model_arguments, build, difference, shape_of
 from provenance import command_line, machine, say
 from report import count, find, made_with, star, table
-from timing import CLOCKS, Rounds, Sample, round_robin, summary, timed
+from timing import CLOCKS, Rounds, Sample, add_noise_arguments, round_robin, summary, timed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,10 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prefill-chunk-size", type=int, default=8192, help="tokens of a piece, as in generate()")
     parser.add_argument("--rounds", type=int, default=3, help="samples of every length")
     parser.add_argument("--repeat-tokens", type=int, default=131072, help="longer prompts than this are read once")
-    parser.add_argument("--quiet-limit", type=float, default=0.1, help="others' share of the machine, quiet sample")
-    parser.add_argument("--patience", type=float, default=1.0, help="seconds to wait for a quiet machine, per sample")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows that it runs")
+    add_noise_arguments(parser)
     args = parser.parse_args()
     if args.quick:
         args.width, args.layers, args.heads, args.vocabulary, args.chunk, args.preset = 32, 1, 1, 64, 16, None
@@ -127,7 +124,7 @@ def measure(
         out_of_time (`Callable`): whether there is no time left for what is named; says so itself.
     """
     for length in sorted(plan.lengths):
-        if out_of_time(f"prompts of {length} tokens"):
+        if out_of_time(f"{', '.join(models)}, prompts of {length} tokens"):
             return
         added: dict[str, list[float]] = {}
 
@@ -150,6 +147,7 @@ def measure(
             add(
                 {
                     "name": name,
+                    "label": LABELS[name],
                     "tokens": length,
                     "tokens_per_second": length / entry["seconds"],
                     "added_mib": max(known) if known else None,
@@ -194,19 +192,18 @@ class Run:
         (self.out / "prefill.md").write_text(markdown(self.results))
 
 
-def rows_of(results: dict, models: dict[str, dict]) -> list[str]:
-    """The table, of `results["prefill"]` and facts about each model."""
-    rows = results["prefill"]
+def rows_of(rows: list[dict]) -> list[str]:
+    """The table of what `measure` gave."""
     lengths = sorted({row["tokens"] for row in rows})
     head = ["model", *(f"tokens/s, {length:,}" for length in lengths), *(f"MiB, {length:,}" for length in lengths)]
 
-    def cells(name: str, fact: dict) -> list[str]:
+    def cells(name: str, label: str) -> list[str]:
         found = [find(rows, name=name, tokens=length) for length in lengths]
         rates = [f"{row['tokens_per_second']:,.0f}{star(row)}" if row else "" for row in found]
         mib = [f"{row['added_mib']:,.0f}" if row and row["added_mib"] is not None else "" for row in found]
-        return [fact["label"], *rates, *mib]
+        return [label, *rates, *mib]
 
-    return table(head, [cells(name, fact) for name, fact in models.items() if find(rows, name=name)])
+    return table(head, [cells(name, label) for name, label in {row["name"]: row["label"] for row in rows}.items()])
 
 
 def markdown(results: dict) -> str:
@@ -225,7 +222,7 @@ def markdown(results: dict) -> str:
         f"{count(settings['rounds'], 'sample')}, one of prompts beyond {settings['repeat_tokens']:,} tokens; \\* marks "
         "those taken beside other load on the machine.",
         "",
-        *rows_of(results, results["models"]),
+        *rows_of(results["prefill"]),
         "",
         "In pieces against at once, largest difference over the largest logit: "
         + ", ".join(

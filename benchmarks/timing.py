@@ -13,6 +13,7 @@
 # limitations under the License.
 """What one measured call is, and how long it took on a machine that may be shared with others."""
 
+import argparse
 import os
 import statistics
 import time
@@ -142,6 +143,14 @@ class Rounds:
     most: int
     quiet_limit: float
     patience: float  # seconds to wait for a quiet machine, per sample
+
+
+def add_noise_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that all benchmarks have about the machine, and `--quick`."""
+    parser.add_argument("--quiet-limit", type=float, default=0.1, help="others' share of the machine, quiet sample")
+    parser.add_argument("--patience", type=float, default=1.0, help="seconds to wait for a quiet machine, per sample")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows that it runs")
 
 
 def round_robin(

@@ -52,7 +52,7 @@ KL_TOLERANCE = {"ieee": 5e-5, "tf32x3": 2e-4, "tf32": 5e-2, "bf16": 1e-1}
 
 
 # of the time that correctness leaves
-SHARES = {"layers": 0.4, "training": 0.4, "decode": 0.2}
+SHARES = {"layers": 0.4, "training": 0.3, "prefill": 0.1, "decode": 0.2}
 
 
 PARTS = ("correctness", "times", "training", "first_token", "prefill", "decode", "skipped")
@@ -258,7 +258,8 @@ def main() -> None:
         print(
             f"Correctness: {'every configuration is right' if right else 'SOMETHING IS WRONG, see above'}", flush=True
         )
-    measures = {"layers": measure_layers, "training": measure_whole_models, "decode": measure_decode}
+    measures = {"layers": measure_layers, "training": measure_whole_models}
+    measures |= {"prefill": measure_prefill, "decode": measure_decode}
     parts = [part for part in measures if part in args.parts]
     for i, part in enumerate(parts):
         run.begin(part, parts[i + 1 :])
@@ -290,6 +291,7 @@ def measure_layers(run: Run, args: argparse.Namespace) -> None:
 
 
 TINY = ModelShape(width=32, layers=1, heads=1, vocabulary=64, chunk=16)
+OUR_SETTINGS = {"memory_backend": "triton"}
 
 
 def measure_whole_models(run: Run, args: argparse.Namespace) -> None:
@@ -300,18 +302,47 @@ def measure_whole_models(run: Run, args: argparse.Namespace) -> None:
         measure_training(run, training, args.models)
 
 
+def measure_prefill(run: Run, args: argparse.Namespace) -> None:
+    from models import OURS, build
+    from prefill import Plan, measure
+    from timing import Rounds
+
+    plan = Plan(
+        lengths=[40] if args.quick else [131072, 1048576],
+        prefill_chunk_size=24 if args.quick else 32768,
+        repeat_tokens=131072,
+        rounds=Rounds(2, 2, 1.0, 0.0),  # the first one loads and compiles
+    )
+    run.results["prefill_settings"] = {**vars(plan), "rounds": vars(plan.rounds)}
+    for name in (name for name in args.models if name in OURS):  # one by one: each asks for the time that is left
+        model = build(name, decoding_shape(args), run.device, decoding_dtype(args), our_settings=OUR_SETTINGS)
+        model.module.eval()
+        measure(
+            {name: model},
+            plan,
+            lambda row: run.add("prefill", row),
+            lambda name, error: run.skip(f"{name}, long prompts", f"{type(error).__name__}: {error}"),
+            run.out_of_time,
+        )
+
+
+def decoding_shape(args: argparse.Namespace) -> ModelShape:
+    return TINY if args.quick else ModelShape.preset(args.sizes[-1])
+
+
+def decoding_dtype(args: argparse.Namespace) -> torch.dtype:
+    return torch.float32 if args.quick else torch.bfloat16
+
+
 def measure_decode(run: Run, args: argparse.Namespace) -> None:
     from decode import Plan, available_memory, prepare
     from decode import measure as measure_decoding
-    from models import OURS
-    from prefill import Plan as Prompts
-    from prefill import measure as measure_prompts
     from timing import Rounds
 
     if run.out_of_time("decoding"):
         return
     plan = Plan(
-        batches=[2] if args.quick else [1, 32, 256],
+        batches=[2] if args.quick else [1, 16, 64, 256],
         contexts=[24] if args.quick else [1024, 8192, 65536, 1048576],
         steps=16 if args.quick else 64,
         sample_seconds=1.0,
@@ -323,26 +354,9 @@ def measure_decode(run: Run, args: argparse.Namespace) -> None:
         rounds=Rounds(1, 1, 1.0, 0.0) if args.quick else Rounds(3, 3, 1.0, 0.0),
         compiled=args.compile,
     )
-    shape = TINY if args.quick else ModelShape.preset(args.sizes[-1])
-    dtype = torch.float32 if args.quick else torch.bfloat16
-    models, facts = prepare(args.models, shape, run.device, dtype, run.add, {"memory_backend": "triton"})
+    models, facts = prepare(args.models, decoding_shape(args), run.device, decoding_dtype(args), run.add, OUR_SETTINGS)
     run.results["decode_settings"] = {**vars(plan), "rounds": vars(plan.rounds), "device": run.device}
     run.results["decode_models"] = facts
-    ours = {name: model for name, model in models.items() if name in OURS}
-    prompts = Prompts(
-        lengths=[40] if args.quick else [131072, 1048576],
-        prefill_chunk_size=24 if args.quick else 32768,
-        repeat_tokens=131072,
-        rounds=Rounds(2, 2, 1.0, 0.0),  # the first one loads and compiles
-    )
-    run.results["prefill_settings"] = {**vars(prompts), "rounds": vars(prompts.rounds)}
-    measure_prompts(
-        ours,
-        prompts,
-        lambda row: run.add("prefill", row),
-        lambda name, error: run.skip(f"{name}, long prompts", f"{type(error).__name__}: {error}"),
-        run.out_of_time,
-    )
     measure_decoding(models, plan, run.add, run.out_of_time)
 
 

@@ -51,6 +51,9 @@ def table(results: dict) -> list[str]:
             )
         lines += overtaking(results, setting)
     lines += training(results.get("training", []))
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, not a package
+    if results.get("prefill"):
+        lines += prefill(results)
     if results.get("decode"):
         lines += decoding(results)
     if results["skipped"]:
@@ -88,24 +91,20 @@ def _ratio(row: dict, reference: dict, key: str) -> str:
     return f"{row[key] / reference[key]:.2f}" if key in row and key in reference else ""
 
 
-def decoding(results: dict) -> list[str]:
-    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, not a package
-    from decode_report import tables
+def prefill(results: dict) -> list[str]:
     from prefill import rows_of
 
-    prompts = []
-    if results.get("prefill"):
-        settings = results["prefill_settings"]
-        prompts = [
-            "",
-            f"## Long prompts, batch 1, in pieces of {settings['prefill_chunk_size']:,} tokens",
-            "",
-            *rows_of(results, results["decode_models"]),
-        ]
+    piece = results["prefill_settings"]["prefill_chunk_size"]
+    return ["", f"## Long prompts, batch 1, in pieces of {piece:,} tokens", "", *rows_of(results["prefill"])]
+
+
+def decoding(results: dict) -> list[str]:
+    from decode_report import tables
+
     lines = [
         f"- {fact['label']}: {fact['parameters']:,}, {fact['settings']}" for fact in results["decode_models"].values()
     ]
-    return [*tables(results, results["decode_settings"]), *prompts, "", *lines]
+    return [*tables(results, results["decode_settings"]), "", *lines]
 
 
 def overtaking(results: dict, setting: str) -> list[str]:
