@@ -50,10 +50,15 @@ def package_version(name: str) -> str | None:
         return None
 
 
+SPEED_SETTINGS = ("GLIBC_TUNABLES", "KMP_", "MALLOC_", "MKL_", "OMP_", "THP_MEM_ALLOC_ENABLE")
+"""Beginnings of the environment variables that processors and allocators go by."""
+
+
 def command_line() -> str:
     """The command as a reader would type it, without this machine's folders."""
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(SPEED_SETTINGS)]
     words = [os.path.relpath(w) if os.path.isabs(w) else w for w in sys.argv]
-    return " ".join(["python", *words])
+    return " ".join([*settings, "python", *words])
 
 
 def say(text: str) -> None:
