@@ -116,6 +116,8 @@ def chunk_miras(
     recompute = torch.is_grad_enabled() and (
         any(t is not None and t.requires_grad for t in x) or any(t.requires_grad for t in memory.tensors())
     )
+    # a graph that is being compiled has the chunks one by one: as a nested region they would be compiled once and run
+    # faster, but inductor of torch 2.13 then gives wrong gradients
     by_hand = recompute and has_adjoint(rule) and not torch.compiler.is_compiling()
     keep = by_hand and memory.activation_bytes() <= kept_bytes
     if chunks_per_group is None:
