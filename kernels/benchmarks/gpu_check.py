@@ -258,8 +258,7 @@ def main() -> None:
         print(
             f"Correctness: {'every configuration is right' if right else 'SOMETHING IS WRONG, see above'}", flush=True
         )
-    measures = {"layers": measure_layers, "training": measure_whole_models}
-    measures |= {"prefill": measure_prefill, "decode": measure_decode}
+    measures = dict(zip(SHARES, (measure_layers, measure_whole_models, measure_prefill, measure_decode), strict=True))
     parts = [part for part in measures if part in args.parts]
     for i, part in enumerate(parts):
         run.begin(part, parts[i + 1 :])

@@ -18,6 +18,9 @@ import sys
 from pathlib import Path
 
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, not a package
+
+
 def write_report(folder: Path) -> None:
     """`results.md` and `results.png` from `results.json`; the plot only where matplotlib is installed."""
     results = json.loads((folder / "results.json").read_text())
@@ -51,7 +54,6 @@ def table(results: dict) -> list[str]:
             )
         lines += overtaking(results, setting)
     lines += training(results.get("training", []))
-    sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, not a package
     if results.get("prefill"):
         lines += prefill(results)
     if results.get("decode"):

@@ -169,7 +169,11 @@ def starting_dual(rule: MirasRule, parameters: MemoryParameters, state: MemorySt
 
 
 def without_autocast(function):
-    """Runs a form of the recurrence outside autocast: its state and products are float32 whatever surrounds it."""
+    """Runs a form of the recurrence outside autocast: its state and products are float32 whatever surrounds it.
+
+    Of a compiled form with autocast around the compiled function, PyTorch traces products of the gradient in autocast's
+    dtype all the same; with autocast inside, as Accelerate puts it, it does not.
+    """
 
     @functools.wraps(function)
     def wrapped(q: Tensor, *args, **kwargs):
