@@ -47,8 +47,6 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """
 
     is_compileable = False
-    # Transformers asks this before it records by itself; a layer records only when it is asked to, see `crop`
-    is_croppable = False
     is_sliding = False
     supports_early_init = False
 
@@ -67,6 +65,11 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def recording(self) -> Recording | None:
         """What is kept for `crop`, `None` unless `activate_past_recording` was called."""
         return self._recording if self.record_past else None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens back: a layer records only when it is asked to."""
+        return self.record_past
 
     @property
     def memory(self) -> MemoryState | None:
@@ -253,7 +256,7 @@ def memory_layer(cache: Cache | None, layer_idx: int) -> MirasLayer | None:
     if not isinstance(layer, MirasLayer):
         found = "no such layer" if layer is None else f"a {type(layer).__name__}"
         raise ValueError(
-            f"`past_key_values` must be made for this model, `DynamicCache(config=model.config)`: layer {layer_idx} is "
+            f"`cache` must be made for this model, `DynamicCache(config=model.config)`: layer {layer_idx} is "
             f"a memory, and the cache has {found} there. (If PEFT made it: prefix tuning is not possible with Miras "
             "models; prompt tuning and LoRA are.)"
         )

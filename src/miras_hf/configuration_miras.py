@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import interval
 
+from .compat import CACHE_NAMES
 from .hub import auto_map, write_shim
 from .peft import register_peft_defaults
 
@@ -140,7 +141,7 @@ class MirasConfig(PreTrainedConfig):
     ```"""
 
     model_type = "miras"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     vocab_size: int = 32000
     hidden_size: int = 1024

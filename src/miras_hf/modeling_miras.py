@@ -47,6 +47,7 @@ from miras_kernels import Projections
 
 from .backend import MemoryBackend
 from .cache import memory_layer, tokens_read
+from .compat import CACHE_NAME, CACHE_NAMES, cache_named, cache_of, refuse_unknown, takes_cache
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from .memory import (
     ATTENTIONAL_BIASES,
@@ -64,6 +65,20 @@ from .sequences import Sequences, check_text_read, has_inner_pads, packed_sequen
 
 
 logger = logging.get_logger(__name__)
+
+# Keywords that reach a model besides its parameters, and the values that mean something here; `()` for any value.
+_OF_LOSSES = ("num_items_in_batch", "shift_labels", "ignore_index")
+_KEYWORDS: dict[str, tuple] = {
+    "output_hidden_states": (),
+    "output_attentions": (),
+    "return_dict": (),
+    "cu_seq_lens_k": (),
+    "max_length_q": (),
+    "max_length_k": (),
+    "is_causal": (None, True),
+    "output_router_logits": (None, False),
+    **dict.fromkeys(_OF_LOSSES, ()),
+}
 
 
 class MirasRMSNorm(nn.Module):
@@ -361,7 +376,7 @@ class MirasMixer(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         sequences: Sequences | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
         """
@@ -369,13 +384,13 @@ class MirasMixer(nn.Module):
             hidden_states (`torch.Tensor` of shape `[batch, tokens, hidden_size]`): inputs.
             position_embeddings (`tuple` of `torch.Tensor`, *optional*): cosines and sines, `[batch, tokens, head_dim]`.
             sequences (`Sequences`, *optional*): pads and packs; `None` if every row is one sequence.
-            past_key_values (`Cache`, *optional*): holds this layer's memory, and takes it after the call.
+            cache (`Cache`, *optional*): holds this layer's memory, and takes it after the call.
         """
         sequences = Sequences() if sequences is None else sequences
-        cached = memory_layer(past_key_values, self.layer_idx)
+        cached = memory_layer(cache, self.layer_idx)
         recording = None if cached is None else cached.recording
         if recording is not None and not recording.reading:
-            arguments = (hidden_states, position_embeddings, sequences, past_key_values)
+            arguments = (hidden_states, position_embeddings, sequences, cache)
             return recording.read(self, cached, *arguments), None
         state = None if cached is None else cached.memory
         tail = None if state is None else cached.conv_tail
@@ -516,7 +531,7 @@ class MirasAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -528,9 +543,9 @@ class MirasAttention(nn.Module):
         query_states, key_states = apply_rotary_pos_emb(
             query_states, key_states, *position_embeddings, unsqueeze_dim=1
         )
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
-            if getattr(past_key_values.layers[self.layer_idx], "record_past", False):
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+            if getattr(cache.layers[self.layer_idx], "record_past", False):
                 # in Transformers 5.17 a layer that records gives all that it has kept, more than masks cover
                 visible = self.sliding_window - 1 + query_states.shape[2]
                 key_states, value_states = key_states[:, :, -visible:], value_states[:, :, -visible:]
@@ -577,13 +592,14 @@ class MirasDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = MirasRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MirasRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         sequences: Sequences | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         residual = hidden_states
@@ -593,7 +609,7 @@ class MirasDecoderLayer(GradientCheckpointingLayer):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         else:
@@ -601,7 +617,7 @@ class MirasDecoderLayer(GradientCheckpointingLayer):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 sequences=sequences,
-                past_key_values=past_key_values,
+                cache=cache,
             )
         hidden_states = residual + hidden_states
 
@@ -616,7 +632,7 @@ class MirasPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MirasDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -659,11 +675,12 @@ class MirasPreTrainedModel(PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @staticmethod
+    @takes_cache
     def create_masks_for_generate(
         config: MirasConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None = None,
         position_ids: Tensor | None = None,
         is_first_iteration: bool = True,
         **kwargs,
@@ -673,15 +690,15 @@ class MirasPreTrainedModel(PreTrainedModel):
         tokens = inputs_embeds.shape[1]
         generated = tokens == 1 and not is_first_iteration
         if attention_mask is not None:
-            check_text_read(attention_mask, tokens, tokens_read(past_key_values))
+            check_text_read(attention_mask, tokens, tokens_read(cache))
         masks = {MEMORY_LAYER: None if attention_mask is None or generated else attention_mask[:, -tokens:]}
         if ATTENTION_LAYER in config.layer_types:
             masks[ATTENTION_LAYER] = create_sliding_window_causal_mask(
                 config=config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE_NAME: cache},
             )
         return masks
 
@@ -707,6 +724,7 @@ class MirasModel(MirasPreTrainedModel):
 
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -714,7 +732,7 @@ class MirasModel(MirasPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: torch.LongTensor | None = None,
@@ -729,7 +747,7 @@ class MirasModel(MirasPreTrainedModel):
                 Or what `create_masks_for_generate` returns.
             position_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*):
                 Counted from the real tokens if not given. Ids that start again inside a row mark packed sequences.
-            past_key_values (`Cache`, *optional*): `DynamicCache(config=model.config)`, with what has been read.
+            cache (`Cache`, *optional*): `DynamicCache(config=model.config)`, with what has been read.
             inputs_embeds (`torch.FloatTensor` of shape `[batch, tokens, hidden_size]`, *optional*): embeddings.
             use_cache (`bool`, *optional*): whether to return the cache.
             cu_seq_lens_q (`torch.LongTensor` of shape `[sequences + 1]`, *optional*): borders of a pack.
@@ -738,6 +756,7 @@ class MirasModel(MirasPreTrainedModel):
         Raises:
             `ValueError`: for masks, packs and caches that do not fit, naming the argument and what is allowed.
         """
+        refuse_unknown(f"{type(self).__name__}.forward", kwargs, _KEYWORDS)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -758,9 +777,9 @@ class MirasModel(MirasPreTrainedModel):
                 "`attention_mask` and `cu_seq_lens_q` or `seq_idx` exclude each other: packs have no pads."
             )
         if sequences is not None:
-            if past_key_values is not None:
+            if cache is not None:
                 raise ValueError(
-                    "`past_key_values` cannot be used with packed sequences (`position_ids` that start again, "
+                    "`cache` cannot be used with packed sequences (`position_ids` that start again, "
                     "`cu_seq_lens_q` or `seq_idx`): a pack's sequences end with it."
                 )
             if position_ids is None:
@@ -768,22 +787,22 @@ class MirasModel(MirasPreTrainedModel):
             use_cache = False
         # before any layer: under activation checkpointing they get no cache, and one that does not fit goes unnoticed
         if MEMORY_LAYER in self.config.layer_types:  # a draft that exits early may have none
-            memory_layer(past_key_values, self.config.layer_types.index(MEMORY_LAYER))
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            memory_layer(cache, self.config.layer_types.index(MEMORY_LAYER))
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if sequences is None:
             past = 0
-            if attention_mask is not None and past_key_values is not None and not prepared:
-                past = past_key_values.get_seq_length()
+            if attention_mask is not None and cache is not None and not prepared:
+                past = cache.get_seq_length()
             sequences = padded_sequences(attention_mask, batch, tokens, past)
             if past and attention_mask.shape[1] == past + tokens:
-                check_text_read(attention_mask, tokens, tokens_read(past_key_values))
+                check_text_read(attention_mask, tokens, tokens_read(cache))
 
         if position_ids is None:
             position_ids = torch.arange(tokens, device=inputs_embeds.device).unsqueeze(0)
             if sequences.mask is not None:
                 position_ids = (sequences.mask.long().cumsum(-1) - 1).clamp(min=0)
-            read = tokens_read(past_key_values)
+            read = tokens_read(cache)
             position_ids = position_ids + (
                 read.to(position_ids.device).unsqueeze(1) if isinstance(read, Tensor) else read
             )
@@ -801,8 +820,8 @@ class MirasModel(MirasPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE_NAME: cache},
             )
         if ATTENTION_LAYER in self.config.layer_types and cu_seq_lens_q is not None:
             kwargs["cu_seq_lens_q"] = cu_seq_lens_q
@@ -815,14 +834,15 @@ class MirasModel(MirasPreTrainedModel):
                 attention_mask=causal_mask,
                 sequences=sequences,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                # by the name that activation checkpointing takes away
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
 
 
@@ -841,13 +861,14 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
 
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -875,7 +896,7 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -884,23 +905,27 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
 
         loss = None
-        if labels is not None:
+        if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: cache_of(outputs)},
         )
 
+    def generate(self, *args, **kwargs):
+        """`generate()` of Transformers, which takes the cache by both of its names."""
+        return super().generate(*args, **cache_named(CACHE_NAME, kwargs))
+
     def _assisted_decoding(self, *args, **kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_NAME)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                "`past_key_values` must be empty for assisted decoding and prompt lookup, got a cache that has read "
+                "`cache` must be empty for assisted decoding and prompt lookup, got a cache that has read "
                 f"{cache.get_seq_length()} tokens: Transformers would read the whole text into it once more. Leave "
-                "`past_key_values` out, or go on from it without `assistant_model` and `prompt_lookup_num_tokens`."
+                "`cache` out, or go on from it without `assistant_model` and `prompt_lookup_num_tokens`."
             )
         return super()._assisted_decoding(*args, **kwargs)
 

@@ -51,10 +51,12 @@ def snapshot(cache: Cache) -> Snapshot:
         `ValueError`: if a layer of the cache keeps something that cannot be copied.
 
     ```python
-    >>> cache = model(**tokenizer(text, return_tensors="pt"), use_cache=True, logits_to_keep=1).past_key_values
+    >>> cache = DynamicCache(config=model.config)
+    >>> with torch.no_grad():
+    ...     model(**tokenizer(text, return_tensors="pt"), cache=cache, logits_to_keep=1)
     >>> before = miras_hf.snapshot(cache)
     >>> for question in questions:
-    ...     model.generate(**inputs(text + question), past_key_values=cache)
+    ...     model.generate(**inputs(text + question), cache=cache)
     ...     miras_hf.restore(cache, before)
     ```"""
     return Snapshot([type(layer) for layer in cache.layers], [_copy(layer.__getstate__()) for layer in cache.layers])
@@ -143,7 +145,7 @@ class Recording:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None,
         sequences: Sequences,
-        past_key_values: Cache,
+        cache: Cache,
     ) -> Tensor:
         """Reads with a mixer, arguments as of its forward, in pieces that begin with the tokens that end a chunk.
 
@@ -176,7 +178,7 @@ class Recording:
                     mixer.forward(
                         hidden_states[:, first:last],
                         position_embeddings and tuple(x[:, first:last] for x in position_embeddings),
-                        past_key_values=past_key_values,
+                        cache=cache,
                     )[0]
                 )
         finally:
