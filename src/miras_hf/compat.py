@@ -80,7 +80,7 @@ def takes_cache(function: Callable) -> Callable:
     def wrapped(*args, **kwargs):
         return function(*args, **cache_named("cache", kwargs))
 
-    wrapped.__signature__ = signature.replace(parameters=[*parameters[:end], other, *parameters[end:]])  # ty: ignore[unresolved-attribute]
+    wrapped.__signature__ = signature.replace(parameters=[*parameters[:end], other, *parameters[end:]])  # ty: ignore[missing-attribute]
     return wrapped
 
 

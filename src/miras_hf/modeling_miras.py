@@ -34,7 +34,12 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -49,6 +54,7 @@ from .backend import MemoryBackend
 from .cache import memory_layer, tokens_read
 from .compat import CACHE_NAME, CACHE_NAMES, cache_named, cache_of, refuse_unknown, takes_cache
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
+from .inputs import check_cache, check_ids, check_inputs
 from .memory import (
     ATTENTIONAL_BIASES,
     LEARNING_ALGORITHMS,
@@ -61,7 +67,17 @@ from .memory import (
 from .mixer_ops import causal_convolution, l2norm, negative_softplus, rms_norm, scaled_sigmoid, silu_gated_rms_norm
 from .model_card import save_model_card
 from .parallel import check_distributed_config
-from .sequences import Sequences, check_text_read, has_inner_pads, packed_sequences, padded_sequences
+from .sequences import (
+    Sequences,
+    check_kernel_arguments,
+    check_text_read,
+    describe,
+    has_inner_pads,
+    last_tokens,
+    mask_of_whole_text,
+    packed_sequences,
+    padded_sequences,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -746,22 +762,25 @@ class MirasModel(MirasPreTrainedModel):
                 1 at real tokens, 0 at pads. A padded row gives exactly what the row gives alone, wherever its pads are.
                 Or what `create_masks_for_generate` returns.
             position_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*):
-                Counted from the real tokens if not given. Ids that start again inside a row mark packed sequences.
+                Counted from the real tokens if not given. Ids that do not go up by one begin a packed sequence.
             cache (`Cache`, *optional*): `DynamicCache(config=model.config)`, with what has been read.
             inputs_embeds (`torch.FloatTensor` of shape `[batch, tokens, hidden_size]`, *optional*): embeddings.
             use_cache (`bool`, *optional*): whether to return the cache.
             cu_seq_lens_q (`torch.LongTensor` of shape `[sequences + 1]`, *optional*): borders of a pack.
-            seq_idx (`torch.IntTensor` of shape `[batch, tokens]`, *optional*): number of each token's sequence.
+            seq_idx (`torch.IntTensor` of shape `[batch, tokens]`, *optional*):
+                Number of each token's sequence. Where several of these three are given, they must agree.
 
         Raises:
             `ValueError`: for masks, packs and caches that do not fit, naming the argument and what is allowed.
         """
         refuse_unknown(f"{type(self).__name__}.forward", kwargs, _KEYWORDS)
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        check_inputs(self.config, input_ids, inputs_embeds, position_ids, use_cache)
         if inputs_embeds is None:
+            check_ids(input_ids, self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
+        # before any layer: under activation checkpointing they get no cache, and one that does not fit goes unnoticed
+        check_cache(self.config, cache, batch)
 
         # `generate()` makes the masks of steps that may be compiled itself: `create_masks_for_generate`
         prepared = isinstance(attention_mask, dict)
@@ -769,34 +788,30 @@ class MirasModel(MirasPreTrainedModel):
         if prepared:
             attention_mask = attention_mask[MEMORY_LAYER]
 
-        sequences = None
-        if attention_mask is None:
-            sequences = packed_sequences(position_ids, batch, tokens, cu_seqlens=cu_seq_lens_q, seq_idx=seq_idx)
-        elif cu_seq_lens_q is not None or seq_idx is not None:
-            raise ValueError(
-                "`attention_mask` and `cu_seq_lens_q` or `seq_idx` exclude each other: packs have no pads."
-            )
-        if sequences is not None:
+        past = 0
+        if attention_mask is not None and cache is not None and not prepared:
+            past = cache.get_seq_length()
+        sequences = padded_sequences(attention_mask, batch, tokens, past)
+        if past and attention_mask.shape[1] == past + tokens:
+            check_text_read(attention_mask, tokens, tokens_read(cache))
+        check_kernel_arguments(kwargs, cu_seq_lens_q)
+        pack = packed_sequences(
+            position_ids, batch, tokens, cu_seqlens=cu_seq_lens_q, seq_idx=seq_idx, mask=sequences.mask
+        )
+        # what attention goes by; rotary embeddings go by what the caller says
+        attention_positions = position_ids
+        if pack is not None:
             if cache is not None:
                 raise ValueError(
-                    "`cache` cannot be used with packed sequences (`position_ids` that start again, "
-                    "`cu_seq_lens_q` or `seq_idx`): a pack's sequences end with it."
+                    "`cache` cannot be used with packed sequences (`position_ids` that start again, `cu_seq_lens_q` or "
+                    "`seq_idx`): a pack's sequences end with it."
                 )
+            sequences, attention_mask, use_cache = pack, None, False
+            attention_positions = sequences.position.view(batch, tokens)
             if position_ids is None:
-                position_ids = sequences.position.view(batch, tokens)
-            use_cache = False
-        # before any layer: under activation checkpointing they get no cache, and one that does not fit goes unnoticed
-        if MEMORY_LAYER in self.config.layer_types:  # a draft that exits early may have none
-            memory_layer(cache, self.config.layer_types.index(MEMORY_LAYER))
+                position_ids = attention_positions
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        if sequences is None:
-            past = 0
-            if attention_mask is not None and cache is not None and not prepared:
-                past = cache.get_seq_length()
-            sequences = padded_sequences(attention_mask, batch, tokens, past)
-            if past and attention_mask.shape[1] == past + tokens:
-                check_text_read(attention_mask, tokens, tokens_read(cache))
 
         if position_ids is None:
             position_ids = torch.arange(tokens, device=inputs_embeds.device).unsqueeze(0)
@@ -806,6 +821,8 @@ class MirasModel(MirasPreTrainedModel):
             position_ids = position_ids + (
                 read.to(position_ids.device).unsqueeze(1) if isinstance(read, Tensor) else read
             )
+        if attention_positions is None:
+            attention_positions = position_ids
 
         if ATTENTION_LAYER in self.config.layer_types and not prepared:
             if attention_mask is not None and not is_tracing(attention_mask):
@@ -820,11 +837,11 @@ class MirasModel(MirasPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
+                position_ids=attention_positions,
                 **{CACHE_NAME: cache},
             )
         if ATTENTION_LAYER in self.config.layer_types and cu_seq_lens_q is not None:
-            kwargs["cu_seq_lens_q"] = cu_seq_lens_q
+            kwargs["cu_seq_lens_q"] = cu_seq_lens_q.to(torch.int32)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -834,7 +851,7 @@ class MirasModel(MirasPreTrainedModel):
                 attention_mask=causal_mask,
                 sequences=sequences,
                 position_embeddings=position_embeddings,
-                position_ids=position_ids,
+                position_ids=attention_positions,
                 # by the name that activation checkpointing takes away
                 **{CACHE_NAME: cache},
                 **kwargs,
@@ -892,6 +909,8 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
         >>> inputs = tokenizer("def read(", return_tensors="pt")
         >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0])
         ```"""
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` must be zero, for all, or positive, got {logits_to_keep}.")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -906,6 +925,11 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
+            for name, given in (("labels", labels), ("shift_labels", kwargs.get("shift_labels"))):
+                if given is not None and given.shape != logits.shape[:2]:
+                    raise ValueError(
+                        f"`{name}` must have the shape of the logits, {tuple(logits.shape[:2])}, got {describe(given)}."
+                    )
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -915,9 +939,28 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: cache_of(outputs)},
         )
 
-    def generate(self, *args, **kwargs):
-        """`generate()` of Transformers, which takes the cache by both of its names."""
-        return super().generate(*args, **cache_named(CACHE_NAME, kwargs))
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """
+        `generate()` of Transformers, which takes the cache by both of its names. After a cache, the input ids of the new
+        tokens are enough, as long as they are not more than were read and those had no pads: as everywhere in
+        Transformers, more ids than that are taken for the whole text unless the mask covers it.
+
+        Raises:
+            `ValueError`: for a mask that does not cover the whole text, and embeddings that do not.
+        """
+        kwargs = cache_named(CACHE_NAME, kwargs)
+        cache = kwargs.get(CACHE_NAME)
+        past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if past and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1]:
+            mask = kwargs.get("attention_mask")
+            kwargs["attention_mask"] = mask_of_whole_text(mask, *ids.shape, past, tokens_read(cache), ids.device)
+        elif past and isinstance(embeds := kwargs.get("inputs_embeds"), Tensor) and embeds.shape[1] <= past:
+            raise ValueError(
+                f"`inputs_embeds` must be those of the whole text after a cache, more than the {past} tokens that were "
+                f"read, got {embeds.shape[1]}."
+            )
+        return super().generate(inputs, *args, **kwargs)
 
     def _assisted_decoding(self, *args, **kwargs):
         cache = kwargs.get(CACHE_NAME)
@@ -942,9 +985,103 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
 class MirasForSequenceClassification(GenericForSequenceClassification, MirasPreTrainedModel):
     """The decoder with a classification head on the last real token."""
 
+    # Trainer divides the loss of accumulated batches by their number unless the model does
+    accepts_loss_kwargs = False
+
+    @takes_cache
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        Arguments of [`MirasModel`], and:
+
+        Args:
+            attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*):
+                Which tokens are real, and so which is the last. Without a mask, ids of `pad_token_id` at the end of a
+                row are pads; embeddings have none.
+            labels (`torch.LongTensor` of shape `[batch]`, *optional*): classes, or numbers to regress to.
+
+        Raises:
+            `ValueError`: for a row without a real token, for packs, and for several rows of ids without a mask in a
+                model without `pad_token_id`.
+        """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        batch, tokens = hidden_states.shape[:2]
+        borders = {"cu_seqlens": kwargs.get("cu_seq_lens_q"), "seq_idx": kwargs.get("seq_idx")}
+        if attention_mask is None and packed_sequences(position_ids, batch, tokens, **borders) is not None:
+            raise ValueError("A sequence classifier reads one sequence a row, and this call packs several into a row.")
+        last = torch.full((batch,), tokens - 1, device=given.device)
+        if attention_mask is not None:
+            last = last_tokens(attention_mask[:, -tokens:].bool())
+        elif input_ids is not None:
+            if batch > 1 and self.config.pad_token_id is None:
+                raise ValueError(
+                    "`attention_mask` must be given for several rows where `config.pad_token_id` is None, or the pads of "
+                    "shorter rows cannot be told from text."
+                )
+            if self.config.pad_token_id is not None:
+                last = last_tokens(input_ids != self.config.pad_token_id)
+        pooled = hidden_states[torch.arange(batch, device=hidden_states.device), last.to(hidden_states.device)]
+        logits = self.score(pooled)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE_NAME: cache_of(outputs)},
+        )
+
 
 class MirasForTokenClassification(GenericForTokenClassification, MirasPreTrainedModel):
     """The decoder with a classification head on every token."""
+
+    accepts_loss_kwargs = False
+
+    @takes_cache
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        r"""
+        Arguments of [`MirasModel`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): classes, -100 to ignore.
+        """
+        # Transformers' own forward takes the cache by one name and drops the other with a warning
+        return super().forward(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache, **kwargs
+        )
 
 
 class MonetaModel(MirasModel):

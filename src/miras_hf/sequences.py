@@ -13,7 +13,9 @@
 # limitations under the License.
 """Which tokens of a batch make a sequence: padding masks and packs, found once per forward for all memory layers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,32 +129,146 @@ def has_inner_pads(attention_mask: Tensor) -> bool:
 
 
 def packed_sequences(
-    position_ids: Tensor | None, batch: int, tokens: int, *, cu_seqlens: Tensor | None, seq_idx: Tensor | None
+    position_ids: Tensor | None,
+    batch: int,
+    tokens: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Sequences | None:
-    """Sequences of a pack, or `None` if the call holds none.
+    """Sequences of a pack, or `None` where every row is one sequence.
 
-    Borders come from `cu_seqlens` (`cu_seq_lens_q` of the flattening collators), else from `seq_idx`, else from
-    `position_ids` that do not go up by one. A batch of packed rows is read as one row.
+    There are three ways to say where sequences begin: `cu_seqlens` (`cu_seq_lens_q` of the flattening collators),
+    `seq_idx` that changes, and `position_ids` that do not go up by one. All that are given must say the same. A batch of
+    packed rows is read as one row.
+
+    Args:
+        position_ids (`torch.Tensor` of shape `[1 or batch, tokens]`, *optional*): positions.
+        cu_seqlens (`torch.Tensor` of shape `[sequences + 1]`, *optional*): rises from 0 to `tokens` of the only row.
+        seq_idx (`torch.Tensor` of shape `[batch, tokens]`, *optional*): number of each token's sequence.
+        mask (`torch.Tensor` of shape `[batch, tokens]`, bool, *optional*): false at pads, whose positions mean nothing.
+
+    Raises:
+        `ValueError`: for shapes and values that say nothing, for sources that disagree, and for packs with pads.
     """
-    device = None if position_ids is None else position_ids.device
+    sources = {}
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.long()
-        borders = cu_seqlens.tolist()
-        if batch != 1 or borders[0] != 0 or borders[-1] != tokens or any(b < a for a, b in zip(borders, borders[1:])):
-            raise ValueError(
-                f"`cu_seq_lens_q` must rise from 0 to the number of tokens of one packed row, got {borders[:4]} to "
-                f"{borders[-1]} for a batch of shape {(batch, tokens)}."
-            )
-        return Sequences(cu_seqlens=cu_seqlens)
+        sources["cu_seq_lens_q"] = _starts_of_cu_seqlens(cu_seqlens, batch, tokens)
     if seq_idx is not None:
-        if seq_idx.shape != (batch, tokens):
-            raise ValueError(f"`seq_idx` must have shape {(batch, tokens)}, got {tuple(seq_idx.shape)}.")
-        starts, device = seq_idx[:, 1:] != seq_idx[:, :-1], seq_idx.device
-    elif position_ids is not None and tokens > 1 and not is_tracing(position_ids):
+        if not isinstance(seq_idx, Tensor) or seq_idx.shape != (batch, tokens) or seq_idx.is_floating_point():
+            raise ValueError(f"`seq_idx` must be integers of shape {(batch, tokens)}, got {describe(seq_idx)}.")
+        sources["seq_idx"] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    if position_ids is not None and tokens > 1 and not is_tracing(position_ids):
         starts = (position_ids[:, 1:] != position_ids[:, :-1] + 1).expand(batch, -1)
-        if not bool(starts.any()):
-            return None
-    else:
+        sources["position_ids"] = starts if mask is None else starts & mask[:, 1:] & mask[:, :-1]
+    if not sources:
         return None
+    name, starts = next(iter(sources.items()))
+    for other, others in sources.items():
+        wrong = (starts.to(others.device) != others).nonzero()
+        if len(wrong):
+            row, token = wrong[0].tolist()
+            raise ValueError(
+                f"`{name}` and `{other}` must begin sequences at the same tokens: they disagree at token {token + 1} of "
+                f"row {row}, which begins a sequence for `{name if bool(starts[row, token]) else other}` only. "
+                "`position_ids` begin one where they do not go up by one."
+            )
+    if not bool(starts.any()):
+        return None
+    if mask is not None:
+        raise ValueError(
+            f"`attention_mask` must not have pads where `{name}` packs several sequences into a row: leave it out, a mask "
+            "of ones is the same, or give every sequence a row of its own."
+        )
     starts = F.pad(starts, (1, 0), value=True).flatten().nonzero().flatten()
-    return Sequences(cu_seqlens=torch.cat((starts, torch.tensor([batch * tokens], device=device))))
+    return Sequences(cu_seqlens=torch.cat((starts, starts.new_tensor([batch * tokens]))))
+
+
+def _starts_of_cu_seqlens(cu_seqlens: Tensor, batch: int, tokens: int) -> Tensor:
+    """Which tokens but the first begin a sequence, `[1, tokens - 1]`."""
+    ok = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and len(cu_seqlens) > 1
+    if not ok or cu_seqlens.is_floating_point():
+        raise ValueError(f"`cu_seq_lens_q` must be integers of shape [sequences + 1], got {describe(cu_seqlens)}.")
+    cu_seqlens = cu_seqlens.long()
+    borders = cu_seqlens.tolist()
+    if batch != 1 or borders[0] != 0 or borders[-1] != tokens or any(b < a for a, b in zip(borders, borders[1:])):
+        raise ValueError(
+            f"`cu_seq_lens_q` must rise from 0 to the number of tokens of one packed row, got {borders[:4]} to "
+            f"{borders[-1]} for a batch of shape {(batch, tokens)}."
+        )
+    starts = torch.zeros(1, tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
+    starts[:, cu_seqlens] = True
+    return starts[:, 1:-1]
+
+
+def check_kernel_arguments(kwargs: Mapping[str, Any], cu_seqlens: Tensor | None) -> None:
+    """Checks what flattening collators add to `cu_seq_lens_q` for attention kernels: it must say the same.
+
+    Raises:
+        `ValueError`: for `cu_seq_lens_k` of other sequences, and for a `max_length_q` or `max_length_k` that is shorter
+            than the longest one.
+    """
+    given = [name for name in ("cu_seq_lens_k", "max_length_q", "max_length_k") if kwargs.get(name) is not None]
+    if given and cu_seqlens is None:
+        raise ValueError(
+            f"`{given[0]}` goes with `cu_seq_lens_q`, which says where sequences begin and was not given."
+        )
+    for name in given:
+        value = kwargs[name]
+        if name == "cu_seq_lens_k":
+            if not isinstance(value, Tensor) or value.tolist() != cu_seqlens.tolist():
+                raise ValueError("`cu_seq_lens_k` must equal `cu_seq_lens_q`: keys and queries are the same tokens.")
+        elif int(value) < (longest := int(cu_seqlens.diff().max())):
+            raise ValueError(f"`{name}` must be at least the length of the longest sequence, {longest}, got {value}.")
+
+
+def mask_of_whole_text(
+    attention_mask: Tensor | None, batch: int, tokens: int, past: int, read: Tensor | int, device: torch.device
+) -> Tensor | None:
+    """The mask with which `generate()` goes on after `past` tokens, for `tokens` input ids.
+
+    Transformers takes as many ids as the mask is long for the whole text, read tokens included. So many ids cannot be
+    the whole text if they are not more than were read: they are new, and the mask is completed by what was read.
+
+    Args:
+        read (`torch.Tensor` of shape `[rows]`, or `int`): real tokens that every row has read.
+
+    Raises:
+        `ValueError`: for a mask of another length, or if what was read has pads, which only the caller knows.
+    """
+    if attention_mask is not None and attention_mask.shape[1] not in (tokens, past + tokens):
+        raise ValueError(
+            f"`attention_mask` must cover the whole text, {past} tokens that were read and {tokens} new ones, got shape "
+            f"{tuple(attention_mask.shape)}."
+        )
+    if tokens > past or (attention_mask is not None and attention_mask.shape[1] == past + tokens):
+        return attention_mask
+    if isinstance(read, Tensor) and bool((read != past).any()):
+        raise ValueError(
+            f"`attention_mask` must cover the whole text, {past} tokens that were read and {tokens} new ones, because "
+            f"what was read has pads: its rows have {read.tolist()} real tokens."
+        )
+    if attention_mask is None:
+        attention_mask = torch.ones(batch, tokens, dtype=torch.long, device=device)
+    return F.pad(attention_mask, (past, 0), value=1)
+
+
+def last_tokens(mask: Tensor) -> Tensor:
+    """Index of every row's last real token, of a mask of shape `[batch, tokens]`.
+
+    Raises:
+        `ValueError`: if a row has none.
+    """
+    if not is_tracing(mask) and not bool(mask.any(-1).all()):
+        raise ValueError(
+            f"Every row must have a real token to be classified, got rows with {mask.sum(-1).tolist()} of them."
+        )
+    return mask.shape[1] - 1 - mask.flip(-1).int().argmax(-1)
+
+
+def describe(value: Any) -> str:
+    """A value in an error: shape and dtype of a tensor, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,319 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a model is called with: every combination gives one answer or a named error."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from test_generation_miras import CONFIGS, TOLERANCE, build
+from transformers import DynamicCache, Trainer, TrainingArguments
+
+import miras_hf
+from miras_hf.compat import CACHE_NAME
+
+
+LENGTHS = (5, 1, 4)
+TOKENS = sum(LENGTHS)
+BORDERS = torch.tensor([0, 5, 6, 10], dtype=torch.int32)
+# every way of saying that a row holds sequences of 5, 1 and 4 tokens
+WAYS = {
+    "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
+    "cu_seq_lens_q": BORDERS,
+    "seq_idx": torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))[None].int(),
+}
+EXTRAS = {"cu_seq_lens_k": BORDERS, "max_length_q": 5, "max_length_k": 5}
+
+
+@pytest.fixture(scope="module", params=[("yaad", True), ("moneta", False)], ids=str)
+def model(request):
+    return build(*request.param, initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(1, 99, (2, TOKENS), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def alone(model, ids):
+    """Logits of the three sequences of row 0, each read alone."""
+    with torch.no_grad():
+        return torch.cat([model(part[None]).logits[0] for part in ids[0].split(LENGTHS)])
+
+
+COMBINATIONS = [ways for n in (1, 2, 3) for ways in itertools.combinations(WAYS, n)]
+
+
+@pytest.mark.parametrize("mask", [None, "ones"])
+@pytest.mark.parametrize("ways", COMBINATIONS, ids="+".join)
+@torch.no_grad()
+def test_every_way_of_packing_gives_one_answer(model, ids, alone, ways, mask):
+    options = {way: WAYS[way] for way in ways}
+    if mask:
+        options["attention_mask"] = torch.ones(1, TOKENS, dtype=torch.long)
+    torch.testing.assert_close(model(ids[:1], **options).logits[0], alone, **TOLERANCE)
+    if "cu_seq_lens_q" in ways:
+        torch.testing.assert_close(model(ids[:1], **options, **EXTRAS).logits[0], alone, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_positions_of_a_pack_may_start_anywhere(ids):
+    """Rotary embeddings are relative: positions shifted within a sequence say the same, to attention layers as well."""
+    model = build("yaad", True, initializer_range=0.3, use_rope=False)
+    shifted = WAYS["position_ids"] + 7 * WAYS["seq_idx"]
+    expected = model(ids[:1], position_ids=WAYS["position_ids"]).logits
+    torch.testing.assert_close(model(ids[:1], position_ids=shifted).logits, expected, **TOLERANCE)
+
+
+ON = torch.arange(TOKENS)[None]
+CONTRADICTIONS = {
+    "positions_go_on": {"cu_seq_lens_q": BORDERS, "position_ids": ON},
+    "positions_restart_elsewhere": {"cu_seq_lens_q": BORDERS, "position_ids": ON % 3},
+    "seq_idx_elsewhere": {"seq_idx": torch.zeros(1, TOKENS).int(), "position_ids": WAYS["position_ids"]},
+    "seq_idx_and_borders": {"seq_idx": (ON > 3).int(), "cu_seq_lens_q": BORDERS},
+}
+
+
+@pytest.mark.parametrize("options", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+@pytest.mark.parametrize("mask", [None, torch.ones(1, TOKENS)], ids=["none", "ones"])
+def test_contradictions_are_refused(model, ids, options, mask):
+    with pytest.raises(ValueError, match="must begin sequences at the same tokens: they disagree at token [1-9]"):
+        model(ids[:1], attention_mask=mask, **options)
+
+
+def test_what_goes_with_the_borders_is_checked(model, ids):
+    for wrong, message in (
+        ({"cu_seq_lens_k": torch.tensor([0, 10])}, "`cu_seq_lens_k` must equal"),
+        ({"max_length_q": 4}, "`max_length_q` must be at least the length of the longest sequence, 5, got 4"),
+        ({"max_length_k": 1}, "`max_length_k` must be at least"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids[:1], **{"cu_seq_lens_q": BORDERS, **EXTRAS, **wrong})
+    with pytest.raises(ValueError, match="`max_length_q` goes with `cu_seq_lens_q`"):
+        model(ids[:1], max_length_q=10)
+
+
+def test_packs_have_no_pads_and_no_cache(model, ids):
+    mask = torch.ones(1, TOKENS, dtype=torch.long)
+    mask[0, 0] = 0
+    for way, value in WAYS.items():
+        with pytest.raises(ValueError, match="`attention_mask` must not have pads where"):
+            model(ids[:1], attention_mask=mask, **{way: value})
+        with pytest.raises(ValueError, match="`cache` cannot be used with packed sequences"):
+            model(ids[:1], cache=DynamicCache(config=model.config), **{way: value})
+
+
+@torch.no_grad()
+def test_positions_of_padded_rows_are_no_pack(model, ids):
+    """`generate()` gives pads a position of their own, which restarts nothing."""
+    mask = torch.ones(2, TOKENS, dtype=torch.long)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(logits[1, 4:], model(ids[1:, 4:]).logits[0], **TOLERANCE)
+
+
+INT = torch.zeros(2, TOKENS, dtype=torch.long)
+WRONG = {
+    "no_rows": ({"input_ids": INT[:0]}, "`input_ids` must hold at least one row and one token"),
+    "no_tokens": ({"input_ids": INT[:, :0]}, "`input_ids` must hold at least one row and one token"),
+    "ids_of_one_dimension": ({"input_ids": INT[0]}, "`input_ids` must be int64 of shape"),
+    "ids_are_floats": ({"input_ids": INT.float()}, "got float32 of shape"),
+    "ids_are_a_list": ({"input_ids": [[1, 2]]}, "got list"),
+    "ids_below": ({"input_ids": INT - 1}, "at least 0 and below `vocab_size` \\(99\\), got ids from -1 to -1"),
+    "ids_above": ({"input_ids": INT + 99}, "got ids from 99 to 99"),
+    "embeds_of_another_width": ({"inputs_embeds": torch.zeros(2, 3, 31)}, "\\[batch, tokens, 32\\]"),
+    "embeds_are_integers": ({"inputs_embeds": torch.zeros(2, 3, 32).long()}, "must be floating point"),
+    "embeds_of_no_tokens": ({"inputs_embeds": torch.zeros(2, 0, 32)}, "`inputs_embeds` must hold at least one row"),
+    "nothing": ({}, "exactly one of input_ids or inputs_embeds"),
+    "both": ({"input_ids": INT, "inputs_embeds": torch.zeros(2, TOKENS, 32)}, "exactly one of"),
+    "positions_of_three_dimensions": (
+        {"input_ids": INT, "position_ids": INT[None]},
+        "`position_ids` must be integers",
+    ),
+    "positions_too_short": (
+        {"input_ids": INT, "position_ids": INT[:, 1:]},
+        "`position_ids` must be integers of shape",
+    ),
+    "positions_are_floats": ({"input_ids": INT, "position_ids": INT.float()}, "`position_ids` must be integers"),
+    "use_cache_is_a_word": ({"input_ids": INT, "use_cache": "yes"}, "`use_cache` must be true or false"),
+    "cache_is_a_tuple": ({"input_ids": INT, "cache": ((INT, INT),)}, "`cache` must be a `Cache`.* got tuple"),
+    "cache_of_nobody": ({"input_ids": INT, "cache": DynamicCache()}, "`cache` must be made for this model"),
+    "no_borders": ({"input_ids": INT[:1], "cu_seq_lens_q": BORDERS[:0]}, "`cu_seq_lens_q` must be integers of shape"),
+    "one_border": ({"input_ids": INT[:1], "cu_seq_lens_q": BORDERS[:1]}, "`cu_seq_lens_q` must be integers of shape"),
+    "borders_fall": ({"input_ids": INT[:1], "cu_seq_lens_q": torch.tensor([0, 6, 5, 10])}, "must rise from 0"),
+    "borders_beyond": ({"input_ids": INT[:1], "cu_seq_lens_q": torch.tensor([0, 25])}, "must rise from 0"),
+    "borders_are_floats": ({"input_ids": INT[:1], "cu_seq_lens_q": BORDERS.float()}, "must be integers"),
+    "borders_of_rows": ({"input_ids": INT[:1], "cu_seq_lens_q": BORDERS[None]}, "must be integers"),
+    "seq_idx_is_short": ({"input_ids": INT, "seq_idx": INT[:, 1:]}, "`seq_idx` must be integers of shape"),
+    "seq_idx_is_float": ({"input_ids": INT, "seq_idx": INT.float()}, "`seq_idx` must be integers"),
+    "labels_are_short": ({"input_ids": INT, "labels": INT[:, 1:]}, "`labels` must have the shape of the logits"),
+    "logits_to_keep": ({"input_ids": INT, "logits_to_keep": -1}, "`logits_to_keep` must be zero"),
+}
+
+
+@pytest.mark.parametrize("options, message", WRONG.values(), ids=WRONG)
+def test_wrong_inputs_are_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model(**options)
+
+
+@torch.no_grad()
+def test_a_cache_of_other_rows_is_named(model, ids):
+    cache = DynamicCache(config=model.config)
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match="`cache` has read 2 rows and cannot go on with 1"):
+        model(ids[:1], cache=cache)
+
+
+# -- the second turn of a conversation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_new_ids_alone_go_on_from_a_cache(model, ids, with_mask):
+    """The natural second turn: `generate(new_ids, cache=cache)` says what the whole text says."""
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    first, new = ids[:, :7], ids[:, 7:]
+    expected = model.generate(ids, **greedy)[:, TOKENS:]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(first, cache=cache)
+    options = {"attention_mask": torch.ones_like(new)} if with_mask else {}
+    answer = model.generate(new, cache=cache, **options, **greedy)
+    assert torch.equal(answer[:, new.shape[1] :], expected)
+    # the whole text with its mask is the other way, and goes on saying the same
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(first, cache=cache)
+    assert torch.equal(
+        model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, **greedy)[:, TOKENS:], expected
+    )
+
+
+def test_new_ids_alone_after_pads_are_refused(model, ids):
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, :2] = 0
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :7], attention_mask=mask, cache=cache)
+    with pytest.raises(ValueError, match=r"must cover the whole text, 7 tokens .* its rows have \[7, 5\] real tokens"):
+        model.generate(ids[:, 7:], cache=copy.deepcopy(cache), max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"must cover the whole text.*got shape \(2, 5\)"):
+        model.generate(ids[:, 7:], attention_mask=mask[:, :5], cache=cache, max_new_tokens=2)
+
+
+def test_embeddings_after_a_cache_are_those_of_the_whole_text(model, ids):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, cache=cache)
+    with pytest.raises(ValueError, match="`inputs_embeds` must be those of the whole text"):
+        model.generate(inputs_embeds=torch.zeros(2, 3, 32), cache=cache, max_new_tokens=2)
+
+
+# -- heads --------------------------------------------------------------------------------------------------------------
+
+
+def classifier(kind, **options):
+    torch.manual_seed(0)
+    config = CONFIGS["yaad"](**{**build("yaad", True).config.to_diff_dict(), "num_labels": 3, **options})
+    return getattr(miras_hf, f"YaadFor{kind}Classification")(config).eval()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+@torch.no_grad()
+def test_a_classifier_looks_at_the_last_real_token(ids, side, given):
+    model = classifier("Sequence")
+    mask = torch.ones_like(ids)
+    mask[1, slice(0, 3) if side == "left" else slice(TOKENS - 3, None)] = 0
+    inputs = ids if given == "input_ids" else model.model.embed_tokens(ids)
+    logits = model(**{given: inputs}, attention_mask=mask).logits
+    alone = model(ids[1:, mask[1].bool()], attention_mask=torch.ones(1, TOKENS - 3)).logits
+    torch.testing.assert_close(logits[1:], alone, **TOLERANCE)
+    torch.testing.assert_close(logits[:1], model(ids[:1]).logits, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_a_classifier_believes_the_mask_where_pads_look_like_text(ids):
+    """With the end of text as pad token, a real last token has the pad's id."""
+    model = classifier("Sequence")
+    text = torch.cat((ids[:1], torch.tensor([[model.config.pad_token_id]])), dim=1)
+    expected = model.score(model.model(text).last_hidden_state[:, -1])
+    torch.testing.assert_close(model(text, attention_mask=torch.ones_like(text)).logits, expected, **TOLERANCE)
+
+
+def test_a_classifier_refuses_what_it_cannot_tell(ids):
+    model = classifier("Sequence")
+    with pytest.raises(ValueError, match="Every row must have a real token"):
+        model(ids, attention_mask=torch.tensor([[1] * TOKENS, [0] * TOKENS]))
+    for way in WAYS:
+        with pytest.raises(ValueError, match="one sequence a row"):
+            model(ids[:1], **{way: WAYS[way]})
+    with pytest.raises(ValueError, match="`attention_mask` must be given for several rows"):
+        classifier("Sequence", pad_token_id=None)(ids)
+
+
+@pytest.mark.parametrize("kind", ["Sequence", "Token"])
+def test_accumulated_batches_of_a_classifier_have_one_gradient(ids, kind, tmp_path):
+    """Two batches accumulated move the weights as one batch of both does."""
+    rows = [{"input_ids": row, "labels": row % 3 if kind == "Token" else row[0] % 3} for row in ids]
+    heads = []
+    for batch, accumulation in ((2, 1), (1, 2)):
+        model = classifier(kind)
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        Trainer(model=model, args=args, train_dataset=rows).train()
+        heads.append(model.score.weight.detach())
+    torch.testing.assert_close(heads[0], heads[1], rtol=1e-4, atol=1e-6)
+
+
+def test_training_makes_no_cache(ids, tmp_path, monkeypatch):
+    """`Trainer` turns the cache off for its forwards, and outputs hold none."""
+    model = build("yaad", True)
+    caches = []
+    forward = type(model).forward
+
+    def spy(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        caches.append(getattr(outputs, CACHE_NAME))
+        return outputs
+
+    monkeypatch.setattr(type(model), "forward", spy)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    trainer.evaluate()
+    assert caches and all(cache is None for cache in caches)
