@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import interval
 
 from .compat import CACHE_NAMES
-from .hub import auto_map, write_shim
+from .hub import WholeFilesOnly, auto_map, write_shim
 from .peft import register_peft_defaults
 
 
@@ -339,6 +339,10 @@ class MirasConfig(PreTrainedConfig):
         super().to_json_file(json_file_path, use_diff=use_diff)
         if self._family is not None:
             write_shim(Path(json_file_path).parent, self._family)
+
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
+        files_timestamps = WholeFilesOnly(files_timestamps)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
 
     def tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor parallelism by heads: each rank has the memories, and the attention, of some heads.

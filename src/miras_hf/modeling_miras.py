@@ -49,6 +49,7 @@ from .backend import MemoryBackend
 from .cache import memory_layer, tokens_read
 from .compat import CACHE_NAME, CACHE_NAMES, cache_named, cache_of, refuse_unknown, takes_cache
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
+from .hub import WholeFilesOnly
 from .memory import (
     ATTENTIONAL_BIASES,
     LEARNING_ALGORITHMS,
@@ -669,10 +670,11 @@ class MirasPreTrainedModel(PreTrainedModel):
         if self.should_save_on_this_rank(is_main_process):
             save_model_card(self, save_directory)
 
-    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
         # after Transformers put its draft of a card, or the repository's own card, into the folder
         save_model_card(self, working_dir, name=repo_id, tags=getattr(self, "model_tags", None))
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        files_timestamps = WholeFilesOnly(files_timestamps)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
 
     @staticmethod
     @takes_cache
