@@ -575,8 +575,12 @@ class MirasMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.chunk_size_feed_forward = config.chunk_size_feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
+        if 0 < self.chunk_size_feed_forward < x.shape[1]:
+            # Transformers' helper wants a multiple of the chunk
+            return torch.cat([self.forward(part) for part in x.split(self.chunk_size_feed_forward, dim=1)], dim=1)
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -694,7 +698,7 @@ class MirasPreTrainedModel(PreTrainedModel):
         if attention_mask is not None:
             check_text_read(attention_mask, tokens, tokens_read(cache))
         masks = {MEMORY_LAYER: None if attention_mask is None or generated else attention_mask[:, -tokens:]}
-        if ATTENTION_LAYER in config.layer_types:
+        if config.has_attention:
             masks[ATTENTION_LAYER] = create_sliding_window_causal_mask(
                 config=config,
                 inputs_embeds=inputs_embeds,
@@ -714,6 +718,7 @@ class MirasModel(MirasPreTrainedModel):
 
     def __init__(self, config: MirasConfig):
         super().__init__(config)
+        config.check_for_model()
         check_distributed_config(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -788,8 +793,8 @@ class MirasModel(MirasPreTrainedModel):
                 position_ids = sequences.position.view(batch, tokens)
             use_cache = False
         # before any layer: under activation checkpointing they get no cache, and one that does not fit goes unnoticed
-        if MEMORY_LAYER in self.config.layer_types:  # a draft that exits early may have none
-            memory_layer(cache, self.config.layer_types.index(MEMORY_LAYER))
+        if self.config.first_memory_layer is not None:  # a draft that exits early may have none
+            memory_layer(cache, self.config.first_memory_layer)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if sequences is None:
@@ -809,7 +814,7 @@ class MirasModel(MirasPreTrainedModel):
                 read.to(position_ids.device).unsqueeze(1) if isinstance(read, Tensor) else read
             )
 
-        if ATTENTION_LAYER in self.config.layer_types and not prepared:
+        if self.config.has_attention and not prepared:
             if attention_mask is not None and not is_tracing(attention_mask):
                 longer = attention_mask.shape[-1] > self.config.sliding_window
                 if longer and attention_mask.dim() == 2 and has_inner_pads(attention_mask):
@@ -825,7 +830,7 @@ class MirasModel(MirasPreTrainedModel):
                 position_ids=position_ids,
                 **{CACHE_NAME: cache},
             )
-        if ATTENTION_LAYER in self.config.layer_types and cu_seq_lens_q is not None:
+        if self.config.has_attention and cu_seq_lens_q is not None:
             kwargs["cu_seq_lens_q"] = cu_seq_lens_q
 
         hidden_states = inputs_embeds
