@@ -24,7 +24,10 @@ import torch
 from huggingface_hub.dataclasses import validated_field
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # What Transformers passes to configs, or stores in config.json, beside the fields.
 TRANSFORMERS_KEYWORDS = frozenset(
@@ -98,9 +101,7 @@ def check_keywords(config: PreTrainedConfig, keywords: dict[str, Any]) -> None:
     Raises:
         `TypeError`: for a keyword that means nothing here, by name and with the nearest one that does.
     """
-    name_of_class, own = type(config).__name__, [field.name for field in fields(config)]
-    # of configs derived elsewhere: other names for fields
-    known = {*own, *TRANSFORMERS_KEYWORDS, *config.attribute_map}
+    name_of_class, known = type(config).__name__, _known_keywords(config)
     for name, value in keywords.items():
         if name in _MEANINGLESS:
             if value is not None and value != 1:
@@ -114,11 +115,21 @@ def check_keywords(config: PreTrainedConfig, keywords: dict[str, Any]) -> None:
             raise TypeError(f"{name_of_class} does not know `{name}` (got {value!r}): {hint}")
 
 
-def check_attributes(config: PreTrainedConfig) -> None:
-    """Raises a `TypeError` for an attribute that would be written to config.json, and refused when that is read."""
-    attributes = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    attributes.pop("ignore_keys_at_rope_validation", None)
-    check_keywords(config, attributes)
+def without_unknown(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The values without those that a config of this class would refuse: attributes that somebody has put on it. A warning
+    names them."""
+    known = _known_keywords(config)
+    unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
+    if unknown:
+        logger.warning_once(
+            f"{type(config).__name__} has attributes that are no fields of it, and does not store them: {unknown}."
+        )
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _known_keywords(config: PreTrainedConfig) -> set[str]:
+    # of configs derived elsewhere: other names for fields
+    return {*(field.name for field in fields(config)), *TRANSFORMERS_KEYWORDS, *config.attribute_map}
 
 
 def check_dtype(dtype: Any) -> None:

@@ -26,12 +26,12 @@ from transformers.modeling_rope_utils import RopeParameters
 from .compat import CACHE_NAMES
 from .config_fields import (
     bounded,
-    check_attributes,
     check_dtype,
     check_keywords,
     check_layer_indices,
     check_rope_parameters,
     token_ids,
+    without_unknown,
 )
 from .hub import WholeFilesOnly, auto_map, write_shim
 from .peft import register_peft_defaults
@@ -270,7 +270,8 @@ class MirasConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         # PEFT asks for the dictionary before it looks up what to adapt
         register_peft_defaults()
-        return super().to_dict()
+        # what cannot be read again is not written
+        return without_unknown(self, super().to_dict())
 
     # A property, and not a field: names of layer types that Transformers does not know must not be stored in
     # config.json, where the base class would refuse them (Trainer's resume, AutoTokenizer).
@@ -304,10 +305,6 @@ class MirasConfig(PreTrainedConfig):
     def validate_layer_type(self):
         """Part of `@strict`-powered validation: the base class knows only its own layer types."""
         check_layer_indices(self.attention_layers or [], self.num_hidden_layers)
-
-    def validate_keywords(self):
-        """Part of `@strict`-powered validation: what cannot be read again is not written."""
-        check_attributes(self)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: relations between fields; ranges stand beside their defaults."""

@@ -18,7 +18,7 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -35,7 +35,7 @@ def is_temporary(path: str | os.PathLike) -> bool:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike) -> Generator[BinaryIO, None, None]:
     """
     Open an empty file to write bytes to, in the folder of `path`, that takes the place of `path` when the block ends.
 
