@@ -18,7 +18,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +25,8 @@ from safetensors.torch import load_file, safe_open, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from miras_hf import MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
-from miras_hf.saved_memory import HEADER, config_fingerprint, load_memory, save_memory, weights_fingerprint
+from miras_hf.memory_file import HEADER
+from miras_hf.saved_memory import config_fingerprint, load_memory, save_memory, weights_fingerprint
 
 
 CONFIGS = {"moneta": MonetaConfig, "yaad": YaadConfig, "memora": MemoraConfig, "miras": MirasConfig}
@@ -302,7 +302,7 @@ def test_fields_that_differ_are_named_with_both_values(saved):
     assert "`rms_norm_eps` (1e-06 there, 1e-05 here)" in str(raised.value)
     assert "`num_hidden_layers`" not in str(raised.value)
     with pytest.raises(ValueError, match=r"`attention_layers` \(\[0\] there, \[\] here\)"):
-        load_memory(saved, build("yaad", num_key_value_heads=1, sliding_window=6))
+        load_memory(saved, build("yaad", num_key_value_heads=1))
     with pytest.raises(ValueError, match=r"`model_type` \('yaad' there, 'memora' here\)"):
         load_memory(saved, build("memora", hybrid=True))
 
@@ -366,22 +366,22 @@ def test_damaged_and_foreign_files_are_refused(yaad, saved, tmp_path):
 
 
 def test_state_of_another_layout_is_refused(yaad, saved, monkeypatch):
-    from miras_hf import saved_memory
+    from miras_hf import memory_file
 
     def cut(tensors):
         tensors["layers.1.eta"] = tensors["layers.1.eta"][:, :, :4].clone()
 
     # as another version of this package might write it: whole, and not what is needed here
-    monkeypatch.setattr(saved_memory, "_checksum", lambda header, tensors: "same")
+    monkeypatch.setattr(memory_file, "_checksum", lambda header, tensors: "same")
     rewritten(saved, lambda header: header.update(checksum="same"), cut)
     with pytest.raises(ValueError, match=r"layers.1.eta has shape \[1, 2, 4, 16\], and \[1, 2, 8, 16\] is needed"):
         load_memory(saved, yaad)
 
 
 def test_fields_younger_or_older_than_the_package(yaad, saved, monkeypatch):
-    from miras_hf import saved_memory
+    from miras_hf import memory_file
 
-    monkeypatch.setattr(saved_memory, "_checksum", lambda header, tensors: "same")
+    monkeypatch.setattr(memory_file, "_checksum", lambda header, tensors: "same")
     rewritten(saved, lambda header: header.update(checksum="same"))
     rewritten(saved, lambda header: header["config"].pop("residual_clip"))
     assert load_memory(saved, yaad).get_seq_length() == 19
@@ -406,14 +406,11 @@ def test_mistakes_are_named_before_anything_is_written(yaad, tmp_path):
 
 
 def test_an_unfinished_write_leaves_the_old_file(yaad, saved, monkeypatch):
-    from miras_hf import saved_memory
-
-    def fail(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
+    def fail(descriptor):
         raise OSError("No space left on device")
 
     before = saved.read_bytes()
-    monkeypatch.setattr(saved_memory, "save_file", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
         save_memory(read(yaad, text(5)), saved, yaad)
     assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import (
@@ -546,10 +546,14 @@ class MirasAttention(nn.Module):
         )
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
-            if getattr(cache.layers[self.layer_idx], "record_past", False):
-                # in Transformers 5.17 a layer that records gives all that it has kept, more than masks cover
+            layer = cache.layers[self.layer_idx]
+            if getattr(layer, "record_past", False) or self.sliding_window == 1:
+                # in Transformers 5.17 a layer that records gives all that it has kept, more than masks cover; and one
+                # with a window of a single token keeps everything, where it should keep nothing
                 visible = self.sliding_window - 1 + query_states.shape[2]
                 key_states, value_states = key_states[:, :, -visible:], value_states[:, :, -visible:]
+                if self.sliding_window == 1 and isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past:
+                    layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
