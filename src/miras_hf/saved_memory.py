@@ -95,7 +95,7 @@ def save_memory(
     >>> mask = torch.ones(1, cache.get_seq_length() + question.shape[1])
     >>> model.generate(question, past_key_values=cache, attention_mask=mask)
     ```"""
-    decoder = _decoder(model)
+    path, decoder = _path(path), _decoder(model)
     tensors = _tensors(cache, decoder)
     tokens = int(cache.get_seq_length())
     counts = next(layer.memory.count for layer in cache.layers if isinstance(layer, MirasLayer))
@@ -174,8 +174,8 @@ def load_memory(
         `ValueError`: if the file is damaged or something else, or of another model: names the fields of the config that
             differ, with both values.
     """
-    decoder = _decoder(model)
-    header, tensors = read_memory_file(Path(path))
+    path, decoder = _path(path), _decoder(model)
+    header, tensors = read_memory_file(path)
     _check_model(path, header, decoder, check_weights)
     _check_state(str(path), header, tensors, decoder)
 
@@ -238,9 +238,16 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _path(path: str | os.PathLike) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`path` must be a string or path, got {type(path).__name__}.")
+    return Path(path)
+
+
 def _decoder(model: nn.Module) -> MirasModel:
     """The decoder inside a model with a head, an adapter, a wrapper."""
-    decoder = next((module for module in model.modules() if isinstance(module, MirasModel)), None)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    decoder = next((module for module in modules if isinstance(module, MirasModel)), None)
     if decoder is None:
         raise ValueError(f"`model` must be a Miras model, got {type(model).__name__}.")
     if any(isinstance(parameter, DTensor) for parameter in decoder.parameters()):
@@ -284,10 +291,12 @@ def _tensors(cache: Cache, decoder: MirasModel) -> dict[str, Tensor]:
         DynamicSlidingWindowLayer if layer_type == ATTENTION_LAYER else MirasLayer
         for layer_type in decoder.config.layer_types
     ]
-    if [type(layer) for layer in cache.layers] != kinds:
+    layers = cache.layers if isinstance(cache, Cache) else ()
+    if [type(layer) for layer in layers] != kinds:
+        got = [type(layer).__name__ for layer in layers] if isinstance(cache, Cache) else f"a {type(cache).__name__}"
         raise ValueError(
             "`cache` must be made for this model, `DynamicCache(config=model.config)` with layers "
-            f"{[kind.__name__ for kind in kinds]}, got {[type(layer).__name__ for layer in cache.layers]}."
+            f"{[kind.__name__ for kind in kinds]}, got {got}."
         )
     lengths = {layer.get_seq_length() for layer in cache.layers}
     if len(lengths) > 1 or 0 in lengths:
