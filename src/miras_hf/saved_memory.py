@@ -83,8 +83,10 @@ def save_memory(
             Whether to store a digest of the weights.
 
     Raises:
-        `ValueError`: if the cache has read nothing, is not this model's, or would need the mask; if the weights are
-            spread over processes, or offloaded and not excepted by `check_weights=False`.
+        `ValueError`: if the cache has read nothing, is not this model's, holds what is not finite, or would need the mask;
+            if the mask is not that of the text read; if the weights are spread over processes, or offloaded and not
+            excepted by `check_weights=False`.
+        `OSError`: if `path` cannot be written.
 
     ```python
     >>> cache = model(**tokenizer(book, return_tensors="pt"), use_cache=True, logits_to_keep=1).past_key_values
@@ -161,7 +163,8 @@ def load_memory(
         model (`nn.Module`): The model to go on with, which must be the one that has read.
         check_weights (`bool`, *optional*, defaults to `True`):
             Whether to compare the weights, by a sample rounded to bfloat16, so that they may be loaded in another
-            dtype. `False` for weights that are meant to differ: quantized, or fine-tuned since.
+            dtype. `False` for weights that are meant to differ: quantized, or fine-tuned since; and for files that were
+            saved without their digest.
         return_attention_mask (`bool`, *optional*, defaults to `False`):
             Whether to return the mask of the text read, too.
 
@@ -171,8 +174,9 @@ def load_memory(
 
     Raises:
         `FileNotFoundError`: if there is no such file.
-        `ValueError`: if the file is damaged or something else, or of another model: names the fields of the config that
-            differ, with both values.
+        `ValueError`: if the file is damaged or something else, or of another model, with the fields of the config that
+            differ and both values; if anything in it is not what this model could have saved, whoever signed it, with
+            the field or tensor, its value and what is allowed. Nothing is made of such a file.
     """
     path, decoder = _path(path), _decoder(model)
     header, tensors = read_memory_file(path)
