@@ -132,6 +132,11 @@ def test_numbers_wrong_in_every_way(name):
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "'rope_type'.*'linear'.*got 'spiral'"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": math.nan}}, "'factor'.*got nan"),
         ({"rope_parameters": {"miras_memory": {"rope_theta": 1e4}}}, "'rope_type'.*got None"),
+        ({"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, r"'default' must have keys of .*got \['factor'\]"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "facter": 4.0}},
+            r"'linear' must have keys of .*got \['facter'\]",
+        ),
         ({"id2label": {}}, "`id2label` must name at least one label"),
     ],
 )
@@ -237,6 +242,58 @@ def test_models_check_what_was_assigned_since():
         ):
             tiny(**{name: value})
         assert getattr(tiny(**{name: value}, attention_layers=[1]).config, name) == value
+
+
+def test_outputs_that_a_config_asks_for():
+    ids = torch.arange(5)[None]
+    hybrid = {"attention_layers": [1], "output_attentions": True, "output_hidden_states": True}
+    model = MirasForCausalLM(MonetaConfig.from_preset("tiny", **hybrid))
+    output = model(ids)
+    [weights] = output.attentions
+    assert weights.shape == (1, 4, 5, 5) and len(output.hidden_states) == 3
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 5))
+    assert (weights.triu(1) == 0).all()
+    with pytest.raises(StrictDataclassError, match="`output_attentions`.*'eager'"):
+        MirasForCausalLM(MonetaConfig.from_preset("tiny", **hybrid, attn_implementation="sdpa"))
+    # heads of Transformers cannot do with a decoder that gives tuples
+    with pytest.raises(ValueError, match="`return_dict` must be True in a config, got False: pass it to single calls"):
+        MirasForCausalLM(MonetaConfig.from_preset("tiny", return_dict=False))
+    assert isinstance(model(ids, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {
+            "rope_type": "longrope",
+            "factor": 2.0,
+            "short_factor": [1.0] * 16,
+            "long_factor": [2.0] * 16,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+    ids=lambda parameters: parameters["rope_type"],
+)
+def test_kinds_of_rotary_embeddings_make_models(parameters):
+    config = MonetaConfig.from_preset("tiny", rope_parameters={"rope_theta": 1e4, **parameters})
+    torch.manual_seed(0)
+    model = MirasForCausalLM(config)
+    plain = copy.deepcopy(model)
+    plain.model.rotary_emb = type(model.model.rotary_emb)(MonetaConfig.from_preset("tiny"))
+    ids = torch.arange(1, 9)[None]
+    same = torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-6)
+    # within the original length these two change nothing
+    assert same == (parameters["rope_type"] in ("dynamic", "longrope"))
 
 
 def test_feed_forward_chunks_are_honoured():

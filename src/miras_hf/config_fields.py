@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import validated_field
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
 
@@ -147,6 +147,13 @@ def check_rope_parameters(parameters: Any) -> None:
     if parameters.get("rope_type") not in kinds:
         raise ValueError(
             f"`rope_parameters['rope_type']` must be one of {kinds}, got {parameters.get('rope_type')!r}."
+        )
+    plain = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    known = plain if parameters["rope_type"] == "default" else (*plain, *RopeParameters.__annotations__)
+    unknown = sorted(parameters.keys() - set(known) | parameters.keys() & {"mrope_section"})
+    if unknown:
+        raise ValueError(
+            f"`rope_parameters` of type {parameters['rope_type']!r} must have keys of {sorted({*known})}, got {unknown}."
         )
     for name, value in parameters.items():
         if name in ("rope_type", "type") or value is None:

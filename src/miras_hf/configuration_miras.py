@@ -249,6 +249,9 @@ class MirasConfig(PreTrainedConfig):
             self.attention_layers = []
         self.base_model_tp_plan = self.tensor_parallel_plan()  # ty: ignore[invalid-attribute-access]
         super().__post_init__(**kwargs)
+        if self.output_attentions and self._attn_implementation is None:
+            # Transformers does so at a later assignment only, and then models choose an attention without weights
+            self._attn_implementation = "eager"
         self.auto_map = {} if self._family is None else auto_map(self._family)
 
     @classmethod
@@ -368,6 +371,11 @@ class MirasConfig(PreTrainedConfig):
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
             raise ValueError(
                 f"`pad_token_id` must be below `vocab_size` ({self.vocab_size}) or None, got {self.pad_token_id}."
+            )
+        if not self.return_dict:
+            # heads of Transformers 5.24 look for fields in the tuple that it makes of the decoder's output
+            raise ValueError(
+                f"`return_dict` must be True in a config, got {self.return_dict}: pass it to single calls of the model."
             )
         if self.has_attention:
             return
