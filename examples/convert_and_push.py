@@ -120,12 +120,12 @@ def convert(
         "hidden_act max_position_embeddings initializer_range rms_norm_eps pad_token_id bos_token_id eos_token_id "
         "tie_word_embeddings rope_parameters attention_bias"
     )
-    config = AutoConfig.for_model(
-        model_type,
-        **{name: getattr(old, name) for name in shared.split() if hasattr(old, name)},
-        layer_types=["miras_memory" if i in memory_layers else "sliding_attention" for i in range(layers)],
-        sliding_window=sliding_window or getattr(old, "sliding_window", None) or old.max_position_embeddings,
-    )
+    values = {name: getattr(old, name) for name in shared.split() if hasattr(old, name)}
+    values["layer_types"] = ["miras_memory" if i in memory_layers else "sliding_attention" for i in range(layers)]
+    if "sliding_attention" in values["layer_types"]:
+        window = sliding_window or getattr(old, "sliding_window", None) or old.max_position_embeddings
+        values["sliding_window"] = window
+    config = AutoConfig.for_model(model_type, **values)
     model = AutoModelForCausalLM.from_config(config, dtype=llama.dtype)
     new = dict(model.named_parameters())
     missing = []

@@ -46,7 +46,8 @@ def make_model(**kwargs) -> MonetaForCausalLM:
     """A hybrid with dropout, so that a forward in training mode draws random numbers."""
     torch.manual_seed(0)
     layers = {"layer_types": ["miras_memory", "sliding_attention", "miras_memory"], "sliding_window": 8}
-    config = {**SIZES, **layers, "attention_dropout": 0.2, "memory_expansion": 2, "gate_rank": 4, **kwargs}
+    attention = {**layers, "attention_dropout": 0.2} if kwargs.get("layer_types", layers) else {}
+    config = {**SIZES, **attention, "memory_expansion": 2, "gate_rank": 4, **kwargs}
     return MonetaForCausalLM(MonetaConfig(**config))
 
 

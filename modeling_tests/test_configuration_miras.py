@@ -13,7 +13,13 @@
 # limitations under the License.
 """Configs: the paper's choices as defaults, presets, kind errors, and a config.json that stock tools can read."""
 
+import copy
+import dataclasses
 import json
+import math
+import re
+import time
+from typing import get_args
 
 import pytest
 import torch
@@ -21,7 +27,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import miras_hf
-from miras_hf import MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
+from miras_hf import MemoraConfig, MirasConfig, MirasForCausalLM, MonetaConfig, YaadConfig, config_fields
 from miras_hf.configuration_miras import PRESETS
 from miras_hf.memory import KL, L2, Decay, HuberMixture, Lp, Lq, LqMirror
 from miras_hf.modeling_miras import memory_rule
@@ -59,12 +65,12 @@ def test_presets_take_overrides():
         ({"hidden_size": "64"}, "hidden_size.*expected int, got str"),
         ({"attentional_bias": "l7"}, "attentional_bias.*huber_mixture.*got l7"),
         ({"retention": "none"}, "retention.*decay.*got none"),
-        ({"chunk_size": 0}, "`chunk_size` must be positive, got 0"),
+        ({"chunk_size": 0}, "'chunk_size'.*must be at least 1 and at most 4096, got 0"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "`hidden_size` .30. must be a multiple"),
-        ({"hidden_size": 30, "num_attention_heads": 10}, "`head_dim` must be positive and, with rotary.*got 3"),
+        ({"hidden_size": 30, "num_attention_heads": 10}, "`head_dim` must be even with rotary.*got 3"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "`num_key_value_heads` .3. must divide"),
-        ({"lp_power": 0.5}, "`lp_power` must be at least 1, got 0.5"),
-        ({"lq_power": 1}, "`lq_power` must be at least 2, got 1"),
+        ({"lp_power": 0.5}, "'lp_power'.*must be at least 1 and at most 16, got 0.5"),
+        ({"lq_power": 1}, "'lq_power'.*must be at least 2 and at most 16, got 1"),
         ({"chunk_size": 128, "min_log_alpha": -2.5}, "-160 / chunk_size = -1.25 and 0, got -2.5"),
         ({"hidden_act": "relu7"}, "`hidden_act` must be one of"),
         ({"attention_layers": [5], "num_hidden_layers": 2}, r"indices below 2, got \[5\]"),
@@ -75,6 +81,254 @@ def test_presets_take_overrides():
 def test_wrong_fields_are_named(fields, message):
     with pytest.raises(StrictDataclassError, match=f"(?s){message}"):
         MirasConfig(**fields)
+
+
+NUMBERS = [
+    field.name
+    for field in dataclasses.fields(MirasConfig)
+    if {int, float} & {field.type, *get_args(field.type)} and not field.name.endswith("2label")
+]
+# where they mean something
+ZEROS = {"attention_dropout", "chunk_size_feed_forward", "initializer_range"} | {
+    f"{name}_token_id" for name in ("pad", "bos", "eos")
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_wrong_in_every_way(name):
+    assert len(NUMBERS) == 33
+    wrong = [math.nan, math.inf, -math.inf, 10**30, -(10**30), 1e30, -1e30, True, False, "1", [1.0], torch.tensor(1)]
+    wrong += [0] * (name not in ZEROS) + [-1] * (name != "min_log_alpha") + [1e-40] * (name != "initializer_range")
+    if name in ("lp_sharpness", "lp_error_cap", "residual_clip", "simplex_mass", "eta_max", "attention_dropout"):
+        wrong.remove(1e-40)
+    if name in ("num_hidden_layers", "chunk_size"):
+        wrong += [10**7, 10**9, 1.5]
+    for value in wrong:
+        started = time.perf_counter()
+        with pytest.raises(StrictDataclassError, match=f"(?s)[`']{name}[`'].*{re.escape(str(value))[:8]}"):
+            MirasConfig(**{name: value})
+        # nothing was built of that size
+        assert time.perf_counter() - started < 0.5
+        # and the like when it is assigned later: at once, or before a model is made of it
+        config = MirasConfig.from_preset("tiny")
+        with pytest.raises(StrictDataclassError, match=f"(?s)[`']{name}[`'].*{re.escape(str(value))[:8]}"):
+            setattr(config, name, value)
+            MirasForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"lp_power": 16, "lp_error_cap": 1e5}, "`lp_error_cap` .. .`lp_power` - 1.*got 100000.0 .. 15"),
+        ({"lq_power": 16, "lq_norm_floor": 1e-3}, "`lq_norm_floor` .. `lq_power`.*1.18e-38.*got 0.001 .. 16"),
+        ({"attention_layers": [0, 0]}, r"different layers, got \[0, 0\]"),
+        ({"attention_layers": [True]}, "attention_layers.*with value .True. doesn.t match"),
+        ({"attention_layers": [-1]}, r"indices below 24, got \[-1\]"),
+        ({"is_encoder_decoder": True}, "`is_encoder_decoder` must be False"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": math.nan}}, "'rope_theta'.*got nan"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "'rope_theta'.*got -1.0"),
+        ({"rope_theta": math.inf}, "'rope_theta'.*got inf"),
+        ({"rope_theta": True}, "'rope_theta'.*got True"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "'rope_type'.*'linear'.*got 'spiral'"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": math.nan}}, "'factor'.*got nan"),
+        ({"rope_parameters": {"miras_memory": {"rope_theta": 1e4}}}, "'rope_type'.*got None"),
+        ({"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, r"'default' must have keys of .*got \['factor'\]"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "facter": 4.0}},
+            r"'linear' must have keys of .*got \['facter'\]",
+        ),
+        ({"id2label": {}}, "`id2label` must name at least one label"),
+    ],
+)
+def test_relations_between_fields_and_inherited_fields(fields, message):
+    with pytest.raises(StrictDataclassError, match=f"(?s){message}"):
+        MirasConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "keywords, message",
+    [
+        ({"chunk_sise": 16}, "MonetaConfig does not know `chunk_sise` .got 16.: did you mean `chunk_size`?"),
+        ({"n_layers": 2}, "does not know `n_layers`"),
+        ({"momentum": 0.9}, "does not know `momentum`.*no field of this version of miras-hf"),
+        ({"add_cross_attention": True}, "does not know `add_cross_attention`"),
+        ({"cross_attention_hidden_size": 8}, "does not know `cross_attention_hidden_size`"),
+        ({"is_decoder": True}, "does not know `is_decoder`"),
+        ({"temperature": 0.5}, "does not know `temperature`.*`model.generation_config`"),
+        ({"max_length": 20}, "does not know `max_length`.*`model.generation_config`"),
+        ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` means nothing.*all channels of a head are rotated"),
+        ({"per_layer_config": {0: {"chunk_size": 4}}}, "`per_layer_config` means nothing"),
+        ({"experts_implementation": "eager"}, "`experts_implementation` means nothing"),
+    ],
+)
+def test_keywords_that_mean_nothing_are_refused(keywords, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        MonetaConfig(**keywords)
+    # a config.json of a later version, or with a typo
+    MonetaConfig().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | keywords))
+    with pytest.raises(TypeError, match=message):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_what_cannot_be_read_is_not_written(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(config_fields.logger, "warning_once", said.append)
+    config = MonetaConfig()
+    # people and tools put their own attributes on configs
+    config.chunk_sise, config._note = 16, "mine"
+    config.save_pretrained(tmp_path)
+    assert {text.partition(": ")[2] for text in said} == {"['chunk_sise']."}
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == MonetaConfig().to_diff_dict()
+
+
+@pytest.mark.parametrize(
+    "keywords, error",
+    [
+        ({"dtype": "banana"}, "`dtype` must be a floating point dtype.*got 'banana'"),
+        ({"dtype": "int8"}, "`dtype` must be a floating point dtype.*got 'int8'"),
+        ({"dtype": "Tensor"}, "`dtype` must be a floating point dtype.*got 'Tensor'"),
+        ({"torch_dtype": torch.bool}, "`dtype` must be a floating point dtype.*got torch.bool"),
+        ({"num_labels": 0}, "`num_labels` must be an integer of at least 1, got 0"),
+        ({"num_labels": "3"}, "`num_labels` must be an integer of at least 1, got '3'"),
+        ({"layer_types": "sliding_attention"}, "`layer_types` must hold"),
+        ({"layer_types": 3}, "`layer_types` must hold.*got 3"),
+        ({"layer_types": [["a"], 1]}, "`layer_types` must hold"),
+        (
+            {"num_hidden_layers": 2, "layer_types": ["miras_memory", "sliding_attention"], "attention_layers": [0]},
+            r"attention in the layers \[1\], and `attention_layers` says \[0\]",
+        ),
+    ],
+)
+def test_keywords_with_wrong_values(keywords, error):
+    with pytest.raises(ValueError, match=error):
+        MonetaConfig(**keywords)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_what_transformers_passes_and_stores_is_known(hybrid, tmp_path):
+    layers = {"num_hidden_layers": 2, "attention_layers": [1]} if hybrid else {}
+    config = MonetaConfig.from_preset(
+        "tiny", **layers, torch_dtype="bfloat16", num_labels=3, name_or_path="me/x", rope_theta=5e5,
+        attn_implementation="eager", quantization_config={"quant_method": "none"}, tie_last_hidden_states=False,
+    )  # fmt: skip
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5} and config.dtype == torch.bfloat16
+    assert MonetaConfig(**config.to_dict()).to_dict() == config.to_dict()
+    assert MonetaConfig.from_dict(config.to_diff_dict()).to_diff_dict() == config.to_diff_dict()
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path, output_hidden_states=True, attn_implementation="sdpa")
+    assert loaded.output_hidden_states and loaded.num_labels == 3 and loaded._attn_implementation == "sdpa"
+    assert copy.deepcopy(loaded) == loaded
+    # fields that are set while loading are checked against the stored ones
+    with pytest.raises(StrictDataclassError, match="`num_key_value_heads` .3. must divide"):
+        AutoConfig.from_pretrained(tmp_path, num_key_value_heads=3)
+
+
+def test_models_check_what_was_assigned_since():
+    def tiny(**fields):
+        config = MonetaConfig.from_preset("tiny")
+        for name, value in fields.items():
+            setattr(config, name, value)
+        return MirasForCausalLM(config)
+
+    with pytest.raises(StrictDataclassError, match="`num_key_value_heads` .3. must divide"):
+        tiny(num_key_value_heads=3)
+    with pytest.raises(ValueError, match="`pad_token_id` must be below `vocab_size` .4096. or None, got 4096"):
+        tiny(pad_token_id=4096)
+    for name, value in {"attention_dropout": 0.1, "sliding_window": 64, "output_attentions": True}.items():
+        with pytest.raises(
+            ValueError, match=f"`{name}` means nothing to a model without attention layers, got {value}"
+        ):
+            tiny(**{name: value})
+        assert getattr(tiny(**{name: value}, attention_layers=[1]).config, name) == value
+
+
+def test_outputs_that_a_config_asks_for():
+    ids = torch.arange(5)[None]
+    hybrid = {"attention_layers": [1], "output_attentions": True, "output_hidden_states": True}
+    model = MirasForCausalLM(MonetaConfig.from_preset("tiny", **hybrid))
+    output = model(ids)
+    [weights] = output.attentions
+    assert weights.shape == (1, 4, 5, 5) and len(output.hidden_states) == 3
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, 5))
+    assert (weights.triu(1) == 0).all()
+    with pytest.raises(StrictDataclassError, match="`output_attentions`.*'eager'"):
+        MirasForCausalLM(MonetaConfig.from_preset("tiny", **hybrid, attn_implementation="sdpa"))
+    # heads of Transformers cannot do with a decoder that gives tuples
+    with pytest.raises(ValueError, match="`return_dict` must be True in a config, got False: pass it to single calls"):
+        MirasForCausalLM(MonetaConfig.from_preset("tiny", return_dict=False))
+    assert isinstance(model(ids, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        {
+            "rope_type": "longrope",
+            "factor": 2.0,
+            "short_factor": [1.0] * 16,
+            "long_factor": [2.0] * 16,
+            "original_max_position_embeddings": 8192,
+        },
+    ],
+    ids=lambda parameters: parameters["rope_type"],
+)
+def test_kinds_of_rotary_embeddings_make_models(parameters):
+    config = MonetaConfig.from_preset("tiny", rope_parameters={"rope_theta": 1e4, **parameters})
+    torch.manual_seed(0)
+    model = MirasForCausalLM(config)
+    plain = copy.deepcopy(model)
+    plain.model.rotary_emb = type(model.model.rotary_emb)(MonetaConfig.from_preset("tiny"))
+    ids = torch.arange(1, 9)[None]
+    same = torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-6)
+    # within the original length these two change nothing
+    assert same == (parameters["rope_type"] in ("dynamic", "longrope"))
+
+
+def test_feed_forward_chunks_are_honoured():
+    # text lengths that are multiples of the chunk, and not; the values of each token are those of the token alone
+    config = MonetaConfig.from_preset("tiny", chunk_size_feed_forward=4)
+    mlp = MirasForCausalLM(config).model.layers[0].mlp
+    sizes = []
+    mlp.gate_proj.register_forward_hook(lambda module, inputs, output: sizes.append(inputs[0].shape[1]))
+    x = torch.randn(2, 10, config.hidden_size)
+    alone = torch.cat([mlp.down_proj(mlp.act_fn(mlp.gate_proj(t)) * mlp.up_proj(t)) for t in x.split(1, dim=1)], dim=1)
+    sizes.clear()
+    torch.testing.assert_close(mlp(x), alone)
+    assert sizes == [4, 4, 2]
+
+
+def test_layer_types_cost_nothing():
+    config = MonetaConfig(num_hidden_layers=4096, attention_layers=list(range(1, 4096, 2)))
+    assert config.layer_types == ["miras_memory", "sliding_attention"] * 2048
+    started = time.perf_counter()
+    for _ in range(1000):
+        assert config.has_attention and config.first_memory_layer == 0
+        assert len(config.layer_types) == 4096
+    assert time.perf_counter() - started < 1.0
+    # derived again when what it comes from changes, also in place, and nobody's list is shared
+    config.layer_types.clear()
+    config.num_hidden_layers, config.attention_layers = 3, [0]
+    assert config.layer_types == ["sliding_attention", "miras_memory", "miras_memory"]
+    assert config.first_memory_layer == 1
+    config.attention_layers.append(2)
+    assert config.layer_types == ["sliding_attention", "miras_memory", "sliding_attention"]
+    # a draft that exits early
+    config.num_hidden_layers = 1
+    assert config.first_memory_layer is None and config.has_attention
+    config.attention_layers = [1]
+    assert not config.has_attention
 
 
 def test_layer_types_make_hybrids():

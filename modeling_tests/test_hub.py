@@ -13,9 +13,11 @@
 # limitations under the License.
 """Models, adapters and tokenizers go to the Hub and come back, over HTTP, and their cards say what they are."""
 
+import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -31,6 +33,7 @@ from loopback_hub import LoopbackHub
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
 import miras_hf
+from miras_hf.files import atomic_write
 from miras_hf.hub import SHIM_MODULE, auto_map
 from miras_hf.model_card import MARKER, model_card
 
@@ -185,7 +188,10 @@ def test_what_was_pushed_loads_through_the_shim(pushed):
     found = run(hub, folder, PULL_REMOTE, "remote")
     assert found["ids"][0] == 1
     assert "trust_remote_code=True" in found["untrusted"]
-    assert "pip install miras_hf" in found["absent"]
+    # in our words, and not in those of Transformers, which would send people to a package index
+    assert found["absent"].startswith(
+        "This model needs the package miras-hf, which is not installed: `pip install -e .`"
+    )
     assert found["module"] == "miras_hf.modeling_miras" and found["config"] == "miras_hf.configuration_miras"
     torch.testing.assert_close(torch.tensor(found["plain"]), torch.tensor(told["plain"]), rtol=1e-6, atol=1e-6)
     assert found["again"] == found["plain"]
@@ -240,7 +246,9 @@ HUB_TASKS = {"text-generation", "text-classification", "token-classification", "
 def check_card(card: ModelCard) -> None:
     """What the Hub's validation asks of the metadata, without the Hub."""
     block = RepoCard(str(card)).data.to_dict()
-    assert yaml.safe_load(str(card).split("---")[1]) == yaml.safe_load(yaml.safe_dump(block))
+    assert yaml.safe_load(re.match("---\n(.*?)\n---\n", str(card), flags=re.DOTALL)[1]) == yaml.safe_load(
+        yaml.safe_dump(block)
+    )
     assert block["library_name"] == "transformers" and block["pipeline_tag"] in HUB_TASKS
     assert all(isinstance(tag, str) and tag for tag in block["tags"])
     for field in ("license", "language", "base_model"):
@@ -298,6 +306,147 @@ def test_save_writes_a_card_and_never_over_a_persons(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
     AutoModelForTokenClassification.from_pretrained(tmp_path, num_labels=2).save_pretrained(tmp_path / "tags")
     assert ModelCard.load(tmp_path / "tags" / "README.md").data.pipeline_tag == "token-classification"
+
+
+def blocks(markdown):
+    """Language and content of fenced code blocks, by CommonMark's rule: a fence ends at one that is as long, and bare."""
+    found, opened = [], None
+    for line in re.split(r"\r\n|\n|\r", markdown):
+        fence = re.fullmatch(r" {0,3}(`{3,})([^`]*)", line)
+        if opened is None and fence:
+            opened = fence[1]
+            found.append((fence[2].strip(), []))
+        elif opened is not None and fence and len(fence[1]) >= len(opened) and not fence[2].strip():
+            opened = None
+        elif opened is not None:
+            found[-1][1].append(line)
+    assert opened is None
+    return [(language, "\n".join(lines)) for language, lines in found]
+
+
+def strings_of_calls(code, function):
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    names = [(getattr(call.func, "attr", getattr(call.func, "id", None)), call) for call in calls]
+    return [call.args[0].value for name, call in names if name == function]
+
+
+HOSTILE = [
+    'a"); import os; os.system("true"); ("',
+    "a\\",
+    'a\\"b',
+    "````\n# Not a heading",
+    "a\n```\n<script>",
+    "a\r\n---\nlicense: mit",
+    "x: [y\n---\n",
+    "{{ config }} {% raw %}",
+    "<!-- a & b | c *d* `e` -->",
+    "a\u2028b\x85c\x0bd\x00",
+    "' # \t",
+    os.fsdecode(b"caf\xe9"),
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_names_prompts_and_samples_stay_where_they_are_put(text, tmp_path):
+    model = miras_hf.MonetaForCausalLM(miras_hf.MonetaConfig(**SIZE))
+    plain = str(model_card(model, RUN | {"command": "c", "sample": "s"}, name="name"))
+    data = RUN["data"] | {"name": text}
+    training = RUN["training"] | {"optimizer": text}
+    run = RUN | {
+        "prompt": text,
+        "sample": text,
+        "command": text,
+        "data": data,
+        "base_model": text,
+        "training": training,
+    }
+    card = model_card(model, run, name=text)
+    if "{{" not in text:  # which it takes for a template's remains
+        check_card(card)
+    # everything else has the same structure
+    headings = re.findall("^#+ .*", plain, flags=re.MULTILINE)
+    outside = re.sub("^(`{3,}).*?^\\1$", "", card.text, flags=re.MULTILINE | re.DOTALL)
+    assert len(re.findall("^#", outside, flags=re.MULTILINE)) == len(headings)
+    assert "<script" not in outside.replace("\\<script", "") and "<!--" not in outside.replace(MARKER, "").replace(
+        "\\<!--", ""
+    )
+    assert card.text.count("\n| ") == plain.count("\n| ")
+    (_, code), (_, sample), *_ = found = blocks(card.text)
+    assert [language for language, _ in found] == [language for language, _ in blocks(plain)]
+    assert strings_of_calls(code, "from_pretrained") == [text, text] and strings_of_calls(code, "tokenizer") == [text]
+    shown = text.encode("utf-8", "replace").decode()
+    for block in (sample, found[-2][1]):
+        assert block == re.sub("\r\n|\r", "\n", shown)
+    # nothing but the known fields in the metadata, and the name on one line
+    block = RepoCard(str(card)).data.to_dict()
+    fields = RepoCard(plain.replace("tags:", "base_model: x\ntags:", 1)).data.to_dict()
+    assert block.keys() == fields.keys()
+    assert block["model-index"][0]["name"].split() == re.sub(r"[\x00\x85\u2028]", " ", shown).split()
+    # the whole path through a folder of that name
+    if "\0" not in text:
+        folder = tmp_path / text.replace("/", "|")
+        model.save_pretrained(folder)
+        (_, code), *_ = blocks(ModelCard.load(folder / "README.md").text)
+        assert strings_of_calls(code, "from_pretrained") == [folder.name] * 2
+
+
+def test_a_readme_that_is_not_ours_does_not_stop_a_save(tmp_path):
+    model = miras_hf.MonetaForCausalLM(miras_hf.MonetaConfig(**SIZE))
+    latin = "Ein Modell f\xfcr Texte".encode("latin-1")
+    (tmp_path / "README.md").write_bytes(latin)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == latin
+    (tmp_path / "b" / "README.md").mkdir(parents=True)
+    model.save_pretrained(tmp_path / "b")
+    (tmp_path / "c").mkdir()
+    os.mkfifo(tmp_path / "c" / "README.md")  # reading it would wait for ever
+    model.save_pretrained(tmp_path / "c")
+    for folder in (tmp_path, tmp_path / "b", tmp_path / "c"):
+        assert AutoConfig.from_pretrained(folder).hidden_size == 32
+
+
+def test_card_and_shim_are_not_written_through_links(tmp_path):
+    model = miras_hf.MonetaForCausalLM(miras_hf.MonetaConfig(**SIZE))
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    model.save_pretrained(elsewhere)
+    before = {path.name: path.read_bytes() for path in elsewhere.iterdir()}
+    (elsewhere / "shim.py").write_text("precious")
+    folder.mkdir()
+    (folder / "README.md").symlink_to(elsewhere / "README.md")
+    (folder / f"{SHIM_MODULE}.py").symlink_to(elsewhere / "shim.py")
+    model.training_run = RUN
+    model.save_pretrained(folder)
+    assert (elsewhere / "shim.py").read_text() == "precious"
+    assert (elsewhere / "README.md").read_bytes() == before["README.md"]
+    assert "a book" in (folder / "README.md").read_text() and not (folder / "README.md").is_symlink()
+    assert (folder / f"{SHIM_MODULE}.py").read_bytes() == before[f"{SHIM_MODULE}.py"]
+    # a person's card stays a person's card
+    (elsewhere / "README.md").write_text("my own words")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(elsewhere / "README.md")
+    model.save_pretrained(folder)
+    assert (folder / "README.md").is_symlink() and (folder / "README.md").read_text() == "my own words"
+
+
+def test_pushing_leaves_out_what_others_are_writing(tmp_path, monkeypatch):
+    from transformers.utils import hub as transformers_hub
+
+    committed = []
+
+    class Hub:
+        def create_commit(self, *args, operations, **kwargs):
+            committed.extend(operation.path_in_repo for operation in operations)
+
+    monkeypatch.setattr(transformers_hub, "hf_api", Hub)
+    model = miras_hf.MonetaForCausalLM(miras_hf.MonetaConfig(**SIZE))
+    model.save_pretrained(tmp_path)
+    for pushed in (model, model.config):
+        with atomic_write(tmp_path / "book.safetensors") as file:
+            file.write(b"half")
+            committed.clear()
+            pushed._upload_modified_files(tmp_path, "me/x", {"config.json": 0.0})
+        assert set(committed) == set(os.listdir(tmp_path)) - {"book.safetensors"}
+        (tmp_path / "book.safetensors").unlink()
 
 
 def test_cards_of_the_papers_sizes_are_up_to_date():

@@ -37,7 +37,8 @@ HYBRID = {"layer_types": ["miras_memory", "sliding_attention"], "sliding_window"
 def make_model(model_class=MonetaForCausalLM, **kwargs):
     torch.manual_seed(0)
     config = {MonetaForCausalLM: MonetaConfig, MemoraForCausalLM: MemoraConfig}[model_class]
-    return model_class(config(**{**SIZES, **MEMORY, **HYBRID, **kwargs}))
+    hybrid = HYBRID if kwargs.get("layer_types", HYBRID) else {}
+    return model_class(config(**{**SIZES, **MEMORY, **hybrid, **kwargs}))
 
 
 @pytest.fixture(scope="module")

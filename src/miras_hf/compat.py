@@ -21,9 +21,11 @@ renaming that this file does not know ends in an error that names it, and never 
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -48,7 +50,8 @@ CACHE_NAME = _name_of_installed_version()
 
 
 def cache_named(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments whose cache is called `name`, whichever of `CACHE_NAMES` it had.
+    """Keyword arguments whose cache is called `name`, whichever of `CACHE_NAMES` it had. Warns of the old name where the
+    installed version does.
 
     Raises:
         `ValueError`: if there are two caches.
@@ -58,6 +61,8 @@ def cache_named(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     caches = [cache for cache in given if cache is not None]
     if len(caches) > 1:
         raise ValueError("`cache` and `past_key_values` are two names of one argument: give one of them, not both.")
+    if CACHE_NAME == "cache" and "past_key_values" in arguments and not torch.compiler.is_compiling():
+        warnings.warn("`past_key_values` is deprecated in Transformers 5.24, use `cache` instead.", FutureWarning, 3)
     if given:
         renamed[name] = caches[0] if caches else None
     return renamed

@@ -14,6 +14,7 @@
 """Configurations of Miras models: the four choices, every point the paper leaves open as a named switch, and presets."""
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,18 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
-from transformers.utils.type_validators import interval
 
 from .compat import CACHE_NAMES
-from .hub import auto_map, write_shim
+from .config_fields import (
+    bounded,
+    check_dtype,
+    check_keywords,
+    check_layer_indices,
+    check_rope_parameters,
+    token_ids,
+    without_unknown,
+)
+from .hub import WholeFilesOnly, auto_map, write_shim
 from .peft import register_peft_defaults
 
 
@@ -52,6 +61,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 # That of KL retention is for head_dim 64 and goes with its square root, against the link's slope, which goes down with
 # it; it is half the simulated one, at which outer gradients of small models reach norms of hundreds.
 _ETA_MAX = {"decay": 0.09, "lq": 4.5e-3, "lq_mirror": 1.0, "kl": 0.1}
+
+_FLOAT32_TINY = 2.0**-126
+
+
+@lru_cache
+def _layer_types(layers: int, attention_layers: tuple[int, ...]) -> tuple[str, ...]:
+    attention = set(attention_layers)
+    return tuple(ATTENTION_LAYER if i in attention else MEMORY_LAYER for i in range(layers))
 
 
 @strict
@@ -143,59 +160,67 @@ class MirasConfig(PreTrainedConfig):
     model_type = "miras"
     keys_to_ignore_at_inference = list(CACHE_NAMES)
 
-    vocab_size: int = 32000
-    hidden_size: int = 1024
-    intermediate_size: int | None = None
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    vocab_size: int = bounded(32000, 1, 2**26)
+    hidden_size: int = bounded(1024, 1, 2**18)
+    intermediate_size: int | None = bounded(None, 1, 2**20)
+    num_hidden_layers: int = bounded(24, 1, 4096)
+    num_attention_heads: int = bounded(16, 1, 2**14)
+    num_key_value_heads: int | None = bounded(None, 1, 2**14)
+    head_dim: int | None = bounded(None, 1, 2**14)
     hidden_act: str = "silu"
-    max_position_embeddings: int = 1048576
-    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
-    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = bounded(1048576, 1, 2**31 - 1)
+    initializer_range: float = bounded(0.02, 0, 1)
+    rms_norm_eps: float = bounded(1e-6, 1e-30, 1)
     use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
+    chunk_size_feed_forward: int = bounded(0, 0, 2**31 - 1)
+    pad_token_id: int | None = token_ids(None)
+    bos_token_id: int | None = token_ids(1)
+    eos_token_id: int | list[int] | None = token_ids(2)
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
-    attention_dropout: int | float = 0.0
+    attention_dropout: int | float = bounded(0.0, 0, 1)
     attention_layers: list[int] | None = None
-    sliding_window: int = 2048
+    sliding_window: int = bounded(2048, 1, 2**31 - 1)
 
     memory_architecture: Literal["mlp", "matrix"] = "mlp"
-    memory_expansion: int = 4
-    memory_norm_eps: float | None = None
+    memory_expansion: int = bounded(4, 1, 64)
+    memory_norm_eps: float | None = bounded(None, 1e-30, 1)
     attentional_bias: Literal["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"] = "l2"
-    lp_power: int | float = 3.0
+    lp_power: int | float = bounded(3.0, 1, 16)
     lp_sign: Literal["exact", "tanh"] = "exact"
-    lp_sharpness: int | float = 10.0
-    lp_error_cap: int | float = 4.0
-    residual_clip: int | float = 3.0
+    lp_sharpness: int | float = bounded(10.0, above=0, high=1e6)
+    lp_error_cap: int | float = bounded(4.0, above=0, high=1e6)
+    residual_clip: int | float = bounded(3.0, above=0, high=1e9)
     retention: Literal["decay", "lq", "kl"] = "decay"
-    lq_power: int | float = 4.0
+    lq_power: int | float = bounded(4.0, 2, 16)
     lq_map: Literal["paper", "mirror"] = "paper"
-    lq_norm_floor: float = 0.01
-    simplex_mass: int | float = 2.0
-    weight_cap: int | float | None = 2.0
+    lq_norm_floor: float = bounded(0.01, above=0, high=100)
+    simplex_mass: int | float = bounded(2.0, above=0, high=1e6)
+    weight_cap: int | float | None = bounded(2.0, 1e-6, 1e9)
     decay_target: Literal["init", "zero"] = "init"
     learning_algorithm: Literal["gradient_descent"] = "gradient_descent"
-    chunk_size: int = 64
+    chunk_size: int = bounded(64, 1, 4096)
     gate_granularity: Literal["channel", "head"] = "channel"
-    gate_rank: int = 32
-    eta_max: int | float | None = None
-    min_log_alpha: int | float | None = None
-    min_half_life: int | float = 32.0
-    max_half_life: int | float = 32768.0
+    gate_rank: int = bounded(32, 1, 2**14)
+    eta_max: int | float | None = bounded(None, above=0, high=1e3)
+    min_log_alpha: int | float | None = bounded(None, -160, 0)
+    min_half_life: int | float = bounded(32.0, 0.01, 2**30)
+    max_half_life: int | float = bounded(32768.0, 0.01, 2**30)
     use_rope: bool = True
-    conv_kernel_size: int = 4
+    conv_kernel_size: int = bounded(4, 1, 1024)
     output_gate_act: str = "silu"
     memory_backend: Literal["auto", "triton", "pytorch"] = "auto"
 
     def __post_init__(self, **kwargs):
-        if self.head_dim is None and self.num_attention_heads > 0:
+        # Transformers drops some of them without a word, and would make attributes of the others
+        check_keywords(self, kwargs)
+        for dtype in (self.dtype, kwargs.get("torch_dtype")):
+            check_dtype(dtype)
+        num_labels = kwargs.get("num_labels")
+        if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+            raise ValueError(f"`num_labels` must be an integer of at least 1, got {num_labels!r}.")
+        if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -204,21 +229,29 @@ class MirasConfig(PreTrainedConfig):
         if self.memory_norm_eps is None:
             self.memory_norm_eps = 0.01 if self.retention == "kl" else 0.1
         if self.eta_max is None:
-            self.eta_max = _ETA_MAX[self.retention_gate] * min(1.0, 64 / max(self.chunk_size, 1))
-            width = max(self.head_dim or 1, 1)
+            self.eta_max = _ETA_MAX[self.retention_gate] * min(1.0, 64 / self.chunk_size)
+            width = self.head_dim
             if self.attentional_bias == "huber_mixture":
                 self.eta_max = self.eta_max / width**0.5
             if self.retention == "kl":
                 self.eta_max = self.eta_max * (width / 64) ** 0.5
         if self.min_log_alpha is None:
-            self.min_log_alpha = max(-2.5, -160.0 / max(self.chunk_size, 1))
-        layer_types = kwargs.pop("layer_types", None)
+            self.min_log_alpha = max(-2.5, -160.0 / self.chunk_size)
+        layer_types, attention_layers = kwargs.pop("layer_types", None), self.attention_layers
         if layer_types is not None:
             self.layer_types = layer_types
+            if attention_layers is not None and set(attention_layers) != set(self.attention_layers):
+                raise ValueError(
+                    f"`layer_types` has attention in the layers {self.attention_layers}, and `attention_layers` says "
+                    f"{attention_layers}: pass one of the two."
+                )
         if self.attention_layers is None:
             self.attention_layers = []
         self.base_model_tp_plan = self.tensor_parallel_plan()  # ty: ignore[invalid-attribute-access]
         super().__post_init__(**kwargs)
+        if self.output_attentions and self._attn_implementation is None:
+            # Transformers does so at a later assignment only, and then models choose an attention without weights
+            self._attn_implementation = "eager"
         self.auto_map = {} if self._family is None else auto_map(self._family)
 
     @classmethod
@@ -240,20 +273,32 @@ class MirasConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         # PEFT asks for the dictionary before it looks up what to adapt
         register_peft_defaults()
-        return super().to_dict()
+        # what cannot be read again is not written
+        return without_unknown(self, super().to_dict())
 
     # A property, and not a field: names of layer types that Transformers does not know must not be stored in
     # config.json, where the base class would refuse them (Trainer's resume, AutoTokenizer).
     @property
     def layer_types(self) -> list[str]:
         """What each layer is, `"miras_memory"` or `"sliding_attention"`."""
-        attention = set(self.attention_layers or [])
-        return [ATTENTION_LAYER if i in attention else MEMORY_LAYER for i in range(self.num_hidden_layers)]
+        return list(_layer_types(self.num_hidden_layers, tuple(self.attention_layers or ())))
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether any layer is sliding-window attention."""
+        return any(i < self.num_hidden_layers for i in self.attention_layers or ())
+
+    @property
+    def first_memory_layer(self) -> int | None:
+        """Index of the first memory layer; `None` if there is none, as in a draft that exits early."""
+        attention = set(self.attention_layers or ())
+        return next((i for i in range(self.num_hidden_layers) if i not in attention), None)
 
     @layer_types.setter
     def layer_types(self, layer_types: list[str]) -> None:
-        unknown = sorted(set(layer_types) - {MEMORY_LAYER, ATTENTION_LAYER})
-        if unknown or len(layer_types) != self.num_hidden_layers:
+        kinds = (MEMORY_LAYER, ATTENTION_LAYER)
+        known = isinstance(layer_types, list | tuple) and all(layer_type in kinds for layer_type in layer_types)
+        if not known or len(layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`layer_types` must hold `num_hidden_layers` = {self.num_hidden_layers} entries, each "
                 f"{MEMORY_LAYER!r} or {ATTENTION_LAYER!r}, got {layer_types}."
@@ -262,36 +307,16 @@ class MirasConfig(PreTrainedConfig):
 
     def validate_layer_type(self):
         """Part of `@strict`-powered validation: the base class knows only its own layer types."""
-        wrong = [i for i in self.attention_layers or [] if not 0 <= i < self.num_hidden_layers]
-        if wrong:
-            raise ValueError(f"`attention_layers` must be indices below {self.num_hidden_layers}, got {wrong}.")
-        if len(set(self.attention_layers or [])) == self.num_hidden_layers > 0:
-            raise ValueError("`attention_layers` must leave at least one memory layer, got all of them.")
+        check_layer_indices(self.attention_layers or [], self.num_hidden_layers)
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: relations between fields, and ranges."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "memory_expansion",
-            "chunk_size",
-            "gate_rank",
-            "conv_kernel_size",
-            "sliding_window",
-            "memory_norm_eps",
-            "eta_max",
-            "lp_error_cap",
-            "lp_sharpness",
-            "residual_clip",
-            "lq_norm_floor",
-            "simplex_mass",
-            "min_half_life",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        """Part of `@strict`-powered validation: relations between fields; ranges stand beside their defaults."""
+        if self.is_encoder_decoder:
+            raise ValueError("`is_encoder_decoder` must be False: these models are decoders.")
+        if self.id2label is not None and not self.id2label:
+            raise ValueError("`id2label` must name at least one label, or be None.")
+        check_dtype(self.dtype)
+        check_rope_parameters(self.rope_parameters)
         if (
             self.hidden_size % self.num_attention_heads
             and self.head_dim == self.hidden_size // self.num_attention_heads
@@ -300,9 +325,9 @@ class MirasConfig(PreTrainedConfig):
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads}), unless `head_dim` is given."
             )
-        if self.head_dim < 1 or (self.head_dim % 2 and (self.use_rope or self.attention_layers)):
+        if self.head_dim % 2 and (self.use_rope or self.attention_layers):
             raise ValueError(
-                f"`head_dim` must be positive and, with rotary embeddings, even, got {self.head_dim} "
+                f"`head_dim` must be even with rotary embeddings, got {self.head_dim} "
                 f"(hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads})."
             )
         if self.num_attention_heads % self.num_key_value_heads:
@@ -313,12 +338,16 @@ class MirasConfig(PreTrainedConfig):
         for name in ("hidden_act", "output_gate_act"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(f"`{name}` must be one of {sorted(ACT2FN)}, got {getattr(self, name)!r}.")
-        if self.lp_power < 1:
-            raise ValueError(f"`lp_power` must be at least 1, got {self.lp_power}.")
-        if self.lq_power < 2:
-            raise ValueError(f"`lq_power` must be at least 2, got {self.lq_power}.")
-        if self.weight_cap is not None and not self.weight_cap > 0:
-            raise ValueError(f"`weight_cap` must be positive or None, got {self.weight_cap}.")
+        if self.lp_power * max(1.0, self.lp_power - 1) * self.lp_error_cap ** (self.lp_power - 1) > 1e30:
+            raise ValueError(
+                f"`lp_error_cap` ** (`lp_power` - 1) must stay below 1e28 or so in float32, got {self.lp_error_cap} ** "
+                f"{self.lp_power - 1}."
+            )
+        if self.lq_norm_floor**self.lq_power < _FLOAT32_TINY:
+            raise ValueError(
+                f"`lq_norm_floor` ** `lq_power` must not be below {_FLOAT32_TINY:.2e}, the smallest number of float32, "
+                f"got {self.lq_norm_floor} ** {self.lq_power}."
+            )
         if not self.max_half_life >= self.min_half_life:
             raise ValueError(
                 f"`max_half_life` ({self.max_half_life}) must not be below `min_half_life` ({self.min_half_life})."
@@ -328,6 +357,42 @@ class MirasConfig(PreTrainedConfig):
                 f"`min_log_alpha` must lie between -160 / chunk_size = {-160.0 / self.chunk_size:g} and 0, "
                 f"got {self.min_log_alpha}."
             )
+
+    def check_for_model(self) -> None:
+        """
+        Check what a model is built from: fields may have been assigned since the config was made, and Transformers
+        validates relations between them only then, and when it saves.
+
+        Raises:
+            `StrictDataclassError`: as for a new config.
+            `ValueError`: for a field that means nothing to a model of these layers.
+        """
+        self.validate()
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must be below `vocab_size` ({self.vocab_size}) or None, got {self.pad_token_id}."
+            )
+        if not self.return_dict:
+            # heads of Transformers 5.24 look for fields in the tuple that it makes of the decoder's output
+            raise ValueError(
+                f"`return_dict` must be True in a config, got {self.return_dict}: pass it to single calls of the model."
+            )
+        if self.has_attention:
+            return
+        unused = {"attention_dropout": 0.0, "sliding_window": MirasConfig.sliding_window, "output_attentions": False}
+        for name, default in unused.items():
+            if getattr(self, name) not in (default, None):
+                raise ValueError(
+                    f"`{name}` means nothing to a model without attention layers, got {getattr(self, name)}: leave it at "
+                    f"{default}, or choose layers by `attention_layers` or `layer_types`."
+                )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As everywhere in Transformers; fields that `kwargs` set are checked against the others, too."""
+        found = super().from_dict(config_dict, **kwargs)
+        (found[0] if isinstance(found, tuple) else found).validate()
+        return found
 
     @property
     def _family(self) -> str | None:
@@ -340,6 +405,10 @@ class MirasConfig(PreTrainedConfig):
         if self._family is not None:
             write_shim(Path(json_file_path).parent, self._family)
 
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
+        files_timestamps = WholeFilesOnly(files_timestamps)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
+
     def tensor_parallel_plan(self) -> dict[str, str]:
         """Tensor parallelism by heads: each rank has the memories, and the attention, of some heads.
 
@@ -347,7 +416,7 @@ class MirasConfig(PreTrainedConfig):
         of ours, see `miras_hf.parallel`.
         """
         plan = {"embed_tokens": "embedding_rowwise"}
-        if MEMORY_LAYER in self.layer_types:
+        if self.first_memory_layer is not None:
             mixer = {f"{x}_proj": "colwise" for x in "qkvg"} | {f"{x}_conv": "heads" for x in "qkv"}
             for gate in ("eta", "alpha", "delta") if self.attentional_bias.startswith("huber") else ("eta", "alpha"):
                 mixer |= {gate: "heads", f"{gate}.up_proj": "colwise"}
@@ -356,7 +425,7 @@ class MirasConfig(PreTrainedConfig):
                 mixer["memory"] = "heads"
             mixer |= {"o_norm": "replicated_with_grad_allreduce", "o_proj": "rowwise"}
             plan |= {f"layers.*.mixer.{name}": style for name, style in mixer.items()}
-        if ATTENTION_LAYER in self.layer_types:
+        if self.has_attention:
             plan |= {f"layers.*.self_attn.{x}_proj": "colwise" for x in "qkv"}
             plan["layers.*.self_attn.o_proj"] = "rowwise"
         mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}

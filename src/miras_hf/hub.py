@@ -15,10 +15,12 @@
 
 A checkpoint carries no copy of the models' code. `config.json` names a module beside it that imports the installed
 package: with `miras_hf` imported nobody looks at it, and `trust_remote_code=True` runs it for people who have not. Where
-the package is not installed, Transformers answers with the line to install it.
+the package is not installed, that module says how it is.
 """
 
 from pathlib import Path
+
+from .files import is_temporary, write_text
 
 
 SHIM_MODULE = "require_miras_hf"
@@ -31,18 +33,46 @@ _AUTO_CLASSES = {
     "AutoModelForTokenClassification": "ForTokenClassification",
 }
 
-_SHIM = '''\
-"""The classes of this checkpoint are those of the installed package: pip install miras-hf"""
+# Package indexes do not have the package, and a name that nobody holds there is not to be recommended.
+INSTALL = "`pip install -e .` in a clone of the repository of miras-hf, not from a package index"
 
-from miras_hf import (
-    {names},
-)
+# Transformers would answer a missing import with `pip install miras_hf`, unless the import is in a try block.
+_SHIM = '''\
+"""The classes of this checkpoint are those of the package miras-hf. To install it: {install}."""
+
+try:
+    from miras_hf import (
+        {names},
+    )
+except ModuleNotFoundError as error:
+    if error.name != "miras_hf":
+        raise
+    raise ImportError(
+        "This model needs the package miras-hf, which is not installed: {install}."
+    ) from error
 
 
 __all__ = [
     {strings},
 ]
 '''
+
+
+class WholeFilesOnly(dict):
+    """The times of a folder's files before a save, by which Transformers finds what to upload after it; to them, what
+    somebody else is writing there at the moment has not changed.
+
+    ```python
+    >>> super()._upload_modified_files(working_dir, repo_id, WholeFilesOnly(files_timestamps))
+    ```"""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or is_temporary(str(name))
+
+    def __missing__(self, name: str) -> float:
+        if is_temporary(name):
+            return float("inf")
+        raise KeyError(name)
 
 
 def _class_names(family: str) -> list[str]:
@@ -61,5 +91,6 @@ def auto_map(family: str) -> dict[str, str]:
 def write_shim(folder: str | Path, family: str) -> None:
     """Writes the module that `auto_map` points to."""
     names = _class_names(family)
-    text = _SHIM.format(names=",\n    ".join(names), strings=",\n    ".join(f'"{name}"' for name in names))
-    (Path(folder) / f"{SHIM_MODULE}.py").write_text(text, encoding="utf-8")
+    strings = ",\n    ".join(f'"{name}"' for name in names)
+    text = _SHIM.format(install=INSTALL, names=",\n        ".join(names), strings=strings)
+    write_text(Path(folder) / f"{SHIM_MODULE}.py", text)

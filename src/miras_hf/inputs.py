@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .cache import MirasLayer, memory_layer
-from .configuration_miras import MEMORY_LAYER, MirasConfig
+from .configuration_miras import MirasConfig
 from .sequences import describe
 
 
@@ -79,9 +79,9 @@ def check_cache(config: MirasConfig, cache: Any, batch: int) -> None:
         return
     if not isinstance(cache, Cache):
         raise ValueError(f"`cache` must be a `Cache`, `DynamicCache(config=model.config)`, got {describe(cache)}.")
-    if MEMORY_LAYER not in config.layer_types:  # a draft that exits early may have none
+    if config.first_memory_layer is None:  # a draft that exits early may have none
         return
-    memory_layer(cache, config.layer_types.index(MEMORY_LAYER))
+    memory_layer(cache, config.first_memory_layer)
     for layer in cache.layers:
         if isinstance(layer, MirasLayer) and layer.memory is not None and len(layer.memory.count) != batch:
             raise ValueError(

@@ -28,10 +28,13 @@ base_model, command, prompt, sample
 ```
 """
 
+import json
 import os
 import platform
+import re
 import resource
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +42,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from .files import write_text
+from .hub import INSTALL
 
 
 if TYPE_CHECKING:
@@ -76,6 +82,10 @@ def model_card(
         `huggingface_hub.ModelCard`
     """
     run = run or getattr(model, "training_run", None)
+    sample = _fenced((run or {}).get("sample"), "text", shortest=4)
+    command = _fenced((run or {}).get("command"))
+    prompt = python_literal((run or {}).get("prompt") or "The")
+    location, name, run = python_literal(name), _one_line(name), _one_line(run)
     config = model.config
     memories = [module for module in model.modules() if hasattr(module, "initial_state") and hasattr(module, "rule")]
     ending = next((ending for ending in _TASKS if type(model).__name__.endswith(ending)), None)
@@ -85,10 +95,10 @@ def model_card(
         "library_name": "transformers",
         "pipeline_tag": task,
         "language": data.get("language"),
-        "base_model": (run or {}).get("base_model"),
+        "base_model": (run or {}).get("base_model") or None,
         "datasets": [data["id"]] if data.get("id") else None,
         "tags": ["miras-hf", config.model_type, "arxiv:2504.13173"],
-        "model_name": name,
+        "model_name": str(name),
         "eval_results": _eval_results(run, task),
     }
     tags = metadata.pop("tags", None) or []
@@ -101,7 +111,12 @@ def model_card(
         ModelCardData(ignore_metadata_errors=False, **fields),
         template_path=str(TEMPLATE),
         marker=MARKER,
-        name=name,
+        title=_in_text(name),
+        location=location,
+        prompt=prompt,
+        sample=sample,
+        command=command,
+        install=INSTALL,
         task=task,
         kind=kind,
         miras=bool(memories),
@@ -109,8 +124,52 @@ def model_card(
         choices=four_choices(config) if memories else None,
         memory_bytes=4 * sum(weight.numel() for memory in memories for weight in memory.initial_state),
         config=changed_fields(config),
-        run=run,
+        run=_in_text(run),
     )
+
+
+def python_literal(text: Any) -> str:
+    r"""A string as Python source on one line, in double quotes, whatever is in it.
+
+    ```python
+    >>> python_literal('a "b"\n')
+    '"a \\"b\\"\\n"'
+    ```"""
+    # names of folders may hold bytes that are no text, which Python keeps as lone surrogates
+    return json.dumps(str(text), ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+
+
+def _fenced(text: Any, language: str = "", shortest: int = 3) -> str | None:
+    """Text between fences longer than any row of backticks in it, which would end them."""
+    if not text:
+        return None
+    text = _encodable(str(text))
+    fence = "`" * max(shortest, *(len(row) + 1 for row in re.findall("`+", text) or [""]))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def _one_line(value: Any) -> Any:
+    """A value with all that is not printed, line ends and the like, as spaces in its strings."""
+    if isinstance(value, str):
+        return " ".join("".join(c if c.isprintable() else " " for c in _encodable(value)).split())
+    return _in_strings(_one_line, value)
+
+
+def _in_text(value: Any) -> Any:
+    """A value with Markdown's and HTML's characters escaped in its strings, for running text and cells of tables."""
+    return re.sub(r"[\\`*\[\]<>&|]", r"\\\g<0>", value) if isinstance(value, str) else _in_strings(_in_text, value)
+
+
+def _in_strings(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {(change(key) if isinstance(key, str) else key): change(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [change(part) for part in value]
+    return value
 
 
 def four_choices(config: PreTrainedConfig) -> str:
@@ -149,10 +208,11 @@ def save_model_card(model: PreTrainedModel, folder: str | os.PathLike, *, name: 
     """
     path = Path(folder) / "README.md"
     if path.exists():
-        text = path.read_text(encoding="utf-8")
+        # what is no file, or in another encoding, is not ours
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         if MARKER not in text and _TRANSFORMERS_DRAFT not in text:
             return
-    model_card(model, name=name or Path(folder).resolve().name, **metadata).save(path)
+    write_text(path, str(model_card(model, name=name or Path(folder).resolve().name or "model", **metadata)))
 
 
 class ModelCardMixin(_Trainer):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import (
@@ -54,6 +54,7 @@ from .backend import MemoryBackend
 from .cache import memory_layer, tokens_read
 from .compat import CACHE_NAME, CACHE_NAMES, cache_named, cache_of, refuse_unknown, takes_cache
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
+from .hub import WholeFilesOnly
 from .inputs import check_cache, check_ids, check_inputs
 from .memory import (
     ATTENTIONAL_BIASES,
@@ -561,10 +562,14 @@ class MirasAttention(nn.Module):
         )
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
-            if getattr(cache.layers[self.layer_idx], "record_past", False):
-                # in Transformers 5.17 a layer that records gives all that it has kept, more than masks cover
+            layer = cache.layers[self.layer_idx]
+            if getattr(layer, "record_past", False) or self.sliding_window == 1:
+                # in Transformers 5.17 a layer that records gives all that it has kept, more than masks cover; and one
+                # with a window of a single token keeps everything, where it should keep nothing
                 visible = self.sliding_window - 1 + query_states.shape[2]
                 key_states, value_states = key_states[:, :, -visible:], value_states[:, :, -visible:]
+                if self.sliding_window == 1 and isinstance(layer, DynamicSlidingWindowLayer) and not layer.record_past:
+                    layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -590,8 +595,12 @@ class MirasMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.chunk_size_feed_forward = config.chunk_size_feed_forward
 
     def forward(self, x: Tensor) -> Tensor:
+        if 0 < self.chunk_size_feed_forward < x.shape[1]:
+            # Transformers' helper wants a multiple of the chunk
+            return torch.cat([self.forward(part) for part in x.split(self.chunk_size_feed_forward, dim=1)], dim=1)
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -685,10 +694,11 @@ class MirasPreTrainedModel(PreTrainedModel):
         if self.should_save_on_this_rank(is_main_process):
             save_model_card(self, save_directory)
 
-    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+    def _upload_modified_files(self, working_dir, repo_id, files_timestamps, *args, **kwargs):
         # after Transformers put its draft of a card, or the repository's own card, into the folder
         save_model_card(self, working_dir, name=repo_id, tags=getattr(self, "model_tags", None))
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        files_timestamps = WholeFilesOnly(files_timestamps)
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
 
     @staticmethod
     @takes_cache
@@ -708,7 +718,7 @@ class MirasPreTrainedModel(PreTrainedModel):
         if attention_mask is not None:
             check_text_read(attention_mask, tokens, tokens_read(cache))
         masks = {MEMORY_LAYER: None if attention_mask is None or generated else attention_mask[:, -tokens:]}
-        if ATTENTION_LAYER in config.layer_types:
+        if config.has_attention:
             masks[ATTENTION_LAYER] = create_sliding_window_causal_mask(
                 config=config,
                 inputs_embeds=inputs_embeds,
@@ -728,6 +738,7 @@ class MirasModel(MirasPreTrainedModel):
 
     def __init__(self, config: MirasConfig):
         super().__init__(config)
+        config.check_for_model()
         check_distributed_config(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -824,7 +835,7 @@ class MirasModel(MirasPreTrainedModel):
         if attention_positions is None:
             attention_positions = position_ids
 
-        if ATTENTION_LAYER in self.config.layer_types and not prepared:
+        if self.config.has_attention and not prepared:
             if attention_mask is not None and not is_tracing(attention_mask):
                 longer = attention_mask.shape[-1] > self.config.sliding_window
                 if longer and attention_mask.dim() == 2 and has_inner_pads(attention_mask):
@@ -840,7 +851,7 @@ class MirasModel(MirasPreTrainedModel):
                 position_ids=attention_positions,
                 **{CACHE_NAME: cache},
             )
-        if ATTENTION_LAYER in self.config.layer_types and cu_seq_lens_q is not None:
+        if self.config.has_attention and cu_seq_lens_q is not None:
             kwargs["cu_seq_lens_q"] = cu_seq_lens_q.to(torch.int32)
 
         hidden_states = inputs_embeds

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
-from .configuration_miras import ATTENTION_LAYER, MirasConfig
+from .configuration_miras import MirasConfig
 
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def check_distributed_config(config: MirasConfig) -> None:
     distributed = getattr(config, "distributed_config", None)
     tp_size, fsdp_size = (getattr(distributed, name, None) or 1 for name in ("tp_size", "fsdp_size"))
     names = ["num_attention_heads"]
-    if ATTENTION_LAYER in config.layer_types:
+    if config.has_attention:
         names.append("num_key_value_heads")
     for name in names:
         if getattr(config, name) % tp_size:

@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -35,11 +33,17 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from .cache import MirasLayer
 from .configuration_miras import ATTENTION_LAYER, MirasConfig
 from .memory import MemoryParameters, MemoryState, initial_memory_state
+from .memory_file import (
+    DTYPES,
+    Expected,
+    Header,
+    as_bytes,
+    check_tensors,
+    read_memory_file,
+    write_memory_file,
+)
 from .modeling_miras import MirasModel
 
-
-FORMAT_VERSION = 1
-HEADER = "miras_memory"
 
 # What a memory means does not depend on these; any other field, those to come included, changes what the model computes.
 NEUTRAL_FIELDS = {
@@ -79,8 +83,10 @@ def save_memory(
             Whether to store a digest of the weights.
 
     Raises:
-        `ValueError`: if the cache has read nothing, is not this model's, or would need the mask; if the weights are
-            spread over processes, or offloaded and not excepted by `check_weights=False`.
+        `ValueError`: if the cache has read nothing, is not this model's, holds what is not finite, or would need the mask;
+            if the mask is not that of the text read; if the weights are spread over processes, or offloaded and not
+            excepted by `check_weights=False`.
+        `OSError`: if `path` cannot be written.
 
     ```python
     >>> cache = model(**tokenizer(book, return_tensors="pt"), use_cache=True, logits_to_keep=1).past_key_values
@@ -91,18 +97,20 @@ def save_memory(
     >>> mask = torch.ones(1, cache.get_seq_length() + question.shape[1])
     >>> model.generate(question, past_key_values=cache, attention_mask=mask)
     ```"""
-    decoder = _decoder(model)
+    path, decoder = _path(path), _decoder(model)
     tensors = _tensors(cache, decoder)
-    tokens = cache.get_seq_length()
+    tokens = int(cache.get_seq_length())
     counts = next(layer.memory.count for layer in cache.layers if isinstance(layer, MirasLayer))
     if attention_mask is not None:
-        if attention_mask.shape != (len(counts), tokens):
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        if got != (len(counts), tokens):
             raise ValueError(
-                f"`attention_mask` must have the shape of the text read, {(len(counts), tokens)}, "
-                f"got {tuple(attention_mask.shape)}."
+                f"`attention_mask` must have the shape of the text read, {(len(counts), tokens)}, got {got}."
             )
         tensors["attention_mask"] = attention_mask.bool()
-    elif decoder.config.attention_layers and bool((counts != tokens).any()):
+        if not torch.equal(tensors["attention_mask"].to(attention_mask.dtype), attention_mask):
+            raise ValueError("`attention_mask` must hold 0 and 1 only, got other values.")
+    elif decoder.config.has_attention and bool((counts != tokens).any()):
         raise ValueError(
             "`attention_mask` must be given, the mask of the text read: rows of this cache have pads, and attention "
             "layers cannot go on without knowing where."
@@ -112,23 +120,17 @@ def save_memory(
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    header = {
-        "version": FORMAT_VERSION,
-        "rows": len(counts),
-        "tokens": tokens,
-        "dtype": str(decoder.dtype),
-        "config": config_fingerprint(decoder.config),
-        "weights": weights_fingerprint(decoder) if check_weights else None,
-    }
-    header["checksum"] = _checksum(header, tensors)
-
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        save_file(tensors, unfinished, metadata={"format": "pt", HEADER: json.dumps(header)})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    header = Header(
+        rows=len(counts),
+        tokens=tokens,
+        dtype=str(decoder.dtype),
+        config=config_fingerprint(decoder.config),
+        weights=weights_fingerprint(decoder) if check_weights else None,
+    )
+    # what could not be loaded is not written
+    header.check("`cache`")
+    _check_state("`cache`", header, tensors, decoder)
+    write_memory_file(path, header, tensors)
 
 
 @overload
@@ -161,7 +163,8 @@ def load_memory(
         model (`nn.Module`): The model to go on with, which must be the one that has read.
         check_weights (`bool`, *optional*, defaults to `True`):
             Whether to compare the weights, by a sample rounded to bfloat16, so that they may be loaded in another
-            dtype. `False` for weights that are meant to differ: quantized, or fine-tuned since.
+            dtype. `False` for weights that are meant to differ: quantized, or fine-tuned since; and for files that were
+            saved without their digest.
         return_attention_mask (`bool`, *optional*, defaults to `False`):
             Whether to return the mask of the text read, too.
 
@@ -171,16 +174,17 @@ def load_memory(
 
     Raises:
         `FileNotFoundError`: if there is no such file.
-        `ValueError`: if the file is damaged or something else, or of another model: names the fields of the config that
-            differ, with both values.
+        `ValueError`: if the file is damaged or something else, or of another model, with the fields of the config that
+            differ and both values; if anything in it is not what this model could have saved, whoever signed it, with
+            the field or tensor, its value and what is allowed. Nothing is made of such a file.
     """
-    decoder = _decoder(model)
-    header, tensors = _read(Path(path))
+    path, decoder = _path(path), _decoder(model)
+    header, tensors = read_memory_file(path)
     _check_model(path, header, decoder, check_weights)
-    _check_shapes(path, header, tensors, decoder)
+    _check_state(str(path), header, tensors, decoder)
 
-    cache, tokens = DynamicCache(config=decoder.config), header["tokens"]
-    if str(decoder.dtype) != header["dtype"]:
+    cache, tokens = DynamicCache(config=decoder.config), header.tokens
+    if str(decoder.dtype) != header.dtype:
         # memories compute in float32, whatever the model around them does
         wide = torch.promote_types(decoder.dtype, torch.float32)
         for name, tensor in tensors.items():
@@ -234,13 +238,20 @@ def weights_fingerprint(model: nn.Module) -> str:
         flat = (weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight).flatten()
         sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES]
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(_bytes(sample.to(device="cpu", dtype=torch.bfloat16)))
+        digest.update(as_bytes(sample.to(device="cpu", dtype=torch.bfloat16)))
     return digest.hexdigest()
+
+
+def _path(path: str | os.PathLike) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"`path` must be a string or path, got {type(path).__name__}.")
+    return Path(path)
 
 
 def _decoder(model: nn.Module) -> MirasModel:
     """The decoder inside a model with a head, an adapter, a wrapper."""
-    decoder = next((module for module in model.modules() if isinstance(module, MirasModel)), None)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    decoder = next((module for module in modules if isinstance(module, MirasModel)), None)
     if decoder is None:
         raise ValueError(f"`model` must be a Miras model, got {type(model).__name__}.")
     if any(isinstance(parameter, DTensor) for parameter in decoder.parameters()):
@@ -284,10 +295,12 @@ def _tensors(cache: Cache, decoder: MirasModel) -> dict[str, Tensor]:
         DynamicSlidingWindowLayer if layer_type == ATTENTION_LAYER else MirasLayer
         for layer_type in decoder.config.layer_types
     ]
-    if [type(layer) for layer in cache.layers] != kinds:
+    layers = cache.layers if isinstance(cache, Cache) else ()
+    if [type(layer) for layer in layers] != kinds:
+        got = [type(layer).__name__ for layer in layers] if isinstance(cache, Cache) else f"a {type(cache).__name__}"
         raise ValueError(
             "`cache` must be made for this model, `DynamicCache(config=model.config)` with layers "
-            f"{[kind.__name__ for kind in kinds]}, got {[type(layer).__name__ for layer in cache.layers]}."
+            f"{[kind.__name__ for kind in kinds]}, got {got}."
         )
     lengths = {layer.get_seq_length() for layer in cache.layers}
     if len(lengths) > 1 or 0 in lengths:
@@ -297,16 +310,19 @@ def _tensors(cache: Cache, decoder: MirasModel) -> dict[str, Tensor]:
         if isinstance(layer, MirasLayer):
             state = {**_flatten(layer.memory), "conv_tail": layer.conv_tail}
         else:
+            # one that records what may be taken back keeps more than its window
+            filled = min(int(layer.get_seq_length()), decoder.config.sliding_window - 1)
             state = {"keys": layer.keys, "values": layer.values}
+            state = {name: x[:, :, max(x.shape[2] - filled, 0) :] for name, x in state.items()}
         tensors |= {f"layers.{i}.{name}": tensor for name, tensor in state.items()}
     return tensors
 
 
-def _shapes(layer: Any, rows: int) -> dict[str, list[int]]:
-    """Names and shapes of a decoder layer's state; keys and values are as long as their window is filled, here -1."""
+def _shapes(layer: Any, rows: int, filled: int = 0) -> dict[str, list[int]]:
+    """Names and shapes of a decoder layer's state, with `filled` keys and values."""
     if layer.layer_type == ATTENTION_LAYER:
         config = layer.self_attn.config
-        return dict.fromkeys(("keys", "values"), [rows, config.num_key_value_heads, -1, config.head_dim])
+        return dict.fromkeys(("keys", "values"), [rows, config.num_key_value_heads, filled, config.head_dim])
     mixer = layer.mixer
     memory, head_dim = mixer.memory, mixer.head_dim
     parameters = MemoryParameters(
@@ -315,10 +331,10 @@ def _shapes(layer: Any, rows: int) -> dict[str, list[int]]:
         memory.norm_bias.to("meta"),
     )
     gate_dim = head_dim if mixer.eta.per_channel else 1
-    state = _flatten(initial_memory_state(memory.rule, parameters, rows, gate_dim))
+    state = _flatten(initial_memory_state(memory.rule, parameters, 1, gate_dim))
     width = parameters.norm_weight.numel()
     return {
-        **{name: list(tensor.shape) for name, tensor in state.items()},
+        **{name: [rows, *tensor.shape[1:]] for name, tensor in state.items()},
         "conv_tail": [rows, mixer.conv_kernel_size - 1, 3 * width],
     }
 
@@ -327,80 +343,85 @@ def _first_count(tensors: dict[str, Tensor]) -> Tensor:
     return next(tensor for name, tensor in tensors.items() if name.endswith(".count"))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file, whole and unchanged since it was written."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): cut short, or something else?") from error
-    if HEADER not in metadata:
-        raise ValueError(f"{path} is a safetensors file without a memory in it: it was not made by `save_memory`.")
-    damaged = f"{path} is damaged: what it holds has changed since `save_memory` wrote it."
-    try:
-        header = json.loads(metadata[HEADER])
-        version, checksum = header["version"], header.pop("checksum")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(damaged) from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has version {version} of the format, this miras-hf reads version {FORMAT_VERSION}: read the "
-            "text again, or use the version of miras-hf that wrote it."
-        )
-    if checksum != _checksum(header, tensors):
-        raise ValueError(damaged)
-    return header, tensors
-
-
-def _check_model(path: str | os.PathLike, header: dict[str, Any], decoder: MirasModel, check_weights: bool) -> None:
+def _check_model(path: str | os.PathLike, header: Header, decoder: MirasModel, check_weights: bool) -> None:
     """Raises a `ValueError` unless the file is of this model."""
-    here, there = config_fingerprint(decoder.config), header["config"]
+    here, there = config_fingerprint(decoder.config), header.config
     # a field younger than the file means, at its default, what was computed before it was there
     default = config_fingerprint(type(decoder.config)()) | there
     differing = [
-        f"`{name}` ({default[name]!r} there, {value!r} here)" for name, value in here.items() if default[name] != value
+        f"`{name}` ({default[name]!r} there, {value!r} here)"
+        for name, value in here.items()
+        if not _same(default[name], value)
     ]
     if differing or set(there) - set(here):
         differing += [f"`{name}` ({there[name]!r} there, unknown here)" for name in sorted(set(there) - set(here))]
         raise ValueError(f"{path} is the memory of a model with another config: {', '.join(differing)}.")
-    if check_weights and header["weights"] is not None and header["weights"] != weights_fingerprint(decoder):
+    if check_weights and header.weights is None:
+        raise ValueError(
+            f"{path} has no digest of the weights, since it was saved with `check_weights=False`: pass that here, too."
+        )
+    if check_weights and header.weights != weights_fingerprint(decoder):
         raise ValueError(
             f"{path} is the memory of a model with other weights: load the weights that have read, or pass "
             "`check_weights=False` if they are meant to differ (quantized or fine-tuned since)."
         )
 
 
-def _check_shapes(
-    path: str | os.PathLike, header: dict[str, Any], tensors: dict[str, Tensor], decoder: MirasModel
-) -> None:
-    """Raises a `ValueError` unless the file has all tensors of this model's state, in their shapes, and no others."""
-    rows, tokens = header["rows"], header["tokens"]
-    filled = min(tokens, decoder.config.sliding_window - 1)
-    expected = {"attention_mask": [rows, tokens]} if "attention_mask" in tensors else {}
+def _same(there: Any, here: Any) -> bool:
+    """Equality of JSON values, where Python takes `True` for 1."""
+    if isinstance(there, list) and isinstance(here, list):
+        return len(there) == len(here) and all(map(_same, there, here))
+    if isinstance(there, dict) and isinstance(here, dict):
+        return there.keys() == here.keys() and all(_same(there[name], value) for name, value in here.items())
+    return there == here and isinstance(there, bool) == isinstance(here, bool)
+
+
+def _check_state(source: str, header: Header, tensors: dict[str, Tensor], decoder: MirasModel) -> None:
+    """Raises a `ValueError` unless the tensors are a state of this model after that many tokens, and agree with each
+    other."""
+    config, rows, tokens = decoder.config, header.rows, header.tokens
+    dtype = DTYPES[header.dtype]
+    # memories compute in float32 at least; what the projections gave, autocast may have narrowed
+    wide, narrow = torch.promote_types(dtype, torch.float32), {dtype, torch.float32, torch.bfloat16, torch.float16}
+    ranges = {
+        # rounding may put the product of the largest step and a sigmoid of one above it
+        "eta": (0.0, config.eta_max * (1 + 1e-6)),
+        "log_decay": (config.min_log_alpha * config.chunk_size * (1 + 1e-5), 0.0),
+        "count": (0, tokens),
+    }
+    expected = {"attention_mask": Expected([rows, tokens], (torch.bool,))} if "attention_mask" in tensors else {}
     for i, layer in enumerate(decoder.layers):
-        for name, shape in _shapes(layer, rows).items():
-            expected[f"layers.{i}.{name}"] = [filled if size < 0 else size for size in shape]
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
+        for name, shape in _shapes(layer, rows, min(tokens, config.sliding_window - 1)).items():
+            dtypes = (wide,) if name not in ("conv_tail", "keys", "values") else tuple(sorted(narrow, key=str))
+            dtypes = (torch.int64,) if name == "count" else dtypes
+            expected[f"layers.{i}.{name}"] = Expected(shape, dtypes, *ranges.get(name, (None, None)))
+    check_tensors(source, tensors, expected)
+
+    counts = {name: tensor.tolist() for name, tensor in tensors.items() if name.endswith(".count")}
+    first, read = next(iter(counts.items()))
+    for name, other in counts.items():
+        if other != read:
+            raise ValueError(f"{source}: {name} must be the tokens that {first} has, {read}, got {other}.")
+    mask = tensors.get("attention_mask")
+    if mask is not None and mask.sum(-1).tolist() != read:
         raise ValueError(
-            f"{path} does not hold this model's state: {name} has shape {found.get(name)}, and {expected.get(name)} "
-            f"is needed ({len(wrong)} tensors differ)."
+            f"{source}: attention_mask must have as many real tokens as the memories have read, {read}, got "
+            f"{mask.sum(-1).tolist()}."
         )
-
-
-def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    if mask is None and config.has_attention and read != [tokens] * rows:
+        raise ValueError(
+            f"{source}: {first} must be {tokens} in every row, since there is no attention_mask, got {read}."
+        )
+    slots = torch.arange(config.chunk_size)
+    phase = (torch.tensor(read) % config.chunk_size)[:, None]
+    for i in (i for i, layer in enumerate(decoder.layers) if layer.layer_type != ATTENTION_LAYER):
+        eta, log_decay = (tensors[f"layers.{i}.{name}"].ne(0).any(-1).any(1) for name in ("eta", "log_decay"))
+        taken = eta | (log_decay & (slots < phase))
+        if not torch.equal(taken, slots < phase):
+            raise ValueError(
+                f"{source}: layers.{i}.eta must have written to the first `count % chunk_size` = "
+                f"{phase[:, 0].tolist()} slots of a chunk and to no others, got {taken.sum(-1).tolist()} slots."
+            )
 
 
 __all__ = ["config_fingerprint", "load_memory", "save_memory", "weights_fingerprint"]

@@ -1,0 +1,182 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a field of a config may hold, stated once beside its default, and which keywords a config knows."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
+from numbers import Real
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import validated_field
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# What Transformers passes to configs, or stores in config.json, beside the fields.
+TRANSFORMERS_KEYWORDS = frozenset(
+    {
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation_internal",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "base_model_ep_plan",
+        "base_model_fsdp_plan",
+        "base_model_pp_plan",
+        "base_model_tp_plan",
+        "custom_pipelines",
+        "distributed_config",
+        "layer_types",
+        "loss_type",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "quantization_config",
+        "rope_scaling",
+        "rope_theta",
+        "tie_last_hidden_states",
+        "torch_dtype",
+        "transformers_weights",
+    }
+)
+# Those that are the same as not given, and what they would ask for.
+_MEANINGLESS = {
+    "experts_implementation": "there are no experts",
+    "partial_rotary_factor": "all channels of a head are rotated",
+    "per_layer_config": "all layers have the sizes of the config",
+}
+
+
+def bounded(
+    default: float | None, low: float | None = None, high: float | None = None, *, above: float | None = None
+) -> Any:
+    """A field for a number with `low <= value <= high`, or `above < value <= high`; also at every later assignment.
+
+    NaN is within no bounds. `None` passes: whether it may be there is the annotation's matter.
+    """
+    allowed = f"above {above:g}" if low is None else f"at least {low:g}"
+    allowed = f"must be {allowed} and at most {high:g}"
+
+    def validate(value: Any) -> None:
+        if value is not None and not ((above < value if low is None else low <= value) and value <= high):
+            raise ValueError(f"{allowed}, got {value}")
+
+    return validated_field(validate, default=default)
+
+
+def token_ids(default: int | None) -> Any:
+    """A field for the id of a special token, or for several."""
+
+    def validate(value: Any) -> None:
+        wrong = [i for i in (value if isinstance(value, list) else [value]) if i is not None and not 0 <= i < 2**31]
+        if wrong:
+            raise ValueError(f"must be at least 0 and below 2**31, or None for no such token, got {value}")
+
+    return validated_field(validate, default=default)
+
+
+def check_keywords(config: PreTrainedConfig, keywords: dict[str, Any]) -> None:
+    """
+    Check the keywords that are no fields of a config.
+
+    Raises:
+        `TypeError`: for a keyword that means nothing here, by name and with the nearest one that does.
+    """
+    name_of_class, known = type(config).__name__, _known_keywords(config)
+    for name, value in keywords.items():
+        if name in _MEANINGLESS:
+            if value is not None and value != 1:
+                raise TypeError(f"`{name}` means nothing to {name_of_class}, got {value!r}: {_MEANINGLESS[name]}.")
+        elif name not in known:
+            if name in GenerationConfig._get_default_generation_params():
+                hint = "it belongs into `model.generation_config`, or into the call of `generate()`"
+            else:
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else "it is no field of this version of miras-hf"
+            raise TypeError(f"{name_of_class} does not know `{name}` (got {value!r}): {hint}")
+
+
+def without_unknown(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """The values without those that a config of this class would refuse: attributes that somebody has put on it. A warning
+    names them."""
+    known = _known_keywords(config)
+    unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
+    if unknown:
+        logger.warning_once(
+            f"{type(config).__name__} has attributes that are no fields of it, and does not store them: {unknown}."
+        )
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _known_keywords(config: PreTrainedConfig) -> set[str]:
+    # of configs derived elsewhere: other names for fields
+    return {*(field.name for field in fields(config)), *TRANSFORMERS_KEYWORDS, *config.attribute_map}
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises a `ValueError` unless it is `None` or a floating point dtype, or the name of one."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"`dtype` must be a floating point dtype of PyTorch or the name of one, got {dtype!r}.")
+
+
+def check_rope_parameters(parameters: Any) -> None:
+    """Raises a `ValueError` unless rotary embeddings of one known kind, for all layers, follow from them."""
+    kinds = ["default", *ROPE_INIT_FUNCTIONS]
+    if not isinstance(parameters, dict):
+        raise ValueError(f"`rope_parameters` must be a dict with `rope_type` and `rope_theta`, got {parameters!r}.")
+    if parameters.get("rope_type") not in kinds:
+        raise ValueError(
+            f"`rope_parameters['rope_type']` must be one of {kinds}, got {parameters.get('rope_type')!r}."
+        )
+    plain = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    known = plain if parameters["rope_type"] == "default" else (*plain, *RopeParameters.__annotations__)
+    unknown = sorted(parameters.keys() - set(known) | parameters.keys() & {"mrope_section"})
+    if unknown:
+        raise ValueError(
+            f"`rope_parameters` of type {parameters['rope_type']!r} must have keys of {sorted({*known})}, got {unknown}."
+        )
+    for name, value in parameters.items():
+        if name in ("rope_type", "type") or value is None:
+            continue
+        if name == "partial_rotary_factor" and value != 1:
+            raise ValueError(f"`rope_parameters[{name!r}]` must be 1, got {value!r}: {_MEANINGLESS[name]}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool):
+                continue
+            if not isinstance(number, Real) or not math.isfinite(number) or number <= 0:
+                raise ValueError(f"`rope_parameters[{name!r}]` must be positive and finite, got {value!r}.")
+    theta = parameters.get("rope_theta")
+    if isinstance(theta, bool) or theta is None or theta > 1e30:
+        raise ValueError(f"`rope_parameters['rope_theta']` must be above 0 and at most 1e30, got {theta!r}.")
+
+
+def check_layer_indices(indices: Iterable[int], layers: int) -> None:
+    """Raises a `ValueError` unless `attention_layers` are different layers of the model, and leave some for memories."""
+    indices = list(indices)
+    wrong = [i for i in indices if not 0 <= i < layers]
+    if wrong:
+        raise ValueError(f"`attention_layers` must be indices below {layers}, got {wrong}.")
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"`attention_layers` must be different layers, got {indices}.")
+    if len(indices) == layers:
+        raise ValueError("`attention_layers` must leave at least one memory layer, got all of them.")
