@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import (
@@ -238,3 +239,35 @@ def test_metrics_see_logits_and_no_caches(padded, rows, tmp_path):
     assert metrics["eval_accuracy"] == pytest.approx(hits / targets)
     assert np.isfinite(metrics["eval_loss"])
     assert trainer.predict(datasets.Dataset.from_list(rows[2:])).predictions.shape == (2, 14)
+
+
+# -- label smoothing -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def smoothed_loss(model, rows, factor: float) -> float:
+    """Cross-entropy of the next token against targets of which `factor` is spread evenly over the vocabulary, every row
+    alone, mean over the predicted tokens."""
+    total = count = 0
+    for ids in (torch.tensor(row["input_ids"]) for row in rows):
+        log_probs = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        target = torch.nn.functional.one_hot(ids[1:], log_probs.shape[-1]).float()
+        target = (1 - factor) * target + factor / log_probs.shape[-1]
+        total, count = total - (target * log_probs).sum().item(), count + len(ids) - 1
+    return total / count
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("model_class", [MonetaForCausalLM, MemoraForCausalLM])
+def test_label_smoothing_is_of_the_next_token(model_class, with_lora, padded, rows, tmp_path):
+    torch.manual_seed(2)  # an adapter that already says something
+    model = make_model(model_class)
+    if with_lora:
+        model = get_peft_model(model, LoraConfig(init_lora_weights=False))
+    expected = smoothed_loss(model, rows, 0.3)
+    trainer = train(model, padded, rows, tmp_path, label_smoothing_factor=0.3, learning_rate=0.0)
+    assert losses(trainer)[0] == pytest.approx(expected, abs=2e-5)
+    # and not of the token itself, nor without smoothing
+    assert abs(losses(trainer)[0] - smoothed_loss(model, rows, 0.0)) > 1e-3
+    found = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    assert found == pytest.approx(expected, abs=2e-5)
