@@ -30,13 +30,15 @@ Filled elsewhere, where what they hold is defined:
 | table | filled in | decides |
 |---|---|---|
 | `DYNAMIC_LAYER_TYPE_MAPPING`, `STATIC_LAYER_TYPE_MAPPING` | `cache` | the cache layer of a layer type |
-| `TRANSFORMERS_MODELS_TO_..._MODULES_MAPPING` of PEFT | `peft` | which modules a method adapts |
+| names of layer types with `"linear_attention"` in them | `configuration_miras` | that sequences are not split |
+| PEFT's `TRANSFORMERS_MODELS_TO_..._MODULES_MAPPING` | `peft` | which modules a method adapts |
 | `ALL_PARALLEL_STYLES` | `parallel` | how tensor parallelism shards a memory |
 
-Left alone on purpose: what stands in `CONFIG_MAPPING_NAMES` is imported from inside Transformers. `LOSS_MAPPING` matches the ends of class names, which are the usual ones. `MODEL_FOR_PRETRAINING`
-and `MODEL_FOR_QUESTION_ANSWERING` have no class of ours, and their Auto classes say so. Megatron's parsers, PEFT's
-adaption prompts and prefix tuning refuse unknown model types by name. PEFT's list of Mamba types forbids modules that
-we do not have. The patch tables for quantisation, fusion and weight conversion describe layers that we do not have.
+Left alone on purpose: what stands in `CONFIG_MAPPING_NAMES` is imported from inside Transformers. `LOSS_MAPPING` matches
+the ends of class names, which are the usual ones. `MODEL_FOR_QUESTION_ANSWERING` and `MODEL_FOR_PRETRAINING` have no
+class of ours, and their Auto classes say so. Megatron's parsers and PEFT's adaption prompts refuse unknown model types by
+name. PEFT's list of Mamba types forbids modules that we do not have, and the patches for quantisation, fusion and weight
+conversion describe layers that we do not have.
 """
 
 from transformers import (
