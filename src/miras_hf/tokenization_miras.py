@@ -18,11 +18,14 @@ post-processor) lives in `tokenizer.json`, so a saved folder gives the same ids 
 (as [`MirasTokenizer`]) and to people who have not (as Transformers' own `TokenizersBackend`).
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import TokenizersBackend
+
+from .chat_template import CHAT_TEMPLATE
 
 
 PAD_TOKEN = "<|pad|>"
@@ -35,25 +38,6 @@ SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, TURN_TOKEN)
 # Qwen3.5's pattern: words take one leading space or symbol, digits are single, line ends stick to the punctuation
 # before them. No normalizer goes with it, as NFC would change bytes.
 SPLIT_PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-
-# A turn ends with the same eos that ends a document, so `generate` stops after a reply with nothing configured.
-CHAT_TEMPLATE = """\
-{%- macro text(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- elif content -%}{%- for part in content if part.type == "text" -%}{{- part.text -}}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-{{- "<|turn|>" + message.role + "\\n" -}}
-{%- if message.role == "assistant" -%}
-{% generation %}{{- text(message.content) + eos_token -}}{% endgeneration %}
-{%- else -%}
-{{- text(message.content) + eos_token -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- "<|turn|>assistant\\n" -}}{%- endif -%}
-"""
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -168,6 +152,27 @@ class MirasTokenizer(TokenizersBackend):
             "clean_up_tokenization_spaces": False,
         }
         return cls(tokenizer_object=backend, **(defaults | kwargs))
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """
+        `apply_chat_template` of Transformers, which also passes what it does not know to the template. See
+        `miras_hf.chat_template` for what that has words for.
+
+        Raises:
+            TypeError: for an argument that neither Transformers nor the template knows, unless it is false or `None`.
+            jinja2.TemplateError: for conversations that the template has no words for.
+        """
+        known = inspect.signature(super().apply_chat_template).bind_partial(conversation, *args, **kwargs).arguments
+        unknown = {name: value for name, value in known.get("kwargs", {}).items() if value}
+        if unknown:
+            template = self.get_chat_template(known.get("chat_template"), known.get("tools"))
+            for name in unknown:
+                if name not in template:
+                    raise TypeError(
+                        f"`apply_chat_template` got `{name}`={unknown[name]!r:.80}, which its template does not use. "
+                        "Arguments of the tokenizer itself go into `tokenizer_kwargs`."
+                    )
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """
