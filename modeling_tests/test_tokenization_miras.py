@@ -348,6 +348,8 @@ def test_train_new_from_iterator_keeps_class_and_special_tokens(tokenizer):
         ({"min_frequency": 0}, ValueError, ["`min_frequency`", "1", "0"]),
         ({"extra_special_tokens": "<a>"}, TypeError, ["`extra_special_tokens`", "list", "'<a>'"]),
         ({"extra_special_tokens": ["<|eos|>"]}, ValueError, ["`extra_special_tokens`", "<|eos|>"]),
+        ({"vocabulary": 600}, TypeError, ["`vocabulary`", "padding_side"]),
+        ({"eos_token": "</s>"}, TypeError, ["`eos_token`", "add_eos_token"]),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, words):

@@ -35,6 +35,19 @@ TURN_TOKEN = "<|turn|>"
 # The order is the order of the ids: bos 1 and eos 2 are what Llama-like configurations assume.
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, TURN_TOKEN)
 
+SETTINGS = {
+    "add_bos_token",
+    "add_eos_token",
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "model_input_names",
+    "model_max_length",
+    "padding_side",
+    "response_template",
+    "split_special_tokens",
+    "truncation_side",
+}
+
 # Qwen3.5's pattern: words take one leading space or symbol, digits are single, line ends stick to the punctuation
 # before them. No normalizer goes with it, as NFC would change bytes.
 SPLIT_PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
@@ -109,15 +122,22 @@ class MirasTokenizer(TokenizersBackend):
             show_progress (`bool`, *optional*, defaults to `False`):
                 Whether to show the progress bars of `tokenizers`.
             kwargs:
-                Passed to the tokenizer, for instance `model_max_length`, `chat_template` or `padding_side`.
+                Settings of the tokenizer: `model_max_length`, `chat_template`, `padding_side`, `truncation_side`,
+                `add_bos_token`, `add_eos_token`, `split_special_tokens`, `clean_up_tokenization_spaces`,
+                `model_input_names` or `response_template`.
 
         Returns:
             [`MirasTokenizer`]
 
         Raises:
-            TypeError: an argument or a text has the wrong type.
+            TypeError: an argument or a text has the wrong type, or a setting is not one of those above.
             ValueError: `vocab_size` cannot hold the bytes and special tokens, or there is no text.
         """
+        unknown = sorted(set(kwargs) - SETTINGS)
+        if unknown:  # Transformers would keep it in the tokenizer's files, where nothing reads it
+            raise TypeError(
+                f"`train_from_iterator` got `{unknown[0]}`; settings of the tokenizer are {sorted(SETTINGS)}."
+            )
         special_tokens = [*SPECIAL_TOKENS, *_checked_special_tokens(extra_special_tokens)]
         smallest = len(ALPHABET) + len(special_tokens)
         _check_int("vocab_size", vocab_size, smallest, f"256 bytes and {len(special_tokens)} special tokens")
