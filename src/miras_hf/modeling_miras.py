@@ -62,6 +62,7 @@ from .mixer_ops import causal_convolution, l2norm, negative_softplus, rms_norm, 
 from .model_card import save_model_card
 from .parallel import check_distributed_config
 from .sequences import Sequences, check_text_read, has_inner_pads, packed_sequences, padded_sequences
+from .weight_decay import exempt_from_trainer
 
 
 logger = logging.get_logger(__name__)
@@ -82,6 +83,8 @@ _KEYWORDS: dict[str, tuple] = {
 
 
 class MirasRMSNorm(nn.Module):
+    decays = False
+
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
@@ -174,6 +177,8 @@ class MirasShortConvolution(nn.Module):
 
 class MirasLowRankGate(nn.Module):
     """A map from the layer's input to one number per head, or per channel through a low rank."""
+
+    decays = False  # nor does what its kinds add to the bias; its projections do
 
     def __init__(self, config: MirasConfig, granularity: str):
         super().__init__()
@@ -281,6 +286,7 @@ class MirasInitialState(nn.ParameterList):
     """The dual state that every text starts from. A list that is called, so that what wraps the forward of modules
     (offloading, tensor parallelism) reaches its parameters."""
 
+    decays = False
     __call__ = nn.Module.__call__  # a parameter list's own raises
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -289,6 +295,8 @@ class MirasInitialState(nn.ParameterList):
 
 class MirasMemory(nn.Module):
     """The memory of a layer's heads: what is learned about it in training, and the rule by which it learns itself."""
+
+    decays = False
 
     def __init__(self, config: MirasConfig):
         super().__init__()
@@ -646,6 +654,12 @@ class MirasPreTrainedModel(PreTrainedModel):
         "hidden_states": MirasDecoderLayer,
         "attentions": MirasAttention,
     }
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether `num_items_in_batch` may be given. `Trainer` asks before it makes an optimizer."""
+        exempt_from_trainer()
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

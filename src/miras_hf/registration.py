@@ -33,6 +33,7 @@ Filled elsewhere, where what they hold is defined:
 | names of layer types with `"linear_attention"` in them | `configuration_miras` | that sequences are not split |
 | PEFT's `TRANSFORMERS_MODELS_TO_..._MODULES_MAPPING` | `peft` | which modules a method adapts |
 | `ALL_PARALLEL_STYLES` | `parallel` | how tensor parallelism shards a memory |
+| none; `Trainer.get_decay_parameter_names` is told | `weight_decay` | what decays |
 
 Left alone on purpose: what stands in `CONFIG_MAPPING_NAMES` is imported from inside Transformers. `LOSS_MAPPING` matches
 the ends of class names, which are the usual ones. `MODEL_FOR_QUESTION_ANSWERING` and `MODEL_FOR_PRETRAINING` have no
