@@ -61,6 +61,7 @@ from .memory import (
 from .mixer_ops import causal_convolution, l2norm, negative_softplus, rms_norm, scaled_sigmoid, silu_gated_rms_norm
 from .model_card import save_model_card
 from .parallel import check_distributed_config
+from .peft import NotByParameter
 from .sequences import Sequences, check_text_read, has_inner_pads, packed_sequences, padded_sequences
 from .weight_decay import exempt_from_trainer
 
@@ -282,7 +283,7 @@ def memory_rule(config: MirasConfig) -> MirasRule:
     )
 
 
-class MirasInitialState(nn.ParameterList):
+class MirasInitialState(NotByParameter, nn.ParameterList):
     """The dual state that every text starts from. A list that is called, so that what wraps the forward of modules
     (offloading, tensor parallelism) reaches its parameters."""
 
@@ -293,7 +294,7 @@ class MirasInitialState(nn.ParameterList):
         return tuple(self)
 
 
-class MirasMemory(nn.Module):
+class MirasMemory(NotByParameter, nn.Module):
     """The memory of a layer's heads: what is learned about it in training, and the rule by which it learns itself."""
 
     decays = False
