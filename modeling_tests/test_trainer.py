@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from miras_hf import MemoraConfig, MemoraForCausalLM, MirasTokenizer, MonetaConfig, MonetaForCausalLM
+from miras_hf import MemoraConfig, MemoraForCausalLM, MirasLayer, MirasTokenizer, MonetaConfig, MonetaForCausalLM
 from miras_hf.weight_decay import undecayed_parameter_names
 
 
@@ -242,6 +242,20 @@ def test_metrics_see_logits_and_no_caches(padded, rows, tmp_path):
     assert metrics["eval_accuracy"] == pytest.approx(hits / targets)
     assert np.isfinite(metrics["eval_loss"])
     assert trainer.predict(datasets.Dataset.from_list(rows[2:])).predictions.shape == (2, 14)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_and_evaluation_make_no_caches(checkpointing, padded, rows, tmp_path, monkeypatch):
+    made = []
+    make = MirasLayer.__init__
+    monkeypatch.setattr(
+        MirasLayer, "__init__", lambda self, *args, **kwargs: (made.append(1), make(self, *args, **kwargs))[1]
+    )
+    trainer = train(make_model(), padded, rows, tmp_path, gradient_checkpointing=checkpointing)
+    trainer.evaluate(trainer.train_dataset)
+    assert not made
+    make_model()(torch.tensor([rows[0]["input_ids"]]))  # the count counts: a call outside of a trainer makes one
+    assert made
 
 
 # -- label smoothing -------------------------------------------------------------------------------------------------------

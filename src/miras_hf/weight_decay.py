@@ -13,9 +13,8 @@
 # limitations under the License.
 """Weight decay: what of a Miras model it is for, told to `Trainer` and to whoever asks.
 
-Matrices decay: embeddings, projections, and the filters of convolutions. Norms, biases and what else starts anywhere but
-near zero do not: the memory's norm, `a_log` of retention gates, and the learned initial memories, which decay would pull
-toward a memory that answers nothing.
+Matrices decay: embeddings, projections, and the filters of convolutions. Norms, biases, the rates `a_log` of retention
+gates and the learned initial memories do not: decay would pull them toward a memory that answers nothing.
 """
 
 import functools
