@@ -63,7 +63,7 @@ class ForecastArguments(TrainingArguments):
     max_steps: int = field(default=200, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Windows per step and device."})
     learning_rate: float = field(default=5e-3, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Decay of matrices (not of norms and biases)."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Decay of matrices, not of norms, biases, memories."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Warmup: steps, or a share of them if below 1."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after the warmup."})
     logging_steps: float = field(default=25, metadata={"help": "Steps between two training losses."})

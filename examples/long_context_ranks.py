@@ -253,7 +253,8 @@ def main() -> None:
         size = sum(tensor.nbytes for tensor in state_of(cache_after(model, 1, args.tokens)))
         print(f"{dist.get_world_size()} ranks read {args.tokens} tokens and hand on {size / 2**20:.2f} MiB a row")
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    # torch decays everything by default, norms and the learned initial memories, too
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     for step in range(args.steps):
         optimizer.zero_grad()
         loss = training_step(model, next(data), args.micro_batches, args.truncate)

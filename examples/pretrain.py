@@ -151,7 +151,7 @@ class PretrainingArguments(TrainingArguments):
     learning_rate: float = field(default=6e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after the warmup."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warmup: steps, or a share of them if below 1."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Decay of matrices (not of norms and biases)."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Decay of matrices, not of norms, biases, memories."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2."})
     eval_on_start: bool = field(default=True, metadata={"help": "Validation loss before training."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate during training."})

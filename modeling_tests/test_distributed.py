@@ -16,6 +16,8 @@
 Two processes talk over gloo, see `distributed_worker.py`. The recipe for long sequences is run as its users run it.
 """
 
+import copy
+import inspect
 import json
 import os
 import re
@@ -26,12 +28,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.big_modeling import _refuse_recurrent_layers_under_sequence_parallelism
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from distributed_cases import BY_KERNEL, CONFIGS, INDIVISIBLE, TRAINER_ARGUMENTS, padded_examples, token_ids
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, set_seed
+
+from miras_hf import YaadConfig
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,6 +181,37 @@ def test_context_parallelism_is_refused(results, folder):
         assert "miras_memory" in message
     model = AutoModelForCausalLM.from_pretrained(folder / "hybrid")
     assert not model.supports_context_parallel
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("layers", [{}, {"layer_types": ["sliding_attention", "miras_memory"]}])
+def test_sequence_parallelism_is_refused(layers, with_lora):
+    # Accelerate asks this before DeepSpeed's Ulysses splits the sequences; attention alone is asked to exchange them
+    sizes = {"vocab_size": 80, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = AutoModelForCausalLM.from_config(YaadConfig(**sizes, **layers))
+    if with_lora:
+        model = get_peft_model(model, LoraConfig())
+    with pytest.raises(ValueError, match=r"Sequence parallelism does not support .*\['miras_memory'\]"):
+        _refuse_recurrent_layers_under_sequence_parallelism(model)
+    llama = LlamaConfig(**sizes, intermediate_size=48)
+    _refuse_recurrent_layers_under_sequence_parallelism(AutoModelForCausalLM.from_config(llama))
+
+
+def test_accelerate_asks_before_it_splits_sequences():
+    # the question stands in the one place where Ulysses is set up: a test of its answer alone would miss its removal
+    source = inspect.getsource(Accelerator._prepare_deepspeed)
+    question, ulysses = "_refuse_recurrent_layers_under_sequence_parallelism(model)", ".register_with_transformers("
+    assert 0 < source.index(question) < source.index(ulysses)
+
+
+def test_a_recurrent_layer_type_is_its_name_in_all_else():
+    config = YaadConfig(num_hidden_layers=2, attention_layers=[1])
+    memory, attention = config.layer_types
+    assert memory == "miras_memory" and hash(memory) == hash("miras_memory") and repr(memory) == "'miras_memory'"
+    assert "linear_attention" in memory and "linear_attention" not in attention
+    assert "miras" in memory and "attention" not in memory
+    assert json.dumps(config.layer_types) == '["miras_memory", "sliding_attention"]'
+    assert "linear_attention" in copy.deepcopy(config).layer_types[0]
 
 
 @pytest.mark.parametrize("config", ACCELERATE_CONFIGS, ids=lambda path: path.stem)

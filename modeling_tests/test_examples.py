@@ -27,6 +27,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import miras_hf
+
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -63,6 +65,20 @@ def smoke(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, json.loads((folder / "reports" / "smoke.json").read_text()), done.stdout
+
+
+@pytest.mark.parametrize("model_class", ["MonetaForCausalLM", "YaadForCausalLM", "MemoraForCausalLM"])
+def test_pretraining_decays_what_its_help_says(model_class, tmp_path):
+    model_class = getattr(miras_hf, model_class)
+    model = model_class(model_class.config_class.from_preset("tiny", vocab_size=64))
+    args = pretrain.PretrainingArguments(str(tmp_path), use_cpu=True, eval_strategy="no")
+    trainer = pretrain.PretrainingTrainer(model, args)
+    decayed, kept = trainer.create_optimizer().param_groups
+    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
+    matrices = ("_proj.weight", "_conv.weight", "embed_tokens.weight", "lm_head.weight")
+    expected = {name for name, _ in model.named_parameters() if name.endswith(matrices)}
+    assert {name for name, p in model.named_parameters() if any(p is x for x in decayed["params"])} == expected
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
 
 
 def test_smoke_learns_and_says_so(smoke):

@@ -269,3 +269,33 @@ def test_prefix_tuning_is_refused(checkpointing, input_ids):
         model.train()(input_ids=input_ids, labels=input_ids)
     with pytest.raises(ValueError, match="prefix tuning.*not possible"):
         generate(model.eval(), input_ids)
+
+
+@pytest.mark.parametrize(
+    "name", ["memory.initial_state.0", "initial_state.1", "memory.norm_weight", "memory.norm_bias"]
+)
+def test_bare_parameters_of_a_memory_are_refused(name):
+    config = LoraConfig(target_modules=[], target_parameters=[name])
+    with pytest.raises(ValueError, match=r"`target_parameters`.*`initial_state`.*`modules_to_save=\[\"memory\"\]`"):
+        get_peft_model(make_model(), config)
+
+
+def test_bare_parameters_that_can_be_adapted_are(input_ids):
+    config = LoraConfig(target_modules=[], target_parameters=["k_conv.weight", "eta.up_proj.weight"], r=2)
+    model = get_peft_model(make_model(), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted = model.base_model.model.model.layers[0].mixer.k_conv
+    weight = adapted.base_layer.weight + adapted.get_delta_weight("default")
+
+    expected = make_model()
+    mixer = expected.model.layers[0].mixer
+    with torch.no_grad():
+        mixer.k_conv.weight.copy_(weight)
+        up_proj = model.base_model.model.model.layers[0].mixer.eta.up_proj
+        mixer.eta.up_proj.weight.add_(up_proj.get_delta_weight("default"))
+    torch.testing.assert_close(logits(model, input_ids), logits(expected, input_ids))
+    assert (logits(expected, input_ids) - logits(make_model(), input_ids)).abs().max() > 1e-3
+    assert torch.equal(generate(model, input_ids), generate(expected, input_ids))

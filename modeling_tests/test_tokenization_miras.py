@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from miras_hf import MemoraConfig, MirasConfig, MirasTokenizer, MonetaConfig, YaadConfig
@@ -123,12 +124,151 @@ def test_chat_assistant_mask_covers_exactly_the_replies_and_their_ends(tokenizer
     assert tokenizer.decode(kept) == "  a function\n<|eos|>a type<|eos|>"
 
 
-def test_chat_content_may_be_parts_or_absent(tokenizer):
+def test_chat_content_may_be_parts(tokenizer):
     parts = [{"role": "user", "content": [{"type": "text", "text": "de"}, {"type": "text", "text": "f?"}]}]
     plain = [{"role": "user", "content": "def?"}]
     assert tokenizer.apply_chat_template(parts) == tokenizer.apply_chat_template(plain)
-    absent = tokenizer.apply_chat_template([{"role": "assistant", "content": None}], tokenize=False)
-    assert absent == "<|bos|><|turn|>assistant\n<|eos|>"
+
+
+# -- tools ----------------------------------------------------------------------------------------------------------------
+
+ADD = {"type": "function", "function": {"name": "add", "description": "Adds <b>é</b>.", "parameters": {"a": "int"}}}
+SUB = {"type": "function", "function": {"name": "sub", "parameters": {}}}
+# the words of Qwen's template
+TOOLS = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function "
+    "signatures within <tools></tools> XML tags:\n<tools>\n"
+    '{"type": "function", "function": {"name": "add", "description": "Adds <b>é</b>.", "parameters": {"a": "int"}}}\n'
+    '{"type": "function", "function": {"name": "sub", "parameters": {}}}\n</tools>\n\n'
+    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML "
+    'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+
+
+def call(name, arguments, **kwargs):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}, **kwargs}
+
+
+def say(role, content=None, **kwargs):
+    return {"role": role, "content": content, **kwargs}
+
+
+WITH_TOOLS = [
+    say("user", "one and two?"),
+    say("assistant", tool_calls=[call("add", {"a": 1, "b": "<é>"}, id="x1"), call("sub", '{"a": 2}', id="x2")]),
+    say("tool", "3", tool_call_id="x1", name="add"),
+    say("tool", [{"type": "text", "text": "-1"}], tool_call_id="x2"),
+    say("assistant", "3", tool_calls=[{"name": "sub", "arguments": None}]),
+    say("tool", ""),
+    say("assistant", "done", tool_calls=None),
+]
+CALLS = [
+    '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "<é>"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "sub", "arguments": {"a": 2}}\n</tool_call><|eos|>',
+    '3\n<tool_call>\n{"name": "sub", "arguments": {}}\n</tool_call><|eos|>',
+    "done<|eos|>",
+]
+
+
+def test_tools_stand_in_the_first_turn(tokenizer):
+    question = "<|turn|>user\none and two?<|eos|><|turn|>assistant\n"
+    ask = {"tools": [ADD, SUB], "add_generation_prompt": True, "tokenize": False}
+    found = tokenizer.apply_chat_template(WITH_TOOLS[:1], **ask)
+    assert found == f"<|bos|><|turn|>system\n{TOOLS}<|eos|>{question}"
+    found = tokenizer.apply_chat_template([say("system", "Be brief."), WITH_TOOLS[0]], **ask)
+    assert found == f"<|bos|><|turn|>system\nBe brief.\n\n{TOOLS}<|eos|>{question}"
+    assert tokenizer.apply_chat_template(WITH_TOOLS[:1], **{**ask, "tools": []}) == f"<|bos|>{question}"
+
+    def add(a: int):
+        """Adds.
+
+        Args:
+            a: a number
+        """
+
+    assert '"name": "add", "description": "Adds."' in tokenizer.apply_chat_template(
+        WITH_TOOLS[:1], **{**ask, "tools": [add]}
+    )
+
+
+def test_calls_and_results_are_turns(tokenizer):
+    found = tokenizer.apply_chat_template(WITH_TOOLS, tokenize=False)
+    assert found == (
+        f"<|bos|><|turn|>user\none and two?<|eos|><|turn|>assistant\n{CALLS[0]}<|turn|>tool\n3<|eos|><|turn|>tool\n-1<|eos|>"
+        f"<|turn|>assistant\n{CALLS[1]}<|turn|>tool\n<|eos|><|turn|>assistant\n{CALLS[2]}"
+    )
+    # what was said stays what it was when more is said
+    for i in range(1, len(WITH_TOOLS)):
+        assert found.startswith(tokenizer.apply_chat_template(WITH_TOOLS[:i], tokenize=False))
+
+
+def test_calls_count_as_replies(tokenizer):
+    chat = tokenizer.apply_chat_template(WITH_TOOLS, tools=[ADD, SUB], return_assistant_tokens_mask=True)
+    kept = [i for i, mask in zip(chat["input_ids"], chat["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(kept) == "".join(CALLS)
+
+
+def test_the_final_message_is_continued(tokenizer):
+    for last in ("3 and", [{"type": "text", "text": "3"}, {"type": "text", "text": " and"}]):
+        chat = [*WITH_TOOLS[:4], say("assistant", last)]
+        found = tokenizer.apply_chat_template(chat, continue_final_message=True, tokenize=False)
+        assert found == tokenizer.apply_chat_template(WITH_TOOLS[:4], tokenize=False) + "<|turn|>assistant\n3 and"
+
+
+REFUSED = {
+    "a reply that says nothing": ([say("assistant")], ["`content`", "message 0", "`tool_calls`"]),
+    "an empty list of parts": ([say("user", [])], ["`content`", "message 0"]),
+    "no content": ([{"role": "user"}], ["`content`", "message 0", "'user'"]),
+    "a result without content": ([*WITH_TOOLS[:2], {"role": "tool"}], ["`content`", "message 2", "'tool'"]),
+    "an unknown role": ([CHAT[0], say("critic", "no")], ["`role`", "message 1", "critic", "assistant"]),
+    "no role": ([{"content": "hi"}], ["`role`", "message 0"]),
+    "an image": ([say("user", [{"type": "image", "url": "a.png"}])], ["`content`", "message 0", "image", "text only"]),
+    "a part without type": ([say("user", [{"text": "a"}])], ["`content`", "message 0"]),
+    "a string as a part": ([say("user", ["a"])], ["`content`", "message 0"]),
+    "content that is a mapping": ([say("user", {"text": "a"})], ["`content`", "message 0"]),
+    "reasoning": ([say("assistant", "a", reasoning_content="hm")], ["`reasoning_content`", "message 0", "assistant"]),
+    "an old call": ([say("assistant", "a", function_call={"name": "f"})], ["`function_call`", "message 0"]),
+    "a weight": ([say("assistant", "a", weight=0)], ["`weight`", "message 0"]),
+    "calls of a user": ([say("user", "a", tool_calls=[call("f", {})])], ["`tool_calls`", "message 0", "'user'"]),
+    "a call without name": ([say("assistant", tool_calls=[{"function": {}}])], ["`tool_calls`", "`name`"]),
+    "a call of another type": ([say("assistant", tool_calls=[call("f", {}) | {"type": "code"}])], ["`tool_calls`"]),
+    "arguments that are no JSON": ([say("assistant", tool_calls=[call("f", "a=1")])], ["`arguments`", "'f'", "a=1"]),
+    "arguments in a list": ([say("assistant", tool_calls=[call("f", [1])])], ["`arguments`", "'f'", "[1]"]),
+    "results in another order": (
+        [*WITH_TOOLS[:2], say("tool", "-1", tool_call_id="x2")],
+        ["`tool_call_id`", "message 2", "call 0", "'add'", "order"],
+    ),
+    "a result of another function": (
+        [*WITH_TOOLS[:2], say("tool", "-1", name="sub")],
+        ["`name`", "message 2", "'add'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_template_has_no_words_for_is_refused(tokenizer, case):
+    chat, words = REFUSED[case]
+    with pytest.raises(TemplateError) as caught:
+        tokenizer.apply_chat_template(chat)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_arguments_that_the_template_does_not_use_are_refused(tokenizer):
+    with pytest.raises(TemplateError, match="`documents` have no place"):
+        tokenizer.apply_chat_template(CHAT, documents=[{"title": "a", "text": "b"}])
+    with pytest.raises(TypeError, match="`enable_thinking`=True"):
+        tokenizer.apply_chat_template(CHAT, enable_thinking=True)
+    with pytest.raises(TypeError, match="`padding_side`='right'.*`tokenizer_kwargs`"):
+        tokenizer.apply_chat_template([CHAT, CHAT[:2]], padding=True, padding_side="right")
+    with pytest.raises(ValueError, match="reasoning_content"):
+        tokenizer.apply_chat_template([say("assistant", "a")], continue_final_message="reasoning_content")
+    plain = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert tokenizer.apply_chat_template(CHAT, documents=[], enable_thinking=False, tokenize=False) == plain
+    found = tokenizer.apply_chat_template(CHAT, chat_template="{{ tone }}", tone="mild", tokenize=False)
+    assert found == "mild"
+    assert tokenizer.apply_chat_template(CHAT, bos_token="", tokenize=False) == plain.removeprefix("<|bos|>")
+    padded = tokenizer.apply_chat_template([CHAT, CHAT[:2]], padding=True, tokenizer_kwargs={"padding_side": "right"})
+    assert padded["input_ids"][1][-1] == tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize("config_class", [MirasConfig, MonetaConfig, YaadConfig, MemoraConfig])
@@ -208,6 +348,8 @@ def test_train_new_from_iterator_keeps_class_and_special_tokens(tokenizer):
         ({"min_frequency": 0}, ValueError, ["`min_frequency`", "1", "0"]),
         ({"extra_special_tokens": "<a>"}, TypeError, ["`extra_special_tokens`", "list", "'<a>'"]),
         ({"extra_special_tokens": ["<|eos|>"]}, ValueError, ["`extra_special_tokens`", "<|eos|>"]),
+        ({"vocabulary": 600}, TypeError, ["`vocabulary`", "padding_side"]),
+        ({"eos_token": "</s>"}, TypeError, ["`eos_token`", "add_eos_token"]),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, words):

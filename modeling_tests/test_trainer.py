@@ -17,16 +17,20 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
 )
 
-from miras_hf import MemoraConfig, MemoraForCausalLM, MirasTokenizer, MonetaConfig, MonetaForCausalLM
+from miras_hf import MemoraConfig, MemoraForCausalLM, MirasLayer, MirasTokenizer, MonetaConfig, MonetaForCausalLM
+from miras_hf.weight_decay import undecayed_parameter_names
 
 
 SIZES = {"vocab_size": 270, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "chunk_size": 4}
@@ -239,3 +243,111 @@ def test_metrics_see_logits_and_no_caches(padded, rows, tmp_path):
     assert metrics["eval_accuracy"] == pytest.approx(hits / targets)
     assert np.isfinite(metrics["eval_loss"])
     assert trainer.predict(datasets.Dataset.from_list(rows[2:])).predictions.shape == (2, 14)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_and_evaluation_make_no_caches(checkpointing, padded, rows, tmp_path, monkeypatch):
+    made = []
+    make = MirasLayer.__init__
+    monkeypatch.setattr(
+        MirasLayer, "__init__", lambda self, *args, **kwargs: (made.append(1), make(self, *args, **kwargs))[1]
+    )
+    trainer = train(make_model(), padded, rows, tmp_path, gradient_checkpointing=checkpointing)
+    trainer.evaluate(trainer.train_dataset)
+    assert not made
+    make_model()(torch.tensor([rows[0]["input_ids"]]))  # the count counts: a call outside of a trainer makes one
+    assert made
+
+
+# -- label smoothing -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def smoothed_loss(model, rows, factor: float) -> float:
+    """Cross-entropy of the next token against targets of which `factor` is spread evenly over the vocabulary, every row
+    alone, mean over the predicted tokens."""
+    total = count = 0
+    for ids in (torch.tensor(row["input_ids"]) for row in rows):
+        log_probs = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        target = torch.nn.functional.one_hot(ids[1:], log_probs.shape[-1]).float()
+        target = (1 - factor) * target + factor / log_probs.shape[-1]
+        total, count = total - (target * log_probs).sum().item(), count + len(ids) - 1
+    return total / count
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("model_class", [MonetaForCausalLM, MemoraForCausalLM])
+def test_label_smoothing_is_of_the_next_token(model_class, with_lora, padded, rows, tmp_path):
+    torch.manual_seed(2)  # an adapter that already says something
+    model = make_model(model_class)
+    if with_lora:
+        model = get_peft_model(model, LoraConfig(init_lora_weights=False))
+    expected = smoothed_loss(model, rows, 0.3)
+    trainer = train(model, padded, rows, tmp_path, label_smoothing_factor=0.3, learning_rate=0.0)
+    assert losses(trainer)[0] == pytest.approx(expected, abs=2e-5)
+    # and not of the token itself, nor without smoothing
+    assert abs(losses(trainer)[0] - smoothed_loss(model, rows, 0.0)) > 1e-3
+    found = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    assert found == pytest.approx(expected, abs=2e-5)
+
+
+# -- weight decay ----------------------------------------------------------------------------------------------------------
+
+# of a memory layer, an attention layer, and what is around them
+DECAYED = [
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+    *(f"model.layers.0.mixer.{x}_proj.weight" for x in "gkoqv"),
+    *(f"model.layers.0.mixer.{x}_conv.weight" for x in "kqv"),
+    *(f"model.layers.0.mixer.{gate}.{x}_proj.weight" for gate in ("alpha", "delta", "eta") for x in ("down", "up")),
+    *(f"model.layers.1.self_attn.{x}_proj.weight" for x in "koqv"),
+    *(f"model.layers.{i}.mlp.{x}_proj.weight" for i in range(2) for x in ("down", "gate", "up")),
+]
+
+
+def decayed(trainer: Trainer) -> list[str]:
+    """Names of the parameters that the optimizer of a trainer decays."""
+    decay = {id(p) for g in trainer.create_optimizer().param_groups if g["weight_decay"] > 0 for p in g["params"]}
+    return sorted(name for name, p in trainer.model.named_parameters() if id(p) in decay)
+
+
+def make_trainer(model, folder) -> Trainer:
+    return Trainer(model, TrainingArguments(str(folder), weight_decay=0.1, use_cpu=True, report_to="none"))
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_matrices_decay_and_nothing_else(biases, tmp_path):
+    model = make_model(MonetaForCausalLM, attentional_bias="huber_coordinate", attention_bias=biases)
+    names = {name for name, _ in model.named_parameters()}
+    mixer = "model.layers.0.mixer"
+    memory = {"memory.initial_state.0", "memory.initial_state.1", "memory.norm_weight", "memory.norm_bias"}
+    kept = {f"{mixer}.{name}" for name in memory | {"alpha.a_log", "alpha.bias", "eta.bias", "o_norm.weight"}}
+    assert kept <= names
+    assert decayed(make_trainer(model, tmp_path)) == sorted(DECAYED)
+    assert undecayed_parameter_names(model) == names - set(DECAYED)
+
+
+def test_decay_pulls_at_matrices_only(padded, rows, tmp_path):
+    """One step of gradient descent differs by the learning rate times the decay times the weight, or not at all."""
+    found = []
+    for weight_decay in (0.0, 0.25):
+        trainer = train(make_model(), padded, rows, tmp_path, **ONE_STEP, weight_decay=weight_decay)
+        found.append({name: p.detach() for name, p in trainer.model.named_parameters()})
+    for name, before in make_model().named_parameters():
+        pull = 0.25 * before if name in DECAYED else torch.zeros_like(before)
+        torch.testing.assert_close(found[0][name] - found[1][name], pull, rtol=1e-4, atol=1e-6)
+
+
+def test_decay_of_adapted_models(tmp_path):
+    model = get_peft_model(make_model(), LoraConfig(modules_to_save=["memory"]))
+    names = decayed(make_trainer(model, tmp_path))
+    assert names == sorted(name for name, p in model.named_parameters() if p.requires_grad and "lora_" in name)
+    assert any(p.requires_grad and "initial_state" in name for name, p in model.named_parameters())
+
+
+def test_other_models_decay_as_before(tmp_path):
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    make_trainer(make_model(), tmp_path)  # from here on, `Trainer` knows our models
+    expected = sorted(name for name, _ in llama.named_parameters() if "norm" not in name)
+    assert decayed(make_trainer(llama, tmp_path)) == expected

@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig
 from torch.nn import functional as F
 from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import is_chat_template_prefix_preserving, supports_tool_calling
 
 from miras_hf import MirasTokenizer, YaadConfig, YaadForCausalLM
 
@@ -148,3 +149,37 @@ def test_model_learns_replies_and_when_to_stop(tokenizer, chats, tmp_path):
         text = trainer.model.generate(**inputs, max_new_tokens=30, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert text[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(text, skip_special_tokens=True) == chat[-1]["content"]
+
+
+TOOL_CHAT = [
+    {"role": "user", "content": "a question"},
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "text", "arguments": {"a": 1}}}]},
+    {"role": "tool", "name": "text", "content": "bye"},
+    {"role": "assistant", "content": "see you"},
+]
+
+
+def test_calls_of_tools_are_learned_with_their_words(tokenizer, tmp_path):
+    """A turn that only calls a tool is its call, and not an empty answer: the loss is that of the call's own tokens."""
+    tools = [{"type": "function", "function": {"name": "text", "parameters": {"a": "int"}}}]
+    dataset = datasets.Dataset.from_list([{"messages": TOOL_CHAT, "tools": tools}])
+    trainer = make_trainer(make_model(), tokenizer, dataset, tmp_path, max_steps=1, max_length=None)
+    trainer.train()
+
+    text = tokenizer.apply_chat_template(TOOL_CHAT, tools=tools, tokenize=False)
+    replies = ['<tool_call>\n{"name": "text", "arguments": {"a": 1}}\n</tool_call><|eos|>', "see you<|eos|>"]
+    assert text.endswith(f"assistant\n{replies[0]}<|turn|>tool\nbye<|eos|><|turn|>assistant\n{replies[1]}")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    begins = [text.index(f"assistant\n{reply}") + len("assistant\n") for reply in replies]
+    spans = [(begin, begin + len(reply)) for begin, reply in zip(begins, replies, strict=True)]
+    counts = torch.tensor([any(a < end and begin < b for a, b in spans) for begin, end in encoded["offset_mapping"]])
+    ids = torch.tensor(encoded["input_ids"])
+    with torch.no_grad():
+        logits = make_model()(ids[None]).logits[0, :-1]
+    expected = F.cross_entropy(logits[counts[1:]], ids[1:][counts[1:]]).item()
+    assert losses(trainer)[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_trl_knows_that_the_template_has_tools(tokenizer):
+    assert supports_tool_calling(tokenizer)
+    assert is_chat_template_prefix_preserving(tokenizer)

@@ -16,17 +16,6 @@
 Importing this package registers Miras, Moneta, Yaad and Memora with the Auto classes.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-
 from .cache import MirasLayer
 from .configuration_miras import MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from .modeling_miras import (
@@ -48,6 +37,7 @@ from .modeling_miras import (
     YaadForTokenClassification,
     YaadModel,
 )
+from .registration import register
 from .rollback import restore, snapshot
 from .saved_memory import load_memory, save_memory
 from .tokenization_miras import MirasTokenizer
@@ -56,41 +46,7 @@ from .tokenization_miras import MirasTokenizer
 __version__ = "0.1.0.dev0"
 
 
-_CAUSAL_LMS = (MirasForCausalLM, MonetaForCausalLM, YaadForCausalLM, MemoraForCausalLM)
-_AUTO_CLASSES = (
-    (AutoModel, (MirasModel, MonetaModel, YaadModel, MemoraModel)),
-    (AutoModelForCausalLM, _CAUSAL_LMS),
-    (AutoModelForMultimodalLM, _CAUSAL_LMS),
-    (
-        AutoModelForSequenceClassification,
-        (
-            MirasForSequenceClassification,
-            MonetaForSequenceClassification,
-            YaadForSequenceClassification,
-            MemoraForSequenceClassification,
-        ),
-    ),
-    (
-        AutoModelForTokenClassification,
-        (
-            MirasForTokenClassification,
-            MonetaForTokenClassification,
-            YaadForTokenClassification,
-            MemoraForTokenClassification,
-        ),
-    ),
-)
-
-for _config in (MirasConfig, MonetaConfig, YaadConfig, MemoraConfig):
-    AutoConfig.register(_config.model_type, _config)
-    AutoTokenizer.register(_config, tokenizer_class=MirasTokenizer)
-for _auto_class, _models in _AUTO_CLASSES:
-    for _model in _models:
-        _auto_class.register(_model.config_class, _model)
-for _model in _CAUSAL_LMS:
-    # `transformers serve` loads what stands here through the Auto class above, and anything else as an attribute of the
-    # transformers module, where classes from elsewhere are not
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[_model.config_class.model_type] = _model.__name__
+register()
 
 
 __all__ = [

@@ -40,6 +40,19 @@ from .peft import register_peft_defaults
 MEMORY_LAYER = "miras_memory"
 ATTENTION_LAYER = "sliding_attention"
 
+
+class RecurrentLayerType(str):
+    """Name of a layer that carries a state along the sequence, which is found to contain `"linear_attention"`,
+    Transformers' word for such layers.
+
+    Accelerate looks for that word inside the names of a model's layer types, and refuses to split sequences over
+    processes where it stands: each would start its memories anew, and train with gradients that are wrong in silence.
+    """
+
+    def __contains__(self, part: str) -> bool:
+        return part == "linear_attention" or super().__contains__(part)
+
+
 # Widths, depths and heads of arXiv 2504.13173, table 5; it does not give those of its 1.3B models. The names are the
 # paper's: with an untied vocabulary of 32000 and the output gate, Moneta counts 146M, 410M, 868M and 1275M parameters.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -67,8 +80,8 @@ _FLOAT32_TINY = 2.0**-126
 
 @lru_cache
 def _layer_types(layers: int, attention_layers: tuple[int, ...]) -> tuple[str, ...]:
-    attention = set(attention_layers)
-    return tuple(ATTENTION_LAYER if i in attention else MEMORY_LAYER for i in range(layers))
+    attention, memory = set(attention_layers), RecurrentLayerType(MEMORY_LAYER)
+    return tuple(ATTENTION_LAYER if i in attention else memory for i in range(layers))
 
 
 @strict

@@ -68,6 +68,7 @@ from .memory import (
 from .mixer_ops import causal_convolution, l2norm, negative_softplus, rms_norm, scaled_sigmoid, silu_gated_rms_norm
 from .model_card import save_model_card
 from .parallel import check_distributed_config
+from .peft import NotByParameter
 from .sequences import (
     Sequences,
     check_kernel_arguments,
@@ -79,6 +80,7 @@ from .sequences import (
     packed_sequences,
     padded_sequences,
 )
+from .weight_decay import exempt_from_trainer
 
 
 logger = logging.get_logger(__name__)
@@ -99,6 +101,8 @@ _KEYWORDS: dict[str, tuple] = {
 
 
 class MirasRMSNorm(nn.Module):
+    decays = False
+
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
@@ -191,6 +195,8 @@ class MirasShortConvolution(nn.Module):
 
 class MirasLowRankGate(nn.Module):
     """A map from the layer's input to one number per head, or per channel through a low rank."""
+
+    decays = False  # nor does what its kinds add to the bias; its projections do
 
     def __init__(self, config: MirasConfig, granularity: str):
         super().__init__()
@@ -294,18 +300,21 @@ def memory_rule(config: MirasConfig) -> MirasRule:
     )
 
 
-class MirasInitialState(nn.ParameterList):
+class MirasInitialState(NotByParameter, nn.ParameterList):
     """The dual state that every text starts from. A list that is called, so that what wraps the forward of modules
     (offloading, tensor parallelism) reaches its parameters."""
 
+    decays = False
     __call__ = nn.Module.__call__  # a parameter list's own raises
 
     def forward(self) -> tuple[Tensor, ...]:
         return tuple(self)
 
 
-class MirasMemory(nn.Module):
+class MirasMemory(NotByParameter, nn.Module):
     """The memory of a layer's heads: what is learned about it in training, and the rule by which it learns itself."""
+
+    decays = False
 
     def __init__(self, config: MirasConfig):
         super().__init__()
@@ -672,6 +681,15 @@ class MirasPreTrainedModel(PreTrainedModel):
         "attentions": MirasAttention,
     }
 
+    # whether the loss is divided by `num_items_in_batch`; if not, Trainer divides that of accumulated batches
+    _divides_loss = True
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether `num_items_in_batch` is understood. `Trainer` asks before it makes an optimizer."""
+        exempt_from_trainer()
+        return self._divides_loss
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -996,8 +1014,7 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
 class MirasForSequenceClassification(GenericForSequenceClassification, MirasPreTrainedModel):
     """The decoder with a classification head on the last real token."""
 
-    # Trainer divides the loss of accumulated batches by their number unless the model does
-    accepts_loss_kwargs = False
+    _divides_loss = False
 
     @takes_cache
     @can_return_tuple
@@ -1069,7 +1086,7 @@ class MirasForSequenceClassification(GenericForSequenceClassification, MirasPreT
 class MirasForTokenClassification(GenericForTokenClassification, MirasPreTrainedModel):
     """The decoder with a classification head on every token."""
 
-    accepts_loss_kwargs = False
+    _divides_loss = False
 
     @takes_cache
     def forward(

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which modules PEFT's methods adapt when a user names none: `LoraConfig()` is enough."""
+"""Which modules PEFT's methods adapt when a user names none, so that `LoraConfig()` is enough; and what they cannot adapt."""
 
 import sys
 
@@ -42,3 +42,19 @@ def _miras_modules(llama: list[str]) -> list[str]:
     # the gates of a mixer have projections of the same names
     of_mlp = ("gate_proj", "up_proj", "down_proj")
     return [f"mlp.{name}" if name in of_mlp else name for name in llama]
+
+
+class NotByParameter:
+    """Mixed into modules whose bare parameters LoRA's `target_parameters` cannot adapt.
+
+    PEFT wraps such a module for the length of its call, with one tensor that goes in. A memory is asked for more than
+    that: for its initial state without any, and for what it computes with before it is called.
+    """
+
+    @property
+    def is_transposed(self) -> bool:
+        """What PEFT asks for when it is about to wrap a parameter, and nobody else. Raises a `ValueError`."""
+        raise ValueError(
+            "`target_parameters` must not name parameters of a memory (`initial_state`, `norm_weight`, `norm_bias`): "
+            'LoRA cannot adapt them. `modules_to_save=["memory"]` trains them in full, beside adapters of other modules.'
+        )

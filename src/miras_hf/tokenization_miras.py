@@ -18,11 +18,14 @@ post-processor) lives in `tokenizer.json`, so a saved folder gives the same ids 
 (as [`MirasTokenizer`]) and to people who have not (as Transformers' own `TokenizersBackend`).
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import TokenizersBackend
+
+from .chat_template import CHAT_TEMPLATE
 
 
 PAD_TOKEN = "<|pad|>"
@@ -32,28 +35,22 @@ TURN_TOKEN = "<|turn|>"
 # The order is the order of the ids: bos 1 and eos 2 are what Llama-like configurations assume.
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, TURN_TOKEN)
 
+SETTINGS = {
+    "add_bos_token",
+    "add_eos_token",
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "model_input_names",
+    "model_max_length",
+    "padding_side",
+    "response_template",
+    "split_special_tokens",
+    "truncation_side",
+}
+
 # Qwen3.5's pattern: words take one leading space or symbol, digits are single, line ends stick to the punctuation
 # before them. No normalizer goes with it, as NFC would change bytes.
 SPLIT_PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-
-# A turn ends with the same eos that ends a document, so `generate` stops after a reply with nothing configured.
-CHAT_TEMPLATE = """\
-{%- macro text(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- elif content -%}{%- for part in content if part.type == "text" -%}{{- part.text -}}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-{{- "<|turn|>" + message.role + "\\n" -}}
-{%- if message.role == "assistant" -%}
-{% generation %}{{- text(message.content) + eos_token -}}{% endgeneration %}
-{%- else -%}
-{{- text(message.content) + eos_token -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- "<|turn|>assistant\\n" -}}{%- endif -%}
-"""
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -125,15 +122,22 @@ class MirasTokenizer(TokenizersBackend):
             show_progress (`bool`, *optional*, defaults to `False`):
                 Whether to show the progress bars of `tokenizers`.
             kwargs:
-                Passed to the tokenizer, for instance `model_max_length`, `chat_template` or `padding_side`.
+                Settings of the tokenizer: `model_max_length`, `chat_template`, `padding_side`, `truncation_side`,
+                `add_bos_token`, `add_eos_token`, `split_special_tokens`, `clean_up_tokenization_spaces`,
+                `model_input_names` or `response_template`.
 
         Returns:
             [`MirasTokenizer`]
 
         Raises:
-            TypeError: an argument or a text has the wrong type.
+            TypeError: an argument or a text has the wrong type, or a setting is not one of those above.
             ValueError: `vocab_size` cannot hold the bytes and special tokens, or there is no text.
         """
+        unknown = sorted(set(kwargs) - SETTINGS)
+        if unknown:  # Transformers would keep it in the tokenizer's files, where nothing reads it
+            raise TypeError(
+                f"`train_from_iterator` got `{unknown[0]}`; settings of the tokenizer are {sorted(SETTINGS)}."
+            )
         special_tokens = [*SPECIAL_TOKENS, *_checked_special_tokens(extra_special_tokens)]
         smallest = len(ALPHABET) + len(special_tokens)
         _check_int("vocab_size", vocab_size, smallest, f"256 bytes and {len(special_tokens)} special tokens")
@@ -168,6 +172,27 @@ class MirasTokenizer(TokenizersBackend):
             "clean_up_tokenization_spaces": False,
         }
         return cls(tokenizer_object=backend, **(defaults | kwargs))
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """
+        `apply_chat_template` of Transformers, which also passes what it does not know to the template. See
+        `miras_hf.chat_template` for what that has words for.
+
+        Raises:
+            TypeError: for an argument that neither Transformers nor the template knows, unless it is false or `None`.
+            jinja2.TemplateError: for conversations that the template has no words for.
+        """
+        known = inspect.signature(super().apply_chat_template).bind_partial(conversation, *args, **kwargs).arguments
+        unknown = {name: value for name, value in known.get("kwargs", {}).items() if value}
+        if unknown:
+            template = self.get_chat_template(known.get("chat_template"), known.get("tools"))
+            for name in unknown:
+                if name not in template:
+                    raise TypeError(
+                        f"`apply_chat_template` got `{name}`={unknown[name]!r:.80}, which its template does not use. "
+                        "Arguments of the tokenizer itself go into `tokenizer_kwargs`."
+                    )
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """
