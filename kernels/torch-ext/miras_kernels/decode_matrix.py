@@ -28,6 +28,7 @@ from .pieces import (
     KL,
     LQ_MIRROR,
     chunk_gates,
+    inverse_of_mean,
     power,
     product,
     residual,
@@ -177,10 +178,10 @@ def matrix_decode_kernel(
             elif LINK == LQ_MIRROR:
                 # the slope's best rank-one factorisation: row means times column means over the mean
                 b_slope = tl.where(m_dd, power(tl.abs(b_dual), Q - 2.0), 0.0)
-                mean = tl.maximum(tl.sum(b_slope) / (1.0 * D * D), 1e-30)
+                inverse_mean = inverse_of_mean(tl.sum(b_slope) / (1.0 * D * D))
                 scale = scale_of_dual(b_dual, D, LINK, Q, FLOOR, CAP)
                 b_keyed = b_keyed * (tl.sum(b_slope, 1) / D)[None, :]
-                b_written = b_written * ((Q - 1.0) * scale / mean * (tl.sum(b_slope, 0) / D))[None, :]
+                b_written = b_written * ((Q - 1.0) * scale * (tl.sum(b_slope, 0) / D * inverse_mean))[None, :]
             else:
                 b_x = b_q * scale_of_dual(b_dual, D, LINK, Q, FLOOR, CAP)
             b_p = tl.sum(b_keyed * b_x[None, :], 1)

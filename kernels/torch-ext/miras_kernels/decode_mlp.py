@@ -44,6 +44,7 @@ from .pieces import (
     frozen_scale,
     gelu,
     gelu_and_slope,
+    inverse_of_mean,
     normalise,
     normalise_vjp,
     power,
@@ -303,7 +304,7 @@ def mlp_decode_kernel(
                     b_written = (MASS1 / N) * (b_written - shift)
                 elif LINK == LQ_MIRROR:
                     b_columns = tl.load(scratch + 2 * N + o_h, mask=m_h, other=0.0)
-                    b_written = b_written * ((Q - 1.0) * scale1 / tl.maximum(mean_slope1, 1e-30) * b_columns)
+                    b_written = b_written * ((Q - 1.0) * scale1 * (b_columns * inverse_of_mean(mean_slope1)))
                 b_zq = tl.load(scratch + N + o_h, mask=m_h, other=0.0) + b_written
                 b_hq = tl.where(m_h, gelu(b_zq), 0.0)
 
@@ -338,7 +339,7 @@ def mlp_decode_kernel(
             b_gradients2 = tl.where(m_own, b_dz2, b_gradients2) * b_keys
             b_z2 = -tl.sum(b_gradients2 * b_scores[:, None], 0)
             if LINK == LQ_MIRROR:
-                b_z2 = b_z2 * ((Q - 1.0) * scale2 / tl.maximum(mean_slope2, 1e-30) * (x2 / N))
+                b_z2 = b_z2 * ((Q - 1.0) * scale2 * (x2 / N * inverse_of_mean(mean_slope2)))
             b_z2 += tl.sum(b_kept, 0) * b_decay + tl.sum(b_constant, 0)
             if LINK != KL and LINK != LQ_MIRROR:
                 b_z2 = b_z2 * scale2
