@@ -65,8 +65,10 @@ def assert_pattern(y, clean, wanted, tolerance, what):
     assert_close(what, y[~wanted], clean[~wanted], tolerance)
 
 
-@pytest.mark.parametrize("token", [7, 16, 36])
-@pytest.mark.parametrize(("memory", "bias", "retention"), RULES)
+@pytest.mark.parametrize(
+    ("memory", "bias", "retention", "token"),
+    [(*rule, (7, 16, 36)[i % 3]) for i, rule in enumerate(RULES)] + [(*RULES[0], 36), (*RULES[4], 36)],
+)
 def test_nan_of_an_input_stays_from_its_token_on(memory, bias, retention, token):
     rule = make_rule(memory, bias, retention)
     inputs, parameters = make_call(rule, tokens=37)
@@ -182,7 +184,7 @@ def test_nan_while_decoding(memory, bias, retention):
 def test_gradients_of_a_broken_call(memory, bias, retention):
     """Its own and those of the memory it starts from are no numbers, those of the other head are what they were."""
     rule = make_rule(memory, bias, retention)
-    inputs, parameters = make_call(rule, tokens=37)
+    inputs, parameters = make_call(rule, tokens=9)
 
     def of(inputs):
         leaves = [None if x is None else x.clone().requires_grad_() for x in (*inputs, *parameters.initial)]
@@ -194,24 +196,21 @@ def test_gradients_of_a_broken_call(memory, bias, retention):
 
     clean = of(inputs)
     for name in names_of(inputs):
-        for token in (7, 20):
-            got = of(broken(inputs, name, token))
-            own = got[NAMES.index(name)][0, token, 1]
-            assert torch.isnan(own).any(), (name, token)
-            for grad, before in zip(got[:6], clean[:6], strict=True):
-                if grad is not None:
-                    assert torch.equal(grad[:, :, 0], before[:, :, 0]), (name, token)
-            for grad, before in zip(got[6:], clean[6:], strict=True):
-                assert torch.isnan(grad[1]).any(), (name, token)
-                assert torch.equal(grad[0], before[0])
+        got = of(broken(inputs, name, 7))
+        if (memory, name) != ("matrix", "q"):  # whose read is linear in its query
+            assert torch.isnan(got[NAMES.index(name)][0, 7, 1]).any(), name
+        for grad, before in zip(got[:6], clean[:6], strict=True):
+            assert grad is None or torch.equal(grad[:, :, 0], before[:, :, 0]), name
+        for grad, before in zip(got[6:], clean[6:], strict=True):
+            assert torch.isnan(grad[1]).any(), name
+            assert torch.equal(grad[0], before[0]), name
 
 
 # -- weights that have decayed to zero ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("q", [3.0, 4.0, 6.0, 8.0])
 @pytest.mark.parametrize("memory", ["mlp", "matrix"])
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12, 1e-6])
+@pytest.mark.parametrize(("size", "q"), [(0.0, 4.0), (0.0, 6.0), (1e-30, 3.0), (1e-12, 8.0), (1e-6, 6.0)])
 def test_mirror_map_of_small_weights(size, memory, q):
     rule = make_rule(memory, "l2", "lq_mirror", q=q, decay_target="zero")
     inputs, parameters = make_call(rule, tokens=21, heads=1)

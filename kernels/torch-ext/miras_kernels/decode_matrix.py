@@ -105,7 +105,8 @@ def matrix_decode_kernel(
     if TOWARD_INIT:
         b_base = tl.load(base + head * D * D + o_dd, mask=m_dd, other=0.0).to(tl.float32)
 
-    phase = tl.load(phases + program)
+    # whatever stands there, no slot beyond the chunk is written to
+    phase = tl.load(phases + program) & (C - 1)
     read = 0
     for t in range(0, T):
         token = row * T + t

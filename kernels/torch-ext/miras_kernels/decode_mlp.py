@@ -143,7 +143,8 @@ def mlp_decode_kernel(
     links += program * (4 + 4 * D + C)
     means = links + 4 + 4 * D
 
-    phase = tl.load(phases + program)
+    # whatever stands there, no slot beyond the chunk is written to
+    phase = tl.load(phases + program) & (C - 1)
     read = 0
     for t in range(0, T):
         token = row * T + t
