@@ -39,6 +39,12 @@ def check_instance(name: str, x: Any, kind: type) -> None:
         raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(x).__name__}.")
 
 
+def check_record(name: str, x: Any, kind: type) -> None:
+    """Raises a `TypeError` if `x` is no `kind`, of this package or of another copy of it, which the Hub may have loaded."""
+    if isinstance(x, type) or type(x).__name__ != kind.__name__ or type(x).__annotations__ != kind.__annotations__:
+        raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(x).__name__}.")
+
+
 def check_tensor(
     name: str, x: Any, dtypes: Sequence[torch.dtype], device: torch.device | None = None, beside: str = "q"
 ) -> None:
@@ -87,7 +93,7 @@ def check_shapes(name: str, tensors: Sequence[Tensor], expected: Sequence[tuple[
 
 def check_query(q: Any, choices: Any) -> None:
     """What has to be known before a kernel can be asked for. Its dtype and head_dim are left to `refusal`."""
-    check_instance("choices", choices, Choices)
+    check_record("choices", choices, Choices)
     check_instance("q", q, Tensor)
     if q.layout != torch.strided or q.is_nested:
         raise ValueError(f"`q` must be a dense tensor, got one of layout {q.layout}.")
@@ -234,7 +240,7 @@ def check_projections(projections: Any, kind: type, q: Tensor) -> None:
     """Of `Projections`, whose class is `kind`."""
     if projections is None:
         return
-    check_instance("projections", projections, kind)
+    check_record("projections", projections, kind)
     rows, tokens, heads, head_dim = q.shape
     device, width = q.device, heads * head_dim
     p = projections

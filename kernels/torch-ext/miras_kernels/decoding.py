@@ -28,9 +28,9 @@ from .checks import (
     FLOATS,
     INTEGERS,
     check_inputs,
-    check_instance,
     check_projections,
     check_query,
+    check_record,
     check_resident,
     check_shapes,
     check_tensors,
@@ -94,7 +94,7 @@ def resident_state(
         `TypeError`: if an argument is not of its type.
         `ValueError`: if arguments do not fit, naming the reason.
     """
-    check_instance("choices", choices, Choices)
+    check_record("choices", choices, Choices)
     check_tensors("initial", initial)
     check_tensors("state", state, last=INTEGERS)
     if not initial or initial[0].dim() != 3:

@@ -30,6 +30,7 @@ from .checks import (
     check_instance,
     check_options,
     check_query,
+    check_record,
     checked_borders,
 )
 from .choices import ATTENTIONAL_BIASES, HEAD_DIMS, RETENTION_GATES, Choices
@@ -60,7 +61,7 @@ def refusal(
     Raises:
         `TypeError`: if `choices` are no `Choices`, or `dtype` no dtype.
     """
-    check_instance("choices", choices, Choices)
+    check_record("choices", choices, Choices)
     check_instance("dtype", dtype, torch.dtype)
     device = torch.device(device)
     if not _TRITON_INSTALLED:
