@@ -79,7 +79,7 @@ def tile_of_state(j, D: tl.constexpr, BD: tl.constexpr, TN: tl.constexpr):
     return o_d[:, None] * D + o_n[None, :], (o_d < D)[:, None] & (o_n < D)[None, :], o_n, o_n < D
 
 
-@triton.jit(do_not_specialize=["LONGEST"])
+@triton.jit(do_not_specialize=["LONGEST", "H"])
 def matrix_backward_kernel(
     q,
     k,

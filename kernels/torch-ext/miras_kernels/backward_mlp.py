@@ -143,7 +143,7 @@ def error_of_write(
     return b_normed, inverse_std, b_error, b_delta, b_r
 
 
-@triton.jit(do_not_specialize=["LONGEST"])
+@triton.jit(do_not_specialize=["LONGEST", "H"])
 def mlp_backward_kernel(
     q,
     k,

@@ -35,7 +35,7 @@ from .pieces import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "ROTARY_TOKENS"])
 def matrix_decode_kernel(
     q,
     k,
@@ -62,7 +62,7 @@ def matrix_decode_kernel(
     mask,
     T,
     H,
-    ROTARY_STRIDE,
+    ROTARY_TOKENS,
     ETA_MAX,
     MIN_LOG_ALPHA,
     MASS,
@@ -129,7 +129,7 @@ def matrix_decode_kernel(
                 token,
                 row,
                 head,
-                row * ROTARY_STRIDE + t * D,
+                (row * ROTARY_TOKENS + t) * D,
                 H * D,
                 D,
                 BD,

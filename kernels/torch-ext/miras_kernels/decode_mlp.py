@@ -53,7 +53,7 @@ from .pieces import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "ROTARY_TOKENS"])
 def mlp_decode_kernel(
     q,
     k,
@@ -88,7 +88,7 @@ def mlp_decode_kernel(
     scratch,
     T,
     H,
-    ROTARY_STRIDE,
+    ROTARY_TOKENS,
     ETA_MAX,
     MIN_LOG_ALPHA,
     MASS1,
@@ -167,7 +167,7 @@ def mlp_decode_kernel(
                 token,
                 row,
                 head,
-                row * ROTARY_STRIDE + t * D,
+                (row * ROTARY_TOKENS + t) * D,
                 H * D,
                 D,
                 BD,

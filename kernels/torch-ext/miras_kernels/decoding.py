@@ -268,13 +268,13 @@ def _decode(
         return y
     eta, log_alpha = gate(eta), gate(log_alpha)
     gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
-    eta, log_alpha = (x.expand(*x.shape[:3], gate_dim).contiguous() for x in (eta, log_alpha))
+    eta, log_alpha = (x.expand(*x.shape[:3], gate_dim).float().contiguous() for x in (eta, log_alpha))
     delta_dim = 0
     if c["attentional_bias"].startswith("huber"):
-        delta = gate(delta).contiguous()
+        delta = gate(delta).float().contiguous()
         delta_dim = delta.shape[-1]
     initial = [a.contiguous() for a in initial]
-    norm = [p.contiguous() for p in (norm_weight, norm_bias)] if c["memory"] == "mlp" else []
+    norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if c["memory"] == "mlp" else []
     shapes = [tuple(a.shape[1:]) for a in initial]
     hidden_units = shapes[0][1]
     kernel_size = conv_weights[0].shape[-1] if conv_weights else 0
@@ -291,29 +291,28 @@ def _decode(
     if c["memory"] == "mlp":
         scratch = [torch.empty(rows * heads, 3, hidden_units, device=q.device)]
     kernel = mlp_decode_kernel if c["memory"] == "mlp" else matrix_decode_kernel
-    kernel[(rows * heads,)](
-        *(q, k, v, eta, log_alpha, eta if delta is None else delta, y, *initial, *norm, *state),
-        q if conv_tail is None else conv_tail,
-        *([w.contiguous() for w in conv_weights] or [q, q, q]),
-        *rotary,
-        eta if a_log is None else a_log,
-        eta if mask is None else mask.contiguous(),
-        *scratch,
-        tokens,
-        heads,
-        0 if cos is None or cos.shape[0] == 1 else tokens * head_dim,
-        eta_max,
-        c["min_log_alpha"],
-        *(c["simplex_mass"] * hidden_units / math.sqrt(fan_in) for fan_in, _ in shapes),
-        **constants,
-        **launch_configuration(
-            f"{c['memory']}_decode",
-            device=q.device,
-            head_dim=head_dim,
-            chunk_size=c["chunk_size"],
-            precision=precision,
-        ),
+    launch = launch_configuration(
+        f"{c['memory']}_decode", device=q.device, head_dim=head_dim, chunk_size=c["chunk_size"], precision=precision
     )
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(q):
+        kernel[(rows * heads,)](
+            *(q, k, v, eta, log_alpha, eta if delta is None else delta, y, *initial, *norm, *state),
+            q if conv_tail is None else conv_tail,
+            *([w.contiguous() for w in conv_weights] or [q, q, q]),
+            *rotary,
+            eta if a_log is None else a_log.float(),
+            eta if mask is None else mask.contiguous(),
+            *scratch,
+            tokens,
+            heads,
+            0 if cos is None or cos.shape[0] == 1 else tokens,
+            eta_max,
+            c["min_log_alpha"],
+            *(c["simplex_mass"] * hidden_units / math.sqrt(fan_in) for fan_in, _ in shapes),
+            **constants,
+            **launch,
+        )
     return y
 
 

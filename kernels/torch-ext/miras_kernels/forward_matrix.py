@@ -60,7 +60,7 @@ def linked(
             return scale * dual
 
 
-@triton.jit(do_not_specialize=["LONGEST"])
+@triton.jit(do_not_specialize=["LONGEST", "H"])
 def matrix_forward_kernel(
     q,
     k,

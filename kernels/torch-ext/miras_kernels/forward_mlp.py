@@ -109,7 +109,7 @@ def linked(dual, scale, top, total, mass, uniform, AXIS: tl.constexpr, LINK: tl.
         return scale * dual
 
 
-@triton.jit(do_not_specialize=["LONGEST"])
+@triton.jit(do_not_specialize=["LONGEST", "H"])
 def mlp_forward_kernel(
     q,
     k,

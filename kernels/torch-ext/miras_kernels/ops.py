@@ -162,7 +162,7 @@ def forward(
 
     Returns:
         `y` of the shape and dtype of `q`, the final state (empty if not asked for), and the saved chunk starts, for
-        each weight `[saved, heads, in, out]`, sequence after sequence.
+        each weight `[saved, heads, in, out]`, sequence after sequence; what room is left is not initialised.
 
     Raises:
         `TypeError`: if an argument is not of its type.
@@ -301,7 +301,7 @@ class _Call:
         self.shapes = [tuple(a.shape[1:]) for a in initial]
         self.toward_init = c["decay_target"] == "init"
         has_norm = c["memory"] == "mlp"
-        self.norm = [p.contiguous() for p in (norm_weight, norm_bias)] if has_norm else []
+        self.norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if has_norm else []
 
         order = None
         if cu_seqlens is not None:
@@ -367,13 +367,10 @@ class _Call:
         arguments += [self.min_log_alpha, *self.masses]
         kernel = mlp_forward_kernel if self.memory == "mlp" else matrix_forward_kernel
         constants = self.constants if begun is None else self.constants | {"HAS_EARLIER": begun}
-        kernel[(self.programs,)](
-            *arguments,
-            KEEP_FINAL=bool(final),
-            SAVE_EVERY=save_every,
-            **constants,
-            **self.configuration(f"{self.memory}_forward"),
-        )
+        launch = self.configuration(f"{self.memory}_forward")
+        # Triton launches on the current device, which need not be the tensors'
+        with torch.cuda.device_of(self.q):
+            kernel[(self.programs,)](*arguments, KEEP_FINAL=bool(final), SAVE_EVERY=save_every, **constants, **launch)
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, device=self.device)
@@ -436,7 +433,7 @@ def _forward(
     saved, saved_of_row = [], call.lengths
     if save_every:
         room = _saved_chunks(q, cu_seqlens, call.chunk_size, save_every)
-        saved = [call.zeros(room, *a.shape) for a in initial]
+        saved = [call.scratch(room, *a.shape) for a in initial]
         saved_of_row = call.saved_of_row(save_every)
 
     # pads are not written to
@@ -493,7 +490,7 @@ def _groups(call: _Call, saved: list[Tensor], every: int):
         begun = continues and group == 0
         kept = (call.saved_of_row(every) + group).clamp(max=saved[0].shape[0] - 1)
         dual = [x.index_select(0, kept) for x in saved]
-        chunk_starts = [call.zeros(call.rows * every, *x.shape[1:]) for x in saved]
+        chunk_starts = [call.scratch(call.rows * every, *x.shape[1:]) for x in saved]
         call.launch_forward(nothing, dual, [], where, chunk_starts, slots, 1, begun)
         yield begun, where, slots, chunk_starts
 
@@ -573,16 +570,17 @@ def _backward(
             arguments += [*chunk_starts, slots, *bars, delta_bar, *state_bars, *base_bars, *of_group]
             arguments += [*(call.earlier or unused), call.phases, *earlier_bars, *factor_bars, *where, *scratch]
             arguments += [*images, *slopes, rows_of_chunk]
-            kernel[(call.programs,)](
-                *arguments,
-                call.tokens,
-                heads,
-                call.min_log_alpha,
-                *call.masses,
-                KEEP_FINAL=bool(final_bars),
-                **call.constants | {"HAS_EARLIER": begun},
-                **launch,
-            )
+            with torch.cuda.device_of(q):
+                kernel[(call.programs,)](
+                    *arguments,
+                    call.tokens,
+                    heads,
+                    call.min_log_alpha,
+                    *call.masses,
+                    KEEP_FINAL=bool(final_bars),
+                    **call.constants | {"HAS_EARLIER": begun},
+                    **launch,
+                )
             norm_bars = [total + part for total, part in zip(norm_bars, of_group)] if of_group else norm_bars
     elif state and final_bars:
         earlier_bars = [x.clone() for x in factor_bars]
