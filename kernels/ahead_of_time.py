@@ -168,7 +168,6 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
         patch.object(decoding, "launch_configuration", lambda *_, **__: dict(launch)),
         # there is no GPU, and none is needed
         patch.object(ops, "refusal", lambda *_: None),
-        patch.object(decoding, "refusal", lambda *_, **__: None),
         _target(capability),
         # nothing is read from or left in the user's cache: what is counted was compiled here
         tempfile.TemporaryDirectory() as cache,

@@ -265,7 +265,8 @@ def test_operator_is_well_formed():
     from miras_hf.backend import kernel_choices
 
     rule = make_rule("mlp", "huber_mixture", "lq")
-    inputs, parameters = make_call(rule, tokens=5, heads=1)
+    # two chunks, as many as there is room for: what is left of the kept starts would not be initialised
+    inputs, parameters = make_call(rule, tokens=17, heads=1)
     inputs = [x.requires_grad_() for x in inputs]
     choices = vars(kernel_choices(rule)[0]).values()
     arguments = (*inputs, list(parameters.initial), *parameters[1:], [], None, None, False, 1, "ieee", *choices)

@@ -30,9 +30,11 @@ from .pieces import (
     LQ,
     LQ_MIRROR,
     VALUE_CAP,
+    bounded,
     chunk_gates,
     frozen_scale,
     frozen_scale_rates,
+    inverse_of_mean,
     load_dual,
     load_gates,
     mirror_vjp,
@@ -77,7 +79,7 @@ def tile_of_state(j, D: tl.constexpr, BD: tl.constexpr, TN: tl.constexpr):
     return o_d[:, None] * D + o_n[None, :], (o_d < D)[:, None] & (o_n < D)[None, :], o_n, o_n < D
 
 
-@triton.jit(do_not_specialize=["LONGEST"])
+@triton.jit(do_not_specialize=["LONGEST", "H"])
 def matrix_backward_kernel(
     q,
     k,
@@ -205,7 +207,7 @@ def matrix_backward_kernel(
         m_fd = m_f[:, None] & m_d[None, :]
         p_e = program * C * D + o_c[:, None] * D + o_d[None, :]
         b_k = tl.load(k + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_k = tl.minimum(tl.maximum(b_k, -KEY_CAP), KEY_CAP)
+        b_k = bounded(b_k, KEY_CAP)
         if HAS_EARLIER:
             b_k = tl.where(m_e[:, None], tl.load(earlier_inputs + p_e, mask=m_ed, other=0.0), b_k)
         b_eta, b_log_decay, total_log_decay = load_gates(
@@ -239,9 +241,9 @@ def matrix_backward_kernel(
             sums = sum_of_dual(b_dual, m_n, sums, 1, LINK, Q)
         squares, powers, top, total = sums
         scale = frozen_scale(squares, powers, 1.0 * D * D, LINK, Q, FLOOR, CAP)
-        # the mirror map's slope as row means times column means, the latter times this
+        # the mirror map's slope as row means times column means, the latter over their mean and times this gain
         mean_slope = tl.sum(top) / (1.0 * D * D)
-        slope_scale = (Q - 1.0) * scale / tl.maximum(mean_slope, 1e-30)
+        slope_gain, inverse_mean = (Q - 1.0) * scale, inverse_of_mean(mean_slope)
         tl.debug_barrier()
 
         # -- write ----------------------------------------------------------------------------------------------------
@@ -254,7 +256,7 @@ def matrix_backward_kernel(
             put_tile(rows, ERROR, b_prediction, j, D, C, BD, TN)
         tl.debug_barrier()
         b_v = tl.load(v + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_v = tl.minimum(tl.maximum(b_v, -VALUE_CAP), VALUE_CAP)
+        b_v = bounded(b_v, VALUE_CAP)
         b_error = tl.where(m_d[None, :], get(rows, ERROR, BD, C, BD) - b_v, 0.0)
         # a number may have been read by more than one thread: all have, before one writes
         tl.debug_barrier()
@@ -271,7 +273,7 @@ def matrix_backward_kernel(
 
         # -- back through the read ------------------------------------------------------------------------------------
         b_x = tl.load(q + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_x = tl.minimum(tl.maximum(b_x, -KEY_CAP), KEY_CAP)
+        b_x = bounded(b_x, KEY_CAP)
         b_keys = get(rows, K, BD, C, BD) * get(rows, KEY_GATE, BD, C, BD)
         b_gq = get(rows, QUERY_GATE, BD, C, BD)
         if LINK == LQ_MIRROR:
@@ -291,7 +293,7 @@ def matrix_backward_kernel(
         b_p_bar = tl.zeros([C, C], dtype=tl.float32)
         b_x_bar = tl.zeros([C, BD], dtype=tl.float32)
         b_x_decayed_bar = tl.zeros([C, BD], dtype=tl.float32)
-        slope_scale_bar = 0.0
+        slope_gain_bar = 0.0
         for j in range(0, TILES):
             o_n, m_n, channels, m_channels = tile_of_state(j, D, BD, TN)
             b_state, b_base, b_dual = load_dual(saved + slot, base, o_n, m_n, TOWARD_INIT)
@@ -301,11 +303,11 @@ def matrix_backward_kernel(
             y_bar_tile = tl.load(y_bar + o_t[:, None] * D + channels[None, :], mask=m_tn, other=0.0).to(tl.float32)
             r_tile = get_tile(rows, R, j, D, C, BD, TN)
             b_written = r_tile
-            slope_of_channels = tl.sum(power(tl.abs(b_dual), Q - 2.0), 0) / D
+            slope_of_channels = tl.sum(power(tl.abs(b_dual), Q - 2.0), 0) / D * inverse_mean
             if LINK == KL:
                 b_written = tl.where(m_channels[None, :], (MASS / D) * (r_tile - r_mean[:, None]), 0.0)
             elif LINK == LQ_MIRROR:
-                b_written = r_tile * (slope_scale * slope_of_channels)[None, :]
+                b_written = r_tile * (slope_gain * slope_of_channels)[None, :]
             b_p_bar += product(y_bar_tile, tl.trans(b_written), PRECISION)
             if LINK == KL:
                 b_x_bar += product(y_bar_tile, tl.trans(b_w), PRECISION)
@@ -330,16 +332,16 @@ def matrix_backward_kernel(
                 r_bar_tile = tl.where(m_channels[None, :], (MASS / D) * (r_bar_tile - r_bar_mean[:, None]), 0.0)
             elif LINK == LQ_MIRROR:
                 channel_slope_bar = tl.sum(r_bar_tile * r_tile, 0)
-                slope_scale_bar += tl.sum(channel_slope_bar * slope_of_channels)
-                tl.store(slope_bar + channels, channel_slope_bar * slope_scale, mask=m_channels)
-                r_bar_tile = r_bar_tile * (slope_scale * slope_of_channels)[None, :]
+                slope_gain_bar += tl.sum(channel_slope_bar * slope_of_channels)
+                tl.store(slope_bar + channels, channel_slope_bar * inverse_mean * slope_gain, mask=m_channels)
+                r_bar_tile = r_bar_tile * (slope_gain * slope_of_channels)[None, :]
             put_tile(rows, R_BAR, r_bar_tile, j, D, C, BD, TN)
         tl.debug_barrier()
 
         # -- queries, and what of the keys the read has seen ----------------------------------------------------------
         scale_bar = 0.0
         b_raw = tl.load(q + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_q = tl.minimum(tl.maximum(b_raw, -KEY_CAP), KEY_CAP)
+        b_q = bounded(b_raw, KEY_CAP)
         b_x = b_q
         b_k, b_gk = get(rows, K, BD, C, BD), get(rows, KEY_GATE, BD, C, BD)
         b_gq = get(rows, QUERY_GATE, BD, C, BD)
@@ -366,7 +368,7 @@ def matrix_backward_kernel(
             scale_bar += tl.sum(b_x_bar * b_q)
             b_q_bar = b_x_bar * scale
         # what was cut has no gradient
-        b_q_bar = tl.where(tl.abs(b_raw) <= KEY_CAP, b_q_bar, 0.0)
+        b_q_bar = tl.where(tl.abs(b_raw) > KEY_CAP, 0.0, b_q_bar)
         tl.store(q_bar + p_td, b_q_bar.to(q_bar.dtype.element_ty), mask=m_td)
 
         # -- back through the fold ------------------------------------------------------------------------------------
@@ -452,7 +454,7 @@ def matrix_backward_kernel(
         tl.debug_barrier()
         put(rows, R_BAR, b_error_bar, C, BD)
         b_raw = tl.load(v + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_v_bar = tl.where(tl.abs(b_raw) <= VALUE_CAP, -b_error_bar, 0.0)
+        b_v_bar = tl.where(tl.abs(b_raw) > VALUE_CAP, 0.0, -b_error_bar)
         tl.store(v_bar + p_td, b_v_bar.to(v_bar.dtype.element_ty), mask=m_td)
         if DELTA_DIM == 1:
             b_bar = tl.sum(tl.where(m_d[None, :], b_delta_bar, 0.0), 1)
@@ -491,13 +493,13 @@ def matrix_backward_kernel(
         if HAS_EARLIER:
             tl.store(earlier_inputs_bar + p_e, b_k_bar, mask=m_ed)
         b_raw = tl.load(k + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_k_bar = tl.where(tl.abs(b_raw) <= KEY_CAP, b_k_bar, 0.0)
+        b_k_bar = tl.where(tl.abs(b_raw) > KEY_CAP, 0.0, b_k_bar)
         tl.store(k_bar + p_td, b_k_bar.to(k_bar.dtype.element_ty), mask=m_td)
 
         # -- link -----------------------------------------------------------------------------------------------------
         slope_mean_bar = 0.0
         if LINK == LQ_MIRROR:
-            of_scale, slope_mean_bar = slope_bars(slope_scale_bar, slope_scale, mean_slope, Q)
+            of_scale, slope_mean_bar = slope_bars(slope_gain_bar, slope_gain, mean_slope, Q)
             scale_bar += of_scale
         if LINK != KL:
             first, second = frozen_scale_rates(squares, powers, 1.0 * D * D, scale_bar, LINK, Q, FLOOR, CAP)

@@ -45,12 +45,14 @@ from .pieces import (
     LQ,
     LQ_MIRROR,
     VALUE_CAP,
+    bounded,
     chunk_gates,
     frozen_scale,
     frozen_scale_rates,
     gelu,
     gelu_and_slope,
     gelu_slope_curvature,
+    inverse_of_mean,
     load_dual,
     load_gates,
     mirror_vjp,
@@ -130,7 +132,7 @@ def error_of_write(
 ):
     b_normed, inverse_std = normalise(b_z2, m_d, D, NORM_EPS)
     b_v = tl.load(v + p_td, mask=m_td, other=0.0).to(tl.float32)
-    b_v = tl.minimum(tl.maximum(b_v, -VALUE_CAP), VALUE_CAP)
+    b_v = bounded(b_v, VALUE_CAP)
     b_error = b_k + (b_beta[None, :] + b_normed * b_gamma[None, :]) - b_v
     b_delta = b_error
     if DELTA_DIM == 1:
@@ -141,7 +143,7 @@ def error_of_write(
     return b_normed, inverse_std, b_error, b_delta, b_r
 
 
-@triton.jit(do_not_specialize=["LONGEST"])
+@triton.jit(do_not_specialize=["LONGEST", "H"])
 def mlp_backward_kernel(
     q,
     k,
@@ -303,7 +305,7 @@ def mlp_backward_kernel(
         m_td = m_t[:, None] & m_d[None, :]
         p_td = o_t[:, None] * D + o_d[None, :]
         b_k = tl.load(k + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_k = tl.minimum(tl.maximum(b_k, -KEY_CAP), KEY_CAP)
+        b_k = bounded(b_k, KEY_CAP)
         # slots that the state has filled, and those that the final state has taken: of chunks that calls share
         m_e = o_c < tl.where(i_c == 0, phase, 0)
         m_ed = m_e[:, None] & m_d[None, :]
@@ -346,10 +348,10 @@ def mlp_backward_kernel(
         a1, p1, x1, y1, a2, p2, x2, y2 = sums
         scale1 = frozen_scale(a1, p1, 1.0 * D * N, LINK, Q, FLOOR, CAP)
         scale2 = frozen_scale(a2, p2, 1.0 * D * N, LINK, Q, FLOOR, CAP)
-        # the mirror map's slope as row means times column means, the latter times these
+        # the mirror map's slope as row means times column means, the latter over their mean and times these gains
         mean_slope1, mean_slope2 = tl.sum(x1) / (1.0 * D * N), tl.sum(x2) / (1.0 * D * N)
-        slope_scale1 = (Q - 1.0) * scale1 / tl.maximum(mean_slope1, 1e-30)
-        slope_scale2 = (Q - 1.0) * scale2 / tl.maximum(mean_slope2, 1e-30)
+        slope_gain1, inverse_mean1 = (Q - 1.0) * scale1, inverse_of_mean(mean_slope1)
+        slope_gain2, inverse_mean2 = (Q - 1.0) * scale2, inverse_of_mean(mean_slope2)
         tl.debug_barrier()
 
         # -- write ----------------------------------------------------------------------------------------------------
@@ -401,7 +403,7 @@ def mlp_backward_kernel(
 
         # -- read -----------------------------------------------------------------------------------------------------
         b_x = tl.load(q + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_x = tl.minimum(tl.maximum(b_x, -KEY_CAP), KEY_CAP)
+        b_x = bounded(b_x, KEY_CAP)
         b_keys = get(rows, K, BD, C, BD) * get(rows, KEY_GATE, BD, C, BD)
         b_gq = get(rows, QUERY_GATE, BD, C, BD)
         if LINK == LQ_MIRROR:
@@ -452,7 +454,8 @@ def mlp_backward_kernel(
             if LINK == KL:
                 b_gradients = tl.where(m_ch, (MASS1 / N) * (b_dz1 - gradient_mean[:, None]), 0.0)
             elif LINK == LQ_MIRROR:
-                b_gradients = b_dz1 * (slope_scale1 / D * tl.sum(power(tl.abs(b_a1), Q - 2.0), 0))[None, :]
+                slope_of_hidden = tl.sum(power(tl.abs(b_a1), Q - 2.0), 0) / D * inverse_mean1
+                b_gradients = b_dz1 * (slope_gain1 * slope_of_hidden)[None, :]
                 b_inputs = b_h * (tl.sum(power(tl.abs(b_a2), Q - 2.0), 1) / D)[None, :]
             b_z1q = product(held(rows, P, p_operand, C, C, BD, STREAM), b_gradients, PRECISION)
             if LINK == KL:
@@ -479,7 +482,7 @@ def mlp_backward_kernel(
         b_s = tl.where(m_causal, -b_s, 0.0)
         b_gq = get(rows, QUERY_GATE, BD, C, BD)
         b_dz2, b_gk = get(rows, DZ2, BD, C, BD), get(rows, KEY_GATE, BD, C, BD)
-        slope_of_channels = slope_scale2 * x2 / N
+        slope_of_channels = slope_gain2 * (x2 / N * inverse_mean2)
         if LINK == LQ_MIRROR:
             b_gk = b_gk * slope_of_channels[None, :]
         b_written = product(b_s, b_dz2 * b_gk, PRECISION)
@@ -506,12 +509,13 @@ def mlp_backward_kernel(
         b_values_bar = product(tl.trans(b_s), b_written_bar, PRECISION)
         put(rows, DZ2_BAR, b_values_bar * b_gk, C, BD)
         b_gk_bar = b_values_bar * b_dz2
-        slope_scale_bar1, slope_scale_bar2 = 0.0, 0.0
+        slope_gain_bar1, slope_gain_bar2 = 0.0, 0.0
         channel_slope_bar = tl.zeros([BD], dtype=tl.float32)
         if LINK == LQ_MIRROR:
             channel_slope_bar = tl.sum(b_gk_bar * get(rows, KEY_GATE, BD, C, BD), 0)
-            slope_scale_bar2 += tl.sum(channel_slope_bar * x2) / N
-            channel_slope_bar = channel_slope_bar * slope_scale2
+            channel_slope_bar = channel_slope_bar * inverse_mean2
+            slope_gain_bar2 += tl.sum(channel_slope_bar * x2) / N
+            channel_slope_bar = channel_slope_bar * slope_gain2
             b_gk_bar = b_gk_bar * slope_of_channels[None, :]
         put(rows, KEY_GATE_BAR, b_gk_bar, C, BD)
 
@@ -591,11 +595,11 @@ def mlp_backward_kernel(
             b_decaying1, b_fixed1 = parts_of_read(b_d1, b_base1, b_w1, base_scale1, LINK, Q, TOWARD_INIT)
             b_dz1 = tl.load(kept_hidden + o_ch, mask=m_ch, other=0.0)
             b_gradients = b_dz1
-            slope_of_hidden = tl.sum(power(tl.abs(b_a1), Q - 2.0), 0) / D
+            slope_of_hidden = tl.sum(power(tl.abs(b_a1), Q - 2.0), 0) / D * inverse_mean1
             if LINK == KL:
                 b_gradients = tl.where(m_ch, (MASS1 / N) * (b_dz1 - gradient_mean[:, None]), 0.0)
             elif LINK == LQ_MIRROR:
-                b_gradients = b_dz1 * (slope_scale1 * slope_of_hidden)[None, :]
+                b_gradients = b_dz1 * (slope_gain1 * slope_of_hidden)[None, :]
             b_z1q_bar = tl.load(read_hidden + o_ch, mask=m_ch, other=0.0)
             b_p_bar += product(b_z1q_bar, tl.trans(b_gradients), PRECISION)
             if LINK == KL:
@@ -621,16 +625,16 @@ def mlp_backward_kernel(
             elif LINK == LQ_MIRROR:
                 o_h = j * TN + tl.arange(0, TN)
                 hidden_slope_bar = tl.sum(b_dz1_bar * b_dz1, 0)
-                slope_scale_bar1 += tl.sum(hidden_slope_bar * slope_of_hidden)
-                tl.store(slope_bar1 + o_h, hidden_slope_bar * slope_scale1, mask=o_h < N)
-                b_dz1_bar = b_dz1_bar * (slope_scale1 * slope_of_hidden)[None, :]
+                slope_gain_bar1 += tl.sum(hidden_slope_bar * slope_of_hidden)
+                tl.store(slope_bar1 + o_h, hidden_slope_bar * inverse_mean1 * slope_gain1, mask=o_h < N)
+                b_dz1_bar = b_dz1_bar * (slope_gain1 * slope_of_hidden)[None, :]
             tl.debug_barrier()
             tl.store(kept_hidden + o_ch, b_dz1_bar, mask=m_ch)
         tl.debug_barrier()
 
         # -- queries, and what of the keys the read has seen ----------------------------------------------------------
         b_raw = tl.load(q + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_q = tl.minimum(tl.maximum(b_raw, -KEY_CAP), KEY_CAP)
+        b_q = bounded(b_raw, KEY_CAP)
         b_x = b_q
         b_k, b_gk = get(rows, K, BD, C, BD), get(rows, KEY_GATE, BD, C, BD)
         b_gq = get(rows, QUERY_GATE, BD, C, BD)
@@ -660,7 +664,7 @@ def mlp_backward_kernel(
             b_q_bar = b_x_bar * scale1
         b_q_bar += tl.load(y_bar + p_td, mask=m_td, other=0.0).to(tl.float32)
         # what was cut has no gradient
-        b_q_bar = tl.where(tl.abs(b_raw) <= KEY_CAP, b_q_bar, 0.0)
+        b_q_bar = tl.where(tl.abs(b_raw) > KEY_CAP, 0.0, b_q_bar)
         tl.store(q_bar + p_td, b_q_bar.to(q_bar.dtype.element_ty), mask=m_td)
 
         # -- back through the fold, and through dZ1 = (dZ2 W2^T) o gelu'(Z1) -------------------------------------------
@@ -805,7 +809,7 @@ def mlp_backward_kernel(
         b_beta_bar += tl.sum(b_prediction_bar, 0)
         # what was cut has no gradient
         b_raw = tl.load(v + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_v_bar = tl.where(tl.abs(b_raw) <= VALUE_CAP, -b_prediction_bar, 0.0)
+        b_v_bar = tl.where(tl.abs(b_raw) > VALUE_CAP, 0.0, -b_prediction_bar)
         tl.store(v_bar + p_td, b_v_bar.to(v_bar.dtype.element_ty), mask=m_td)
         if DELTA_DIM == 1:
             b_bar = tl.sum(tl.where(m_d[None, :], b_delta_bar, 0.0), 1)
@@ -876,14 +880,14 @@ def mlp_backward_kernel(
         if HAS_EARLIER:
             tl.store(earlier_inputs1_bar + p_e, b_k_bar, mask=m_ed)
         b_raw = tl.load(k + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_k_bar = tl.where(tl.abs(b_raw) <= KEY_CAP, b_k_bar, 0.0)
+        b_k_bar = tl.where(tl.abs(b_raw) > KEY_CAP, 0.0, b_k_bar)
         tl.store(k_bar + p_td, b_k_bar.to(k_bar.dtype.element_ty), mask=m_td)
 
         # -- link -----------------------------------------------------------------------------------------------------
         slope_mean_bar1, slope_mean_bar2 = 0.0, 0.0
         if LINK == LQ_MIRROR:
-            of_scale1, slope_mean_bar1 = slope_bars(slope_scale_bar1, slope_scale1, mean_slope1, Q)
-            of_scale2, slope_mean_bar2 = slope_bars(slope_scale_bar2, slope_scale2, mean_slope2, Q)
+            of_scale1, slope_mean_bar1 = slope_bars(slope_gain_bar1, slope_gain1, mean_slope1, Q)
+            of_scale2, slope_mean_bar2 = slope_bars(slope_gain_bar2, slope_gain2, mean_slope2, Q)
             scale_bar1 += of_scale1
             scale_bar2 += of_scale2
         if LINK != KL:

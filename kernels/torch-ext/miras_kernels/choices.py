@@ -13,7 +13,9 @@
 # limitations under the License.
 """The point of the Miras design space that a kernel is compiled for, in plain numbers and words."""
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 
 MEMORIES = ("mlp", "matrix")
@@ -21,6 +23,21 @@ ATTENTIONAL_BIASES = ("l2", "lp", "huber_coordinate", "huber_norm", "huber_mixtu
 RETENTION_GATES = ("decay", "lq", "lq_mirror", "kl")
 HEAD_DIMS = (32, 48, 64, 96, 128)
 CHUNK_SIZES = (16, 32, 64)
+# a chunk's gates are taken relative to the middle of its decay: exp(80) leaves float32 room for what it multiplies
+LARGEST_CHUNK_LOG_DECAY = 160.0
+# the smallest value of each number, and whether it has to be above it
+_BOUNDS = {
+    "expansion": (1, False),
+    "norm_eps": (0, True),
+    "residual_clip": (0, True),
+    "lp_power": (1, False),
+    "lp_sharpness": (0, True),
+    "lp_error_cap": (0, True),
+    "lq_power": (2, False),
+    "lq_norm_floor": (0, True),
+    "weight_cap": (0, True),
+    "simplex_mass": (0, True),
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,23 @@ class Choices:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
+        for name, (smallest, strict) in _BOUNDS.items():
+            value = getattr(self, name)
+            if name == "weight_cap" and value is None:
+                continue
+            # NaN compares with nothing
+            fits = isinstance(value, Real) and not isinstance(value, bool) and smallest <= value < math.inf
+            if not fits or (strict and value == smallest):
+                raise ValueError(
+                    f"`{name}` must be a finite number {'above' if strict else 'of at least'} {smallest}, got {value!r}."
+                )
+        if not isinstance(self.expansion, int):
+            raise ValueError(f"`expansion` must be an integer, got {self.expansion!r}.")
+        if not isinstance(self.lp_smooth_sign, bool):
+            raise ValueError(f"`lp_smooth_sign` must be a bool, got {self.lp_smooth_sign!r}.")
+        lowest = -LARGEST_CHUNK_LOG_DECAY / self.chunk_size
+        if not isinstance(self.min_log_alpha, Real) or not lowest <= self.min_log_alpha <= 0:
+            raise ValueError(f"`min_log_alpha` must lie between {lowest:g} and 0, got {self.min_log_alpha!r}.")
 
     def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         """Shapes `[in, out]` of the memory's weights."""

@@ -28,13 +28,15 @@ from .pieces import (
     KL,
     LQ_MIRROR,
     chunk_gates,
+    inverse_of_mean,
     power,
     product,
     residual,
 )
 
 
-@triton.jit
+# a single token, the usual call, has a binary of its own: without the loop over tokens nothing is spilled
+@triton.jit(do_not_specialize=["H", "ROTARY_TOKENS"])
 def matrix_decode_kernel(
     q,
     k,
@@ -61,7 +63,7 @@ def matrix_decode_kernel(
     mask,
     T,
     H,
-    ROTARY_STRIDE,
+    ROTARY_TOKENS,
     ETA_MAX,
     MIN_LOG_ALPHA,
     MASS,
@@ -104,7 +106,8 @@ def matrix_decode_kernel(
     if TOWARD_INIT:
         b_base = tl.load(base + head * D * D + o_dd, mask=m_dd, other=0.0).to(tl.float32)
 
-    phase = tl.load(phases + program)
+    # whatever stands there, no slot beyond the chunk is written to
+    phase = tl.load(phases + program) & (C - 1)
     read = 0
     for t in range(0, T):
         token = row * T + t
@@ -127,7 +130,7 @@ def matrix_decode_kernel(
                 token,
                 row,
                 head,
-                row * ROTARY_STRIDE + t * D,
+                (row * ROTARY_TOKENS + t) * D,
                 H * D,
                 D,
                 BD,
@@ -177,10 +180,10 @@ def matrix_decode_kernel(
             elif LINK == LQ_MIRROR:
                 # the slope's best rank-one factorisation: row means times column means over the mean
                 b_slope = tl.where(m_dd, power(tl.abs(b_dual), Q - 2.0), 0.0)
-                mean = tl.maximum(tl.sum(b_slope) / (1.0 * D * D), 1e-30)
+                inverse_mean = inverse_of_mean(tl.sum(b_slope) / (1.0 * D * D))
                 scale = scale_of_dual(b_dual, D, LINK, Q, FLOOR, CAP)
                 b_keyed = b_keyed * (tl.sum(b_slope, 1) / D)[None, :]
-                b_written = b_written * ((Q - 1.0) * scale / mean * (tl.sum(b_slope, 0) / D))[None, :]
+                b_written = b_written * ((Q - 1.0) * scale * (tl.sum(b_slope, 0) / D * inverse_mean))[None, :]
             else:
                 b_x = b_q * scale_of_dual(b_dual, D, LINK, Q, FLOOR, CAP)
             b_p = tl.sum(b_keyed * b_x[None, :], 1)

@@ -44,6 +44,7 @@ from .pieces import (
     frozen_scale,
     gelu,
     gelu_and_slope,
+    inverse_of_mean,
     normalise,
     normalise_vjp,
     power,
@@ -52,7 +53,8 @@ from .pieces import (
 )
 
 
-@triton.jit
+# a single token, the usual call, has a binary of its own: without the loop over tokens nothing is spilled
+@triton.jit(do_not_specialize=["H", "ROTARY_TOKENS"])
 def mlp_decode_kernel(
     q,
     k,
@@ -87,7 +89,7 @@ def mlp_decode_kernel(
     scratch,
     T,
     H,
-    ROTARY_STRIDE,
+    ROTARY_TOKENS,
     ETA_MAX,
     MIN_LOG_ALPHA,
     MASS1,
@@ -142,7 +144,8 @@ def mlp_decode_kernel(
     links += program * (4 + 4 * D + C)
     means = links + 4 + 4 * D
 
-    phase = tl.load(phases + program)
+    # whatever stands there, no slot beyond the chunk is written to
+    phase = tl.load(phases + program) & (C - 1)
     read = 0
     for t in range(0, T):
         token = row * T + t
@@ -165,7 +168,7 @@ def mlp_decode_kernel(
                 token,
                 row,
                 head,
-                row * ROTARY_STRIDE + t * D,
+                (row * ROTARY_TOKENS + t) * D,
                 H * D,
                 D,
                 BD,
@@ -303,7 +306,7 @@ def mlp_decode_kernel(
                     b_written = (MASS1 / N) * (b_written - shift)
                 elif LINK == LQ_MIRROR:
                     b_columns = tl.load(scratch + 2 * N + o_h, mask=m_h, other=0.0)
-                    b_written = b_written * ((Q - 1.0) * scale1 / tl.maximum(mean_slope1, 1e-30) * b_columns)
+                    b_written = b_written * ((Q - 1.0) * scale1 * (b_columns * inverse_of_mean(mean_slope1)))
                 b_zq = tl.load(scratch + N + o_h, mask=m_h, other=0.0) + b_written
                 b_hq = tl.where(m_h, gelu(b_zq), 0.0)
 
@@ -338,7 +341,7 @@ def mlp_decode_kernel(
             b_gradients2 = tl.where(m_own, b_dz2, b_gradients2) * b_keys
             b_z2 = -tl.sum(b_gradients2 * b_scores[:, None], 0)
             if LINK == LQ_MIRROR:
-                b_z2 = b_z2 * ((Q - 1.0) * scale2 / tl.maximum(mean_slope2, 1e-30) * (x2 / N))
+                b_z2 = b_z2 * ((Q - 1.0) * scale2 * (x2 / N * inverse_of_mean(mean_slope2)))
             b_z2 += tl.sum(b_kept, 0) * b_decay + tl.sum(b_constant, 0)
             if LINK != KL and LINK != LQ_MIRROR:
                 b_z2 = b_z2 * scale2

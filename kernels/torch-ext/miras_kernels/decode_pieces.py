@@ -20,7 +20,7 @@ A token's channels are vectors `[BD]`. Where functions of `pieces.py` want tiles
 import triton
 import triton.language as tl
 
-from .pieces import KEY_CAP, VALUE_CAP, sigmoid
+from .pieces import KEY_CAP, VALUE_CAP, at_least, at_most, bounded, sigmoid
 
 
 @triton.jit
@@ -30,12 +30,7 @@ def softplus(x):
     r = e / (2.0 + e)
     s = r * r
     series = 1.0 + s * (1.0 / 3 + s * (1.0 / 5 + s * (1.0 / 7 + s * (1.0 / 9 + s * (1.0 / 11 + s * (1.0 / 13))))))
-    return tl.maximum(x, 0.0) + 2.0 * r * series
-
-
-@triton.jit
-def bounded(x, CAP: tl.constexpr):
-    return tl.minimum(tl.maximum(x, -CAP), CAP)
+    return at_least(x, 0.0) + 2.0 * r * series
 
 
 @triton.jit
@@ -156,7 +151,7 @@ def load_token_gates(
         b_eta = tl.where(m_d, ETA_MAX * sigmoid(b_eta), 0.0)
         b_log_alpha = -softplus(b_log_alpha) * tl.exp(tl.load(a_log + head).to(tl.float32))
         b_delta = softplus(b_delta) + 1e-4
-    b_log_alpha = tl.where(m_d, tl.minimum(tl.maximum(b_log_alpha, MIN_LOG_ALPHA), 0.0), 0.0)
+    b_log_alpha = tl.where(m_d, at_most(at_least(b_log_alpha, MIN_LOG_ALPHA), 0.0), 0.0)
     return b_eta, b_log_alpha, b_delta
 
 

@@ -24,17 +24,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import (
+    FLOATS,
+    INTEGERS,
+    check_inputs,
+    check_projections,
+    check_query,
+    check_record,
+    check_resident,
+    check_shapes,
+    check_tensors,
+    state_shapes,
+)
 from .choices import Choices
 from .configuration import launch_configuration
 from .ops import (
     CHOICE_NAMES,
     CHOICE_SCHEMA,
-    PRECISIONS,
-    check_inputs,
+    asks_for_gradients,
     default_precision,
     gate,
     kernel_constants,
-    refusal,
+    refuse,
 )
 
 
@@ -78,9 +89,25 @@ def resident_state(
         The state, its tensors as they are where nothing has to change; and its companions: the phase of every row and
         head, `[rows, heads]`, and for an MLP memory what its link needs of the whole weights, `[rows, heads, numbers]`.
         They belong together: after a change of the state by anything but `decode` the companions have to be made anew.
+
+    Raises:
+        `TypeError`: if an argument is not of its type.
+        `ValueError`: if arguments do not fit, naming the reason.
     """
+    check_record("choices", choices, Choices)
+    check_tensors("initial", initial)
+    check_tensors("state", state, last=INTEGERS)
+    if not initial or initial[0].dim() != 3:
+        raise ValueError(f"`initial` must have shapes [heads, in, out], got {[tuple(a.shape) for a in initial]}.")
+    heads, head_dim, _ = initial[0].shape
+    check_shapes("initial", initial, [(heads, *shape) for shape in choices.weight_shapes(head_dim)])
+    rows = state[-1].numel() if state else 0
+    gate_dim = head_dim if len(state) > 1 and state[-2].shape[-1:] == (head_dim,) else 1
+    check_shapes("state", state, state_shapes(choices, rows, heads, head_dim, gate_dim))
+    for name, tensors, last in (("initial", initial, FLOATS), ("state", state, INTEGERS)):
+        check_tensors(name, tensors, state[0].device, last=last, beside="state[0]")
     layers = len(initial)
-    count = state[-1].contiguous()
+    count = state[-1].to(torch.int64).contiguous()
     rest = [x.float().contiguous() for x in state[:-1]]
     if choices.decay_target != "init":  # a row that has not read anything is at the learned initial memory
         fresh = (count == 0).view(-1, 1, 1, 1)
@@ -162,18 +189,20 @@ def decode(
         `y` of the shape and dtype of `q`.
 
     Raises:
+        `TypeError`: if an argument is not of its type.
         `ValueError`: if no kernel serves the call, or arguments do not fit, naming the reason.
     """
-    if precision not in (None, *PRECISIONS):
-        raise ValueError(f"`precision` must be one of {PRECISIONS} or None, got {precision!r}.")
-    tensors = [q, k, v, eta, log_alpha, delta, *initial, norm_weight, norm_bias, *state]
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    reason = refusal(q.device, q.dtype, q.shape[-1], choices, needs_grad, precision, decode=True)
-    if reason is not None:
-        raise ValueError(f"No kernel serves this call: {reason}.")
-    _check(
-        q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, companions, projections, mask
-    )
+    check_query(q, choices)
+    needs_grad = asks_for_gradients([q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state])
+    refuse(q, choices, needs_grad, precision, decode=True)
+    if not 1 <= q.shape[1] <= LARGEST_CALL:
+        raise ValueError(
+            f"`q` must hold 1 to {LARGEST_CALL} tokens a row, got {q.shape[1]}: longer calls take `forward`."
+        )
+    check_tensors("state", state, last=(*INTEGERS, *FLOATS))
+    check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, None, mask)
+    check_resident(state, companions, choices, q)
+    check_projections(projections, Projections, q)
     values = dataclasses.asdict(choices)
     values["weight_cap"] = values["weight_cap"] or 0.0
     p = projections
@@ -191,49 +220,13 @@ def decode(
         [] if p is None else list(p.conv_weights),
         None if p is None else p.conv_tail,
         None if p is None else p.a_log,
-        0.0 if p is None else p.eta_max,
+        0.0 if p is None else float(p.eta_max),
         None if p is None else p.cos,
         None if p is None else p.sin,
         mask,
         precision or "",
         *values.values(),
     )
-
-
-def _check(
-    q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, companions, projections, mask
-) -> None:
-    rows, tokens, heads, head_dim = q.shape
-    if not 1 <= tokens <= LARGEST_CALL:
-        raise ValueError(f"`q` must hold 1 to {LARGEST_CALL} tokens a row, got {tokens}: longer calls take `forward`.")
-    check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, None, mask)
-    allowed = [(rows, heads)]
-    if choices.memory == "mlp":
-        allowed.append((rows, heads, 4 + 4 * head_dim + choices.chunk_size))
-    if [tuple(x.shape) for x in companions] != allowed:
-        raise ValueError(f"`companions` must have shapes {allowed}, got {[tuple(x.shape) for x in companions]}.")
-    for name, x in (("state", state[:-1]), ("companions", companions[1:])):
-        if any(t.dtype != torch.float32 or not t.is_contiguous() for t in x):
-            raise ValueError(f"`{name}` must be contiguous and float32, as `resident_state` returns it.")
-    if projections is None:
-        return
-    width, kernel = heads * head_dim, projections.conv_weights[0].shape[-1]
-    fits = {
-        "conv_weights": ([tuple(w.shape) for w in projections.conv_weights], [(width, kernel)] * 3),
-        "conv_tail": (tuple(projections.conv_tail.shape), (rows, kernel - 1, 3 * width)),
-        "a_log": (tuple(projections.a_log.shape), (heads,)),
-    }
-    for name, (got, expected) in fits.items():
-        if got != expected:
-            raise ValueError(f"`projections.{name}` must have shape {expected}, got {got}.")
-    if not projections.conv_tail.is_contiguous():
-        raise ValueError("`projections.conv_tail` must be contiguous: it is updated where it lies.")
-    for name, x in (("cos", projections.cos), ("sin", projections.sin)):
-        if x is not None and tuple(x.shape) not in ((rows, tokens, head_dim), (1, tokens, head_dim)):
-            raise ValueError(
-                f"`projections.{name}` must have shape {(rows, tokens, head_dim)} or {(1, tokens, head_dim)}, got "
-                f"{tuple(x.shape)}."
-            )
 
 
 @torch.library.custom_op(
@@ -275,13 +268,13 @@ def _decode(
         return y
     eta, log_alpha = gate(eta), gate(log_alpha)
     gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
-    eta, log_alpha = (x.expand(*x.shape[:3], gate_dim).contiguous() for x in (eta, log_alpha))
+    eta, log_alpha = (x.expand(*x.shape[:3], gate_dim).float().contiguous() for x in (eta, log_alpha))
     delta_dim = 0
     if c["attentional_bias"].startswith("huber"):
-        delta = gate(delta).contiguous()
+        delta = gate(delta).float().contiguous()
         delta_dim = delta.shape[-1]
     initial = [a.contiguous() for a in initial]
-    norm = [p.contiguous() for p in (norm_weight, norm_bias)] if c["memory"] == "mlp" else []
+    norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if c["memory"] == "mlp" else []
     shapes = [tuple(a.shape[1:]) for a in initial]
     hidden_units = shapes[0][1]
     kernel_size = conv_weights[0].shape[-1] if conv_weights else 0
@@ -298,29 +291,28 @@ def _decode(
     if c["memory"] == "mlp":
         scratch = [torch.empty(rows * heads, 3, hidden_units, device=q.device)]
     kernel = mlp_decode_kernel if c["memory"] == "mlp" else matrix_decode_kernel
-    kernel[(rows * heads,)](
-        *(q, k, v, eta, log_alpha, eta if delta is None else delta, y, *initial, *norm, *state),
-        q if conv_tail is None else conv_tail,
-        *([w.contiguous() for w in conv_weights] or [q, q, q]),
-        *rotary,
-        eta if a_log is None else a_log,
-        eta if mask is None else mask.contiguous(),
-        *scratch,
-        tokens,
-        heads,
-        0 if cos is None or cos.shape[0] == 1 else tokens * head_dim,
-        eta_max,
-        c["min_log_alpha"],
-        *(c["simplex_mass"] * hidden_units / math.sqrt(fan_in) for fan_in, _ in shapes),
-        **constants,
-        **launch_configuration(
-            f"{c['memory']}_decode",
-            device=q.device,
-            head_dim=head_dim,
-            chunk_size=c["chunk_size"],
-            precision=precision,
-        ),
+    launch = launch_configuration(
+        f"{c['memory']}_decode", device=q.device, head_dim=head_dim, chunk_size=c["chunk_size"], precision=precision
     )
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(q):
+        kernel[(rows * heads,)](
+            *(q, k, v, eta, log_alpha, eta if delta is None else delta, y, *initial, *norm, *state),
+            q if conv_tail is None else conv_tail,
+            *([w.contiguous() for w in conv_weights] or [q, q, q]),
+            *rotary,
+            eta if a_log is None else a_log.float(),
+            eta if mask is None else mask.contiguous(),
+            *scratch,
+            tokens,
+            heads,
+            0 if cos is None or cos.shape[0] == 1 else tokens,
+            eta_max,
+            c["min_log_alpha"],
+            *(c["simplex_mass"] * hidden_units / math.sqrt(fan_in) for fan_in, _ in shapes),
+            **constants,
+            **launch,
+        )
     return y
 
 

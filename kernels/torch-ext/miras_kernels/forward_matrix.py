@@ -21,8 +21,12 @@ from .pieces import (
     KL,
     LQ_MIRROR,
     VALUE_CAP,
+    at_least,
+    bounded,
     chunk_gates,
+    first_broken,
     frozen_scale,
+    inverse_of_mean,
     load_gates,
     power,
     product,
@@ -47,7 +51,7 @@ def linked(
     if LINK == KL:
         masked = tl.where(m_dd, dual, -1.0e30)
         exponentials = tl.where(m_dd, tl.exp(masked - tl.max(masked, 1)[:, None]), 0.0)
-        return MASS * exponentials / tl.maximum(tl.sum(exponentials, 1), 1e-30)[:, None]
+        return MASS * exponentials / at_least(tl.sum(exponentials, 1), 1e-30)[:, None]
     else:
         scale = scale_of_dual(dual, D, LINK, Q, FLOOR, CAP)
         if LINK == LQ_MIRROR:
@@ -56,7 +60,7 @@ def linked(
             return scale * dual
 
 
-@triton.jit(do_not_specialize=["LONGEST"])
+@triton.jit(do_not_specialize=["LONGEST", "H"])
 def matrix_forward_kernel(
     q,
     k,
@@ -139,7 +143,13 @@ def matrix_forward_kernel(
         m_ed = m_e[:, None] & m_d[None, :]
         p_e = program * C * D + o_c[:, None] * D + o_d[None, :]
         b_k = tl.load(k + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_k = tl.minimum(tl.maximum(b_k, -KEY_CAP), KEY_CAP)
+        broken = first_broken(b_k, v, eta, log_alpha, delta, o_t, m_t, C, D, BD, GATE_DIM, DELTA_DIM)
+        if broken < C:
+            b_nan = tl.full([C, BD], float("nan"), tl.float32)
+            tl.store(y + p_td, b_nan.to(y.dtype.element_ty), mask=m_td & (o_c >= broken)[:, None])
+        m_t = m_t & (o_c < broken)
+        m_td = m_t[:, None] & m_d[None, :]
+        b_k = bounded(tl.where(m_td, b_k, 0.0), KEY_CAP)
         if HAS_EARLIER:
             b_k = tl.where(m_e[:, None], tl.load(earlier_inputs + p_e, mask=m_ed, other=0.0), b_k)
 
@@ -154,7 +164,7 @@ def matrix_forward_kernel(
             b_dual = b_base + b_state
         b_w = linked(b_dual, m_dd, MASS, D, LINK, Q, FLOOR, CAP)
         b_v = tl.load(v + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_v = tl.minimum(tl.maximum(b_v, -VALUE_CAP), VALUE_CAP)
+        b_v = bounded(b_v, VALUE_CAP)
         b_error = product(b_k, b_w, PRECISION) - b_v
         b_delta = b_error
         if DELTA_DIM == 1:
@@ -184,8 +194,9 @@ def matrix_forward_kernel(
             HAS_EARLIER,
         )
         b_decay, b_gq, b_gk, b_fold, b_total = chunk_gates(b_eta, b_log_decay, total_log_decay)
+        b_total = tl.where(broken < C, float("nan"), b_total)
         b_q = tl.load(q + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_q = tl.minimum(tl.maximum(b_q, -KEY_CAP), KEY_CAP)
+        b_q = bounded(b_q, KEY_CAP)
         b_keys, b_written = b_k * b_gk, b_r
         if LINK == KL:
             mean = (tl.sum(b_r, 1) / D)[:, None]
@@ -193,10 +204,10 @@ def matrix_forward_kernel(
         elif LINK == LQ_MIRROR:
             # the slope's best rank-one factorisation: row means times column means over the mean
             b_slope = tl.where(m_dd, power(tl.abs(b_dual), Q - 2.0), 0.0)
-            mean = tl.maximum(tl.sum(b_slope) / (1.0 * D * D), 1e-30)
+            inverse_mean = inverse_of_mean(tl.sum(b_slope) / (1.0 * D * D))
             scale = scale_of_dual(b_dual, D, LINK, Q, FLOOR, CAP)
             b_keys = b_keys * (tl.sum(b_slope, 1) / D)[None, :]
-            b_written = b_r * ((Q - 1.0) * scale / mean * (tl.sum(b_slope, 0) / D))[None, :]
+            b_written = b_r * ((Q - 1.0) * scale * (tl.sum(b_slope, 0) / D * inverse_mean))[None, :]
         else:
             b_q = b_q * scale_of_dual(b_dual, D, LINK, Q, FLOOR, CAP)
         b_p = product(b_q * b_gq, tl.trans(b_keys), PRECISION)
@@ -225,6 +236,8 @@ def matrix_forward_kernel(
                 if GATE_DIM == 1:
                     m_f = m_f & (o_d == 0)[None, :]
                 tl.store(final_eta + p_g, b_eta, mask=m_f)
+                # the decay up to now stands in everything that is read from here on
+                b_log_decay = tl.where((o_c >= broken)[:, None], float("nan"), b_log_decay)
                 tl.store(final_log_decay + p_g, b_log_decay, mask=m_f)
         else:
             b_state = b_state * b_total[:, None] - product(tl.trans(b_k * b_fold), b_r, PRECISION)

@@ -34,10 +34,13 @@ from .pieces import (
     KL,
     LQ_MIRROR,
     VALUE_CAP,
+    bounded,
     chunk_gates,
+    first_broken,
     frozen_scale,
     gelu,
     gelu_and_slope,
+    inverse_of_mean,
     load_gates,
     normalise,
     normalise_vjp,
@@ -106,7 +109,7 @@ def linked(dual, scale, top, total, mass, uniform, AXIS: tl.constexpr, LINK: tl.
         return scale * dual
 
 
-@triton.jit(do_not_specialize=["LONGEST"])
+@triton.jit(do_not_specialize=["LONGEST", "H"])
 def mlp_forward_kernel(
     q,
     k,
@@ -225,7 +228,13 @@ def mlp_forward_kernel(
         m_td = m_t[:, None] & m_d[None, :]
         p_td = o_t[:, None] * D + o_d[None, :]
         b_k = tl.load(k + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_k = tl.minimum(tl.maximum(b_k, -KEY_CAP), KEY_CAP)
+        broken = first_broken(b_k, v, eta, log_alpha, delta, o_t, m_t, C, D, BD, GATE_DIM, DELTA_DIM)
+        if broken < C:
+            b_nan = tl.full([C, BD], float("nan"), tl.float32)
+            tl.store(y + p_td, b_nan.to(y.dtype.element_ty), mask=m_td & (o_c >= broken)[:, None])
+        m_t = m_t & (o_c < broken)
+        m_td = m_t[:, None] & m_d[None, :]
+        b_k = bounded(tl.where(m_td, b_k, 0.0), KEY_CAP)
 
         # slots that the state has filled, of a chunk that was begun before this call
         m_e = (o_c < phase) & (i_c == 0)
@@ -275,7 +284,7 @@ def mlp_forward_kernel(
         # -- the residual and its way back through the layer norm ---------------------------------------------------------
         b_normed, inverse_std = normalise(b_z2, m_d, D, NORM_EPS)
         b_v = tl.load(v + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_v = tl.minimum(tl.maximum(b_v, -VALUE_CAP), VALUE_CAP)
+        b_v = bounded(b_v, VALUE_CAP)
         b_error = b_k + (b_beta[None, :] + b_normed * b_gamma[None, :]) - b_v
         b_delta = b_error
         if DELTA_DIM == 1:
@@ -305,10 +314,11 @@ def mlp_forward_kernel(
             HAS_EARLIER,
         )
         b_decay, b_gq, b_gk, b_fold, b_total = chunk_gates(b_eta, b_log_decay, total_log_decay)
+        b_total = tl.where(broken < C, float("nan"), b_total)
 
         # -- what the read sees of the writes, on the input axis -----------------------------------------------------------
         b_q = tl.load(q + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_q = tl.minimum(tl.maximum(b_q, -KEY_CAP), KEY_CAP)
+        b_q = bounded(b_q, KEY_CAP)
         b_x = b_q
         b_keys = b_k * b_gk
         if LINK != KL and LINK != LQ_MIRROR:
@@ -333,6 +343,8 @@ def mlp_forward_kernel(
                 if GATE_DIM == 1:
                     m_f = m_f & (o_d == 0)[None, :]
                 tl.store(final_eta + p_g, b_eta, mask=m_f)
+                # the decay up to now stands in everything that is read from here on
+                b_log_decay = tl.where((o_c >= broken)[:, None], float("nan"), b_log_decay)
                 tl.store(final_log_decay + p_g, b_log_decay, mask=m_f)
 
         gradient_mean = tl.zeros([C], dtype=tl.float32)
@@ -390,7 +402,8 @@ def mlp_forward_kernel(
                 b_written = tl.where(m_ch, (MASS1 / N) * (b_dz1 - gradient_mean[:, None]), 0.0)
             if LINK == LQ_MIRROR:
                 slope_of_columns = tl.sum(power(tl.abs(b_a1), Q - 2.0), 0) / D
-                b_written = b_dz1 * ((Q - 1.0) * scale1 / tl.maximum(mean_slope1, 1e-30) * slope_of_columns)[None, :]
+                slope_of_columns = slope_of_columns * inverse_of_mean(mean_slope1)
+                b_written = b_dz1 * ((Q - 1.0) * scale1 * slope_of_columns)[None, :]
             b_z1 = product(b_p, b_written, PRECISION)
             if LINK == KL:
                 b_w1 = tl.where(m_1, linked(b_a1, scale1, x1, y1, MASS1, 0.0, 1, LINK, Q), 0.0)
@@ -471,12 +484,12 @@ def mlp_forward_kernel(
         b_s = tl.where(m_causal, -b_s, 0.0)
         b_z2 = product(b_s, b_values, PRECISION) * b_gq
         if LINK == LQ_MIRROR:
-            b_z2 = b_z2 * ((Q - 1.0) * scale2 / tl.maximum(mean_slope2, 1e-30) * (x2 / N))[None, :]
+            b_z2 = b_z2 * ((Q - 1.0) * scale2 * (x2 / N * inverse_of_mean(mean_slope2)))[None, :]
         b_z2 += b_kept * b_decay + b_constant
         if LINK != KL and LINK != LQ_MIRROR:
             b_z2 = b_z2 * scale2
         b_normed, inverse_std = normalise(b_z2, m_d, D, NORM_EPS)
         b_q = tl.load(q + p_td, mask=m_td, other=0.0).to(tl.float32)
-        b_q = tl.minimum(tl.maximum(b_q, -KEY_CAP), KEY_CAP)
+        b_q = bounded(b_q, KEY_CAP)
         b_y = b_q + (b_beta[None, :] + b_normed * b_gamma[None, :])
         tl.store(y + p_td, b_y.to(y.dtype.element_ty), mask=m_td)

@@ -24,12 +24,19 @@ import os
 import torch
 from torch import Tensor
 
+from .checks import (
+    DTYPES,
+    check_inputs,
+    check_instance,
+    check_options,
+    check_query,
+    check_record,
+    checked_borders,
+)
 from .choices import ATTENTIONAL_BIASES, HEAD_DIMS, RETENTION_GATES, Choices
-from .configuration import launch_configuration
+from .configuration import PRECISIONS, launch_configuration
 
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
 LARGEST_STATE_ADJOINT = 1e12  # as in pieces.py
 
 # known once, so that nothing has to be looked up while a graph is traced
@@ -38,7 +45,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def refusal(
-    device: torch.device,
+    device: torch.device | str,
     dtype: torch.dtype,
     head_dim: int,
     choices: Choices,
@@ -48,14 +55,21 @@ def refusal(
 ) -> str | None:
     """Why the kernels do not serve queries like these, or `None` if they do: a sentence without its full stop.
 
-    Looks at nothing that changes while a program runs, so it can be asked before tracing.
+    Looks at nothing that changes while a program runs, so it can be asked before tracing. A device that is not there is a
+    reason like any other.
+
+    Raises:
+        `TypeError`: if `choices` are no `Choices`, or `dtype` no dtype.
     """
+    check_record("choices", choices, Choices)
+    check_instance("dtype", dtype, torch.dtype)
+    device = torch.device(device)
     if not _TRITON_INSTALLED:
         return "Triton is not installed (`pip install triton`)"
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
-        return f"tensors are on {device.type!r}, and Triton kernels run on GPUs"
-    if device.type == "cuda" and torch.version.cuda is not None and _capability(device) < 8:
-        return f"the GPU has compute capability {_capability(device)}, and kernels need 8 or higher"
+        return f"tensors are on {device.type!r}, and Triton kernels run on GPUs that PyTorch calls 'cuda'"
+    if device.type == "cuda" and (reason := _no_gpu(str(device))):
+        return reason
     if dtype not in DTYPES:
         return f"the dtype is {dtype}, and kernels take bfloat16, float16 and float32"
     if head_dim not in HEAD_DIMS:
@@ -72,8 +86,17 @@ def refusal(
     return None
 
 
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).major
+@torch.compiler.assume_constant_result
+def _no_gpu(device: str) -> str:
+    if not torch.cuda.is_available():
+        return f"tensors are on {device!r}, and PyTorch finds no GPU"
+    index = torch.device(device).index
+    if index is not None and index >= torch.cuda.device_count():
+        return f"tensors are on {device!r}, and PyTorch finds {torch.cuda.device_count()} GPUs, counted from 0"
+    major = torch.cuda.get_device_properties(device).major
+    if torch.version.cuda is not None and major < 8:
+        return f"the GPU has compute capability {major}, and kernels need 8 or higher"
+    return ""
 
 
 @torch.compiler.assume_constant_result
@@ -124,7 +147,10 @@ def forward(
             each the gradients `[rows, heads, chunk_size, out]`, then `eta`, `log_decay` `[rows, heads, chunk_size, c]`
             and `count` `[rows]`.
         output_final_state (`bool`, *optional*, defaults to `False`): whether to return the state after the last token.
-        cu_seqlens (`torch.Tensor` of shape `[sequences + 1]`, *optional*): borders of sequences packed into one row.
+        cu_seqlens (`torch.Tensor` of shape `[sequences + 1]`, *optional*):
+            Borders of sequences packed into one row, from 0 to `tokens`; a sequence may be empty. They may lie on the host,
+            where wrong ones raise; on a device an assertion there stops what follows, and nothing waits for it. A call
+            that is captured into a CUDA graph needs them on the device.
         mask (`torch.Tensor` of shape `[batch, tokens]`, bool, *optional*): false at pads, anywhere in a row.
         precision (`str`, *optional*):
             Operands of the products: `"bf16"`, `"tf32"`, `"tf32x3"` or `"ieee"`. By default bf16 for bfloat16 inputs,
@@ -136,18 +162,16 @@ def forward(
 
     Returns:
         `y` of the shape and dtype of `q`, the final state (empty if not asked for), and the saved chunk starts, for
-        each weight `[saved, heads, in, out]`, sequence after sequence.
+        each weight `[saved, heads, in, out]`, sequence after sequence; what room is left is not initialised.
 
     Raises:
+        `TypeError`: if an argument is not of its type.
         `ValueError`: if no kernel serves the call, or arguments do not fit, naming the reason.
     """
-    if precision not in (None, *PRECISIONS):
-        raise ValueError(f"`precision` must be one of {PRECISIONS} or None, got {precision!r}.")
-    tensors = [q, k, v, eta, log_alpha, delta, *initial, norm_weight, norm_bias, *(state or ())]
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    reason = refusal(q.device, q.dtype, q.shape[-1], choices, needs_grad, precision)
-    if reason is not None:
-        raise ValueError(f"No kernel serves this call: {reason}.")
+    check_query(q, choices)
+    check_options(output_final_state, save_every)
+    needs_grad = asks_for_gradients([q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state])
+    refuse(q, choices, needs_grad, precision)
     if mask is not None and cu_seqlens is not None:
         raise ValueError("`mask` and `cu_seqlens` exclude each other: a pack has no pad tokens.")
     check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, cu_seqlens, mask)
@@ -176,51 +200,21 @@ def forward(
     return y, tuple(final), tuple(saved)
 
 
-def check_inputs(
-    q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, cu_seqlens, mask
-) -> None:
-    """Raises a `ValueError` for shapes that do not fit: a kernel reads where they say, whatever is there."""
-    batch, tokens, heads, head_dim = q.shape
-    shapes = [(heads, *shape) for shape in choices.weight_shapes(head_dim)]
-    if [tuple(a.shape) for a in initial] != shapes:
-        raise ValueError(f"`initial` must have shapes {shapes}, got {[tuple(a.shape) for a in initial]}.")
-    of_gate = [(batch, tokens, heads), (batch, tokens, heads, 1), (batch, tokens, heads, head_dim)]
-    allowed: dict[str, tuple] = {"k": (k, [q.shape]), "v": (v, [q.shape])}
-    allowed |= {"eta": (eta, of_gate), "log_alpha": (log_alpha, of_gate)}
-    if choices.attentional_bias.startswith("huber"):
-        if delta is None:
-            raise ValueError(f"`delta` is required by {choices.attentional_bias}, a threshold per token.")
-        allowed["delta"] = (delta, of_gate if choices.attentional_bias == "huber_coordinate" else of_gate[:2])
-    elif delta is not None:
-        raise ValueError(f"`delta` must be None: {choices.attentional_bias} has no threshold.")
-    if choices.memory == "mlp":
-        for name, x in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-            if x is None:
-                raise ValueError(f"`{name}` is required by an MLP memory.")
-            allowed[name] = (x, [(heads, head_dim)])
-    if mask is not None:
-        allowed["mask"] = (mask, [(batch, tokens)])
-        if mask.dtype != torch.bool:
-            raise ValueError(f"`mask` must be a bool tensor, got {mask.dtype}.")
-    if cu_seqlens is not None and (batch != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
-        raise ValueError(
-            "`cu_seqlens` must have shape [sequences + 1] and needs a batch of one packed row, got "
-            f"{tuple(cu_seqlens.shape)} and a batch of {batch}."
-        )
-    if state:
-        rows = _rows(q, cu_seqlens)
-        shapes = choices.weight_shapes(head_dim)
-        gate_dim = max(gate(eta).shape[-1], gate(log_alpha).shape[-1])
-        widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + [gate_dim, gate_dim]
-        expected = [(rows, heads, *shape) for shape in shapes]
-        expected += [(rows, heads, choices.chunk_size, width) for width in widths] + [(rows,)]
-        if [tuple(x.shape) for x in state] != expected:
-            raise ValueError(f"`state` must have shapes {expected}, got {[tuple(x.shape) for x in state]}.")
-    for name, (x, shapes) in allowed.items():
-        if tuple(x.shape) not in [tuple(shape) for shape in shapes]:
-            raise ValueError(
-                f"`{name}` must have shape {' or '.join(str(tuple(s)) for s in shapes)}, got {tuple(x.shape)}."
-            )
+def asks_for_gradients(arguments: list) -> bool:
+    """Whether a tensor among the arguments, or in a tuple of them, is to be differentiated."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [x for each in arguments for x in (each if isinstance(each, (tuple, list)) else (each,))]
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
+def refuse(q: Tensor, choices: Choices, needs_grad: bool, precision: str | None, decode: bool = False) -> None:
+    """Raises a `ValueError` with the `refusal` of a call, if there is one."""
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"`precision` must be one of {PRECISIONS} or None, got {precision!r}.")
+    reason = refusal(q.device, q.dtype, q.shape[-1], choices, needs_grad, precision, decode)
+    if reason is not None:
+        raise ValueError(f"No kernel serves this call: {reason}.")
 
 
 def chunks_between_starts(choices: Choices, head_dim: int, itemsize: int) -> int:
@@ -307,11 +301,12 @@ class _Call:
         self.shapes = [tuple(a.shape[1:]) for a in initial]
         self.toward_init = c["decay_target"] == "init"
         has_norm = c["memory"] == "mlp"
-        self.norm = [p.contiguous() for p in (norm_weight, norm_bias)] if has_norm else []
+        self.norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if has_norm else []
 
         order = None
         if cu_seqlens is not None:
-            starts, lengths = cu_seqlens[:-1].to(torch.int64), cu_seqlens.diff().to(torch.int64)
+            borders = cu_seqlens.to(q.device, torch.int64)
+            starts, lengths = borders[:-1].contiguous(), borders.diff()
         else:
             starts = torch.arange(self.rows, device=q.device) * self.tokens
             lengths = torch.full((self.rows,), self.tokens, device=q.device)
@@ -372,13 +367,10 @@ class _Call:
         arguments += [self.min_log_alpha, *self.masses]
         kernel = mlp_forward_kernel if self.memory == "mlp" else matrix_forward_kernel
         constants = self.constants if begun is None else self.constants | {"HAS_EARLIER": begun}
-        kernel[(self.programs,)](
-            *arguments,
-            KEEP_FINAL=bool(final),
-            SAVE_EVERY=save_every,
-            **constants,
-            **self.configuration(f"{self.memory}_forward"),
-        )
+        launch = self.configuration(f"{self.memory}_forward")
+        # Triton launches on the current device, which need not be the tensors'
+        with torch.cuda.device_of(self.q):
+            kernel[(self.programs,)](*arguments, KEEP_FINAL=bool(final), SAVE_EVERY=save_every, **constants, **launch)
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, device=self.device)
@@ -430,6 +422,8 @@ def _forward(
     *choices,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     choices = dict(zip(CHOICE_NAMES, choices))
+    if cu_seqlens is not None:
+        cu_seqlens = checked_borders(cu_seqlens, q.shape[1], q.device)
     call = _Call(
         q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
         precision=precision, **choices,
@@ -439,7 +433,7 @@ def _forward(
     saved, saved_of_row = [], call.lengths
     if save_every:
         room = _saved_chunks(q, cu_seqlens, call.chunk_size, save_every)
-        saved = [call.zeros(room, *a.shape) for a in initial]
+        saved = [call.scratch(room, *a.shape) for a in initial]
         saved_of_row = call.saved_of_row(save_every)
 
     # pads are not written to
@@ -496,7 +490,7 @@ def _groups(call: _Call, saved: list[Tensor], every: int):
         begun = continues and group == 0
         kept = (call.saved_of_row(every) + group).clamp(max=saved[0].shape[0] - 1)
         dual = [x.index_select(0, kept) for x in saved]
-        chunk_starts = [call.zeros(call.rows * every, *x.shape[1:]) for x in saved]
+        chunk_starts = [call.scratch(call.rows * every, *x.shape[1:]) for x in saved]
         call.launch_forward(nothing, dual, [], where, chunk_starts, slots, 1, begun)
         yield begun, where, slots, chunk_starts
 
@@ -576,16 +570,17 @@ def _backward(
             arguments += [*chunk_starts, slots, *bars, delta_bar, *state_bars, *base_bars, *of_group]
             arguments += [*(call.earlier or unused), call.phases, *earlier_bars, *factor_bars, *where, *scratch]
             arguments += [*images, *slopes, rows_of_chunk]
-            kernel[(call.programs,)](
-                *arguments,
-                call.tokens,
-                heads,
-                call.min_log_alpha,
-                *call.masses,
-                KEEP_FINAL=bool(final_bars),
-                **call.constants | {"HAS_EARLIER": begun},
-                **launch,
-            )
+            with torch.cuda.device_of(q):
+                kernel[(call.programs,)](
+                    *arguments,
+                    call.tokens,
+                    heads,
+                    call.min_log_alpha,
+                    *call.masses,
+                    KEEP_FINAL=bool(final_bars),
+                    **call.constants | {"HAS_EARLIER": begun},
+                    **launch,
+                )
             norm_bars = [total + part for total, part in zip(norm_bars, of_group)] if of_group else norm_bars
     elif state and final_bars:
         earlier_bars = [x.clone() for x in factor_bars]

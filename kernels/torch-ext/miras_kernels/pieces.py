@@ -63,6 +63,22 @@ def product(a, b, PRECISION: tl.constexpr):
         return tl.dot(a, b, input_precision=PRECISION)
 
 
+# `tl.maximum` and `tl.minimum` would take the number where the other is none, and a broken memory would look healthy
+@triton.jit
+def at_least(x, bound):
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_most(x, bound):
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def bounded(x, cap):
+    return at_most(at_least(x, -cap), cap)
+
+
 @triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
@@ -78,7 +94,7 @@ def power(x, exponent: tl.constexpr):
     elif exponent == 4.0:
         return x * x * x * x
     else:
-        return tl.where(x > 0.0, tl.exp(exponent * tl.log(tl.maximum(x, 1e-30))), 0.0)
+        return tl.where(x == 0.0, 0.0, tl.exp(exponent * tl.log(at_least(x, 1e-30))))
 
 
 @triton.jit
@@ -112,12 +128,13 @@ def normalise_vjp(bar, normed, inverse_std, m_d, D: tl.constexpr):
 def shortened(x, limit):
     # x min(1, limit / ||x||), `limit` [C, 1] or a number
     norm = tl.sqrt(tl.sum(x * x, 1) + 1e-24)[:, None]
-    return x * tl.minimum(limit / norm, 1.0)
+    return x * at_most(limit / norm, 1.0)
 
 
 @triton.jit
 def sign(x):
-    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
+    # zero and NaN are their own
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
 
 
 @triton.jit
@@ -136,7 +153,7 @@ def residual(
     if LOSS == L2:
         r = error
     elif LOSS == LP:
-        cut = tl.minimum(tl.maximum(error, -ERROR_CAP), ERROR_CAP)
+        cut = bounded(error, ERROR_CAP)
         squared = cut * cut + 1e-6
         if SMOOTH_SIGN:
             direction = 2.0 * sigmoid(2.0 * SHARPNESS * cut) - 1.0
@@ -148,7 +165,7 @@ def residual(
             r = POWER * direction * tl.exp(0.5 * (POWER - 1.0) * tl.log(squared))
         r = tl.where(m_d[None, :], r, 0.0)
     elif LOSS == HUBER_COORDINATE:
-        r = tl.maximum(tl.minimum(error, b_delta), -b_delta)
+        r = bounded(error, b_delta)
     elif LOSS == HUBER_NORM:
         r = shortened(error, b_delta)
     else:
@@ -163,11 +180,11 @@ def frozen_scale(squares, powers, size, LINK: tl.constexpr, Q: tl.constexpr, FLO
     if LINK == DECAY:
         scale = squares * 0.0 + 1.0
     else:
-        total = tl.maximum(powers, power(FLOOR, Q))
+        total = at_least(powers, power(FLOOR, Q))
         scale = tl.exp(-(Q - 2.0) / Q * tl.log(total))
     if CAP > 0.0:
-        rms = tl.maximum(tl.sqrt(squares), 1e-12) / tl.sqrt(size)
-        scale = tl.minimum(scale, CAP / rms)
+        rms = at_least(tl.sqrt(squares), 1e-12) / tl.sqrt(size)
+        scale = at_most(scale, CAP / rms)
     return scale
 
 
@@ -225,7 +242,7 @@ def load_gates(
     p_g = o_t[:, None] * GATE_DIM + o_g[None, :]
     b_eta = tl.load(eta + p_g, mask=m_g, other=0.0).to(tl.float32)
     b_log_alpha = tl.load(log_alpha + p_g, mask=m_g, other=0.0).to(tl.float32)
-    b_log_alpha = tl.minimum(tl.maximum(b_log_alpha, MIN_LOG_ALPHA), 0.0)
+    b_log_alpha = at_most(at_least(b_log_alpha, MIN_LOG_ALPHA), 0.0)
     total = tl.sum(b_log_alpha, 0)
     b_log_decay = tl.cumsum(b_log_alpha, 0)
     if HAS_EARLIER:
@@ -238,6 +255,45 @@ def load_gates(
         total += since
         b_eta = tl.where(m_e[:, None], tl.load(earlier_eta + p_g, mask=m_g, other=0.0), b_eta)
     return b_eta, b_log_decay, total
+
+
+@triton.jit
+def first_broken(
+    b_k,
+    v,
+    eta,
+    log_alpha,
+    delta,
+    o_t,
+    m_t,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    GATE_DIM: tl.constexpr,
+    DELTA_DIM: tl.constexpr,
+):
+    # the slot of the chunk's first token whose write is not a number, C if there is none. A chunk's products multiply
+    # what later tokens write by zero, which a NaN survives: earlier tokens are read as if the chunk ended before it
+    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
+    m_td = m_t[:, None] & (o_d < D)[None, :]
+    p_td = o_t[:, None] * D + o_d[None, :]
+    b_v = tl.load(v + p_td, mask=m_td, other=0.0).to(tl.float32)
+    broken = (b_k != b_k) | (b_v != b_v)
+    if GATE_DIM == 1:
+        b_eta = tl.load(eta + o_t, mask=m_t, other=0.0)[:, None]
+        b_log_alpha = tl.load(log_alpha + o_t, mask=m_t, other=0.0)[:, None]
+    else:
+        b_eta = tl.load(eta + p_td, mask=m_td, other=0.0)
+        b_log_alpha = tl.load(log_alpha + p_td, mask=m_td, other=0.0)
+    # an infinite step is no better, the others are bounded
+    broken = broken | (b_log_alpha != b_log_alpha) | (b_eta - b_eta != 0.0)
+    if DELTA_DIM == 1:
+        b_delta = tl.load(delta + o_t, mask=m_t, other=0.0)[:, None]
+        broken = broken | (b_delta != b_delta)
+    elif DELTA_DIM > 1:
+        b_delta = tl.load(delta + p_td, mask=m_td, other=0.0)
+        broken = broken | (b_delta != b_delta)
+    return tl.min(tl.where(broken, o_c[:, None], C))
 
 
 @triton.jit
@@ -268,8 +324,8 @@ def gelu_slope_curvature(z):
 def shortened_vjp(x, limit, bar):
     # adjoints of x and of the limit of `shortened`
     norm = tl.sqrt(tl.sum(x * x, 1) + 1e-24)[:, None]
-    factor = tl.minimum(limit / norm, 1.0)
-    along = tl.where(factor < 1.0, tl.sum(bar * x, 1)[:, None] / norm, 0.0)
+    factor = at_most(limit / norm, 1.0)
+    along = tl.where(factor == 1.0, 0.0, tl.sum(bar * x, 1)[:, None] / norm)
     return bar * factor - x * (along * factor / norm), along
 
 
@@ -291,7 +347,7 @@ def residual_vjp(
         bar, _ = shortened_vjp(error, CLIP, bar)
         return bar, bar
     elif LOSS == LP:
-        cut = tl.minimum(tl.maximum(error, -ERROR_CAP), ERROR_CAP)
+        cut = bounded(error, ERROR_CAP)
         squared = cut * cut + 1e-6
         if SMOOTH_SIGN:
             direction = 2.0 * sigmoid(2.0 * SHARPNESS * cut) - 1.0
@@ -305,11 +361,11 @@ def residual_vjp(
         if SMOOTH_SIGN:
             bent = POWER * SHARPNESS * (1.0 - direction * direction)
             slope += bent * tl.exp(0.5 * (POWER - 1.0) * tl.log(squared))
-        bar = tl.where((tl.abs(error) <= ERROR_CAP) & m_d[None, :], bar * slope, 0.0)
+        bar = tl.where((tl.abs(error) > ERROR_CAP) | ~m_d[None, :], 0.0, bar * slope)
         return bar, bar
     elif LOSS == HUBER_COORDINATE:
-        bar, _ = shortened_vjp(tl.maximum(tl.minimum(error, b_delta), -b_delta), CLIP, bar)
-        inside = tl.where(tl.abs(error) <= b_delta, bar, 0.0)
+        bar, _ = shortened_vjp(bounded(error, b_delta), CLIP, bar)
+        inside = tl.where(tl.abs(error) > b_delta, 0.0, bar)
         return inside, (bar - inside) * sign(error)
     elif LOSS == HUBER_NORM:
         bar, _ = shortened_vjp(shortened(error, b_delta), CLIP, bar)
@@ -319,7 +375,7 @@ def residual_vjp(
         norm = tl.sqrt(tl.sum(error * error, 1) + 1e-24)[:, None]
         bar, _ = shortened_vjp(tl.where(norm <= b_delta, error, b_delta * sign(error)), CLIP, bar)
         of_delta = tl.sum(bar * sign(error), 1)[:, None]
-        return tl.where(norm <= b_delta, bar, 0.0), tl.where(norm <= b_delta, 0.0, of_delta + 0.0 * bar)
+        return tl.where(norm > b_delta, 0.0, bar), tl.where(norm <= b_delta, 0.0, of_delta + 0.0 * bar)
 
 
 @triton.jit
@@ -330,11 +386,11 @@ def frozen_scale_rates(
     first, second = scale_bar * 0.0, scale_bar * 0.0
     capped = scale_bar * 0.0 + 3.0e38
     if CAP > 0.0:
-        capped = CAP * tl.sqrt(size) / tl.maximum(tl.sqrt(squares), 1e-12)
+        capped = CAP * tl.sqrt(size) / at_least(tl.sqrt(squares), 1e-12)
     if LINK == DECAY:
         free = scale_bar * 0.0 + 1.0
     else:
-        total = tl.maximum(powers, power(FLOOR, Q))
+        total = at_least(powers, power(FLOOR, Q))
         free = tl.exp(-(Q - 2.0) / Q * tl.log(total))
         moves = (powers > power(FLOOR, Q)) & (free <= capped)
         second = tl.where(moves, scale_bar * free / total, 0.0) * (2.0 - Q)
@@ -344,10 +400,17 @@ def frozen_scale_rates(
 
 
 @triton.jit
-def slope_bars(factor_bar, factor, mean, Q: tl.constexpr):
-    # adjoints of the scalar s and of the slope's mean, from that of the columns' factor (q - 1) s / mean
-    bounded = tl.maximum(mean, 1e-30)
-    return factor_bar * (Q - 1.0) / bounded, tl.where(mean > 1e-30, -factor_bar * factor / bounded, 0.0)
+def inverse_of_mean(mean):
+    # the slope's columns over their mean, times this before anything else: with the scalar s, which is as large as the
+    # floor under its norm is small, it would not be finite where a weight has decayed to zero
+    return 1.0 / at_least(mean, 1e-30)
+
+
+@triton.jit
+def slope_bars(gain_bar, gain, mean, Q: tl.constexpr):
+    # adjoints of the scalar s and of the slope's mean, from that of the gain (q - 1) s of columns over their mean
+    mean_bar = tl.where(mean <= 1e-30, 0.0, -gain_bar * inverse_of_mean(mean) * gain)
+    return gain_bar * (Q - 1.0), mean_bar
 
 
 @triton.jit
@@ -421,13 +484,13 @@ def store_gate_bars(
             tl.store(earlier_log_decay_bar + p_g, b_since_bar, mask=m_e[:, None] & m_g[None, :])
     if GATE_DIM == 1:
         b_raw = tl.load(log_alpha + o_t, mask=m_t, other=0.0).to(tl.float32)
-        b_bar = tl.where((b_raw >= MIN_LOG_ALPHA) & (b_raw <= 0.0), tl.sum(b_log_alpha_bar, 1), 0.0)
+        b_bar = tl.where((b_raw < MIN_LOG_ALPHA) | (b_raw > 0.0), 0.0, tl.sum(b_log_alpha_bar, 1))
         tl.store(eta_bar + o_t, tl.sum(b_eta_bar, 1), mask=m_t)
         tl.store(log_alpha_bar + o_t, b_bar, mask=m_t)
     else:
         m_tg = m_t[:, None] & m_g[None, :]
         p_tg = o_t[:, None] * D + o_d[None, :]
         b_raw = tl.load(log_alpha + p_tg, mask=m_tg, other=0.0).to(tl.float32)
-        b_bar = tl.where((b_raw >= MIN_LOG_ALPHA) & (b_raw <= 0.0), b_log_alpha_bar, 0.0)
+        b_bar = tl.where((b_raw < MIN_LOG_ALPHA) | (b_raw > 0.0), 0.0, b_log_alpha_bar)
         tl.store(eta_bar + p_tg, b_eta_bar, mask=m_tg)
         tl.store(log_alpha_bar + p_tg, b_bar, mask=m_tg)

@@ -1,0 +1,112 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a launch is given: the tensors' device, one binary whatever dtype parameters have, sizes that compile nothing."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_decode import after_prompt, by_decode, cut
+from test_forward import by_kernel, make_call, make_rule
+
+from miras_kernels import (
+    backward_matrix,
+    backward_mlp,
+    decode_matrix,
+    decode_mlp,
+    forward_matrix,
+    forward_mlp,
+)
+
+
+KERNELS = {
+    "mlp": (
+        (forward_mlp, "mlp_forward_kernel"),
+        (backward_mlp, "mlp_backward_kernel"),
+        (decode_mlp, "mlp_decode_kernel"),
+    ),
+    "matrix": (
+        (forward_matrix, "matrix_forward_kernel"),
+        (backward_matrix, "matrix_backward_kernel"),
+        (decode_matrix, "matrix_decode_kernel"),
+    ),
+}
+
+
+class Watched:
+    """Stands where a kernel stands, and does not run it."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.seen(arguments)
+
+
+@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+def test_launches_are_made_on_the_tensors_device(memory, monkeypatch):
+    rule = make_rule(memory)
+    inputs, parameters = make_call(rule, tokens=20)
+    state, companions = after_prompt(rule, inputs, parameters, 18)
+    active, launched = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        active.append(tensor.device)
+        yield
+        active.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module, name in KERNELS[memory]:
+        monkeypatch.setattr(module, name, Watched(lambda _, name=name: launched.append((name, *active))))
+    y, _, _ = by_kernel(rule, [None if x is None else x.clone().requires_grad_() for x in inputs], parameters)
+    y.sum().backward()
+    by_decode(rule, cut(inputs, 18, None), parameters, state, companions)
+    assert {name for name, *_ in launched} == {name for _, name in KERNELS[memory]}
+    assert all(devices == [inputs[0].device] for _, *devices in launched)
+
+
+@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+def test_dtypes_of_gates_and_norms_do_not_make_other_binaries(memory, monkeypatch):
+    rule = make_rule(memory, "huber_mixture")
+    inputs, parameters = make_call(rule, tokens=20)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        state, companions = after_prompt(rule, inputs, parameters, 18)
+        norm = {name: getattr(parameters, name).to(dtype) for name in ("norm_weight", "norm_bias")}
+        with monkeypatch.context() as patch:
+            module, name = KERNELS[memory][2]
+            patch.setattr(module, name, Watched(found.append))
+            gates = [x.to(dtype) for x in inputs[3:]]
+            new = cut([*inputs[:3], *gates], 18, None)
+            by_decode(rule, new, parameters._replace(**norm), state, companions)
+    dtypes = [[x.dtype for x in arguments if isinstance(x, torch.Tensor)] for arguments in found]
+    assert dtypes[0] == dtypes[1] == dtypes[2] and torch.float32 in dtypes[0]
+
+
+def test_sizes_that_change_from_call_to_call_compile_nothing():
+    program = (
+        "import miras_kernels\n"
+        "from miras_kernels import backward_matrix, backward_mlp, decode_matrix, decode_mlp, forward_matrix, forward_mlp\n"
+        "for module in (backward_matrix, backward_mlp, decode_matrix, decode_mlp, forward_matrix, forward_mlp):\n"
+        "    kernel = next(x for name, x in vars(module).items() if name.endswith('_kernel'))\n"
+        "    print({p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)} & "
+        "{'H', 'LONGEST', 'ROTARY_TOKENS'})\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.stdout.split("\n")[:-1] == ["set()"] * 6, run.stderr
