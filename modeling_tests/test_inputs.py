@@ -317,3 +317,9 @@ def test_training_makes_no_cache(ids, tmp_path, monkeypatch):
     trainer.train()
     trainer.evaluate()
     assert caches and all(cache is None for cache in caches)
+
+
+def test_what_generate_consumes_reaches_no_forward(model, ids):
+    """`generate()` hands its `tokenizer` on to every step, which knows no such keyword."""
+    expected = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, tokenizer=object()), expected)

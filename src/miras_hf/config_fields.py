@@ -133,7 +133,10 @@ def _known_keywords(config: PreTrainedConfig) -> set[str]:
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raises a `ValueError` unless it is `None` or a floating point dtype, or the name of one."""
+    """Raises a `ValueError` unless it is `None` or a floating point dtype, or the name of one, or `"auto"`, by which
+    `transformers serve` asks for a checkpoint's own."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ValueError(f"`dtype` must be a floating point dtype of PyTorch or the name of one, got {dtype!r}.")

@@ -17,6 +17,7 @@ Reads top to bottom: norms, rotary embedding, convolution, gates, the memory, th
 MLP, decoder layer, models. Moneta, Yaad and Memora are the same modules under different choices of the config.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +69,7 @@ from .memory import (
 from .mixer_ops import causal_convolution, l2norm, negative_softplus, rms_norm, scaled_sigmoid, silu_gated_rms_norm
 from .model_card import save_model_card
 from .parallel import check_distributed_config
-from .peft import NotByParameter
+from .peft import NotByParameter, check_prompt_learning
 from .sequences import (
     Sequences,
     check_kernel_arguments,
@@ -977,6 +978,7 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
         Raises:
             `ValueError`: for a mask that does not cover the whole text, and embeddings that do not.
         """
+        check_prompt_learning(self.prepare_inputs_for_generation)
         kwargs = cache_named(CACHE_NAME, kwargs)
         cache = kwargs.get(CACHE_NAME)
         past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
@@ -990,6 +992,13 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
                 f"read, got {embeds.shape[1]}."
             )
         return super().generate(inputs, *args, **kwargs)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        # `generate()` hands on to every step what it consumes itself
+        for name in ("tokenizer", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def _assisted_decoding(self, *args, **kwargs):
         cache = kwargs.get(CACHE_NAME)

@@ -14,6 +14,11 @@
 """Which modules PEFT's methods adapt when a user names none, so that `LoraConfig()` is enough; and what they cannot adapt."""
 
 import sys
+from collections.abc import Callable
+
+from packaging.version import Version
+
+from .compat import CACHE_NAME
 
 
 MODEL_TYPES = ("miras", "moneta", "yaad", "memora")
@@ -42,6 +47,31 @@ def _miras_modules(llama: list[str]) -> list[str]:
     # the gates of a mixer have projections of the same names
     of_mlp = ("gate_proj", "up_proj", "down_proj")
     return [f"mlp.{name}" if name in of_mlp else name for name in llama]
+
+
+def check_prompt_learning(prepare_inputs_for_generation: Callable) -> None:
+    """
+    Called by `generate()`, with the model's method that PEFT replaces by its own for prompt learning.
+
+    Raises:
+        `ValueError`: for prefix tuning, and for a PEFT that knows the cache of the installed Transformers by its old name
+            only: it would put the prompt before every generated token, in silence.
+    """
+    adapted = getattr(prepare_inputs_for_generation, "__self__", None)
+    config = getattr(adapted, "active_peft_config", None)
+    if not getattr(config, "is_prompt_learning", False):
+        return
+    if config.peft_type == "PREFIX_TUNING":
+        raise ValueError(
+            "Generation with prefix tuning is not possible with Miras models: a memory has no keys and values to put "
+            "before a text. Prompt tuning and LoRA are."
+        )
+    version = sys.modules["peft"].__version__
+    if CACHE_NAME == "cache" and Version(version) < Version("0.22"):
+        raise ValueError(
+            f"Generation with prompt tuning needs PEFT 0.22 or newer with this version of Transformers, got {version}, "
+            "which would put the prompt before every generated token. Transformers 5.23 and older go with it."
+        )
 
 
 class NotByParameter:
