@@ -284,10 +284,10 @@ def test_other_weights_are_refused_unless_told(yaad, saved):
 
 
 def test_quantized_weights_are_other_weights(yaad, saved, tmp_path):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    torchao = pytest.importorskip("torchao.quantization")
 
     quantized = copy.deepcopy(yaad)
-    quantize_(quantized.model.layers[1].mlp, Int8WeightOnlyConfig())
+    torchao.quantize_(quantized.model.layers[1].mlp, torchao.Int8WeightOnlyConfig())
     with pytest.raises(ValueError, match="other weights"):
         load_memory(saved, quantized)
     cache = read(quantized, text(19))

@@ -30,6 +30,7 @@ import torch
 from huggingface_hub import InferenceClient
 
 import miras_hf
+from miras_hf.compat import CACHE_NAME
 
 
 TRANSFORMERS = [sys.executable, "-m", "transformers.cli.transformers"]
@@ -194,7 +195,9 @@ def test_a_preloaded_folder_and_continuous_batching(environment, hub_cache, tmp_
     saved = str(hub_cache / folder("me/moneta") / "snapshots" / REVISION)
     with serve(environment, tmp_path / "log", saved, "--trust-remote-code", "--continuous-batching") as url:
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-        assert {model.id for model in client.models.list()} == {f"me/{family.lower()}" for family in FAMILIES}
+        # the folder that is served, and before Transformers 5.24 what the cache holds
+        cached = {f"me/{family.lower()}" for family in FAMILIES}
+        assert {model.id for model in client.models.list()} == ({saved} if CACHE_NAME == "cache" else cached)
         with pytest.raises(openai.InternalServerError):
             client.chat.completions.create(model=saved, messages=[{"role": "user", "content": "to be?"}])
     assert "ValueError: Continuous batching" in (tmp_path / "log").read_text()

@@ -93,7 +93,7 @@ def test_a_memory_layer_answers_all_that_a_cache_asks():
     """Whatever a cache calls on or reads from its layers is there, and abstract methods have bodies."""
     public = {name for name in vars(CacheLayerMixin) if not name.startswith("_")}
     answered = {name for kind in MirasLayer.__mro__[:2] for name in vars(kind)}
-    inherited = {"activate_past_recording", "is_dummy", "is_compileable", "offload", "prefetch"}
+    inherited = {"activate_past_recording", "is_dummy", "is_compileable", "offload", "prefetch", "get_max_cache_shape"}
     assert public - answered - inherited == set()
     assert not getattr(MirasLayer, "__abstractmethods__", None)
     reads = {"is_sliding", "is_compileable", "is_croppable", "is_initialized", "record_past"}
