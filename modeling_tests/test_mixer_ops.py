@@ -15,6 +15,8 @@
 
 import pytest
 import torch
+from torch import func
+from torch.autograd import gradgradcheck
 
 from miras_hf import YaadConfig, YaadModel
 from miras_hf.mixer_ops import (
@@ -59,11 +61,34 @@ def test_adjoints_are_those_of_autograd(name, monkeypatch):
     # the formulas as they are left to the compiler
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     expected = function(*inputs)
-    # the norm's statistics are float32 in every dtype
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if name == "gated norm" else {"rtol": 1e-10, "atol": 1e-12}
+    tolerance = {"rtol": 1e-10, "atol": 1e-12}
     torch.testing.assert_close(y, expected, **tolerance)
     for bar, other in zip(bars, torch.autograd.grad(expected, inputs, y_bar), strict=True):
         torch.testing.assert_close(bar, other, **tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives(name):
+    inputs, function = CASES[name]
+    assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transforms(name):
+    """Of `torch.func`, forward mode and traces, against the backward pass."""
+    inputs, function = CASES[name]
+    y = function(*inputs)
+    y_bar = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    bars = torch.autograd.grad(y, inputs, y_bar)
+    plain = tuple(x.detach() for x in inputs)
+    for bar, other in zip(func.vjp(function, *plain)[1](y_bar), bars, strict=True):
+        torch.testing.assert_close(bar, other, rtol=1e-10, atol=1e-12)
+    tangent = func.jvp(function, plain, plain)[1]
+    torch.testing.assert_close((tangent * y_bar).sum(), sum((x * b).sum() for x, b in zip(plain, bars, strict=True)))
+    found = func.vmap(function)(*(torch.stack((x, 0.9 * x)) for x in plain))
+    torch.testing.assert_close(found, torch.stack((y, function(*(0.9 * x for x in plain)))), rtol=1e-10, atol=1e-12)
+    traced = torch.jit.trace(function, inputs)
+    torch.testing.assert_close(traced(*(0.9 * x for x in plain)), function(*(0.9 * x for x in plain)))
 
 
 def test_mixed_precision():

@@ -20,7 +20,7 @@ as products with rank-one factors. Numbers equal those of the recurrent referenc
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ from .rule import (
     starting_dual,
     without_autocast,
 )
-from .vjp import BoundedAdjoint
+from .vjp import by_formulas, in_transform, with_bounded_adjoint
 
 
 @without_autocast
@@ -113,12 +113,14 @@ def chunk_miras(
     memory = _Memory.build(rule, parameters, initial_state, layout, heads, x.q.dtype, output_final_state)
 
     steps = len(layout.active)
-    recompute = torch.is_grad_enabled() and (
+    # `torch.func` has no hooks on saved tensors, and so no recomputation
+    recompute = torch.is_grad_enabled() and not in_transform()
+    recompute = recompute and (
         any(t is not None and t.requires_grad for t in x) or any(t.requires_grad for t in memory.tensors())
     )
     # a graph that is being compiled has the chunks one by one: as a nested region they would be compiled once and run
     # faster, but inductor of torch 2.13 then gives wrong gradients
-    by_hand = recompute and has_adjoint(rule) and not torch.compiler.is_compiling()
+    by_hand = recompute and has_adjoint(rule) and not by_formulas()
     keep = by_hand and memory.activation_bytes() <= kept_bytes
     if chunks_per_group is None:
         chunks_per_group = _chunks_per_group(rule, head_dim, steps) if recompute and not keep else 8
@@ -249,7 +251,8 @@ class _Memory:
         """`read_group` of plain steps, with the adjoint of `adjoint.py`."""
 
         def read(x: MemoryInputs, states, base, norm):
-            return self.read_group(first, last, x, states, None)[:2]
+            # those given: under `create_graph` they are not this object's own
+            return replace(self, base=base, norm=norm).read_group(first, last, x, states, None)[:2]
 
         sizes = [rows * self.heads for rows in self.layout.active[first:last]]
         y, *states = ReadGroup.apply(read, self.rule, sizes, keep, *x, *states, *self.base, *self.norm)
@@ -296,7 +299,7 @@ class _Memory:
 
             outputs.append(rule.architecture.read(linear, q[i], *norm))
             states = tuple(
-                BoundedAdjoint.apply(rule.algorithm.fold(axis, s, f, now))
+                with_bounded_adjoint(rule.algorithm.fold(axis, s, f, now))
                 for axis, s, f in zip(axes, states, factors, strict=True)
             )
             if captured is not None:
