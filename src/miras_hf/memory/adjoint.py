@@ -69,7 +69,7 @@ from .attentional_bias import AttentionalBias
 from .layout import merge_chunks
 from .learning import Gates
 from .retention import ChunkWeights, LinkedChunk, link_by_autograd
-from .rule import MemoryInputs, MirasRule, bound_inputs
+from .rule import MemoryInputs, MirasRule, bound_inputs, hold_broken
 from .vjp import bound_adjoint, by_autograd, can_look_at, differentiable_vjp
 
 
@@ -169,7 +169,10 @@ def _run(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm,
         None if can_look_at(b) and torch.equal(b, u) else b == u
         for b, u in zip(_bounded(x), _bounded(unbounded), strict=True)
     ]
+    x, broken = hold_broken(x)
     all_gates, gates_vjp = rule.algorithm.chunk_gates_with_vjp(x.eta, x.log_alpha.cumsum(-2))
+    if broken is not None:
+        all_gates = all_gates.broken_from(broken)
     gates = all_gates.split(sizes)
     q, k, v = (t.split(sizes) for t in (x.q, x.k, x.v))
     delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)

@@ -38,6 +38,7 @@ from .rule import (
     bound_inputs,
     check_inputs,
     check_state,
+    hold_broken,
     starting_dual,
     without_autocast,
 )
@@ -262,13 +263,17 @@ class _Memory:
         """Reads the chunks of steps `first` to `last`; `x` holds their slots (`to_groups`), `states` the living rows' dual states."""
         rule, heads = self.rule, self.heads
         # here, where it is recomputed: copies of the whole length would be kept
-        x = bound_inputs(x.map(merge_chunks), rule)
+        x, broken = hold_broken(bound_inputs(x.map(merge_chunks), rule))
         axes = rule.architecture.gate_axes
         eta, log_decay = x.eta, x.log_alpha.cumsum(-2)
         if first == 0 and self.earlier is not None:
             eta, log_decay = self._with_earlier_gates(eta, log_decay)
         sizes = [rows * heads for rows in self.layout.active[first:last]]
-        gates_of_step = rule.algorithm.chunk_gates(eta, log_decay).split(sizes)
+        gates = rule.algorithm.chunk_gates(eta, log_decay)
+        if broken is not None:
+            # the decay says so to the final state
+            gates, log_decay = gates.broken_from(broken), torch.where(broken, torch.nan, log_decay)
+        gates_of_step = gates.split(sizes)
         q, k, v, eta, log_decay = (t.split(sizes) for t in (x.q, x.k, x.v, eta, log_decay))
         delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)
 

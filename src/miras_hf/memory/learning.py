@@ -53,6 +53,22 @@ class Gates(NamedTuple):
         parts = [x.split(sizes) if isinstance(x, Tensor) else [x] * len(sizes) for x in self]
         return [Gates(*part) for part in zip(*parts, strict=True)]
 
+    def broken_from(self, broken: Tensor) -> "Gates":
+        """The gates, NaN at the tokens that read a chunk which is broken, and at the end of such a chunk.
+
+        Args:
+            broken (`torch.Tensor` of shape `[..., tokens, 1]`, bool): of `hold_broken`.
+        """
+
+        def spoilt(gate: Tensor | None, where: Tensor) -> Tensor | None:
+            return None if gate is None else torch.where(where, torch.nan, gate)
+
+        return self._replace(
+            decay=torch.where(broken, torch.nan, self.decay),
+            query=spoilt(self.query, broken),
+            total=spoilt(self.total, broken[..., -1:, :]),
+        )
+
 
 @dataclass(frozen=True)
 class GradientDescent(Companions):
