@@ -13,16 +13,19 @@
 # limitations under the License.
 """The mixer's own operations: their hand-written adjoints are those of autograd, and keep what they say they keep."""
 
+import math
+
 import pytest
 import torch
 from torch import func
 from torch.autograd import gradgradcheck
 
-from miras_hf import YaadConfig, YaadModel
+from miras_hf import MonetaConfig, MonetaModel, YaadConfig, YaadModel
 from miras_hf.mixer_ops import (
     causal_convolution,
     l2norm,
     negative_softplus,
+    rms_norm,
     scaled_sigmoid,
     silu_gated_rms_norm,
 )
@@ -128,3 +131,78 @@ def test_what_a_mixer_keeps():
     whole = hidden_states.numel() * hidden_states.element_size()
     assert sum(size >= whole for size in kept.values()) == 12
     output.sum().backward()
+
+
+NORMS = {
+    "l2 norm": (l2norm, lambda x: x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()),
+    "rms norm": (
+        lambda x: rms_norm(x, torch.ones(x.shape[-1]), 1e-6),
+        lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(),
+    ),
+    "gated norm": (
+        lambda x: silu_gated_rms_norm(x, torch.ones_like(x), torch.ones(x.shape[-1]), 1e-6),
+        lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() / (1 + math.exp(-1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e14, 1e18, 1e30, 1e37])
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_of_any_scale(name, scale, compiled, monkeypatch):
+    """Squares leave float32 above 1e19, values and gradients do not: against float64."""
+    if compiled:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    function, exact = NORMS[name]
+    x, bar = (leaf(3, 5, 8).detach().roll(shift, -1) for shift in (0, 1))
+    x[1] *= scale  # beside rows that are as always
+    x[1, 0, :4] = 1.0  # and in a row of both
+    x = x.float()
+    wide, narrow = x.double().requires_grad_(), x.clone().requires_grad_()
+    y, expected = function(narrow), exact(wide)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+    (found,), (expected,) = torch.autograd.grad(y, narrow, bar.float()), torch.autograd.grad(expected, wide, bar)
+    # of rows of 1e37 gradients are of 1e-37
+    largest = expected.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(found / largest, expected / largest, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+def test_packs_keep_what_is_not_a_number():
+    """A border is selected, not multiplied by."""
+    position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    x, weight = leaf(1, 8, 6), leaf(6, 4)
+    broken = x.detach().clone()
+    broken[:, 3] = torch.nan
+    y = causal_convolution(broken, weight, position=position)
+    assert y[:, 3].isnan().all()
+    torch.testing.assert_close(y[:, 4:], causal_convolution(x, weight, position=position)[:, 4:])
+
+
+@pytest.mark.parametrize("config,model", [(YaadConfig, YaadModel), (MonetaConfig, MonetaModel)])
+def test_spikes_in_the_inputs_of_a_model(config, model):
+    """A token of 1e30 is read by its direction, as one of 1e4 is, and its gradient is a number."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    model = model(config(num_hidden_layers=2, chunk_size=16, memory_backend="pytorch", **sizes))
+    tokens = torch.randn(1, 300, 32)
+    outputs = []
+    for scale in (1e4, 1e30):
+        embeds = torch.where(torch.arange(300).view(1, -1, 1) % 20 == 7, tokens * scale, tokens).requires_grad_()
+        outputs.append(model(inputs_embeds=embeds, use_cache=False).last_hidden_state)
+        outputs[-1].square().sum().backward()
+        assert embeds.grad.isfinite().all()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-2, atol=1e-2)
+
+
+def test_a_token_that_is_not_a_number_reaches_the_future_alone():
+    """Of a whole model, in the middle of a chunk."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    model = YaadModel(YaadConfig(num_hidden_layers=2, chunk_size=16, memory_backend="pytorch", **sizes))
+    embeds = torch.randn(1, 40, 32)
+    broken = embeds.clone()
+    broken[:, 23] = torch.nan
+    y, whole = (model(inputs_embeds=x, use_cache=False).last_hidden_state for x in (broken, embeds))
+    torch.testing.assert_close(y[:, :23], whole[:, :23])
+    assert y[:, 23:].isnan().all()

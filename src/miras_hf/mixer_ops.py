@@ -27,8 +27,9 @@ Under `torch.compile`, which fuses and recomputes as it likes, the formulas are 
 forward mode, traces and decoding take them as they are. Under `create_graph` an adjoint is differentiable itself: by
 autograd of the formula, or because it is written in terms of results, which know where they come from.
 
-Squares of more than 1e19 leave float32. A norm therefore takes those of `x / s` where a row's largest entry, s, is above
-`LARGEST_SQUARED`, and s = 1 elsewhere, which changes nothing: the result does not depend on s, nor does the gradient.
+Squares of more than 1e19 leave float32, and so do cubes of inverse norms below 1e-13, which autograd takes. A norm
+therefore takes the squares of `x / s`, where a row's largest entry, s, is above `LARGEST_SQUARED`, and s = 1 elsewhere,
+which changes nothing: neither result nor gradient depends on s.
 """
 
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ from .memory.rule import compute_dtype
 from .memory.vjp import by_formulas, can_look_at, differentiable_vjp
 
 
-LARGEST_SQUARED = 1e15
+LARGEST_SQUARED = 1e8
 """Rows whose entries are all below this are squared as they are."""
 
 
@@ -128,7 +129,7 @@ def _shifts(x: Tensor, weight: Tensor, position: Tensor | None) -> Iterator[tupl
 
 def _scale_of_squares(x: Tensor, squares: Tensor) -> Tensor | None:
     """The s of every row whose squares make `squares`; None if it is one everywhere. Nothing depends on it."""
-    if can_look_at(squares) and bool(squares.isfinite().all()):
+    if can_look_at(squares) and bool((squares <= LARGEST_SQUARED**2).all()):
         return None
     largest = x.detach().abs().amax(-1, keepdim=True)
     return torch.where(largest > LARGEST_SQUARED, largest, 1.0)
