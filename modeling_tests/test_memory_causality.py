@@ -13,9 +13,13 @@
 # limitations under the License.
 """What a token may reach: its own row and head, itself and later tokens, and these it does reach."""
 
+import functools
+
 import pytest
 import torch
-from memory_cases import FORMS, MODELS, make_case, relative_error, rule_of
+from memory_cases import FORMS, MODELS, decode_miras, make_case, relative_error, rule_of
+
+from miras_hf.memory import chunk_miras
 
 
 NAMES = [*MODELS, "moneta_mirror", "memora_zero", "matrix"]
@@ -119,3 +123,70 @@ def test_the_chunk_is_part_of_the_model(form):
     small, large = outputs
     assert relative_error(small[:, :2], large[:, :2]) < 1e-13
     assert relative_error(small[:, 2:], large[:, 2:]) > 1e-4
+
+
+# -- what is not a number -------------------------------------------------------------------------------------------------
+
+
+def broken_at(case, name, token, value):
+    x = case.inputs[name].clone()
+    x[1, token, 0].view(-1)[-1] = value
+    return case._replace(inputs={**case.inputs, name: x})
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("token", [5, 7])
+@pytest.mark.parametrize("rule", ["yaad", "yaad_coordinate", "moneta_mirror", "memora", "matrix"])
+def test_what_is_not_a_number_reaches_the_future_alone(rule, token, with_gradients):
+    """In the middle and at the end of a chunk: outputs and states are NaN where those of decoding are, and nowhere else."""
+    case = make_case(rule_of(rule), tokens=11)
+    if with_gradients:
+        case = case.requires_grad()
+    whole, _ = case(chunk_miras)
+    for name in case.inputs:
+        broken = broken_at(case, name, token, float("nan"))
+        with torch.no_grad():
+            expected, expected_state = broken(decode_miras, output_final_state=True)
+        for form in (chunk_miras, functools.partial(chunk_miras, chunks_per_group=1, kept_bytes=0)):
+            for final_state in (False, True):
+                y, state = broken(form, output_final_state=final_state)
+                assert y[1, token, 0].isnan().all()
+                torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11, equal_nan=True)
+                torch.testing.assert_close(y[:, :token], whole[:, :token], rtol=1e-9, atol=1e-11)
+        reach = expected_state.dual[0].isnan().any(-1).any(-1)
+        for dual in state.dual:
+            assert torch.equal(dual.isnan().any(-1).any(-1), reach)
+        # and the text goes on so: the chunk that has begun is in the state
+        again = case.tokens(0, 2)
+        y, _ = again(chunk_miras, initial_state=state)
+        expected, _ = again(decode_miras, initial_state=expected_state)
+        torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2**20])
+def test_gradients_of_what_is_not_a_number_are_none(kept_bytes):
+    """A broken run does not look healthy: rows of a batch have their own gradients, parameters have those of all."""
+    case = make_case(rule_of("yaad"), tokens=11)
+    case = broken_at(case, "v", 6, float("nan")).requires_grad()
+    y, _ = case(chunk_miras, kept_bytes=kept_bytes)
+    y.sum().backward()
+    assert case.inputs["k"].grad[0].isfinite().all() and case.inputs["k"].grad[1, :, 0].isnan().any()
+    assert case.parameters.initial[0].grad[0].isnan().any()
+
+
+def test_infinite_steps_and_packs():
+    """An infinite step is no number times zero either; sequences of a pack and rows with pads keep to themselves."""
+    case = make_case(rule_of("yaad"), tokens=11, batch=2)
+    broken = broken_at(case, "eta", 6, float("inf"))
+    torch.testing.assert_close(broken(chunk_miras)[0][:, :6], case(chunk_miras)[0][:, :6], rtol=1e-9, atol=1e-11)
+    case = case.row(1)
+    broken = case.map(lambda x: torch.where(torch.arange(11).view(1, 11, *[1] * (x.dim() - 2)) == 4, torch.nan, x))
+    borders = torch.tensor([0, 6, 11])
+    y, whole = (one(chunk_miras, cu_seqlens=borders)[0] for one in (broken, case))
+    assert y[:, 4:6].isnan().all()
+    torch.testing.assert_close(y[:, :4], whole[:, :4], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(y[:, 6:], whole[:, 6:], rtol=1e-9, atol=1e-11)
+    mask = torch.ones(1, 11, dtype=torch.bool)
+    mask[:, 4] = False
+    y, whole = (one(chunk_miras, mask=mask)[0] for one in (broken, case))
+    torch.testing.assert_close(y, whole, rtol=1e-9, atol=1e-11)

@@ -18,7 +18,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from memory_cases import relative_error
+from memory_cases import make_case, relative_error
 
 from miras_hf.memory import (
     KL,
@@ -32,8 +32,11 @@ from miras_hf.memory import (
     Lq,
     LqMirror,
     MatrixMemory,
+    MirasRule,
     MLPMemory,
+    chunk_miras,
 )
+from miras_hf.memory.retention import ChunkWeights
 
 
 BIASES = {
@@ -322,3 +325,60 @@ def test_mlp_memory_is_the_equation():
     expected = x + F.layer_norm(F.gelu(x @ w1, approximate="tanh") @ w2, (d,), gamma, beta, 0.1)
     assert (w1.shape, w2.shape) == ((d, 4 * d), (4 * d, d))
     assert relative_error(read, expected) < 1e-12
+
+
+# -- what has decayed away, and what has grown ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1e-5, 1e-3, 1.0, 1e3, 1e7])
+@pytest.mark.parametrize("power", [2.0, 2.5, 3.0, 4.0, 6.0, 30.0])
+def test_mirror_map_of_any_scale(power, scale):
+    """Map and slope in float32 against the printed formulas in float64; no power or quotient leaves float32."""
+    gate = LqMirror(power=power)
+    dual = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * scale
+    dual[0, 0] = 0.0
+    leaf = dual[None].clone().requires_grad_()
+    chunk = gate.at_chunk_start(leaf, None, -1)
+    slope = chunk.writes_matrix(torch.ones(1, 6, 5))
+    (gradient,) = torch.autograd.grad(chunk.weight.sum() + slope.sum(), leaf)
+    assert gradient.isfinite().all()
+
+    exact = dual.double()
+    powered = exact.abs() ** (power - 2.0) / max(float((exact.abs() ** power).sum() ** (1 / power)), 1e-2) ** (
+        power - 2.0
+    )
+    weight = exact * powered
+    cap = min(1.0, gate.weight_cap / max(float(weight.square().mean().sqrt()), 1e-300))
+    torch.testing.assert_close(chunk.weight[0].double(), cap * weight, rtol=1e-5, atol=1e-30)
+    means = powered.mean(1, keepdim=True) * powered.mean(0) / powered.mean().clamp(min=1e-300)
+    torch.testing.assert_close(slope[0].double(), (power - 1.0) * cap * means, rtol=1e-5, atol=1e-28)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-5, 1.0, 1e3])
+@pytest.mark.parametrize("weight_cap", [None, 2.0])
+@pytest.mark.parametrize("power", [2.0, 2.5, 4.0, 6.0, 30.0])
+def test_printed_map_of_any_scale_is_a_number(power, weight_cap, scale):
+    gate = Lq(power=power, weight_cap=weight_cap)
+    leaf = (torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(0)) * scale).requires_grad_()
+    weight = gate.link(leaf, -1)
+    (gradient,) = torch.autograd.grad(weight.sum(), leaf)
+    linked = gate.at_chunk_start_with_vjp(leaf.detach(), None, -1)
+    ones = torch.ones_like(weight)
+    by_hand, _ = linked.vjp(ChunkWeights(ones, None, torch.zeros_like(ones), torch.zeros(1, 1, 1)))
+    assert all(x.isfinite().all() for x in (weight, gradient, linked.weights.weight, by_hand))
+
+
+@pytest.mark.parametrize("final_state", [False, True])
+def test_a_mirrored_memory_that_has_gone_out(final_state):
+    """A weight of exactly zero, as an initial memory and as what decay has left: reads return the query."""
+    rule = MirasRule(attentional_bias=Lp(), retention=LqMirror(power=6.0), chunk_size=4, decay_target="zero")
+    case = make_case(rule, tokens=9, dtype=torch.float32)
+    parameters = case.parameters._replace(
+        initial=tuple(torch.zeros_like(a) for a in case.parameters.initial),
+        norm_bias=torch.zeros_like(case.parameters.norm_bias),
+    )
+    case = case._replace(parameters=parameters).requires_grad()
+    y, _ = case(chunk_miras, output_final_state=final_state)
+    torch.testing.assert_close(y, case.inputs["q"])
+    y.square().sum().backward()
+    assert all(x.grad is None or x.grad.isfinite().all() for x in case.named_leaves().values())

@@ -23,8 +23,13 @@ memory does. Here each piece keeps its inputs, or its result where that is kept 
     step          y = m sigmoid(u)                           u_bar = y_bar y (1 - y / m)
     retention     y = -a softplus(u)                         u_bar = -y_bar a (1 - exp(y / a)),  a_bar = y . y_bar / a
 
-Under `torch.compile`, which fuses and recomputes as it likes, the formulas are left to it, and decoding takes them as
-they are. The adjoints themselves are not differentiable.
+Under `torch.compile`, which fuses and recomputes as it likes, the formulas are left to it; transforms of `torch.func`,
+forward mode, traces and decoding take them as they are. Under `create_graph` an adjoint is differentiable itself: by
+autograd of the formula, or because it is written in terms of results, which know where they come from.
+
+Squares of more than 1e19 leave float32, and so do cubes of inverse norms below 1e-13, which autograd takes. A norm
+therefore takes the squares of `x / s`, where a row's largest entry, s, is above `LARGEST_SQUARED`, and s = 1 elsewhere,
+which changes nothing: neither result nor gradient depends on s.
 """
 
 from collections.abc import Iterator
@@ -32,11 +37,17 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .memory.rule import compute_dtype
+from .memory.vjp import by_formulas, can_look_at, differentiable_vjp
+
+
+LARGEST_SQUARED = 1e8
+"""Rows whose entries are all below this are squared as they are."""
 
 
 def _by_hand() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and not by_formulas()
 
 
 def causal_convolution(
@@ -51,11 +62,15 @@ def causal_convolution(
         position (`torch.Tensor` of shape `[batch, tokens]`, *optional*):
             Tokens since the sequence's start: products stop at the border of a packed sequence.
     """
-    tokens, before = x.shape[1], weight.shape[1] - 1
-    if tail is None and not torch.compiler.is_compiling():
+    if tail is None and not by_formulas():
         return _SiLUConvolution.apply(x, weight, position)
-    if tokens == 1 and tail is not None:
+    if x.shape[1] == 1 and tail is not None:
         return F.silu((torch.cat((tail, x), dim=1) * weight.mT).sum(dim=1, keepdim=True))
+    return _silu_convolution(x, weight, position, tail)
+
+
+def _silu_convolution(x: Tensor, weight: Tensor, position: Tensor | None, tail: Tensor | None = None) -> Tensor:
+    tokens, before = x.shape[1], weight.shape[1] - 1
     padded = F.pad(x, (0, 0, before, 0)) if tail is None else torch.cat((tail, x), dim=1)
     taps = _taps(weight)
     output = x * taps[0]
@@ -74,17 +89,18 @@ class _SiLUConvolution(torch.autograd.Function):
         return F.silu(_convolved(x, weight, position), inplace=True)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, y_bar: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, y_bar: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, position = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *differentiable_vjp(lambda *x: _silu_convolution(*x, position), (x, weight), (y_bar,)), None
         taps = _taps(weight)
         u = _convolved(x, weight, position)
         u_bar = torch.ops.aten.silu_backward.grad_input(y_bar, u, grad_input=u)
         x_bar, taps_bar = u_bar * taps[0], torch.zeros_like(taps, dtype=u_bar.dtype)
         product = u_bar * x
         torch.sum(product, (0, 1), out=taps_bar[0])
-        for shift, begun in _shifts(x, weight, position):
-            late = u_bar[:, shift:] if begun is None else u_bar[:, shift:] * begun
+        for shift, outside in _shifts(x, weight, position):
+            late = u_bar[:, shift:] if outside is None else u_bar[:, shift:].masked_fill(outside, 0.0)
             x_bar[:, :-shift].addcmul_(late, taps[shift])
             torch.sum(torch.mul(late, x[:, :-shift], out=product[:, shift:]), (0, 1), out=taps_bar[shift])
         return x_bar.to(x.dtype), taps_bar.flip(0).mT.to(weight.dtype), None
@@ -98,58 +114,94 @@ def _taps(weight: Tensor) -> Tensor:
 def _convolved(x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
     taps = _taps(weight)
     u = x * taps[0]
-    for shift, begun in _shifts(x, weight, position):
-        early = x[:, :-shift] if begun is None else x[:, :-shift] * begun
+    for shift, outside in _shifts(x, weight, position):
+        # selected, not multiplied: what is not finite stays in its sequence
+        early = x[:, :-shift] if outside is None else x[:, :-shift].masked_fill(outside, 0.0)
         u[:, shift:].addcmul_(early, taps[shift])
     return u
 
 
 def _shifts(x: Tensor, weight: Tensor, position: Tensor | None) -> Iterator[tuple[int, Tensor | None]]:
-    """Shifts that reach a token, and where they stay inside the sequence of a token that has so many before it."""
+    """Shifts that reach a token, and where they leave the sequence of a token that has fewer before it."""
     for shift in range(1, min(weight.shape[1], x.shape[1])):
-        yield shift, None if position is None else (position[:, shift:] >= shift).unsqueeze(-1)
+        yield shift, None if position is None else (position[:, shift:] < shift).unsqueeze(-1)
+
+
+def _scale_of_squares(x: Tensor, squares: Tensor) -> Tensor | None:
+    """The s of every row whose squares make `squares`; None if it is one everywhere. Nothing depends on it."""
+    if can_look_at(squares) and bool((squares <= LARGEST_SQUARED**2).all()):
+        return None
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    return torch.where(largest > LARGEST_SQUARED, largest, 1.0)
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x over its l2 norm along the last axis."""
-    return _L2Norm.apply(x, eps) if _by_hand() else _l2norm(x, eps)[0]
+    return _L2Norm.apply(x, eps)[0] if _by_hand() else _l2norm(x, eps)[0]
 
 
 def _l2norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    inverse = torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + eps)
-    return x * inverse, inverse
+    """The result and the inverse norm."""
+    total = (x * x).sum(dim=-1, keepdim=True)
+    scale = _scale_of_squares(x, total)
+    if scale is None:
+        inverse = torch.rsqrt(total + eps)
+        return x * inverse, inverse
+    x = x / scale
+    inverse = torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + eps / scale.square())
+    return x * inverse, inverse / scale
+
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x over its root mean square, and the latter's inverse."""
+    mean = x.pow(2).mean(-1, keepdim=True)
+    scale = _scale_of_squares(x, mean)
+    if scale is None:
+        inverse = torch.rsqrt(mean + eps)
+        return x * inverse, inverse
+    x = x / scale
+    inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps / scale.square())
+    return x * inverse, inverse / scale
 
 
 class _L2Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        y, inverse = _l2norm(x, eps)
-        ctx.save_for_backward(y, inverse)
-        return y
+    """The inverse norm is a result, too, so that the adjoint is differentiable in terms of the two."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, y_bar: Tensor) -> tuple[Tensor, None]:
+    def forward(ctx, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        y, inverse = _l2norm(x, eps)
+        ctx.save_for_backward(y, inverse)
+        return y, inverse
+
+    @staticmethod
+    def backward(ctx, y_bar: Tensor | None, inverse_bar: Tensor | None) -> tuple[Tensor | None, None]:
         y, inverse = ctx.saved_tensors
-        along = (y * y_bar).sum(dim=-1, keepdim=True)
-        return torch.addcmul(y_bar, y, along, value=-1.0).mul_(inverse), None
+        x_bar = None
+        if y_bar is not None:
+            along = (y * y_bar).sum(dim=-1, keepdim=True)
+            x_bar = torch.addcmul(y_bar, y, along, value=-1.0)
+            x_bar = x_bar * inverse if torch.is_grad_enabled() else x_bar.mul_(inverse)
+        if inverse_bar is not None:  # of slope -r^3 x
+            bent = -inverse_bar * inverse.square() * y
+            x_bar = bent if x_bar is None else x_bar + bent
+        return x_bar, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight` times x over its root mean square along the last axis, which is computed in float32."""
-    wide = x.to(torch.float32)
-    return weight * (wide * _inverse_rms(wide, eps)).to(x.dtype)
+    """`weight` times x over its root mean square along the last axis, which is computed in float32 at least."""
+    return weight * _normed(x.to(compute_dtype(x)), eps)[0].to(x.dtype)
 
 
 def silu_gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm(x) * silu(gate)`, both of one shape and dtype."""
     if _by_hand():
         return _SiLUGatedRMSNorm.apply(x, gate, weight, eps)
+    return _silu_gated_rms_norm(x, gate, weight, eps)
+
+
+def _silu_gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(x, weight, eps) * F.silu(gate)
-
-
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 
 class _SiLUGatedRMSNorm(torch.autograd.Function):
@@ -160,12 +212,13 @@ class _SiLUGatedRMSNorm(torch.autograd.Function):
         return rms_norm(x, weight, eps).mul_(F.silu(gate))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, y_bar: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx, y_bar: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight = ctx.saved_tensors
-        wide, wide_gate, y_bar = (t.to(torch.float32) for t in (x, gate, y_bar))
-        inverse = _inverse_rms(wide, ctx.eps)
-        normed, bar = wide * inverse, F.silu(wide_gate).mul_(y_bar)
+        if torch.is_grad_enabled():
+            return *differentiable_vjp(lambda *x: _silu_gated_rms_norm(*x, ctx.eps), (x, gate, weight), (y_bar,)), None
+        wide, wide_gate, y_bar = (t.to(compute_dtype(x)) for t in (x, gate, y_bar))
+        normed, inverse = _normed(wide, ctx.eps)
+        bar = F.silu(wide_gate).mul_(y_bar)
         product = bar * normed
         weight_bar = product.flatten(0, -2).sum(0)
         along = product.mul_(weight).mean(-1, keepdim=True)
@@ -189,10 +242,10 @@ class _ScaledSigmoid(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, y_bar: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        return torch.addcmul(y, y, y, value=-1.0 / ctx.scale).mul_(y_bar), None
+        slope = torch.addcmul(y, y, y, value=-1.0 / ctx.scale)
+        return slope * y_bar if torch.is_grad_enabled() else slope.mul_(y_bar), None
 
 
 def negative_softplus(u: Tensor, scale: Tensor) -> Tensor:
@@ -208,10 +261,11 @@ class _NegativeSoftplus(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, y_bar: Tensor) -> tuple[Tensor, Tensor]:
         y, scale = ctx.saved_tensors
         scale = scale.clamp(min=1e-30)  # an exponential that may have gone under
         scale_bar = (y * y_bar).sum_to_size(scale.shape) / scale
         # softplus' is the sigmoid, 1 - exp(-softplus)
+        if torch.is_grad_enabled():
+            return (y / scale).expm1() * scale * y_bar, scale_bar
         return (y / scale).expm1_().mul_(scale).mul_(y_bar), scale_bar

@@ -679,3 +679,13 @@ def _adjoint(ctx, y_bar, final_bars, saved_bars):
 
 
 torch.library.register_autograd("miras_kernels::forward", _adjoint, setup_context=_setup_context)
+
+
+def _refuse_second_derivatives(ctx, bars):
+    raise RuntimeError(
+        "`miras_kernels` has no second derivatives: its adjoint is a kernel, which is not differentiated itself. Set "
+        '`memory_backend="pytorch"`, whose derivatives of every order are right.'
+    )
+
+
+torch.library.register_autograd("miras_kernels::backward", _refuse_second_derivatives)

@@ -53,7 +53,8 @@ Links other than the identity and losses bring their own adjoints; see the compa
 a retention gate without companions is differentiated by autograd, on its own, inside this backward pass; with an
 architecture or an algorithm without companions the whole group is, recomputed by `torch.utils.checkpoint`. So are, in
 training only, chunks that go on from the middle of a chunk or leave a begun chunk to the final state, and everything
-under `torch.compile`, which fuses what is slow in eager mode. The adjoint itself is not differentiable.
+under `torch.compile`, which fuses what is slow in eager mode. Under `create_graph`, for second derivatives, the group is
+differentiated by autograd; inside transforms of `torch.func`, forward mode and traces the whole call is.
 """
 
 from collections.abc import Callable
@@ -61,7 +62,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from .architecture import Factors
@@ -69,8 +69,8 @@ from .attentional_bias import AttentionalBias
 from .layout import merge_chunks
 from .learning import Gates
 from .retention import ChunkWeights, LinkedChunk, link_by_autograd
-from .rule import MemoryInputs, MirasRule, bound_inputs
-from .vjp import bound_adjoint, by_autograd, can_look_at
+from .rule import MemoryInputs, MirasRule, bound_inputs, hold_broken
+from .vjp import bound_adjoint, by_autograd, can_look_at, differentiable_vjp
 
 
 def has_adjoint(rule: MirasRule) -> bool:
@@ -93,7 +93,7 @@ class ReadGroup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, read: Callable, rule: MirasRule, sizes: list[int], keep: bool, *tensors: Tensor | None):
-        ctx.rule, ctx.sizes = rule, sizes
+        ctx.read, ctx.rule, ctx.sizes = read, rule, sizes
         ctx.set_materialize_grads(False)
         # the activations hang on a saved tensor, so that hooks on saved tensors meet them: activation checkpointing
         # and offloading put another tensor in its place, and what hung on this one is freed
@@ -106,9 +106,10 @@ class ReadGroup(torch.autograd.Function):
         return y, *states
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, y_bar: Tensor | None, *state_bars: Tensor | None):
         *tensors, holder = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, None, None, None, *_differentiable_adjoint(ctx.read, ctx.rule, tensors, (y_bar, *state_bars))
         x, states, base, norm = _parted(ctx.rule, tensors)
         if y_bar is None:
             y_bar = torch.zeros_like(merge_chunks(x.q))
@@ -119,6 +120,18 @@ class ReadGroup(torch.autograd.Function):
                 _, _, tape = _run(ctx.rule, ctx.sizes, x, states, base, norm, reads=False)
             bars = _group_adjoint(ctx.rule, ctx.sizes, tape, x, states, base, norm, y_bar, state_bars)
         return None, None, None, None, *bars
+
+
+def _differentiable_adjoint(read: Callable, rule: MirasRule, tensors, bars) -> tuple[Tensor | None, ...]:
+    """The group's adjoint under `create_graph`."""
+
+    def group(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        y, states = read(*_parted(rule, tensors))
+        return y, *states
+
+    device = next(bar for bar in bars if bar is not None).device.type
+    with torch.autocast(device, enabled=False):
+        return differentiable_vjp(group, tensors, bars)
 
 
 def _parted(rule: MirasRule, tensors):
@@ -156,7 +169,10 @@ def _run(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm,
         None if can_look_at(b) and torch.equal(b, u) else b == u
         for b, u in zip(_bounded(x), _bounded(unbounded), strict=True)
     ]
+    x, broken = hold_broken(x)
     all_gates, gates_vjp = rule.algorithm.chunk_gates_with_vjp(x.eta, x.log_alpha.cumsum(-2))
+    if broken is not None:
+        all_gates = all_gates.broken_from(broken)
     gates = all_gates.split(sizes)
     q, k, v = (t.split(sizes) for t in (x.q, x.k, x.v))
     delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .gelu import gelu, gelu_and_slope, gelu_slope_curvature
-from .vjp import Companions
+from .vjp import Companions, differentiated_by_autograd
 
 
 Linear = Callable[[int, Tensor], Tensor]
@@ -161,11 +161,21 @@ class MLPMemory(Companions):
 
     def _normalise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The layer norm without its affine, which is each head's own, and the mean and 1/std of every row."""
+        if differentiated_by_autograd():
+            # PyTorch's own takes mean and 1/std for constants in its third derivative, which a memory's second one meets
+            mean = z.mean(-1, keepdim=True)
+            centred = z - mean
+            inverse_std = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.norm_eps)
+            return centred * inverse_std, mean, inverse_std
         return torch.native_layer_norm(z, z.shape[-1:], None, None, self.norm_eps)
 
 
 def _normalise_vjp(bar: Tensor, z: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
     """`inverse_std * (bar - mean(bar) - normed * mean(bar * normed))`."""
+    if differentiated_by_autograd():
+        normed = (z - mean) * inverse_std
+        along = _row_dot(bar, normed) / z.shape[-1]
+        return inverse_std * (bar - bar.mean(-1, keepdim=True) - normed * along)
     only_input = [True, False, False]
     return torch.ops.aten.native_layer_norm_backward(bar, z, z.shape[-1:], mean, inverse_std, None, None, only_input)[
         0

@@ -20,7 +20,7 @@ as products with rank-one factors. Numbers equal those of the recurrent referenc
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +38,11 @@ from .rule import (
     bound_inputs,
     check_inputs,
     check_state,
+    hold_broken,
     starting_dual,
     without_autocast,
 )
-from .vjp import BoundedAdjoint
+from .vjp import by_formulas, in_transform, with_bounded_adjoint
 
 
 @without_autocast
@@ -113,12 +114,14 @@ def chunk_miras(
     memory = _Memory.build(rule, parameters, initial_state, layout, heads, x.q.dtype, output_final_state)
 
     steps = len(layout.active)
-    recompute = torch.is_grad_enabled() and (
+    # `torch.func` has no hooks on saved tensors, and so no recomputation
+    recompute = torch.is_grad_enabled() and not in_transform()
+    recompute = recompute and (
         any(t is not None and t.requires_grad for t in x) or any(t.requires_grad for t in memory.tensors())
     )
     # a graph that is being compiled has the chunks one by one: as a nested region they would be compiled once and run
     # faster, but inductor of torch 2.13 then gives wrong gradients
-    by_hand = recompute and has_adjoint(rule) and not torch.compiler.is_compiling()
+    by_hand = recompute and has_adjoint(rule) and not by_formulas()
     keep = by_hand and memory.activation_bytes() <= kept_bytes
     if chunks_per_group is None:
         chunks_per_group = _chunks_per_group(rule, head_dim, steps) if recompute and not keep else 8
@@ -249,7 +252,8 @@ class _Memory:
         """`read_group` of plain steps, with the adjoint of `adjoint.py`."""
 
         def read(x: MemoryInputs, states, base, norm):
-            return self.read_group(first, last, x, states, None)[:2]
+            # those given: under `create_graph` they are not this object's own
+            return replace(self, base=base, norm=norm).read_group(first, last, x, states, None)[:2]
 
         sizes = [rows * self.heads for rows in self.layout.active[first:last]]
         y, *states = ReadGroup.apply(read, self.rule, sizes, keep, *x, *states, *self.base, *self.norm)
@@ -259,13 +263,17 @@ class _Memory:
         """Reads the chunks of steps `first` to `last`; `x` holds their slots (`to_groups`), `states` the living rows' dual states."""
         rule, heads = self.rule, self.heads
         # here, where it is recomputed: copies of the whole length would be kept
-        x = bound_inputs(x.map(merge_chunks), rule)
+        x, broken = hold_broken(bound_inputs(x.map(merge_chunks), rule))
         axes = rule.architecture.gate_axes
         eta, log_decay = x.eta, x.log_alpha.cumsum(-2)
         if first == 0 and self.earlier is not None:
             eta, log_decay = self._with_earlier_gates(eta, log_decay)
         sizes = [rows * heads for rows in self.layout.active[first:last]]
-        gates_of_step = rule.algorithm.chunk_gates(eta, log_decay).split(sizes)
+        gates = rule.algorithm.chunk_gates(eta, log_decay)
+        if broken is not None:
+            # the decay says so to the final state
+            gates, log_decay = gates.broken_from(broken), torch.where(broken, torch.nan, log_decay)
+        gates_of_step = gates.split(sizes)
         q, k, v, eta, log_decay = (t.split(sizes) for t in (x.q, x.k, x.v, eta, log_decay))
         delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)
 
@@ -296,7 +304,7 @@ class _Memory:
 
             outputs.append(rule.architecture.read(linear, q[i], *norm))
             states = tuple(
-                BoundedAdjoint.apply(rule.algorithm.fold(axis, s, f, now))
+                with_bounded_adjoint(rule.algorithm.fold(axis, s, f, now))
                 for axis, s, f in zip(axes, states, factors, strict=True)
             )
             if captured is not None:

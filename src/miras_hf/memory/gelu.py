@@ -26,7 +26,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .vjp import by_formulas, differentiable_vjp
 
 
 _B = 2.0 * math.sqrt(2.0 / math.pi)
@@ -86,20 +87,21 @@ class _GeluAndSlope(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return _hidden_and_slope(z)
         hidden, slope, curvature = gelu_slope_curvature(z)
-        ctx.save_for_backward(slope, curvature)
+        ctx.save_for_backward(z, slope, curvature)
         return hidden, slope
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor, grad_slope: Tensor) -> Tensor:
-        slope, curvature = ctx.saved_tensors
+    def backward(ctx, grad: Tensor, grad_slope: Tensor) -> Tensor | None:
+        z, slope, curvature = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_vjp(_formulas, (z,), (grad, grad_slope))[0]
         return torch.addcmul(grad * slope, grad_slope, curvature)
 
 
 def _formulas(z: Tensor) -> tuple[Tensor, Tensor]:
-    """`gelu(z)` and `gelu'(z)` for a compiler, which fuses and differentiates them by itself.
+    """`gelu(z)` and `gelu'(z)`, to be differentiated as often as one likes.
 
-    That of torch 2.11 gets the gradients of the functions above wrong.
+    For a compiler besides, which fuses them: that of torch 2.11 gets the gradients of the functions above wrong.
     """
     rate = 9.0 * _A * z * z + _B
     gate = torch.sigmoid((rate + 2.0 * _B) * z / 3.0)
@@ -107,14 +109,14 @@ def _formulas(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gelu(z: Tensor) -> Tensor:
-    """`gelu(z)`, differentiable twice."""
-    if torch.compiler.is_compiling():
+    """`gelu(z)`."""
+    if by_formulas():
         return _formulas(z)[0]
     return _Gelu.apply(z) if torch.is_grad_enabled() else _gate(z).mul_(z)
 
 
 def gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
-    """`gelu(z)` and `gelu'(z)`, both differentiable once."""
-    if torch.compiler.is_compiling():
+    """`gelu(z)` and `gelu'(z)`."""
+    if by_formulas():
         return _formulas(z)
     return _GeluAndSlope.apply(z) if torch.is_grad_enabled() else _hidden_and_slope(z)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .architecture import Factors
 from .retention import ChunkWeights
-from .vjp import Companions, summed_like
+from .vjp import Companions, in_transform, summed_like
 
 
 class Gates(NamedTuple):
@@ -52,6 +52,22 @@ class Gates(NamedTuple):
         """The gates of consecutive groups of rows."""
         parts = [x.split(sizes) if isinstance(x, Tensor) else [x] * len(sizes) for x in self]
         return [Gates(*part) for part in zip(*parts, strict=True)]
+
+    def broken_from(self, broken: Tensor) -> "Gates":
+        """The gates, NaN at the tokens that read a chunk which is broken, and at the end of such a chunk.
+
+        Args:
+            broken (`torch.Tensor` of shape `[..., tokens, 1]`, bool): of `hold_broken`.
+        """
+
+        def spoilt(gate: Tensor | None, where: Tensor) -> Tensor | None:
+            return None if gate is None else torch.where(where, torch.nan, gate)
+
+        return self._replace(
+            decay=torch.where(broken, torch.nan, self.decay),
+            query=spoilt(self.query, broken),
+            total=spoilt(self.total, broken[..., -1:, :]),
+        )
 
 
 @dataclass(frozen=True)
@@ -118,8 +134,8 @@ class GradientDescent(Companions):
             scores = _scores(x if gates.query is None else x * gates.query, inputs * gates.key, gates.causal)
             z = torch.bmm(scores, gradients)
             if weights.decaying is not None:
-                z = z.baddbmm_(x * gates.decay, weights.decaying)
-            return z if weights.constant is None else z.baddbmm_(x, weights.constant)
+                z = _plus_product(z, x * gates.decay, weights.decaying)
+            return z if weights.constant is None else _plus_product(z, x, weights.constant)
         scores = _scores(x, inputs, gates.causal)
         z = torch.bmm(scores, gradients * gates.key)
         if gates.query is not None:
@@ -127,7 +143,7 @@ class GradientDescent(Companions):
         if weights.decaying is not None:
             z = torch.addcmul(z, torch.bmm(x, weights.decaying), gates.decay)
         if weights.constant is not None:
-            z = z.baddbmm_(x, weights.constant)
+            z = _plus_product(z, x, weights.constant)
         return z if weights.scale is None else z * weights.scale
 
     def read_with_vjp(
@@ -225,8 +241,8 @@ class GradientDescent(Companions):
         """The dual state after the chunk: `B_C o state - sum_i (B_C / B_i) eta_i o g_i`."""
         inputs, gradients = factors
         if gate_axis == "input":
-            return (state * gates.total.mT).baddbmm_((inputs * gates.fold).mT, gradients, alpha=-1)
-        return (state * gates.total).baddbmm_(inputs.mT, gradients * gates.fold, alpha=-1)
+            return _plus_product(state * gates.total.mT, (inputs * gates.fold).mT, gradients, alpha=-1)
+        return _plus_product(state * gates.total, inputs.mT, gradients * gates.fold, alpha=-1)
 
     def fold_vjp(
         self, gate_axis: str, state: Tensor, factors: Factors, gates: Gates, bar: Tensor
@@ -247,6 +263,11 @@ class GradientDescent(Companions):
             None, None, None, True, summed_like(fold_bar, gates.fold), summed_like(total_bar, gates.total)
         )
         return state_bar, factors_bar, gates_bar
+
+
+def _plus_product(z: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """`z + alpha a b`; may write into z, but not where `torch.func.vmap` batches the factors and not z."""
+    return torch.baddbmm(z, a, b, alpha=alpha) if in_transform() else z.baddbmm_(a, b, alpha=alpha)
 
 
 def _scores(x: Tensor, keys: Tensor, causal: bool) -> Tensor:

@@ -32,6 +32,7 @@ from .rule import (
     starting_dual,
     without_autocast,
 )
+from .vjp import in_transform
 
 
 @without_autocast
@@ -57,6 +58,9 @@ def recurrent_miras(
         read (`str`, *optional*, defaults to `"linearised"`):
             What a token reads inside a chunk: weights under the link linearised at the chunk's start, or, with
             `"exact"`, under the link itself. With `chunk_size=1`, `"exact"` is the paper's per-token recurrence.
+
+    Raises:
+        `RuntimeError`: inside `torch.func.vmap`, forward-mode differentiation and `torch.jit.trace`.
     """
     if read not in ("linearised", "exact"):
         raise ValueError(f"`read` must be 'linearised' or 'exact', got {read!r}.")
@@ -131,6 +135,11 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         weights = fresh_chunk(start)
 
         # the inner gradient, at the weights of the chunk's start
+        if in_transform() and not all(w.weight.requires_grad for w in weights):
+            raise RuntimeError(
+                "`recurrent_miras` takes its inner gradients by autograd and cannot run inside `torch.func.vmap`, "
+                "forward-mode differentiation or `torch.jit.trace`; `chunk_miras` can."
+            )
         at_start = [w.weight if w.weight.requires_grad else w.weight.detach().requires_grad_() for w in weights]
         seen: list[tuple[Tensor, Tensor]] = []
 

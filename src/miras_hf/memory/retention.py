@@ -115,7 +115,7 @@ class RetentionGate(Companions):
 
     companions: ClassVar[dict[str, tuple[str, ...]]] = {
         "at_chunk_start_with_vjp": ("at_chunk_start", "link"),
-        "scale_with_vjp": ("scale", "denominator"),
+        "scale_with_vjp": ("scale", "norm", "free_scale"),
     }
     at_chunk_start_with_vjp: ClassVar[Callable | None] = None
 
@@ -212,10 +212,29 @@ class Decay(FrozenScale):
         return weight
 
 
-def _power_sum(x: Tensor, power: float) -> Tensor:
+def _power_norm(x: Tensor, power: float, floor: float) -> Tensor:
+    """`max(||x||_power, floor)` of every weight, finite and with a finite derivative whatever the power, at zero too."""
     if power == 4.0:  # the norm of the squares: one pass, and no fourth powers in memory
-        return torch.linalg.vector_norm(x.square(), dim=(-2, -1), keepdim=True).square()
-    return x.abs().pow(power).sum((-2, -1), keepdim=True)
+        squared = torch.linalg.vector_norm(x.square(), dim=(-2, -1), keepdim=True)
+        return squared.clamp(min=max(floor**2, torch.finfo(x.dtype).tiny)).sqrt()
+    # the norm does not depend on this unit, which is held constant; in it the powers do not overflow, nor all go under
+    unit = x.detach().abs().amax((-2, -1), keepdim=True).clamp(min=floor)
+    total = (x / unit).abs().pow(power).sum((-2, -1), keepdim=True).clamp(min=1e-30)
+    return (unit * total.pow(1.0 / power)).clamp(min=floor)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """`|x|^exponent`, its derivative taken as zero where x is zero."""
+    if exponent == 2.0:
+        return x.square()
+    if exponent >= 1.0:
+        return x.abs().pow(exponent)
+    nonzero = x != 0.0  # of a smaller power the derivative is infinite there
+    return torch.where(nonzero, torch.where(nonzero, x, 1.0).abs().pow(exponent), 0.0 if exponent else 1.0)
+
+
+LARGEST_LQ_SCALE = 1e30
+"""Largest factor that the printed map of lq retention gives to a dual state, so that it stays a number."""
 
 
 @dataclass(frozen=True)
@@ -239,33 +258,45 @@ class Lq(FrozenScale):
                 f"`power` must be at least 2 and `norm_floor` positive, got {self.power} and {self.norm_floor}."
             )
 
-    def denominator(self, dual: Tensor) -> Tensor:
-        floor = self.norm_floor**self.power
-        return _power_sum(dual, self.power).clamp(min=floor).pow((self.power - 2.0) / self.power)
+    def norm(self, dual: Tensor) -> Tensor:
+        """`||A||_q`, or its floor."""
+        return _power_norm(dual, self.power, self.norm_floor)
+
+    def free_scale(self, norm: Tensor) -> Tensor:
+        """The map's factor before the cap, of the norm."""
+        exponent = self.power - 2.0
+        if exponent > 0.0:
+            norm = norm.clamp(min=LARGEST_LQ_SCALE ** (-1.0 / exponent))
+        return norm.pow(-exponent)
 
     def scale(self, dual: Tensor) -> Tensor:
-        scale = 1.0 / self.denominator(dual)
+        scale = self.free_scale(self.norm(dual))
         if self.weight_cap is None:
             return scale
         return torch.minimum(scale, self.weight_cap / _rms(dual))
 
     def scale_with_vjp(self, dual: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
         q = self.power
-        floor = self.norm_floor**q
-        total = _power_sum(dual, q)
-        free = total.clamp(min=floor).pow(-(q - 2.0) / q)
+        norm = self.norm(dual)
+        free = self.free_scale(norm)
         capped = None if self.weight_cap is None else self.weight_cap / _rms(dual)
         scale = free if capped is None else torch.minimum(free, capped)
 
         def vjp(bar: Tensor) -> tuple[Tensor]:
-            # free = (sum |A|^q)^(-(q-2)/q), of slope -(q-2) free / total |A|^(q-2) A above the floor
-            moves = (total > floor) if capped is None else (total > floor) & (free <= capped)
-            powered = dual.square() if q == 4.0 else dual.abs().pow(q - 2.0)
-            rate = torch.where(moves, bar * free / total, 0.0) * (2.0 - q)
-            dual_bar = powered.mul_(rate)
+            # free = N^-(q-2), of slope -(q-2) free (|A| / N)^(q-2) / N^2 A where it is not held
+            moves = (norm > self.norm_floor) & (free < LARGEST_LQ_SCALE)
+            moves = moves if capped is None else moves & (free <= capped)
+            rate = torch.where(moves, bar * free / norm.square(), 0.0) * (2.0 - q)
+            if q == 4.0:  # no pass for the quotient
+                dual_bar = dual.square().mul_(rate / norm.square())
+            else:
+                dual_bar = (dual / norm).abs_().pow_(q - 2.0).mul_(rate)
             if capped is not None:
                 size = dual.shape[-2] * dual.shape[-1]
-                rate = torch.where(capped < free, bar * capped**3, 0.0) * (-1.0 / (self.weight_cap**2 * size))
+                cubed = (
+                    capped.clamp(max=1e9) ** 3
+                )  # above, the dual state has all but gone out, and the cube overflows
+                rate = torch.where(capped < free, bar * cubed, 0.0) * (-1.0 / (self.weight_cap**2 * size))
                 dual_bar.add_(rate)
             return (dual_bar.mul_(dual),)
 
@@ -274,7 +305,7 @@ class Lq(FrozenScale):
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         if self.power == 3.0:  # phi keeps no scale at q = 3: every A of this direction has the same image
             return weight
-        norm = _power_sum(weight, self.power).pow(1.0 / self.power)
+        norm = _power_norm(weight, self.power, 1e-12)
         return weight * norm.pow((self.power - 2.0) / (3.0 - self.power))
 
 
@@ -287,26 +318,29 @@ class LqMirror(Lq):
     it enters as its best rank-one factorisation (row means times column means over the mean).
     """
 
-    def _scaled_power(self, dual: Tensor) -> tuple[Tensor, Tensor]:
-        # |A|^(q-2), and the scalar 1 / rho with the cap on rms(W)
-        powered = dual.square() if self.power == 4.0 else dual.abs().pow(self.power - 2.0)
-        scale = 1.0 / self.denominator(dual)
-        if self.weight_cap is not None:
-            scale = torch.minimum(scale, self.weight_cap / _rms(dual * powered))
-        return powered, scale
+    def _scaled_power(self, dual: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`(|A| / N)^(q-2)`, A times this, and the factor of the cap on rms(W).
+
+        N being at least `||A||_q`, the power is at most 1, and it fades where A does.
+        """
+        powered = _power(dual / self.norm(dual), self.power - 2.0)
+        mapped = dual * powered
+        return powered, mapped, None if self.weight_cap is None else (self.weight_cap / _rms(mapped)).clamp(max=1.0)
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
-        powered, scale = self._scaled_power(dual)
-        return scale * dual * powered
+        _, mapped, scale = self._scaled_power(dual)
+        return mapped if scale is None else scale * mapped
 
     def at_chunk_start(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> ChunkWeights:
         dual = state if base is None else base + state
-        powered, scale = self._scaled_power(dual)
-        weight = scale * dual * powered
+        powered, weight, scale = self._scaled_power(dual)
         constant = None if base is None else self.link(base, hidden_axis)
         rows = powered.mean(-1)  # [..., in]
         columns = powered.mean(-2)  # [..., out]
-        columns = columns * ((self.power - 1.0) * scale[..., 0] / rows.mean(-1, keepdim=True).clamp(min=1e-30))
+        # the quotient first: it is bounded by the number of columns even where all of it goes under
+        columns = (columns / rows.mean(-1, keepdim=True).clamp(min=1e-30)) * (self.power - 1.0)
+        if scale is not None:
+            weight, columns = scale * weight, columns * scale[..., 0]
 
         def writes(factors: Factors) -> Factors:
             return Factors(factors.inputs * rows.unsqueeze(-2), factors.gradients * columns.unsqueeze(-2))
@@ -319,7 +353,7 @@ class LqMirror(Lq):
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         root = weight.sign() * weight.abs().pow(1.0 / (self.power - 1.0))
-        return root * (_power_sum(root, self.power).pow((self.power - 2.0) / self.power))
+        return root * _power_norm(root, self.power, 1e-12).pow(self.power - 2.0)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from .architecture import MatrixMemory, MLPMemory
 from .attentional_bias import AttentionalBias, HuberMixture
 from .learning import GradientDescent
 from .retention import Decay, RetentionGate
+from .vjp import can_look_at
 
 
 KEY_CAP = 1e3
@@ -276,6 +277,32 @@ def bound_inputs(x: MemoryInputs, rule: MirasRule) -> MemoryInputs:
         v=x.v.clamp(-VALUE_CAP, VALUE_CAP),
         log_alpha=x.log_alpha.clamp(rule.min_log_alpha, 0.0),
     )
+
+
+def hold_broken(x: MemoryInputs) -> tuple[MemoryInputs, Tensor | None]:
+    """Takes out of chunks what is not a number, so that it does not reach the tokens before it.
+
+    A chunk is read in matrix products, whose masked entries are zeros, and zero times NaN is NaN. Held here, a broken
+    token and those after it in its chunk are told to the chunk's gates (`Gates.broken_from`), which are NaN from there
+    on, and so are outputs and state, as they are token by token. A query reaches nobody else, and is left alone.
+
+    Args:
+        x (`MemoryInputs`): chunks `[chunks * heads, chunk_size, f]`.
+
+    Returns:
+        The inputs with every number finite but those of queries, and where `[chunks * heads, chunk_size, 1]` a chunk is
+        broken, `None` if none is. A compiled graph is left as it is: it cannot branch, and would pay in every call.
+    """
+    written = [t for name, t in zip(x._fields, x, strict=True) if t is not None and name != "q"]
+    if torch.compiler.is_compiling() or (can_look_at(x.k) and all(bool(t.sum().isfinite()) for t in written)):
+        return x, None
+    finite = torch.stack([t.sum(-1).isfinite() for t in written]).all(0)
+    broken = ((~finite).cumsum(-1) > 0).unsqueeze(-1)
+    held = [
+        t if t is None else torch.where(broken, float(name == "delta"), t)
+        for name, t in zip(x._fields, x, strict=True)
+    ]
+    return MemoryInputs(*held)._replace(q=x.q), broken
 
 
 def _gate(name: str, gate: Tensor, shape: tuple[int, int, int], head_dim: int) -> Tensor:

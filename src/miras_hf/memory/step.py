@@ -40,6 +40,7 @@ from .rule import (
     starting_dual,
     without_autocast,
 )
+from .vjp import by_formulas, in_transform
 
 
 @without_autocast
@@ -104,7 +105,7 @@ def step_miras(
     if mask is not None:
         ended = ended & mask[:, 0]
     # the fold costs a pass over the whole state; a traced graph takes it always, since it cannot branch on the phase
-    if torch.compiler.is_compiling() or bool(ended.any()):
+    if by_formulas() or bool(ended.any()):
         ended = ended.repeat_interleave(heads).view(-1, 1, 1)
         folded = call.fold(dual, factors, eta_slots, log_decay)
         dual = tuple(torch.where(ended, new_d, d) for new_d, d in zip(folded, dual, strict=True))
@@ -149,7 +150,15 @@ def step_miras_(
 
     Returns:
         `y`, and the weights for the next call, which spare it a pass over the whole state. In a traced graph `None`.
+
+    Raises:
+        `RuntimeError`: inside a transform of `torch.func` and under forward-mode differentiation.
     """
+    if in_transform() and not torch.jit.is_tracing():
+        raise RuntimeError(
+            "`step_miras_` writes into its `state` and cannot be transformed by `torch.func` or differentiated in forward "
+            "mode; `step_miras` can."
+        )
     x = check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters)
     rows, _, heads, head_dim = q.shape
     _check_step(q, mask)
@@ -158,7 +167,7 @@ def step_miras_(
     if any(t.dtype != x.q.dtype or not t.is_contiguous() for t in tensors):
         raise ValueError(f"`state` must be contiguous and in {x.q.dtype} to be updated in place.")
     call = _Step.build(rule, parameters, x)
-    compiling = torch.compiler.is_compiling()
+    compiling = by_formulas()
     if weights is None:
         if rule.decay_target != "init":  # rows that have not read anything
             for d, new in zip(state.dual, starting_dual(rule, parameters, state), strict=True):

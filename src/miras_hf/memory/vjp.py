@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class Companions:
@@ -53,20 +54,60 @@ def by_autograd(function: Callable, *inputs: Tensor | None) -> tuple[tuple[Tenso
     return tuple(None if y is None else y.detach() for y in outputs), vjp
 
 
-def gradients(outputs_and_bars, leaves, retain_graph: bool = False) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` where outputs, their adjoints and leaves may be None."""
+def gradients(outputs_and_bars, leaves, **options) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad`, `options` its own, where outputs, their adjoints and leaves may be None."""
     pairs = [(y, b) for y, b in outputs_and_bars if y is not None and b is not None and y.requires_grad]
     present = [x for x in leaves if x is not None]
     if not pairs or not present:
         return (None,) * len(leaves)
     outputs, bars = zip(*pairs, strict=True)
-    grads = iter(torch.autograd.grad(outputs, present, bars, retain_graph=retain_graph, allow_unused=True))
+    grads = iter(torch.autograd.grad(outputs, present, bars, allow_unused=True, **options))
     return tuple(None if x is None else next(grads) for x in leaves)
+
+
+def differentiable_vjp(function: Callable, inputs, bars) -> tuple[Tensor | None, ...]:
+    """The adjoints of `function(*inputs)`'s inputs, by autograd and differentiable themselves.
+
+    For the backward pass of an `autograd.Function` under `create_graph`, which is where grad mode is on. PyTorch's
+    `once_differentiable` is no refusal there: the node that would raise hangs on nothing, so `torch.autograd.grad` never
+    comes to it and leaves its term out.
+
+    Args:
+        function (`Callable`): the plain formula, returning a tensor or a tuple of them.
+        inputs (sequence of `torch.Tensor` or `None`): the inputs saved in the forward pass.
+        bars (sequence of `torch.Tensor` or `None`): the adjoints of the outputs.
+    """
+    # views: one input may have been computed from another, whose adjoint is not to hold this one's
+    views = tuple(x.view_as(x) if x is not None and x.requires_grad else x for x in inputs)
+    outputs = function(*views)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    wanted = tuple(x if x is not None and x.requires_grad else None for x in views)
+    return gradients(zip(outputs, bars, strict=True), wanted, create_graph=True)
+
+
+def in_transform() -> bool:
+    """Whether `torch.func`, forward-mode differentiation or `torch.jit.trace` looks at every operation of a call."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
+def by_formulas() -> bool:
+    """Whether plain formulas are asked for: by a compiler, which fuses and differentiates them, or by a transform.
+
+    Everywhere else, adjoints written by hand, operations in place and decisions on numbers at hand may be used.
+    """
+    return torch.compiler.is_compiling() or in_transform()
+
+
+def differentiated_by_autograd() -> bool:
+    """Whether the operations of a call are differentiated one by one, maybe more than once."""
+    return in_transform() or (torch.is_grad_enabled() and not torch.compiler.is_compiling())
 
 
 def can_look_at(x: Tensor) -> bool:
     """Whether a decision may depend on numbers of `x`: they are at hand, and no graph is being traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not by_formulas()
 
 
 LARGEST_STATE_ADJOINT = 1e12
@@ -82,16 +123,35 @@ def bound_adjoint(bar: Tensor) -> Tensor:
     return bar * (LARGEST_STATE_ADJOINT / largest.clamp(min=LARGEST_STATE_ADJOINT))
 
 
-class BoundedAdjoint(torch.autograd.Function):
-    """The identity, its adjoint bounded: `bound_adjoint` for autograd."""
+class _BoundedAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def setup_context(ctx, inputs, output) -> None:
+        pass
 
     @staticmethod
     def backward(ctx, bar: Tensor) -> Tensor:
         return bound_adjoint(bar)
+
+
+class _TransformedBoundedAdjoint(_BoundedAdjoint):
+    """With what transforms of `torch.func` ask for, and compilers refuse."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+
+def with_bounded_adjoint(x: Tensor) -> Tensor:
+    """x, its adjoint bounded: `bound_adjoint` for autograd. A traced graph goes without: it would hold Python's code."""
+    if torch.jit.is_tracing():
+        return x
+    return (_TransformedBoundedAdjoint if in_transform() else _BoundedAdjoint).apply(x)
 
 
 def summed_like(bar: Tensor, x: Tensor) -> Tensor:
