@@ -1,11 +1,13 @@
 # make demo   train a small Moneta on the standard library's source, see examples/pretrain.py (minutes, no downloads but pip's)
 # make test   lint, type check and tests, all that CI runs
 # make lint   only lint and type check
+# make test-oldest   models, cache, generation, adapters and training on the oldest Transformers that pyproject.toml admits
 #
 # Needs python3 (3.11 or newer) with venv and pip; everything goes into VENV.
 
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST_VENV ?= .venv-oldest
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?= -n 2
 # Without a GPU a plain `pip install torch` may bring gigabytes of CUDA libraries.
@@ -14,7 +16,7 @@ PIP_FLAGS ?= $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/pretrain.py $(DEMO_FLAGS)
@@ -24,13 +26,21 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest modeling_tests $(PYTEST_FLAGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest kernels/tests $(PYTEST_FLAGS)
 
+# What moves with Transformers: names of arguments, caches, generation, saved memories, PEFT, Trainer.
+RANGE_TESTS := $(addprefix modeling_tests/test_,transformers_contract.py inputs.py generation_miras.py batching.py \
+	speculation.py saved_memory.py configuration_miras.py registration.py peft.py trainer.py \
+	modeling_miras.py::MonetaHybridModelTest)
+
+test-oldest: $(OLDEST_VENV)/.test
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest $(RANGE_TESTS) $(PYTEST_FLAGS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/ty check --python $(VENV)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST_VENV)
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints-cpu.txt
 	$(PIP) $(PIP_FLAGS) -e '.[train,viz]'
@@ -40,5 +50,10 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints-cpu.txt
 	$(PIP) $(PIP_FLAGS) -e '.[dev]'
 	touch $@
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+$(OLDEST_VENV)/.test: $(OLDEST_VENV)/bin/python pyproject.toml constraints-oldest.txt
+	$(OLDEST_VENV)/bin/python -m pip install --disable-pip-version-check --no-input -c constraints-oldest.txt \
+		-e '.[train,peft,trl,test]'
+	touch $@
+
+$(VENV)/bin/python $(OLDEST_VENV)/bin/python:
+	$(PYTHON) -m venv $(@:/bin/python=)

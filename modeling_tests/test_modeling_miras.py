@@ -75,7 +75,7 @@ class MirasModelTester:
         is_training=True,
         vocab_size=99,
         hidden_size=32,
-        intermediate_size=37,
+        intermediate_size=38,  # even: tensor parallelism over two ranks shards it
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
