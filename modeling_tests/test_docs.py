@@ -229,6 +229,13 @@ def help_of(script: str) -> str:
     return done.stdout
 
 
+def test_flags_that_the_benchmarks_text_names_exist():
+    spans = [span for span in inline_code("benchmarks/README.md") if span.startswith("--")]
+    texts = " ".join(help_of(f"benchmarks/{name}.py") for name in ("layer_cpu", "decode", "prefill"))
+    flags = {word for span in spans for word in span.split() if word.startswith("--")}
+    assert flags and not {flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", texts)}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_and_names_exist(document):
     folders = (ROOT, (ROOT / document).parent)
