@@ -203,7 +203,7 @@ def wrong_with(command: str) -> str | None:
         if script is None:
             return None if arguments[:2] == ["-m", "pytest"] else "no script"
         flags = [a.split("=")[0] for a in arguments[arguments.index(script) + 1 :] if a.startswith("--")]
-        text = help_of(script) if flags else ""
+        text = helps().get(script, "") if flags else ""
         return next((f"no flag {f}" for f in flags if not re.search(rf"(?<![\w-]){f}(?![\w-])", text)), None)
     return "not a command that this test knows"
 
@@ -222,16 +222,38 @@ def wrong_with_pip(arguments: list[str]) -> str | None:
     return None
 
 
+_HELPS = """
+import contextlib, io, json, os, runpy, sys, traceback
+texts = {}
+for script in sys.argv[1:]:
+    sys.argv, sys.path[0], out = [script, "--help"], os.path.dirname(script), io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            texts[script] = None if end.code else out.getvalue()
+        except Exception:
+            traceback.print_exc()
+print("HELPS" + json.dumps(texts))
+"""
+
+
 @functools.cache
-def help_of(script: str) -> str:
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{script} --help: {done.stderr[-2000:]}"
-    return done.stdout
+def helps() -> dict[str, str]:
+    """What `--help` says, of every script in the documents: in one process, because imports are what takes time."""
+    named = {script for d in DOCUMENTS for script in re.findall(r"(?<![\w/])(?:examples|benchmarks)/\w+\.py", read(d))}
+    scripts = sorted(s for s in named if (ROOT / s).exists() and "ArgumentParser(" in read(s))
+    command = [sys.executable, "-c", _HELPS, *scripts]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    texts = json.loads(done.stdout.split("HELPS")[-1]) if "HELPS" in done.stdout else {}
+    missing = [script for script in scripts if not texts.get(script)]
+    assert not missing, f"--help of {missing}: {done.stderr[-2000:]}"
+    return texts
 
 
 def test_flags_that_the_benchmarks_text_names_exist():
     spans = [span for span in inline_code("benchmarks/README.md") if span.startswith("--")]
-    texts = " ".join(help_of(f"benchmarks/{name}.py") for name in ("layer_cpu", "decode", "prefill"))
+    texts = " ".join(helps()[f"benchmarks/{name}.py"] for name in ("layer_cpu", "decode", "prefill"))
     flags = {word for span in spans for word in span.split() if word.startswith("--")}
     assert flags and not {flag for flag in flags if not re.search(rf"(?<![\w-]){flag}(?![\w-])", texts)}
 
