@@ -63,7 +63,9 @@ class WholeFilesOnly(dict):
     somebody else is writing there at the moment has not changed.
 
     ```python
-    >>> super()._upload_modified_files(working_dir, repo_id, WholeFilesOnly(files_timestamps))
+    >>> times = WholeFilesOnly({"config.json": 5.0})
+    >>> "config.json" in times, "model.safetensors" in times
+    (True, False)
     ```"""
 
     def __contains__(self, name: object) -> bool:

@@ -89,13 +89,14 @@ def save_memory(
         `OSError`: if `path` cannot be written.
 
     ```python
-    >>> cache = model(**tokenizer(book, return_tensors="pt"), use_cache=True, logits_to_keep=1).past_key_values
+    >>> cache = DynamicCache(config=model.config)
+    >>> with torch.no_grad():
+    ...     model(**tokenizer(book, return_tensors="pt"), cache=cache, logits_to_keep=1)
     >>> save_memory(cache, "book.safetensors", model)
 
     >>> cache = load_memory("book.safetensors", model)
     >>> question = tokenizer("Who did it?", add_special_tokens=False, return_tensors="pt").input_ids
-    >>> mask = torch.ones(1, cache.get_seq_length() + question.shape[1])
-    >>> model.generate(question, past_key_values=cache, attention_mask=mask)
+    >>> model.generate(question, past_key_values=cache, max_new_tokens=64)
     ```"""
     path, decoder = _path(path), _decoder(model)
     tensors = _tensors(cache, decoder)
