@@ -186,7 +186,7 @@ def wrong_with(command: str) -> str | None:
     if program in ("git", "cd"):
         return None
     if program == "make":
-        targets = re.findall(r"^([a-z]+):", read("Makefile"), re.M)
+        targets = re.findall(r"^([a-z-]+):", read("Makefile"), re.M)
         named = [a for a in arguments if "=" not in a]
         return next((f"no target {a}" for a in named if a not in targets), None)
     if program == "pip":
@@ -320,6 +320,15 @@ def test_losses_are_the_runs():
         run = json.loads(read(f"examples/results/{name}.json"))
         losses = run["validation"]
         assert (before, after) == tuple(f"{losses[when]['loss']:.2f}" for when in ("before", "after")), name
+
+
+def test_tested_versions_are_those_of_the_constraints():
+    section = read("README.md").split("## Tested versions")[1].split("\n## ")[0]
+    tested = dict(re.findall(r"^\| (\w+) \| (.+?) \|$", section, re.M))
+    assert {"transformers", "torch", "peft", "trl", "accelerate", "kernels", "triton"} <= set(tested)
+    for path in ROOT.glob("constraints-*.txt"):
+        for name, version in re.findall(r"^([\w-]+)==(\S+)$", path.read_text(), re.M):
+            assert version in tested.get(name, version), f"{path.name} has {name} {version}, README.md {tested[name]}"
 
 
 def test_changelog_names_the_version():
