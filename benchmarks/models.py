@@ -30,6 +30,8 @@ from torch import nn
 from transformers import StaticCache
 from transformers.cache_utils import Cache
 
+from miras_hf.compat import CACHE_NAME
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -80,7 +82,7 @@ class WholeModel:
     settings: str = ""
     period: int = 1
     """Steps after which decoding repeats itself: a chunk of ours, whose end folds its writes."""
-    cache_argument: str = "past_key_values"
+    cache_argument: str = CACHE_NAME
     arguments: Callable[[torch.Tensor], dict[str, Any]] = lambda input_ids: {}
     """What a call with a cache needs besides."""
 
@@ -241,7 +243,9 @@ def build_mamba2(shape: ModelShape) -> WholeModel:
         f"{config.num_hidden_layers} layers, expand 2, state 128, 1 group, chunk {config.chunk_size}, "
         f"{_path('mamba_ssm', 'causal_conv1d')}"
     )
-    return WholeModel(Mamba2ForCausalLM(config), settings, cache_argument="cache_params")
+    return WholeModel(
+        Mamba2ForCausalLM(config), settings, cache_argument="cache" if CACHE_NAME == "cache" else "cache_params"
+    )
 
 
 def _common(shape: ModelShape) -> dict[str, Any]:

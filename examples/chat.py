@@ -166,7 +166,7 @@ class Conversation:
         self.ids = self.model.generate(
             self.ids,
             attention_mask=torch.ones_like(self.ids),
-            past_key_values=self.cache,
+            cache=self.cache,
             max_new_tokens=self.max_new_tokens,
             streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
             **kwargs,

@@ -62,8 +62,9 @@ def state_of(cache: DynamicCache) -> list[Tensor]:
 
 def cache_after(model: PreTrainedModel, rows: int, tokens: int) -> DynamicCache:
     """A cache as after reading `tokens` tokens, with the right shapes and nothing of value in it."""
+    cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        cache = model(torch.zeros(rows, 1, dtype=torch.long, device=model.device), use_cache=True).past_key_values
+        model(torch.zeros(rows, 1, dtype=torch.long, device=model.device), cache=cache)
     for layer in cache.layers:
         if isinstance(layer, MirasLayer):
             layer.tokens_seen = tokens
@@ -151,7 +152,7 @@ def slice_loss(model: PreTrainedModel, tokens: Tensor, labels: int, truncate: bo
     targets = tokens[:, start + 1 : stop + 1]  # the last of them is the first token of the next rank
     loss = model(
         tokens[:, start:stop],
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
         labels=targets,
         shift_labels=targets.contiguous(),

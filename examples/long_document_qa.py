@@ -199,7 +199,7 @@ def read(model: PreTrainedModel, ids: torch.Tensor, piece: int) -> DynamicCache:
     """The cache after reading `ids` `[1, tokens]`, piece by piece: what is held at any time does not grow with them."""
     cache = DynamicCache(config=model.config)
     for part in ids.split(piece, dim=1):
-        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(part, cache=cache, use_cache=True, logits_to_keep=1)
     return cache
 
 
@@ -209,7 +209,7 @@ def answer(model: PreTrainedModel, tokenizer, cache: DynamicCache, question: str
     # a mask longer than the ids says that the ids are only what is new
     mask = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.long, device=model.device)
     output = model.generate(
-        ids, attention_mask=mask, past_key_values=copy.deepcopy(cache), max_new_tokens=new_tokens, do_sample=False
+        ids, attention_mask=mask, cache=copy.deepcopy(cache), max_new_tokens=new_tokens, do_sample=False
     )
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
 

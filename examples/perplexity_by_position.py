@@ -36,6 +36,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
 
 import miras_hf
+from miras_hf.compat import CACHE_NAME
 from miras_hf.model_card import machine, versions
 
 
@@ -65,7 +66,7 @@ def losses_of(model, ids: torch.Tensor, piece: int) -> torch.Tensor:
     cache, losses = DynamicCache(config=model.config), []
     for start in range(0, len(ids) - 1, piece):
         inputs, targets = ids[start : start + piece], ids[start + 1 : start + piece + 1]
-        output = model(input_ids=inputs[None], past_key_values=cache, use_cache=True)
+        output = model(input_ids=inputs[None], use_cache=True, **{CACHE_NAME: cache})
         logits = output.logits[0, : len(targets)].float()
         losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
     return torch.cat(losses).cpu()

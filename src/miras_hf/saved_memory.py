@@ -96,7 +96,7 @@ def save_memory(
 
     >>> cache = load_memory("book.safetensors", model)
     >>> question = tokenizer("Who did it?", add_special_tokens=False, return_tensors="pt").input_ids
-    >>> model.generate(question, past_key_values=cache, max_new_tokens=64)
+    >>> model.generate(question, cache=cache, max_new_tokens=64)
     ```"""
     path, decoder = _path(path), _decoder(model)
     tensors = _tensors(cache, decoder)
