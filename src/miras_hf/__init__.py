@@ -38,7 +38,7 @@ from .modeling_miras import (
     YaadModel,
 )
 from .registration import register
-from .rollback import restore, snapshot
+from .rollback import detach, restore, snapshot
 from .saved_memory import load_memory, save_memory
 from .tokenization_miras import MirasTokenizer
 
@@ -73,6 +73,7 @@ __all__ = [
     "YaadForSequenceClassification",
     "YaadForTokenClassification",
     "YaadModel",
+    "detach",
     "load_memory",
     "restore",
     "save_memory",

@@ -230,11 +230,11 @@ class _ChunkStart:
     step leaves, which keeps none.
     """
 
-    __slots__ = ("weights",)
+    __slots__ = ("weights", "made_with")
     __dict__ = property(lambda self: {})
 
     def __init__(self, weights: list[ChunkWeights]):
-        self.weights = weights
+        self.weights, self.made_with = weights, None
 
 
 def _flat(state: MemoryState) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@
 """The generation cache of a memory layer: a cache layer that Transformers' own `DynamicCache` and `StaticCache` build and
 `generate()` uses untouched. Its size does not grow with the text read."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,8 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         conv_tail (`torch.Tensor` of shape `[rows, conv_kernel_size - 1, channels]`, *optional*):
             Last inputs of the q, k and v convolutions.
         companions (*optional*):
-            What the backend keeps beside the memory to spare single tokens a pass over it. Belongs to this very memory.
+            What the backend keeps beside the memory to spare single tokens a pass over it. Belongs to this very memory
+            and to the parameters that it was made with, see `companions_of`.
         tokens_seen (`int`): length of the text read, pad tokens included (what `generate()` counts); the tokens that
             a row really read are in `memory.count`.
     """
@@ -58,6 +60,8 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self._memory: tuple | None = None
         self.conv_tail: Tensor | None = None
         self.companions: Any = None
+        self._made_with: Any = None
+        self._owned = False
         self.tokens_seen = 0
         self._recording = Recording()
 
@@ -75,10 +79,32 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def memory(self) -> MemoryState | None:
         return MemoryState(*self._memory) if self.is_initialized else None
 
-    def update_memory(self, memory: MemoryState, conv_tail: Tensor, tokens: int, companions: Any = None) -> None:
+    def companions_of(self, parameters: Any) -> Any:
+        """The companions, if they were made with these parameters; `None` if those have changed since, as by a step of an
+        optimizer.
+
+        Args:
+            parameters (`tuple`): what the parameters of the memory are now, see `weights_version`. In a compiled graph
+                they stand still.
+        """
+        if torch.compiler.is_compiling() or self.companions is None:
+            return self.companions
+        made_with = self._made_with if isinstance(self.companions, tuple) else self.companions.made_with
+        return self.companions if made_with == parameters else None
+
+    def update_memory(
+        self, memory: MemoryState, conv_tail: Tensor, tokens: int, companions: Any = None, parameters: Any = None
+    ) -> None:
         """Takes the state after `tokens` more tokens per row, pads included, and what belongs to it. The tensors are the
-        cache's from then on: single tokens are written into them where they lie."""
+        cache's from then on: single tokens are written into them where they lie, unless a graph may need them."""
         self._keep(memory, conv_tail, companions)
+        if not torch.compiler.is_compiling():
+            # where companions show their attributes, compiled graphs and exporters look at this one
+            self._made_with = parameters if isinstance(companions, tuple) else None
+            if self.companions is not None and not isinstance(self.companions, tuple):
+                self.companions.made_with = parameters
+        # with gradients, the graph of the call may have kept any of them for its backward pass
+        self._owned = not torch.is_grad_enabled()
         self.tokens_seen += tokens
         self.device, self.dtype = conv_tail.device, conv_tail.dtype
         self.is_initialized = True
@@ -86,6 +112,36 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def _keep(self, memory: MemoryState, conv_tail: Tensor, companions: Any) -> None:
         self._memory, self.conv_tail, self.companions = tuple(memory), conv_tail, companions
+
+    def own(self) -> None:
+        """Makes the tensors ones that may be written into, before they are read: copies of those that a graph may need,
+        cut off from it as the keys and values of other caches are, and of those made in inference mode where that is
+        off."""
+        if self.is_initialized:
+            compiling = torch.compiler.is_compiling()
+            abroad = not compiling and self.conv_tail.is_inference() and not torch.is_inference_mode_enabled()
+            if abroad or not (self._owned or torch.is_grad_enabled()):
+                self._map(lambda t: t.detach().clone())
+                self._owned = not torch.is_grad_enabled()
+
+    def detach(self) -> None:
+        """Cuts the memory off from the graph of what was read, see [`~miras_hf.detach`]."""
+        self._map(torch.Tensor.detach)
+
+    def __deepcopy__(self, memo: dict) -> "MirasLayer":
+        # PyTorch copies no tensor that has a graph; a clone is as good, and its gradient goes the same way
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        tensors = {id(t): t.clone() for t in self._all_tensors()}
+        copied.__dict__ = copy.deepcopy(self.__getstate__(), memo | tensors)
+        copied._owned = self._owned
+        return copied
+
+    def _all_tensors(self) -> list[Tensor]:
+        recording = self._recording
+        borders = [t for _, state in recording.borders for t in _tensors(state, recording.inputs, None)]
+        inputs = [] if recording.inputs is None else [recording.inputs]
+        return [*_tensors(self._memory, self.conv_tail, self.companions), *inputs, *borders]
 
     def __getstate__(self) -> dict[str, Any]:
         # for copies: of companions only tensors; anything else looks into this very memory, and is made again
@@ -202,6 +258,9 @@ class StaticMirasLayer(MirasLayer):
     def get_seq_length(self) -> Tensor | int:
         return self.tokens_seen if self.is_initialized else 0
 
+    def own(self) -> None:
+        """Its tensors are its own always: what it takes is copied into them."""
+
     def activate_past_recording(self) -> None:
         raise ValueError(
             "A static cache cannot take tokens back: use `DynamicCache(config=model.config)`, or `miras_hf.snapshot` and "
@@ -214,6 +273,11 @@ class StaticMirasLayer(MirasLayer):
         self.has_previous_state = {0: False}
 
     def _keep(self, memory: MemoryState, conv_tail: Tensor, companions: Any) -> None:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(memory, conv_tail, companions)):
+            raise ValueError(
+                "A static cache keeps its tensors and cannot keep graphs: read under `torch.no_grad()`, or into a "
+                "`DynamicCache(config=model.config)`, through which gradients go."
+            )
         new, old = _tensors(memory, conv_tail, companions), _tensors(self._memory, self.conv_tail, self.companions)
         if [(t.shape, t.dtype, t.device) for t in new] == [(t.shape, t.dtype, t.device) for t in old]:
             for mine, t in zip(old, new, strict=True):

@@ -82,6 +82,7 @@ from .sequences import (
     padded_sequences,
 )
 from .weight_decay import exempt_from_trainer
+from .weights_version import weights_version
 
 
 logger = logging.get_logger(__name__)
@@ -361,6 +362,11 @@ class MirasMemory(NotByParameter, nn.Module):
             *inputs, initial_state=state, output_final_state=output_final_state, cu_seqlens=cu_seqlens, **arguments
         )
 
+    def version(self) -> tuple | None:
+        """What the initial memory is now, for what is derived from it and kept; `None` in a compiled graph, where it
+        stands still."""
+        return None if torch.compiler.is_compiling() else weights_version(self.initial_state.parameters())
+
     def sample_initial_state(self, layer: int) -> Tensor:
         """A dual state whose weights have the scale that simulations found stable."""
         shape = self.initial_state[layer].shape
@@ -398,13 +404,13 @@ class MirasMixer(nn.Module):
         self.o_norm = MirasRMSNormGated(config.head_dim, eps=config.rms_norm_eps, activation=config.output_gate_act)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         sequences: Sequences | None = None,
         cache: Cache | None = None,
-        **kwargs,
     ) -> tuple[Tensor, None]:
         """
         Args:
@@ -415,6 +421,8 @@ class MirasMixer(nn.Module):
         """
         sequences = Sequences() if sequences is None else sequences
         cached = memory_layer(cache, self.layer_idx)
+        if cached is not None:
+            cached.own()
         recording = None if cached is None else cached.recording
         if recording is not None and not recording.reading:
             arguments = (hidden_states, position_embeddings, sequences, cache)
@@ -437,7 +445,7 @@ class MirasMixer(nn.Module):
         in_place = state is not None and sequences.cu_seqlens is None and self.memory.backend.reads_in_place(v)
         arguments = {"state": state, "mask": sequences.live, "in_place": in_place}
         if in_place:
-            arguments["companions"] = cached.companions
+            arguments["companions"] = cached.companions_of(self.memory.version())
         if in_place and self.memory.backend.takes_projections(v) and self.is_plain(v.device):
             eta, alpha, delta = (
                 None if gate is None else gate.logits(hidden_states) for gate in (self.eta, self.alpha, self.delta)
@@ -462,7 +470,7 @@ class MirasMixer(nn.Module):
                 **arguments,
             )
         if cached is not None:
-            cached.update_memory(state, tail, tokens, companions)
+            cached.update_memory(state, tail, tokens, companions, self.memory.version())
 
         gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         output = self.o_norm(memory.to(gate.dtype), gate).flatten(-2)
@@ -553,6 +561,7 @@ class MirasAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache, StaticCache
 
 from .memory import MemoryState
@@ -83,6 +84,27 @@ def restore(cache: Cache, snapshot: Snapshot) -> None:
     for layer, attributes in zip(cache.layers, snapshot.layers, strict=True):
         now = vars(layer) if isinstance(cache, StaticCache) else {}
         layer.__dict__ = {name: _copy(value, into=now.get(name)) for name, value in attributes.items()}
+
+
+def detach(cache: Cache) -> None:
+    """
+    Cuts a cache off from the graph of what was read into it, in place: truncated backpropagation through time. A loss on
+    what is read next has no gradient with respect to what was read before.
+
+    Args:
+        cache (`Cache`): Of any Miras model, hybrid or not.
+
+    ```python
+    >>> cache = DynamicCache(config=model.config)
+    >>> for segment in segments:
+    ...     model(segment, labels=segment, cache=cache).loss.backward()
+    ...     miras_hf.detach(cache)
+    ```"""
+    for layer in cache.layers:
+        if hasattr(layer, "detach"):
+            layer.detach()
+        else:
+            layer.__dict__ = tree_map_only(Tensor, Tensor.detach, vars(layer))
 
 
 def _copy(value: Any, into: Any = None) -> Any:
