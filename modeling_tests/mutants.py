@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """Settings of all tests."""
+
 """Memories that are broken on purpose, to show that the tests notice: `MIRAS_MUTANT=never_writes pytest ...`.
 
 A mutant is put in place before any test module is imported, and replaces what all forms of the recurrence and all models
