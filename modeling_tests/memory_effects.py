@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Settings of all tests."""
 
 """How much of a model's answer is its memories' work, without which a tolerance says nothing.
 

@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Settings of all tests."""
 
 """Memories that are broken on purpose, to show that the tests notice: `MIRAS_MUTANT=never_writes pytest ...`.
 
