@@ -15,22 +15,27 @@
 """Memories that are broken on purpose, to show that the tests notice: `MIRAS_MUTANT=never_writes pytest ...`.
 
 A mutant is put in place before any test module is imported, and replaces what all forms of the recurrence and all models
-go through, in the PyTorch path. `test_mutants.py` lists the tests that each must fail.
+go through, in the PyTorch path. `test_mutants.py` lists the tests that each must fail, and runs this file: it imports
+what is slow to import once, and runs the tests of every mutant in a fork of its own.
 """
 
 import functools
 import inspect
+import json
+import os
+import sys
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 import miras_hf.backend
 import miras_hf.memory
-import miras_hf.modeling_miras
 from miras_hf.memory import MemoryState, initial_memory_state
 from miras_hf.memory.rule import MemoryInputs, bound_inputs
-from miras_hf.sequences import Sequences, padded_sequences
+from miras_hf.modeling_miras import MirasMixer
+from miras_hf.sequences import Sequences
 
 
 def _of_every_token(change: Callable[[MemoryInputs], MemoryInputs]) -> None:
@@ -105,12 +110,15 @@ def ignores_mask() -> None:
     def unmasked(kwargs: dict) -> None:
         kwargs["mask"] = None
 
-    def of_a_model(*args, **kwargs) -> Sequences:
-        padded_sequences(*args, **kwargs)  # what is refused is refused
-        return Sequences()
+    read = MirasMixer.forward
+
+    def of_a_model(self, hidden_states: Tensor, position_embeddings=None, sequences=None, cache=None, **kwargs):
+        if sequences is not None and sequences.mask is not None:
+            sequences = Sequences()
+        return read(self, hidden_states, position_embeddings, sequences, cache, **kwargs)
 
     _of_every_call(unmasked)
-    miras_hf.modeling_miras.padded_sequences = of_a_model
+    MirasMixer.forward = of_a_model
 
 
 def ignores_borders() -> None:
@@ -127,3 +135,43 @@ def ignores_borders() -> None:
 MUTANTS = {
     mutant.__name__: mutant for mutant in (never_writes, never_forgets, ignores_cache, ignores_mask, ignores_borders)
 }
+
+
+class _Outcomes:
+    """A plugin that keeps how every test ended: "passed", "skipped", or the first line of its error."""
+
+    def __init__(self):
+        self.of_test: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.outcome != "passed":
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.of_test[report.nodeid] = report.outcome if crash is None else crash.message.splitlines()[0]
+
+
+def outcomes(mutant: str, tests: list[str], path: str) -> dict[str, str]:
+    """How the tests end under a mutant, or in health for an empty name; in a fork, through a file at `path`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.environ.pop("MIRAS_MUTANT", None)
+            if mutant:
+                os.environ["MIRAS_MUTANT"] = mutant
+            kept = _Outcomes()
+            pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], plugins=[kept])
+            with open(path, "w") as file:
+                json.dump(kept.of_test, file)
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    os.waitpid(child, 0)
+    with open(path) as file:
+        return json.load(file)
+
+
+if __name__ == "__main__":
+    # a file that says which tests to run under which mutant, and gets in their place how they ended
+    with open(sys.argv[1]) as file:
+        found = {name: outcomes(name, tests, sys.argv[1] + ".part") for name, tests in json.load(file).items()}
+    with open(sys.argv[1], "w") as file:
+        json.dump(found, file)
