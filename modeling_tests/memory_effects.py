@@ -45,7 +45,7 @@ def never_writing(model: nn.Module) -> Iterator[None]:
     largest = [gate.eta_max for gate in gates]
     try:
         for gate in gates:
-            gate.eta_max = 0.0
+            gate.eta_max = 1e-20  # the derivative divides by it
         yield
     finally:
         for gate, eta_max in zip(gates, largest, strict=True):
