@@ -15,6 +15,8 @@
 
 import os
 
+import pytest
+
 
 # The models of the tests are so small that a second thread costs more than it brings, and pytest-xdist's workers share
 # the cores. Set before torch is imported, and inherited by child processes.
@@ -40,5 +42,17 @@ TRANSFORMERS_MARKS = (
 
 
 def pytest_configure(config):
+    break_on_purpose(os.environ.get("MIRAS_MUTANT"))
     for mark in TRANSFORMERS_MARKS:
         config.addinivalue_line("markers", f"{mark}: a mark of Transformers' common tests")
+
+
+def break_on_purpose(mutant):
+    """Puts the mutant of that name in place, before any test module has taken what it replaces."""
+    if mutant is None:
+        return
+    from mutants import MUTANTS
+
+    if mutant not in MUTANTS:
+        raise pytest.UsageError(f"`MIRAS_MUTANT` must be one of {sorted(MUTANTS)}, got {mutant!r}.")
+    MUTANTS[mutant]()

@@ -199,7 +199,11 @@ def test_steps_in_place(name, keeps_weights):
             step = functools.partial(step_miras_, state=state, weights=weights if keeps_weights else None)
             y, weights = later.tokens(t, t + 1)(step, mask=mask)
             outputs.append(y)
-    assert_same({"y": torch.cat(outputs, dim=1), **state_tensors(state)}, expected, 1e-12)
+        whole = values(case, recurrent_miras, mask=torch.cat((prompt, new), dim=1))
+    got = {"y": torch.cat(outputs, dim=1), **state_tensors(state)}
+    assert_same(got, expected, 1e-12)
+    # two forms that both lost the state would agree
+    assert_same(got, {**whole, "y": whole["y"][:, 6:]}, 1e-10)
     assert {name: x.data_ptr() for name, x in state_tensors(state).items()} == where
 
 

@@ -218,11 +218,12 @@ def random_case(name: str, alpha: float, **changes) -> Case:
 
 
 def rounding_and_effect(case: Case) -> tuple[float, float]:
-    """Error of float32 against float64, and what the memory adds to its queries, over the second half of the reads."""
+    """Error of float32 against float64, and what it makes of its reads to have written, over their second half."""
     with torch.no_grad():
         y = case(chunk_miras)[0].double()[:, 2048:]
         exact = case.to(torch.float64)(chunk_miras)[0][:, 2048:]
-    effect = exact - case.inputs["q"].double()[:, 2048:]
+        unwritten = case._replace(inputs={**case.inputs, "eta": 0 * case.inputs["eta"]})
+        effect = exact - unwritten.to(torch.float64)(chunk_miras)[0][:, 2048:]
     return ((y - exact).norm() / exact.norm()).item(), (effect.norm() / exact.norm()).item()
 
 
@@ -232,7 +233,7 @@ def test_float32_follows_float64_with_decay_toward_init(name, alpha):
     """The default. The softmax's weights are sums of near-equal numbers, hence the wider bound for Memora."""
     error, effect = rounding_and_effect(random_case(name, alpha, decay_target="init"))
     assert error < (1e-4 if name == "memora" else 1e-5)
-    assert effect > 0.3
+    assert effect > 0.1
 
 
 def test_mixture_threshold_makes_reads_sensitive():
@@ -260,8 +261,10 @@ def test_decay_toward_zero_is_chaotic_for_moneta(alpha):
 @pytest.mark.parametrize("alpha", [0.9, 0.97])
 def test_decay_toward_zero_kills_yaad(alpha):
     """The other half of the trap: zero weights have zero gradients, and the memory returns its queries."""
-    _, effect = rounding_and_effect(random_case("yaad", alpha, decay_target="zero"))
-    assert effect < 1e-6
+    case = random_case("yaad", alpha, decay_target="zero").to(torch.float64)
+    with torch.no_grad():
+        y, q = (x[:, 2048:] for x in (case(chunk_miras)[0], case.inputs["q"]))
+    assert (y - q).norm() < 1e-6 * y.norm()
 
 
 @pytest.mark.parametrize("by_hand", [True, False], ids=["adjoint", "autograd"])

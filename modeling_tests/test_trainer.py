@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from memory_effects import never_writing
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -175,11 +176,16 @@ def test_streams_are_read_like_datasets(many_rows, tmp_path):
 def test_bf16_learns_as_float32_does(padded, many_rows, tmp_path):
     arguments = {"max_steps": 12, "learning_rate": 1e-2, "train_sampling_strategy": "sequential"}
     plain = losses(train(make_model(), padded, many_rows, tmp_path, **arguments))
+    model = make_model()
+    with never_writing(model):
+        unwritten = losses(train(model, padded, many_rows, tmp_path, **arguments))
     trainer = train(make_model(), padded, many_rows, tmp_path, bf16=True, **arguments)
     found = losses(trainer)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
     assert found != plain and found[-1] < found[0] - 0.5
-    np.testing.assert_allclose(found, plain, atol=0.1)
+    # tighter than the third of what the memory is worth
+    assert np.abs(np.subtract(unwritten, plain)).mean() > 0.03
+    assert np.abs(np.subtract(found, plain)).mean() < 0.01
 
 
 def test_compiled_training_is_one_graph_with_the_same_losses(many_rows, tmp_path):
