@@ -212,6 +212,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
                 "`crop` needs a memory that records: call `cache.activate_past_recording()` before reading what may "
                 "be taken back, or go back to a `miras_hf.snapshot(cache)` with `miras_hf.restore`."
             )
+        self.own()  # all of it or nothing has the graph of what was read
         if tokens_to_remove:
             before = self.conv_tail.shape[1]
             memory, conv_tail = self._recording.take_back(-tokens_to_remove, self.memory, before)
