@@ -390,6 +390,7 @@ def test_docstring_examples(name, demo, monkeypatch):
         "inputs": lambda text: tokenizer(text, return_tensors="pt"),
         "args": TrainingArguments(output_dir="out", max_steps=1, report_to=[], save_strategy="no", use_cpu=True),
         "dataset": rows,
+        "segments": torch.tensor([row["input_ids"] for row in rows]).split(2),
     }
     if "SFTTrainer" in docstring_examples()[name]:
         setting["SFTTrainer"] = pytest.importorskip("trl").SFTTrainer

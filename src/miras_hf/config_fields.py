@@ -151,7 +151,8 @@ def check_rope_parameters(parameters: Any) -> None:
         raise ValueError(
             f"`rope_parameters['rope_type']` must be one of {kinds}, got {parameters.get('rope_type')!r}."
         )
-    plain = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    # the length of the pretraining texts says something about a checkpoint without scaling too
+    plain = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     known = plain if parameters["rope_type"] == "default" else (*plain, *RopeParameters.__annotations__)
     unknown = sorted(parameters.keys() - set(known) | parameters.keys() & {"mrope_section"})
     if unknown:
