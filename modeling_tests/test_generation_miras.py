@@ -273,6 +273,9 @@ def test_static_cache(speaker, input_ids):
     for beams in (1, 2):
         static = speaker.generate(ids, cache_implementation="static", num_beams=beams, **options)
         assert torch.equal(static, speaker.generate(ids, num_beams=beams, use_cache=False, **options))
+        for row, said in zip(rows, static, strict=True):
+            alone = speaker.generate(row[None], num_beams=beams, use_cache=False, **options | {"attention_mask": None})
+            assert torch.equal(said[13:], alone[0, len(row) :])
 
 
 def test_a_static_cache_keeps_its_tensors(model, input_ids):
