@@ -21,6 +21,7 @@ import threading
 
 import pytest
 
+from miras_hf import files
 from miras_hf.files import atomic_write, is_temporary, write_text
 
 
@@ -95,9 +96,9 @@ def test_links_are_replaced_and_not_followed(tmp_path):
 
 def test_what_killed_writers_leave_is_removed_and_what_others_write_is_not(tmp_path):
     program = """
-        import os, sys
-        from miras_hf.files import atomic_write
+        import os, runpy, sys
 
+        atomic_write = runpy.run_path(sys.argv[1])["atomic_write"]
         before = set(os.listdir())
         with atomic_write("killed") as file:
             file.write(b"half")
@@ -107,9 +108,9 @@ def test_what_killed_writers_leave_is_removed_and_what_others_write_is_not(tmp_p
     """
 
     def start():
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        command, pipes = [sys.executable, "-c", textwrap.dedent(program)], {"stdin": -1, "stdout": -1, "text": True}
-        process = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
+        # the file alone: the package would bring in PyTorch
+        command = [sys.executable, "-c", textwrap.dedent(program), files.__file__]
+        process = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return process, process.stdout.readline().strip()
 
     (living, kept), (killed, left) = start(), start()
