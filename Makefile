@@ -1,5 +1,6 @@
 # make demo   train a small Moneta on the standard library's source, see examples/pretrain.py (minutes, no downloads but pip's)
 # make test   lint, type check and tests, all that CI runs
+# make test-slow   the tests of `make test` and those that repeat them with more combinations (hours)
 # make lint   only lint and type check
 # make test-oldest   models, cache, generation, adapters and training on the oldest Transformers that pyproject.toml admits
 #
@@ -16,7 +17,7 @@ PIP_FLAGS ?= $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-slow test-oldest lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/pretrain.py $(DEMO_FLAGS)
@@ -25,6 +26,9 @@ demo: $(VENV)/.demo
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest modeling_tests $(PYTEST_FLAGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest kernels/tests $(PYTEST_FLAGS)
+
+test-slow:
+	RUN_SLOW=1 $(MAKE) test
 
 # What moves with Transformers: names of arguments, caches, generation, saved memories, PEFT, Trainer.
 RANGE_TESTS := $(addprefix modeling_tests/test_,transformers_contract.py inputs.py generation_miras.py batching.py \

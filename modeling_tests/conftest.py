@@ -41,6 +41,24 @@ TRANSFORMERS_MARKS = (
 )
 
 
+# The longest of them, which Moneta's and the hybrid's runs cover: families differ in the memory's formulas only.
+OF_ONE_FAMILY = (
+    "test_bc_torch_dtype",
+    "test_fsdp2_plan_vs_ddp",
+    "test_torch_export",
+    "test_tp_",
+    "test_training_overfit",
+)
+OTHER_FAMILIES = ("YaadModelTest", "MemoraModelTest", "MirasMatrixModelTest")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if getattr(item.cls, "__name__", "") in OTHER_FAMILIES and item.name.startswith(OF_ONE_FAMILY):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_configure(config):
     break_on_purpose(os.environ.get("MIRAS_MUTANT"))
     for mark in TRANSFORMERS_MARKS:

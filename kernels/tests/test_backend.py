@@ -13,8 +13,6 @@
 # limitations under the License.
 """Whole models on the kernels: the same logits and tokens as on PyTorch, one graph when compiled, kind refusals."""
 
-import os
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -171,8 +169,8 @@ def test_training_gives_the_same_losses(family, ids, monkeypatch):
     assert losses[0][-1] < losses[0][0]
 
 
-# a minute each in the interpreter
-@pytest.mark.parametrize("family", ["yaad"] if DEVICE == "cpu" and "MIRAS_ALL_FIFTY" not in os.environ else THREE)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", THREE)
 def test_fifty_steps_give_the_same_losses(family):
     """In float32; rounding grows from step to step, to 7e-5 of a loss near 5 in models of two layers."""
     losses = []

@@ -28,6 +28,10 @@ NAMES = ("q", "k", "v", "eta", "log_alpha", "delta")
 TOLERANCE = {"decay": 3e-6, "lq": 3e-6, "lq_mirror": 6e-6, "kl": 3e-5}
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
     """What a kernel forgets to write shows."""
@@ -83,11 +87,12 @@ def check(rule, inputs, parameters, tolerance=None, form=chunk_miras, **kwargs):
 @pytest.mark.parametrize("memory", ["mlp", "matrix"])
 def test_losses_and_links(memory, bias, retention):
     rule = make_rule(memory, bias, retention)
-    check(rule, *make_call(rule))
+    check(rule, *make_call(rule, heads=1))
 
 
-@pytest.mark.parametrize("gates", ["channel", "head"])
-@pytest.mark.parametrize("decay_target", ["init", "zero"])
+@pytest.mark.parametrize(("decay_target", "gates"), [
+    ("init", "channel"), ("zero", "head"), slow("init", "head"), slow("zero", "channel"),
+])  # fmt: skip
 @pytest.mark.parametrize("retention", TOLERANCE)
 @pytest.mark.parametrize("memory", ["mlp", "matrix"])
 def test_gates_and_decay_targets(memory, retention, decay_target, gates):
@@ -170,7 +175,7 @@ def test_against_autograd_of_the_recurrent_reference():
     ("l2", "kl", "init", "channel"), ("huber_coordinate", "kl", "zero", "head"), ("lp", "lq_mirror", "init", "channel"),
     ("l2", "lq_mirror", "zero", "head"),
 ])  # fmt: skip
-@pytest.mark.parametrize("cuts", [(21,), (16,), (7, 9, 30)])
+@pytest.mark.parametrize("cuts", [slow((21,)), slow((16,)), (7, 9, 16, 30)])
 @pytest.mark.parametrize("memory", ["mlp", "matrix"])
 def test_through_states_in_the_middle_of_a_chunk(memory, cuts, bias, retention, decay_target, gates):
     """Truncated and full backpropagation over several calls: gradients of the final and of the initial state."""

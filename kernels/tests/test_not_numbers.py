@@ -28,6 +28,13 @@ from miras_hf.memory import MemoryParameters, recurrent_miras
 
 
 NAN = float("nan")
+
+
+def some_slow(rules, fast):
+    """All rules, those that are not at the places `fast` as slow ones."""
+    return [rule if i in fast else pytest.param(*rule, marks=pytest.mark.slow) for i, rule in enumerate(rules)]
+
+
 # each loss and each link with both memories
 RULES = [
     ("mlp", "l2", "decay"),
@@ -167,7 +174,7 @@ def test_nan_of_a_memory_s_own_numbers(memory, retention):
         assert not torch.isnan(y[:, :, 0]).any(), name
 
 
-@pytest.mark.parametrize(("memory", "bias", "retention"), RULES)
+@pytest.mark.parametrize(("memory", "bias", "retention"), some_slow(RULES, (0, 3, 5, 6)))
 def test_nan_while_decoding(memory, bias, retention):
     """Also over the end of the chunk, where factors are folded into the state."""
     rule = make_rule(memory, bias, retention)
@@ -180,7 +187,7 @@ def test_nan_while_decoding(memory, bias, retention):
         assert_pattern(y, clean[:, 12:], expected_nan(y, name, 2), TOLERANCE[retention], name)
 
 
-@pytest.mark.parametrize(("memory", "bias", "retention"), RULES)
+@pytest.mark.parametrize(("memory", "bias", "retention"), some_slow(RULES, (1, 2, 4, 7)))
 def test_gradients_of_a_broken_call(memory, bias, retention):
     """Its own and those of the memory it starts from are no numbers, those of the other head are what they were."""
     rule = make_rule(memory, bias, retention)
@@ -197,7 +204,7 @@ def test_gradients_of_a_broken_call(memory, bias, retention):
     clean = of(inputs)
     for name in names_of(inputs):
         got = of(broken(inputs, name, 7))
-        if (memory, name) != ("matrix", "q"):  # whose read is linear in its query
+        if (memory, name) not in (("matrix", "q"), ("matrix", "eta")):  # in which its reads are linear
             assert torch.isnan(got[NAMES.index(name)][0, 7, 1]).any(), name
         for grad, before in zip(got[:6], clean[:6], strict=True):
             assert grad is None or torch.equal(grad[:, :, 0], before[:, :, 0]), name
