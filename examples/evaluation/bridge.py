@@ -141,13 +141,13 @@ def _run(jobs: list[Job], size: Size, args: argparse.Namespace) -> None:
             flush=True,
         )
 
-    if args.workers == 1:
+    if args.workers == 1 or not jobs:
         for number, job in enumerate(jobs, 1):
             say(number, run_job(job, size, args.out, args.device, args.keep_weights))
         return
     # forked processes would share PyTorch's locked threads
     context = get_context("spawn")
-    with ProcessPoolExecutor(args.workers, mp_context=context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(min(args.workers, len(jobs)), mp_context=context, initializer=_start_worker) as pool:
         futures = [pool.submit(run_job, job, size, args.out, args.device, args.keep_weights) for job in jobs]
         for number, future in enumerate(as_completed(futures), 1):
             say(number, future.result())
