@@ -43,6 +43,9 @@ from .rule import (
 LAGS = (0, 8, 60, 200, 1000)
 """Tokens after which a value is asked for."""
 
+LENGTH_BOUND = frozenset({f"{name}_{lag}" for name in ("recall", "chance") for lag in LAGS} | {"lyapunov"})
+"""Numbers of `summary` that are NaN for texts that are too short for them."""
+
 WRITES_FROM = 0.05
 """A head counts as one that writes if its writes have at least this share of its values' root mean square."""
 
@@ -180,7 +183,11 @@ def probe_memory(
 
 
 def summary(probe: MemoryProbe, lags: Sequence[int] = LAGS) -> dict[str, float]:
-    """The probe in single numbers: means over heads, the share of those that write, and quantiles of half-lives."""
+    """The probe in single numbers: means over heads, the share of those that write, and quantiles of half-lives.
+
+    Args:
+        lags (`Sequence[int]`, *optional*): those that the probe was made with.
+    """
     means = ("value_rms", "initial_rms", "read_rms", "write_rms", "write_cosine", "write_share", "lyapunov")
     numbers = {name: getattr(probe, name).mean().item() for name in means}
     numbers["writing_heads"] = probe.writing_heads
