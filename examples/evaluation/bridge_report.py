@@ -131,7 +131,7 @@ def plot(entries: list[dict[str, Any]]):
     if path:
         ax.plot(*zip(*path, strict=True), color="0.6", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(shown)), [entry["rung"] for entry in shown], fontsize=7)
-    ax.invert_yaxis()
+    ax.set_ylim(len(shown) - 0.5, -0.5)
     ax.set_xlabel("validation loss (nats per token); bars are the best learning rate, thick ones the path")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)

@@ -138,7 +138,7 @@ def plot(layers: dict[str, dict[str, Any]]):
         share = [(j + 0.5) / len(half_lives) for j in range(len(half_lives))]
         spectrum.plot(half_lives, share, color=f"C{i}", label=f"layer {layer}")
         growth.plot(found["curves"]["growth_tokens"], found["curves"]["growth"], color=f"C{i}", label=f"layer {layer}")
-    recall.set(xlabel="1 + tokens since", ylabel="cosine with the value (dotted: with another)", xscale="log")
+    recall.set(xlabel="1 + tokens since", ylabel="cosine of recall and value (dots: another)", xscale="log")
     spectrum.set(xlabel="half-life (tokens)", ylabel="share of gates below", xscale="log")
     growth.set(xlabel="tokens", ylabel="log growth of a small difference")
     for ax in (scales, recall, spectrum, growth):
