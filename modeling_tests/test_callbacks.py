@@ -145,6 +145,26 @@ def test_every_memory_layer_is_logged_with_the_loss(rows, tokenizer, tmp_path, c
             )
 
 
+def test_the_full_probe_is_logged_as_far_as_the_text_goes(rows, tokenizer, tmp_path):
+    inputs = {"input_ids": torch.tensor([rows[1]["input_ids"]])}  # twelve tokens, three chunks
+    monitor = MemoryMonitorCallback(inputs, full=True)
+    trainer = train(make_model(), tokenizer, datasets.Dataset.from_list(rows), tmp_path, monitor=monitor, max_steps=2)
+    (logged,) = [row for row in trainer.state.log_history if "loss" in row]
+    prefix = "memory/layer_2/"
+    names = {name.removeprefix(prefix) for name in logged if name.startswith(prefix)}
+    assert names >= {*STATISTICS, "value_rms", "write_share", "recall_0", "chance_8", "half_life_50", "lyapunov"}
+    assert not {"recall_60", "chance_200", "recall_1000"} & names
+    assert all(math.isfinite(logged[prefix + name]) for name in names)
+    # of the values that the layer's own modules make of the same tokens
+    values = []
+    mixer = trainer.model.model.layers[2].mixer
+    mixer.v_conv.register_forward_hook(lambda m, i, out: values.append(out.detach()))
+    with torch.no_grad():
+        trainer.model.eval()(**inputs)
+    rms = values[0].unflatten(-1, (2, 16)).square().mean((0, 1, 3)).sqrt().mean().item()
+    assert logged[prefix + "value_rms"] == pytest.approx(rms, rel=1e-5)
+
+
 def test_after_the_loggers_it_says_so(rows, tokenizer, tmp_path, caplog, monkeypatch):
     class Logger(Recorder):
         found = []

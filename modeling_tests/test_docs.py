@@ -51,7 +51,7 @@ import miras_hf
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "examples/*.md", "benchmarks/*.md", "kernels/*.md", "model_cards/*.md")
+    for pattern in ("*.md", "docs/*.md", "examples/**/*.md", "benchmarks/*.md", "kernels/*.md", "model_cards/*.md")
     for path in ROOT.glob(pattern)
 )
 PACKAGES = ("miras_hf", "miras_kernels")
@@ -241,7 +241,11 @@ print("HELPS" + json.dumps(texts))
 @functools.cache
 def helps() -> dict[str, str]:
     """What `--help` says, of every script in the documents: in one process, because imports are what takes time."""
-    named = {script for d in DOCUMENTS for script in re.findall(r"(?<![\w/])(?:examples|benchmarks)/\w+\.py", read(d))}
+    named = {
+        script
+        for d in DOCUMENTS
+        for script in re.findall(r"(?<![\w/])(?:examples|benchmarks)/(?:\w+/)?\w+\.py", read(d))
+    }
     scripts = sorted(s for s in named if (ROOT / s).exists() and "ArgumentParser(" in read(s))
     command = [sys.executable, "-c", _HELPS, *scripts]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

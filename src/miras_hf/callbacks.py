@@ -14,10 +14,11 @@
 """What only these models have to log while they train: what their memories recall, write and keep."""
 
 import itertools
+import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from transformers.utils import logging
 
 from .memory import MemoryParameters
 from .memory.diagnostics import MemoryStatistics, memory_statistics
+from .memory.probe import LENGTH_BOUND, probe_memory, summary
 from .modeling_miras import MirasMemory, MirasMixer
 
 
@@ -45,6 +47,10 @@ class MemoryMonitorCallback(TrainerCallback):
     `inner_loss_initial`, `write_strength`, `retention`, `half_life` and `memory_norm`, means over heads of
     [`~miras_hf.memory.diagnostics.MemoryStatistics`], named `memory/layer_0/inner_loss` and so on.
 
+    With `full=True` the numbers of [`~miras_hf.memory.probe.MemoryProbe`] are logged besides: `value_rms`, `write_rms`,
+    `write_share`, `writing_heads`, `recall_0`, `recall_60`, `lyapunov` and more, those that the probe is too short for
+    left out. They say whether what is written arrives, at several times the cost.
+
     Every time the loss is logged the probe is read once, without gradients and in eval mode. Training is the same, bit
     for bit, as without the callback. With several processes the first one measures; models whose parameters are
     sharded (FSDP, ZeRO-3, tensor parallelism) cannot be run by one process alone and are not measured, with a warning.
@@ -54,6 +60,7 @@ class MemoryMonitorCallback(TrainerCallback):
             Inputs of the model to measure on; labels are not used. `None` takes the first rows of the training
             dataset, put together by the trainer's data collator.
         rows (`int`, *optional*, defaults to 4): How many rows to take if no probe is given.
+        full (`bool`, *optional*, defaults to `False`): Whether to probe what writes do, too.
 
     Raises:
         `ValueError`: for `rows` below one, and at the start of training for a model without memory layers.
@@ -65,10 +72,10 @@ class MemoryMonitorCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, probe: Mapping[str, Tensor] | None = None, rows: int = 4):
+    def __init__(self, probe: Mapping[str, Tensor] | None = None, rows: int = 4, full: bool = False):
         if rows < 1:
             raise ValueError(f"`rows` must be at least 1, got {rows}.")
-        self.given_probe, self.rows = probe, rows
+        self.given_probe, self.rows, self.full = probe, rows, full
         self.probe: dict[str, Any] | None = None
         self.is_first = False
 
@@ -125,30 +132,41 @@ class MemoryMonitorCallback(TrainerCallback):
         if self.probe is None or "loss" not in logs:  # evaluations and the summary are logged by this event, too
             return
         with _randomness_restored():
-            found = measure_memories(model, self.probe)
+            numbers = [(layer, _over_heads(found)) for layer, found in measure_memories(model, self.probe).items()]
+            if self.full:
+                probed = measure_memories(model, self.probe, probe_memory)
+                numbers += [(layer, summary(found)) for layer, found in probed.items()]
         values = {
             f"memory/layer_{layer}/{name}": value
-            for layer, statistics in found.items()
-            for name, value in _over_heads(statistics).items()
+            for layer, of_layer in numbers
+            for name, value in of_layer.items()
+            if not (name in LENGTH_BOUND and math.isnan(value))
         }
         logs.update(values)
         state.log_history[-1].update(values)
 
 
+Measured = TypeVar("Measured")
+
+
 @torch.no_grad()
-def measure_memories(model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, MemoryStatistics]:
+def measure_memories(
+    model: nn.Module, inputs: Mapping[str, Any], function: Callable[..., Measured] = memory_statistics
+) -> dict[int, Measured]:
     """Runs a model once, in eval mode, and returns the statistics of its memory layers by layer index.
 
     Args:
         model (`nn.Module`): a Miras model, bare or wrapped (PEFT, `DistributedDataParallel`, `torch.compile`).
         inputs (`Mapping`): its inputs, tensors on any device; without a cache.
+        function (`Callable`, *optional*, defaults to [`~miras_hf.memory.diagnostics.memory_statistics`]):
+            What to measure of the tokens that a memory reads, or [`~miras_hf.memory.probe.probe_memory`].
     """
     from accelerate.utils import extract_model_from_parallel  # Trainer needs it, the models do not
 
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     device = next(model.parameters()).device
     inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-    found: dict[int, MemoryStatistics] = {}
+    found: dict[int, Measured] = {}
     hooks = []
     for mixer in (module for module in model.modules() if isinstance(module, MirasMixer)):
         # not `mixer.memory`: PEFT's `modules_to_save` puts two memories there, of which one is called
@@ -157,7 +175,7 @@ def measure_memories(model: nn.Module, inputs: Mapping[str, Any]) -> dict[int, M
             def measure(memory: MirasMemory, args: tuple, kwargs: dict, layer: int = mixer.layer_idx) -> None:
                 parameters = MemoryParameters(memory.initial_state(), memory.norm_weight, memory.norm_bias)
                 sequences = {name: kwargs[name] for name in ("cu_seqlens", "mask")}
-                found[layer] = memory_statistics(*args, rule=memory.rule, parameters=parameters, **sequences)
+                found[layer] = function(*args, rule=memory.rule, parameters=parameters, **sequences)
 
             hooks.append(memory.register_forward_pre_hook(measure, with_kwargs=True))
     training = [module for module in model.modules() if module.training]

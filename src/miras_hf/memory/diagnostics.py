@@ -86,7 +86,7 @@ def memory_statistics(
     x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters), rule)
     batch, tokens, heads, head_dim = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, mask)
-    x, live = _rows(x, cu_seqlens, mask)
+    x, live = real_rows(x, cu_seqlens, mask)
     count = live.sum()
     if count == 0:
         raise ValueError(f"`q` must hold at least one real token, got shape {tuple(q.shape)}.")
@@ -96,11 +96,11 @@ def memory_statistics(
 
     norm = [p.to(x.q.dtype).view(1, heads, 1, head_dim) for p in (parameters.norm_weight, parameters.norm_bias)]
     state = initial_memory_state(rule, parameters, live.shape[0], x.eta.shape[-1], x.q.dtype)
-    initial = _weights(rule, parameters, starting_dual(rule, parameters, state))
+    initial = linked_weights(rule, parameters, starting_dual(rule, parameters, state))
     losses: tuple[list[Tensor], list[Tensor]] = ([], [])
     for start in range(0, live.shape[1], rule.chunk_size):
         chunk = x.map(lambda t, start=start: t[:, start : start + rule.chunk_size])
-        weights = _weights(rule, parameters, starting_dual(rule, parameters, state))
+        weights = linked_weights(rule, parameters, starting_dual(rule, parameters, state))
         for found, at in zip(losses, (weights, initial), strict=True):
             found.append(_inner_loss(rule, at, chunk, norm))
         _, state = chunk_miras(
@@ -112,7 +112,7 @@ def memory_statistics(
             mask=live[:, start : start + rule.chunk_size],
         )
 
-    weights = _weights(rule, parameters, _folded(rule, parameters, state))
+    weights = linked_weights(rule, parameters, _folded(rule, parameters, state))
     squares = sum(w.square().sum((-2, -1)).mean(0) for w in weights)
     # a mean over tokens, then the rate's half-life, then over channels: the order in which they mean something
     rate = -torch.where(live[..., None, None], x.log_alpha, 0.0).sum((0, 1)) / count
@@ -126,7 +126,7 @@ def memory_statistics(
     )
 
 
-def _rows(x: MemoryInputs, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[MemoryInputs, Tensor]:
+def real_rows(x: MemoryInputs, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[MemoryInputs, Tensor]:
     """One sequence a row, real tokens first, so that all rows share the chunk grid; and which tokens are real."""
     batch, tokens = x.q.shape[:2]
     device = x.q.device
@@ -143,7 +143,7 @@ def _rows(x: MemoryInputs, cu_seqlens: Tensor | None, mask: Tensor | None) -> tu
     return x.map(lambda t: t.gather(1, order[..., None, None].expand_as(t))), live
 
 
-def _weights(rule: MirasRule, parameters: MemoryParameters, dual: tuple[Tensor, ...]) -> list[Tensor]:
+def linked_weights(rule: MirasRule, parameters: MemoryParameters, dual: tuple[Tensor, ...]) -> list[Tensor]:
     """The weights `[rows, heads, in, out]` under the link, where a chunk's gradients are taken."""
     weights = []
     for layer, (of_state, initial) in enumerate(zip(dual, parameters.initial, strict=True)):

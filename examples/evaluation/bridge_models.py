@@ -1,0 +1,183 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The models of the bridge: a Miras model whose layers are changed to what a `Point` says.
+
+Everything but the layer is the same for all points: embedding, RMS norms, SwiGLU MLP (as wide as makes the parameters
+equal), output. What the library has no switch for is done to a model that it has built: starts of parameters, and
+`Around`, a module around each memory. Such a model trains and is measured; it does not decode.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from bridge_points import Point
+from models import ModelShape, build, fitted
+from torch import Tensor, nn
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+from miras_hf import MirasConfig, MirasForCausalLM
+from miras_hf.memory import Factors, MLPMemory
+from miras_hf.mixer_ops import rms_norm
+from miras_hf.modeling_miras import MirasMixer
+
+
+NO_WRITE = 1e-9
+"""Steps that leave the initial memory as it is, as far as float32 can tell."""
+_NO_CAP = 1e9
+
+
+def our_config(point: Point, shape: ModelShape, intermediate_size: int) -> MirasConfig:
+    """The config of a point of the bridge, as far as fields of a config can say it."""
+    values: dict[str, Any] = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": intermediate_size,
+        # the delta rule takes the place of a matrix memory
+        "memory_architecture": "mlp" if point.rule == "mlp" else "matrix",
+        "memory_norm_eps": point.norm_eps,
+        "attentional_bias": point.loss,
+        "chunk_size": point.chunk,
+        "gate_granularity": point.granularity,
+        "eta_max": point.eta_max if point.write else NO_WRITE,
+        "use_rope": point.rope,
+        "decay_target": point.decay_target,
+    }
+    if point.half_lives is not None:
+        values |= dict(zip(("min_half_life", "max_half_life"), point.half_lives, strict=True))
+    if not point.caps:
+        values |= {"residual_clip": _NO_CAP, "weight_cap": None, "min_log_alpha": -160.0 / point.chunk}
+    return MirasConfig(**values)
+
+
+class DeltaRule(nn.Module):
+    """The gated delta rule of Transformers in the place of a memory, without queries' scale."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, log_alpha: Tensor, delta: None, **_) -> tuple:
+        scaled = q * math.sqrt(q.shape[-1])  # it divides them by this
+        y, _ = torch_chunk_gated_delta_rule(scaled, k, v.to(q.dtype), g=log_alpha, beta=eta)
+        return y, None, None
+
+
+@dataclass(frozen=True)
+class UnitStepMLP(MLPMemory):
+    """An MLP memory whose gradients are in units of the read.
+
+    A step eta on a token's gradient in the second layer moves the memory's read at the token's own key by about
+
+        eta |h|^2 gamma^2 / (var + eps)
+
+    of the residual, with h the hidden units and `1 / sqrt(var + eps)` the layer norm's scale. Here the gradients of both
+    layers are divided by it, one number a token.
+    """
+
+    def write(self, weights, k, residual, norm_weight, norm_bias):
+        first, second = super().write(weights, k, residual, norm_weight, norm_bias)
+        z2 = second.inputs @ weights[1]
+        *_, inverse_std = self._normalise(z2)
+        gain = second.inputs.square().sum(-1, keepdim=True) * (inverse_std * norm_weight).square().mean(
+            -1, keepdim=True
+        )
+        unit = 1.0 / (gain + 1e-2)
+        return Factors(first.inputs, first.gradients * unit), Factors(second.inputs, second.gradients * unit)
+
+
+class Around(nn.Module):
+    """A memory with what a point changes at its inputs and outputs.
+
+    Its `memory` is trained, and found by hooks, as if it stood alone.
+    """
+
+    def __init__(self, memory: nn.Module, point: Point, norm_eps: float):
+        super().__init__()
+        self.memory, self.point, self.norm_eps = memory, point, norm_eps
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, state=None, **arguments) -> tuple:
+        if state is not None or arguments.get("output_final_state"):
+            raise ValueError("`use_cache` must be False: models of the bridge are trained and measured, not decoded.")
+        if self.point.value_norm:
+            v = rms_norm(v, v.new_ones(v.shape[-1]), self.norm_eps)
+        if not self.point.read_residual:
+            # of M(x) = x + LN: asked for v + k, LN is asked for v
+            v = v + k.to(v.dtype)
+        y, *rest = self.memory(q, k, v, *gates, **arguments)
+        if not self.point.read_residual:
+            y = y - q.to(y.dtype)
+        if self.point.query_scale:
+            # reads of a matrix are linear in their query
+            y = y / math.sqrt(q.shape[-1])
+        return y, *rest
+
+
+def change(model: MirasForCausalLM, point: Point) -> MirasForCausalLM:
+    """Does to a new model what a point says and its config cannot."""
+    for mixer in (module for module in model.modules() if isinstance(module, MirasMixer)):
+        _start_gates(mixer, point)
+        if point.conv_std is not None:
+            for conv in (mixer.q_conv, mixer.k_conv, mixer.v_conv):
+                conv.weight.data.normal_(0.0, point.conv_std)
+        memory = mixer.memory
+        if point.rule == "delta":
+            memory = DeltaRule()
+        else:
+            last = memory.initial_state[-1]
+            last.data.mul_(point.last_layer)
+            last.requires_grad_(not (point.rule == "matrix" and point.last_layer == 0.0))
+            if point.step == "unit":
+                _with_unit_steps(memory)
+        mixer.memory = Around(memory, point, model.config.rms_norm_eps)
+    return model
+
+
+def _start_gates(mixer: MirasMixer, point: Point) -> None:
+    mixer.eta.bias.data.fill_(math.log(point.eta_start / (1.0 - point.eta_start)))
+    if point.half_lives is None:  # as Gated DeltaNet
+        mixer.alpha.bias.data.fill_(1.0)
+        mixer.alpha.a_log.data.uniform_(0.01, 16.0).log_()
+
+
+def _with_unit_steps(memory: nn.Module) -> None:
+    shipped = memory.rule.architecture
+    memory.rule = replace(memory.rule, architecture=UnitStepMLP(shipped.expansion, shipped.norm_eps))
+    memory.backend = type(memory.backend)(memory.rule, "pytorch")
+
+
+def build_model(point: Point, shape: ModelShape, seed: int) -> tuple[nn.Module, Callable[[Tensor], dict[str, Any]]]:
+    """A new model of a point, and what its forward takes besides ids."""
+    if point.model != "bridge":
+        whole = build(point.model, shape, seed=seed)
+        whole.module.config.use_cache = False
+        return whole.module, whole.arguments
+
+    def built(config: MirasConfig) -> MirasForCausalLM:
+        return change(MirasForCausalLM(config), point)
+
+    class Counted:
+        """What is trained of a model: the zeros that a matrix memory starts from are not."""
+
+        def __init__(self, config: MirasConfig):
+            self.model = built(config)
+
+        def num_parameters(self) -> int:
+            return self.model.num_parameters(only_trainable=True)
+
+    step = 64 if shape.width >= 512 else 8  # as the neighbours in `benchmarks/models.py`
+    config = fitted(Counted, lambda size: our_config(point, shape, size), shape, step)
+    config.use_cache = False
+    torch.manual_seed(seed)
+    return built(config), lambda input_ids: {}

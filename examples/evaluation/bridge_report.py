@@ -1,0 +1,164 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The bridge's table and plot, of the trainings that a folder holds."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bridge_points import PATH, RUNGS
+from bridge_training import Size, write_json
+
+
+def read_results(folder: Path, size: Size) -> list[dict[str, Any]]:
+    """The trainings in a folder, of rungs that there are now.
+
+    Raises:
+        `ValueError`: for a training of another size, or of a point that its rung no longer names.
+    """
+    results = []
+    for file in sorted(folder.glob("*-lr*-seed*.json")):
+        result = json.loads(file.read_text())
+        rung = RUNGS.get(result["job"]["rung"])
+        if result["size"]["name"] != size.name:
+            raise ValueError(f"{file} is of size {result['size']['name']!r}, and this report of {size.name!r}.")
+        if rung is None or json.loads(json.dumps(rung.point.as_dict())) != result["point"]:
+            raise ValueError(f"{file} was trained at another point than the rung's: move it away or run it again.")
+        results.append(result)
+    return results
+
+
+def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry a rung, in the rungs' order.
+
+    `by_rate` has the mean over seeds of the validation loss at each learning rate, `None` where a training diverged.
+    `best` is the lowest of them, `spread` the largest less the smallest loss over seeds there. `cost` is `best` less
+    the parent's; `at_edge` says that the best rate is an end of what was tried, so that a better one may lie outside.
+    """
+    losses: dict[str, dict[float, dict[int, float | None]]] = {}
+    norms: dict[str, float] = {}
+    for result in results:
+        job = result["job"]
+        losses.setdefault(job["rung"], {}).setdefault(job["learning_rate"], {})[job["seed"]] = result["validation"]
+        norm = result["gradient_norm_max"]
+        norms[job["rung"]] = max(norms.get(job["rung"], 0.0), math.inf if norm is None else norm)
+
+    entries: dict[str, dict[str, Any]] = {}
+    for name, rung in RUNGS.items():
+        if name not in losses:
+            continue
+        by_rate = {
+            rate: None if None in of_seeds.values() else statistics.fmean(of_seeds.values())
+            for rate, of_seeds in sorted(losses[name].items())
+        }
+        finite = {rate: loss for rate, loss in by_rate.items() if loss is not None}
+        rate = min(finite, key=finite.get) if finite else None
+        of_seeds = [] if rate is None else list(losses[name][rate].values())
+        entries[name] = {
+            "rung": name,
+            "says": rung.says,
+            "parent": rung.parent,
+            "on_path": name in PATH,
+            "by_rate": by_rate,
+            "best": finite.get(rate),
+            "best_rate": rate,
+            "at_edge": rate is not None and rate in (min(by_rate), max(by_rate)),
+            "seeds": len(of_seeds),
+            "spread": max(of_seeds) - min(of_seeds) if of_seeds else None,
+            "gradient_norm_max": norms[name] if math.isfinite(norms[name]) else None,
+        }
+    for entry in entries.values():
+        parent = entries.get(entry["parent"])
+        known = parent is not None and parent["best"] is not None and entry["best"] is not None
+        entry["cost"] = entry["best"] - parent["best"] if known else None
+    return list(entries.values())
+
+
+def table(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """The entries as lines of markdown; rungs of the path from Gated DeltaNet to Yaad in bold."""
+    rates = sorted({rate for entry in entries for rate in entry["by_rate"]})
+    titles = ["rung", "change", "against", *(f"{rate:g}" for rate in rates), "best", "cost", "seeds", "gradient norm"]
+    yield "| " + " | ".join(titles) + " |"
+    yield "|---" * len(titles) + "|"
+    for entry in entries:
+        name = f"**{entry['rung']}**" if entry["on_path"] else entry["rung"]
+        by_rate = ["" if rate not in entry["by_rate"] else _loss(entry["by_rate"][rate], "diverged") for rate in rates]
+        seeds = "" if entry["spread"] is None else str(entry["seeds"])
+        if entry["seeds"] > 1:
+            seeds += f" (spread {entry['spread']:.3f})"
+        best = _loss(entry["best"], "") + (" (edge)" if entry["at_edge"] and len(entry["by_rate"]) > 1 else "")
+        cost = "" if entry["cost"] is None else f"{entry['cost']:+.3f}"
+        norm = "not a number" if entry["gradient_norm_max"] is None else f"{entry['gradient_norm_max']:.3g}"
+        cells = [name, entry["says"], entry["parent"] or "", *by_rate, best, cost, seeds, norm]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _loss(value: float | None, missing: str) -> str:
+    return missing if value is None else f"{value:.3f}"
+
+
+def plot(entries: list[dict[str, Any]]):
+    """Best losses rung by rung, every learning rate as a dot; returns the figure."""
+    from matplotlib.figure import Figure
+
+    shown = [entry for entry in entries if entry["best"] is not None]
+    figure = Figure(figsize=(8, 1.2 + 0.24 * len(shown)), layout="constrained")
+    ax = figure.subplots()
+    rates = sorted({rate for entry in shown for rate in entry["by_rate"]})
+    for i, rate in enumerate(rates):
+        points = [(e["by_rate"][rate], y) for y, e in enumerate(shown) if e["by_rate"].get(rate) is not None]
+        ax.plot(*zip(*points, strict=True), "o", markersize=3.5, color=f"C{i}", label=f"learning rate {rate:g}")
+    for y, entry in enumerate(shown):
+        half = (entry["spread"] or 0.0) / 2
+        width = 2.4 if entry["on_path"] else 0.8
+        ax.plot([entry["best"] - half, entry["best"] + half], [y, y], color="0.3", linewidth=width)
+        ax.plot([entry["best"]] * 2, [y - 0.35, y + 0.35], color="0.1", linewidth=width)
+    path = [(entry["best"], y) for y, entry in enumerate(shown) if entry["on_path"]]
+    if path:
+        ax.plot(*zip(*path, strict=True), color="0.6", linewidth=0.8, zorder=0)
+    ax.set_yticks(range(len(shown)), [entry["rung"] for entry in shown], fontsize=7)
+    ax.set_ylim(len(shown) - 0.5, -0.5)
+    ax.set_xlabel("validation loss (nats per token); bars are the best learning rate, thick ones the path")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7)
+    return figure
+
+
+def write_report(folder: Path, size: Size) -> list[str]:
+    """Writes `report.md`, `report.json` and `report.png` into the folder; returns the lines of `report.md`."""
+    results = read_results(folder, size)
+    if not results:
+        raise ValueError(f"{folder} holds no training yet.")
+    entries = summarise(results)
+    shape, parameters = size.shape, [result["parameters"] for result in results]
+    lines = [
+        f"Validation loss in nats per token after {size.tokens:,} tokens of the {results[0]['data']}: {size.steps} steps "
+        f"of {size.rows} x {size.context} tokens, {shape.layers} layers of width {shape.width}, {shape.heads} heads, "
+        f"{min(parameters):,} to {max(parameters):,} parameters, {'bfloat16' if size.bf16 else 'float32'}. The cost of a "
+        "rung is its best loss less that of the rung it stands against. Numbers above the losses are learning rates; "
+        "(edge) marks a best one at the end of those tried. The gradient norm is the largest before clipping, of all "
+        "learning rates and seeds.",
+        "",
+        *table(entries),
+    ]
+    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    write_json(folder / "report.json", {"size": results[0]["size"], "trainings": len(results), "rungs": entries})
+    plot(entries).savefig(folder / "report.png", dpi=150)
+    return lines
+
+
+__all__ = ["plot", "read_results", "summarise", "table", "write_report"]

@@ -1,0 +1,286 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Data and training of the studies: the text of `pretrain.py`, its optimiser, and one JSON a run."""
+
+import json
+import math
+import os
+import platform
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pretrain
+import torch
+import transformers
+from bridge_models import build_model
+from bridge_points import ENDS, RUNGS
+from models import ModelShape
+from provenance import command_line, machine
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from transformers import Trainer, get_cosine_schedule_with_warmup
+
+from miras_hf.callbacks import measure_memories
+from miras_hf.modeling_miras import MirasMixer
+from miras_hf.weight_decay import exempt_from_trainer
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a study is: the shape of its models, the tokens that they see, and the grid of learning rates."""
+
+    name: str
+    shape: ModelShape
+    context: int = 512
+    rows: int = 2
+    steps: int = 400
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    seeds_of_ends: int = 3
+    validation_rows: int = 64
+    documents: int | None = None
+    bf16: bool = False
+    vocabulary: int = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "vocabulary", self.shape.vocabulary)
+
+    @property
+    def tokens(self) -> int:
+        return self.context * self.rows * self.steps
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size("cpu", ModelShape(width=128, layers=4, heads=2, vocabulary=2048)),
+        Size("wide", ModelShape(width=256, layers=4, heads=4, vocabulary=2048), rows=4, steps=1000),
+        Size("cuda", ModelShape(width=256, layers=4, heads=4, vocabulary=2048), rows=32, steps=150, bf16=True),
+        Size(
+            "smoke",
+            ModelShape(width=32, layers=2, heads=2, vocabulary=320),
+            context=32,
+            steps=6,
+            learning_rates=(1e-2,),
+            seeds_of_ends=1,
+            validation_rows=4,
+            documents=40,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a rung, a learning rate, a seed."""
+
+    rung: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.rung}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+def jobs_of(size: Size, rungs: list[str]) -> list[Job]:
+    """All trainings of the rungs, those that say most first: the ends over the grid, every rung at the middle of the
+    grid, the rest of the grid, the other seeds of the ends."""
+    middle = size.learning_rates[len(size.learning_rates) // 2]
+
+    def rank(job: Job) -> tuple[int, ...]:
+        if job.rung in ENDS:
+            return (0,) if job.seed == 0 else (3,)
+        return (1,) if job.learning_rate == middle else (2,)
+
+    jobs = [
+        Job(rung, learning_rate, seed)
+        for rung in rungs
+        for seed in range(size.seeds_of_ends if rung in ENDS else 1)
+        for learning_rate in size.learning_rates
+    ]
+    return sorted(jobs, key=rank)  # stable: rungs stay in their order
+
+
+def prepare_data(folder: Path, size: Size) -> dict[str, Tensor]:
+    """Rows of ids, `train` and `validation`, `[rows, context]`: made by the functions of `pretrain.py` once, and kept in
+    the folder.
+
+    Raises:
+        `ValueError`: for a folder whose rows were made for another size, and for less text than the size needs.
+    """
+    file, wanted = (
+        folder / "data.pt",
+        {
+            "context": size.context,
+            "vocabulary": size.vocabulary,
+            "documents": size.documents,
+            "validation_rows": size.validation_rows,
+            "python": platform.python_version(),
+        },
+    )
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        data = pretrain.DataArguments(
+            block_size=size.context, max_eval_samples=size.validation_rows, max_documents=size.documents
+        )
+        model = pretrain.ModelArguments(vocab_size=size.vocabulary)
+        arguments = pretrain.PretrainingArguments(output_dir=str(folder / "tokenizer"), use_cpu=True)
+        documents = pretrain.load_documents(data)
+        tokenizer = pretrain.get_tokenizer(model, data, arguments, documents)
+        if len(tokenizer) > size.vocabulary:
+            raise ValueError(f"The tokenizer has {len(tokenizer)} ids and the models {size.vocabulary}.")
+        train, validation = pretrain.pack(documents, tokenizer, data)
+        rows = {"train": train, "validation": validation}
+        kept = {name: torch.tensor(list(split["input_ids"]), dtype=torch.int32) for name, split in rows.items()}
+        part = file.with_suffix(f".{os.getpid()}")
+        torch.save({"wanted": wanted, "rows": kept}, part)
+        part.replace(file)
+    found = torch.load(file)
+    if found["wanted"] != wanted:
+        raise ValueError(f"{file} was made for {found['wanted']}, and this study wants {wanted}: take another --out.")
+    available = len(found["rows"]["train"])
+    if available < size.rows * size.steps:
+        raise ValueError(f"The text has {available} rows of {size.context} ids, fewer than {size.rows * size.steps}.")
+    return found["rows"]
+
+
+def optimizer_and_schedule(model: nn.Module, learning_rate: float, steps: int):
+    """AdamW and the schedule of `pretrain.py`, with the weight decay that Trainer gives each parameter there."""
+    defaults = {f.name: f.default for f in pretrain.PretrainingArguments.__dataclass_fields__.values()}
+    exempt_from_trainer()
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    groups = [
+        {
+            "params": [p for n, p in model.named_parameters() if p.requires_grad and (n in decayed) == decays],
+            "weight_decay": defaults["weight_decay"] if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, defaults["adam_beta2"]))
+    warmup = math.ceil(defaults["warmup_steps"] * steps)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+
+
+@torch.no_grad()
+def validate(model: nn.Module, rows: Tensor, arguments, precision, at_once: int) -> float:
+    """Mean loss in nats over the rows."""
+    model.eval()
+    losses = []
+    for ids in rows.split(at_once):
+        with precision():
+            losses.append(model(ids, labels=ids, **arguments(ids)).loss.float() * len(ids))
+    model.train()
+    return (torch.stack(losses).sum() / len(rows)).item()
+
+
+def run_job(
+    job: Job, size: Size, folder: Path, device: str = "cpu", keep_weights: bool = False, intervals: int = 20
+) -> dict[str, Any]:
+    """Trains one job and writes its JSON, whole or not at all, and before it the weights if they are to be kept."""
+    started, cpu = time.perf_counter(), time.process_time()
+    rows = {name: ids.long().to(device) for name, ids in prepare_data(folder, size).items()}
+    rung = RUNGS[job.rung]
+    with torch.device(device):
+        model, arguments = build_model(rung.point, size.shape, job.seed)
+    optimizer, schedule = optimizer_and_schedule(model, job.learning_rate, size.steps)
+
+    def precision():
+        return torch.autocast(device, torch.bfloat16) if size.bf16 else nullcontext()
+
+    # a seed's order is the same for every rung
+    order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(job.seed)).to(device)
+    every = max(1, size.steps // intervals)
+    train, gradients, validation = [], [], []
+    model.train()
+    for step in range(1, size.steps + 1):
+        ids = rows["train"][order[(step - 1) * size.rows : step * size.rows]]
+        with precision():
+            loss = model(ids, labels=ids, **arguments(ids)).loss
+        loss.backward()
+        gradients.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        train.append(loss.detach())
+        if step % every == 0 and not math.isfinite(train[-1].item()):
+            break
+        if step in (size.steps // 2, size.steps):
+            validation.append([step, validate(model, rows["validation"], arguments, precision, max(2, size.rows))])
+    train, gradients = torch.stack(train).tolist(), torch.stack(gradients).tolist()
+    reached = len(train) == size.steps and math.isfinite(validation[-1][1])
+
+    def of_intervals(values: list[float], reduce) -> list[list[float | None]]:
+        parts = [(i + len(values[i : i + every]), values[i : i + every]) for i in range(0, len(values), every)]
+        return [[last, _number(reduce(part))] for last, part in parts]
+
+    result = {
+        "job": asdict(job),
+        "says": rung.says,
+        "parent": rung.parent,
+        "point": rung.point.as_dict(),
+        "size": asdict(size),
+        "device": device,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "intermediate_size": model.config.intermediate_size,
+        "validation": validation[-1][1] if reached else None,
+        "validation_by_step": [[step, _number(value)] for step, value in validation],
+        "diverged": not reached,
+        "train": of_intervals(train, lambda part: sum(part) / len(part)),
+        "gradient_norm": of_intervals(gradients, max),
+        "gradient_norm_max": _number(max(gradients, key=lambda g: g if math.isfinite(g) else math.inf)),
+        "memories": memories_after(model, rows["validation"][:2], arguments),
+        "tokens": size.context * size.rows * len(train),
+        "data": pretrain.data_name(pretrain.DataArguments())["name"],
+        "command": command_line(),
+        "machine": machine(torch.get_num_threads(), packages=("torch", "transformers", "miras-hf")),
+        "seconds": {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu},
+    }
+    if keep_weights:
+        save_model(model, folder / f"{job.name}.safetensors")
+    write_json(folder / f"{job.name}.json", result)
+    return result
+
+
+def memories_after(model: nn.Module, ids: Tensor, arguments) -> dict[str, dict[str, float | None]]:
+    """What the memories of a model do after training, means over heads, by layer; empty for a model without any."""
+    if not any(isinstance(module, MirasMixer) for module in model.modules()):
+        return {}
+    found = measure_memories(model, {"input_ids": ids, **arguments(ids)})
+    return {
+        str(layer): {name: _number(value.mean().item()) for name, value in statistics._asdict().items()}
+        for layer, statistics in found.items()
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no word for what is not a number."""
+    return value if math.isfinite(value) else None
+
+
+def write_json(file: Path, content: Any) -> None:
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    part.replace(file)
+
+
+def quiet() -> None:
+    """Progress of a study is its own lines."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    import datasets
+
+    datasets.disable_progress_bars()

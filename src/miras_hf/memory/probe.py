@@ -1,0 +1,312 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Whether a memory stores what it reads: what its writes do, what is recalled later, what is forgotten, what grows.
+
+Slower than `diagnostics.py`, by a read of the text for every lag and one in float64 beside a perturbed memory.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chunk import chunk_miras
+from .diagnostics import linked_weights, real_rows
+from .layout import check_layout_arguments
+from .rule import (
+    MemoryInputs,
+    MemoryParameters,
+    MemoryState,
+    MirasRule,
+    bound_inputs,
+    check_inputs,
+    initial_memory_state,
+    starting_dual,
+    without_autocast,
+)
+
+
+LAGS = (0, 8, 60, 200, 1000)
+"""Tokens after which a value is asked for."""
+
+LENGTH_BOUND = frozenset({f"{name}_{lag}" for name in ("recall", "chance") for lag in LAGS} | {"lyapunov"})
+"""Numbers of `summary` that are NaN for texts that are too short for them."""
+
+WRITES_FROM = 0.05
+"""A head counts as one that writes if its writes have at least this share of its values' root mean square."""
+
+PERTURBATION = 1e-7
+"""Root mean square of the difference whose growth is followed, far above the rounding of float64."""
+
+SMALLEST_GROWTH = -20.0
+"""Log growth of one chunk below which rounding hides what is left of the difference."""
+
+
+class MemoryProbe(NamedTuple):
+    """Means over the real tokens of a call, for each head.
+
+    A *write* is here what one token's write alone does, from its chunk's start, to the read at its own key; decay and
+    the chunk's other writes have no part in it.
+
+    Args:
+        value_rms (`torch.Tensor` of shape `[heads]`): root mean square of the values.
+        initial_rms (`torch.Tensor` of shape `[heads]`): that of what the initial memory returns for the keys.
+        read_rms (`torch.Tensor` of shape `[heads]`): that of what the memory returns for the queries.
+        write_rms (`torch.Tensor` of shape `[heads]`): that of the writes.
+        write_cosine (`torch.Tensor` of shape `[heads]`): cosine of a write and the token's value.
+        write_share (`torch.Tensor` of shape `[heads]`):
+            The part of the error at its own key that a write takes away, `sum(write . error) / sum(|error|^2)` with
+            `error = value - read`: the step in units of the read. Above 2 a write leaves a larger error than it found.
+        recall (`torch.Tensor` of shape `[lags, heads]`):
+            Cosine of a token's value and what its key gives some tokens later, less what it gave at the start; at lag
+            0, right after the token. NaN for lags that no row is long enough for.
+        chance (`torch.Tensor` of shape `[lags, heads]`):
+            The same cosine with the value of another token of the row, half of it away: what values have in common.
+        half_lives (`torch.Tensor` of shape `[heads, head_dim or 1]`):
+            Tokens after which half of a write is left, of every gate at its mean rate.
+        log_growth (`torch.Tensor` of shape `[chunks, heads]`):
+            Logarithm of the factor by which a small difference between two memories grew in every whole chunk after
+            the first while both read the same, not below -20. No chunks if a row has fewer than two whole ones.
+        chunk_size (`int`): tokens of a chunk.
+    """
+
+    value_rms: Tensor
+    initial_rms: Tensor
+    read_rms: Tensor
+    write_rms: Tensor
+    write_cosine: Tensor
+    write_share: Tensor
+    recall: Tensor
+    chance: Tensor
+    half_lives: Tensor
+    log_growth: Tensor
+    chunk_size: int
+
+    @property
+    def lyapunov(self) -> Tensor:
+        """Mean log growth a token, `[heads]`: above zero, two memories that differ by rounding part for good."""
+        return self.log_growth.mean(0) / self.chunk_size
+
+    @property
+    def writing_heads(self) -> float:
+        """Share of heads that write, see `WRITES_FROM`."""
+        return (self.write_rms >= WRITES_FROM * self.value_rms).double().mean().item()
+
+
+@without_autocast
+@torch.no_grad()
+def probe_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    log_alpha: Tensor,
+    delta: Tensor | None = None,
+    *,
+    rule: MirasRule,
+    parameters: MemoryParameters,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    lags: Sequence[int] = LAGS,
+) -> MemoryProbe:
+    """Reads tokens as [`chunk_miras`] does, and asks the memory for what it has read. Arguments as there, without
+    gradients, and:
+
+    Args:
+        lags (`Sequence[int]`, *optional*): tokens after which values are asked for, not negative.
+
+    Raises:
+        `ValueError`: for arguments that do not fit, negative lags, and if there is no real token.
+    """
+    if any(lag < 0 for lag in lags):
+        raise ValueError(f"`lags` must not be negative, got {tuple(lags)}.")
+    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters), rule)
+    check_layout_arguments(*q.shape[:2], cu_seqlens, mask)
+    x, live = real_rows(x, cu_seqlens, mask)
+    if not live.any():
+        raise ValueError(f"`q` must hold at least one real token, got shape {tuple(q.shape)}.")
+
+    def mean(values: Tensor, where: Tensor = live) -> Tensor:  # [rows, tokens, heads] to [heads]
+        return torch.where(where[..., None], values, 0.0).sum((0, 1)) / where.sum()
+
+    def rms(values: Tensor) -> Tensor:
+        return mean(values.square().mean(-1)).sqrt()
+
+    def read(queries: Tensor) -> Tensor:
+        return chunk_miras(queries, *x[1:], rule=rule, parameters=parameters, mask=live)[0]
+
+    at_start = _reads_at_start(x, rule, parameters)
+    errors, writes = _writes(x, live, rule, parameters)
+    lengths = live.sum(-1)
+    # the token half a row away, for what values have in common
+    token = torch.arange(live.shape[1], device=live.device)
+    elsewhere = (token + (lengths // 2)[:, None]) % lengths.clamp(min=1)[:, None]
+    others = x.v.gather(1, elsewhere[..., None, None].expand_as(x.v))
+    recall, chance = [], []
+    for lag in lags:
+        pairs = live[:, lag:]
+        # token s asks by the key of token s - lag; the first ones, which have none, ask for nothing that counts
+        queries = torch.cat((x.k[:, :lag], x.k[:, : live.shape[1] - lag]), dim=1)[:, : live.shape[1]]
+        earlier = live.shape[1] - lag
+        recalled = read(queries)[:, lag:] - at_start[:, : max(earlier, 0)]
+        for found, values in ((recall, x.v), (chance, others)):
+            found.append(mean(F.cosine_similarity(recalled, values[:, : max(earlier, 0)], dim=-1), pairs))
+
+    rate = -torch.where(live[..., None, None], x.log_alpha, 0.0).sum((0, 1)) / live.sum()
+    return MemoryProbe(
+        value_rms=rms(x.v),
+        initial_rms=rms(at_start),
+        read_rms=rms(read(x.q)),
+        write_rms=rms(writes),
+        write_cosine=mean(F.cosine_similarity(writes, x.v, dim=-1)),
+        write_share=mean((writes * errors).sum(-1)) / mean(errors.square().sum(-1)),
+        recall=torch.stack(recall),
+        chance=torch.stack(chance),
+        half_lives=math.log(2.0) / rate,
+        log_growth=_log_growth(x, live, rule, parameters),
+        chunk_size=rule.chunk_size,
+    )
+
+
+def summary(probe: MemoryProbe, lags: Sequence[int] = LAGS) -> dict[str, float]:
+    """The probe in single numbers: means over heads, the share of those that write, and quantiles of half-lives.
+
+    Args:
+        lags (`Sequence[int]`, *optional*): those that the probe was made with.
+    """
+    means = ("value_rms", "initial_rms", "read_rms", "write_rms", "write_cosine", "write_share", "lyapunov")
+    numbers = {name: getattr(probe, name).mean().item() for name in means}
+    numbers["writing_heads"] = probe.writing_heads
+    for name in ("recall", "chance"):
+        of_lags = getattr(probe, name).mean(-1).tolist()
+        numbers |= {f"{name}_{lag}": value for lag, value in zip(lags, of_lags, strict=True)}
+    spectrum = probe.half_lives.flatten().double()
+    for percent in (10, 50, 90):
+        numbers[f"half_life_{percent}"] = spectrum.quantile(percent / 100).item()
+    return numbers
+
+
+def _norm(parameters: MemoryParameters, dtype: torch.dtype) -> list[Tensor]:
+    return [p.to(dtype)[None, :, None] for p in (parameters.norm_weight, parameters.norm_bias)]
+
+
+def _reads_at_start(x: MemoryInputs, rule: MirasRule, parameters: MemoryParameters) -> Tensor:
+    """What the initial memory returns for the keys, `[rows, tokens, heads, head_dim]`."""
+    state = initial_memory_state(rule, parameters, x.k.shape[0], x.eta.shape[-1], x.k.dtype)
+    weights = linked_weights(rule, parameters, starting_dual(rule, parameters, state))
+    k = x.k.transpose(1, 2)
+    return rule.architecture.read(lambda layer, h: h @ weights[layer], k, *_norm(parameters, k.dtype)).transpose(1, 2)
+
+
+def _writes(x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: MemoryParameters) -> tuple[Tensor, Tensor]:
+    """Errors `v - M(k)` at each chunk's start, and each token's write, both `[rows, tokens, heads, head_dim]`."""
+    architecture, norm = rule.architecture, _norm(parameters, x.k.dtype)
+    state = initial_memory_state(rule, parameters, live.shape[0], x.eta.shape[-1], x.k.dtype)
+    errors, writes = [], []
+    for start in range(0, live.shape[1], rule.chunk_size):
+        chunk = x.map(lambda t, start=start: t[:, start : start + rule.chunk_size])
+        k, v, eta = (t.transpose(1, 2) for t in (chunk.k, chunk.v, chunk.eta))
+        delta = None if chunk.delta is None else chunk.delta.transpose(1, 2)
+        weights = [
+            rule.retention.at_chunk_start(dual, base, rule.hidden_axis(layer))
+            for layer, (dual, base) in enumerate(_duals(rule, parameters, state))
+        ]
+
+        def residual(prediction: Tensor, v: Tensor = v, delta: Tensor | None = delta) -> Tensor:
+            return rule.attentional_bias.residual(prediction - v, delta)
+
+        factors = architecture.write(tuple(w.weight for w in weights), k, residual, *norm)
+
+        def linear(layer: int, h: Tensor, weights=weights, factors=factors, eta=eta) -> Tensor:
+            """A layer under the token's own write: `h W - (h . input) gradient`, the step on the gates' axis."""
+            linked = factors[layer] if weights[layer].writes is None else weights[layer].writes(factors[layer])
+            if architecture.gate_axes[layer] == "input":
+                written = (h * linked.inputs * eta).sum(-1, keepdim=True) * linked.gradients
+            else:
+                written = (h * linked.inputs).sum(-1, keepdim=True) * linked.gradients * eta
+            scale = weights[layer].scale
+            return h @ weights[layer].weight - (written if scale is None else written * scale)
+
+        before = architecture.read(lambda layer, h, weights=weights: h @ weights[layer].weight, k, *norm)
+        errors.append((v - before).transpose(1, 2))
+        writes.append((architecture.read(linear, k, *norm) - before).transpose(1, 2))
+        state = _after(chunk, live[:, start : start + rule.chunk_size], state, rule, parameters)
+    return torch.cat(errors, dim=1), torch.cat(writes, dim=1)
+
+
+def _duals(rule: MirasRule, parameters: MemoryParameters, state: MemoryState) -> list[tuple[Tensor, Tensor | None]]:
+    """Dual states and what they are deviations from, `None` for nothing."""
+    return [
+        (dual, initial.to(dual.dtype).expand_as(dual) if rule.decay_target == "init" else None)
+        for dual, initial in zip(starting_dual(rule, parameters, state), parameters.initial, strict=True)
+    ]
+
+
+def _after(
+    chunk: MemoryInputs, live: Tensor, state: MemoryState, rule: MirasRule, parameters: MemoryParameters
+) -> MemoryState:
+    _, state = chunk_miras(
+        *chunk, rule=rule, parameters=parameters, initial_state=state, output_final_state=True, mask=live
+    )
+    return state
+
+
+def _log_growth(x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: MemoryParameters) -> Tensor:
+    """Log growth, chunk by chunk, of a difference that is brought back to its size after each: in float64, `[chunks,
+    heads]`."""
+    size, rows, heads = rule.chunk_size, live.shape[0], x.k.shape[2]
+    chunks = int(live.sum(-1).min()) // size
+    if chunks < 2:
+        return x.k.new_zeros(0, heads)
+    x = x.map(lambda t: t[:, : chunks * size].double())
+    parameters = MemoryParameters(
+        tuple(a.double() for a in parameters.initial), parameters.norm_weight.double(), parameters.norm_bias.double()
+    )
+    state = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    difference, growth = None, []
+    for start in range(0, chunks * size, size):
+        chunk = x.map(lambda t, start=start: t[:, start : start + size])
+        if difference is None:
+            state = _after(chunk, live[:, :size], state, rule, parameters)
+            difference = [torch.randn(d.shape, generator=generator, dtype=d.dtype).to(d.device) for d in state.dual]
+            difference = _resized(difference)[0]
+            continue
+        # both memories in one call, the one with the difference behind the other
+        both = state.map(lambda t: torch.cat((t, t)))
+        both = both._replace(
+            dual=tuple(torch.cat((d, d + e)) for d, e in zip(state.dual, difference, strict=True)),
+        )
+        mask = live.new_ones(2 * rows, size)
+        both = _after(chunk.map(lambda t: torch.cat((t, t))), mask, both, rule, parameters)
+        state = both.map(lambda t: t[:rows])
+        difference, factor = _resized([d[rows:] - d[:rows] for d in both.dual])
+        growth.append(factor.log().clamp(min=SMALLEST_GROWTH).mean(0))
+    return torch.stack(growth)
+
+
+def _resized(difference: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Differences `[rows, heads, in, out]` of all layers, of rms `PERTURBATION` together, and what their rms was over
+    it, `[rows, heads]`."""
+    entries = sum(e[0, 0].numel() for e in difference)
+    norm = (sum(e.square().sum((-2, -1)) for e in difference) / entries).sqrt()
+    factor = norm / PERTURBATION
+    scale = torch.where(factor > 0.0, factor, 1.0)[..., None, None]
+    return [e / scale for e in difference], factor
+
+
+__all__ = ["LAGS", "MemoryProbe", "probe_memory", "summary"]
