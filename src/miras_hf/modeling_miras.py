@@ -54,6 +54,7 @@ from miras_kernels import Projections
 from .backend import MemoryBackend
 from .cache import memory_layer, tokens_read
 from .compat import CACHE_NAME, CACHE_NAMES, cache_named, cache_of, refuse_unknown, takes_cache
+from .config_keywords import refuse_model_keywords
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from .hub import WholeFilesOnly
 from .inputs import check_cache, check_ids, check_inputs
@@ -690,6 +691,11 @@ class MirasPreTrainedModel(PreTrainedModel):
         "hidden_states": MirasDecoderLayer,
         "attentions": MirasAttention,
     }
+
+    # before any `__init__`, which have no keywords, so that Python's own error would name no field
+    def __new__(cls, config: Any = None, *args, **kwargs):
+        refuse_model_keywords(cls, config, kwargs)
+        return super().__new__(cls)
 
     # whether the loss is divided by `num_items_in_batch`; if not, Trainer divides that of accumulated batches
     _divides_loss = True
