@@ -52,6 +52,7 @@ from transformers.utils.output_capturing import capture_outputs
 from miras_kernels import Projections
 
 from .backend import MemoryBackend
+from .built_config import built_values, check_as_built
 from .cache import memory_layer, tokens_read
 from .compat import CACHE_NAME, CACHE_NAMES, cache_named, cache_of, refuse_unknown, takes_cache
 from .config_keywords import refuse_model_keywords
@@ -723,7 +724,27 @@ class MirasPreTrainedModel(PreTrainedModel):
             init.zeros_(module.norm_bias)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
-        """As everywhere in Transformers, and a model card (`README.md`), unless a person wrote the one that is there."""
+        """
+        As everywhere in Transformers, and a model card (`README.md`), unless a person wrote the one that is there.
+
+        Raises:
+            `ValueError`: if fields of the config were assigned that the modules were built with: what would be loaded
+                is another model.
+        """
+        check_as_built(self.config, self.base_model._built_with)
+        if self.config.num_hidden_layers > len(self.base_model.layers):
+            raise ValueError(
+                f"`config.num_hidden_layers` is {self.config.num_hidden_layers}, and the model has "
+                f"{len(self.base_model.layers)} layers: a model that is loaded would begin the others anew."
+            )
+        head = self.get_output_embeddings()
+        if head is not None and not self.config.tie_word_embeddings:
+            if head.weight is self.get_input_embeddings().weight:
+                raise ValueError(
+                    "`config.tie_word_embeddings` is False, and head and embeddings share one weight, which is stored "
+                    "once: a model that is loaded would begin its head anew. Set it back, or give the head a weight of its "
+                    "own."
+                )
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if self.should_save_on_this_rank(is_main_process):
             save_model_card(self, save_directory)
@@ -782,6 +803,7 @@ class MirasModel(MirasPreTrainedModel):
         self.norm = MirasRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MirasRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self._built_with = built_values(config)
 
         self.post_init()
 
@@ -819,6 +841,8 @@ class MirasModel(MirasPreTrainedModel):
             `ValueError`: for masks, packs and caches that do not fit, naming the argument and what is allowed.
         """
         refuse_unknown(f"{type(self).__name__}.forward", kwargs, _KEYWORDS)
+        if not torch.compiler.is_compiling():
+            check_as_built(self.config, self._built_with)
         check_inputs(self.config, input_ids, inputs_embeds, position_ids, use_cache)
         if inputs_embeds is None:
             check_ids(input_ids, self.embed_tokens.num_embeddings)
