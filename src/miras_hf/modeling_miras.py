@@ -58,7 +58,7 @@ from .compat import CACHE_NAME, CACHE_NAMES, cache_named, cache_of, refuse_unkno
 from .config_keywords import refuse_model_keywords
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from .hub import WholeFilesOnly
-from .inputs import check_cache, check_ids, check_inputs
+from .inputs import as_int64, check_cache, check_ids, check_inputs
 from .memory import (
     ATTENTIONAL_BIASES,
     LEARNING_ALGORITHMS,
@@ -999,7 +999,10 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
                     raise ValueError(
                         f"`{name}` must have the shape of the logits, {tuple(logits.shape[:2])}, got {describe(given)}."
                     )
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            # labels that are shifted already among them
+            options = {name: as_int64(value) for name, value in kwargs.items()}
+            labels = as_int64(labels)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1121,7 +1124,7 @@ class MirasForSequenceClassification(GenericForSequenceClassification, MirasPreT
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            loss = self.loss_function(logits=logits, labels=as_int64(labels), pooled_logits=logits, config=self.config)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1156,7 +1159,7 @@ class MirasForTokenClassification(GenericForTokenClassification, MirasPreTrained
         """
         # Transformers' own forward takes the cache by one name and drops the other with a warning
         return super().forward(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache, **kwargs
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, as_int64(labels), use_cache, **kwargs
         )
 
 
