@@ -194,9 +194,8 @@ def test_ids_of_both_integer_types_give_one_answer(model, ids, head):
             targets = labels["labels"]
             if head == "ForCausalLM":
                 logits, targets = answer.logits[:, :-1].flatten(0, 1), targets[:, 1:]
-                shifted = wide(
-                    ids, attention_mask=mask, shift_labels=F.pad(labels["labels"], (0, 1), value=-100)[:, 1:]
-                )
+                following = F.pad(labels["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+                shifted = wide(ids, attention_mask=mask, shift_labels=following)
                 torch.testing.assert_close(shifted.loss, answer.loss)
             # by hand: minus the log probability of the target
             by_hand = -logits.double().log_softmax(-1)[torch.arange(targets.numel()), targets.flatten().long()].mean()
