@@ -125,6 +125,8 @@ def convert(
     if "sliding_attention" in values["layer_types"]:
         window = sliding_window or getattr(old, "sliding_window", None) or old.max_position_embeddings
         values["sliding_window"] = window
+    else:  # every memory has keys and values of its own
+        values.pop("num_key_value_heads", None)
     config = AutoConfig.for_model(model_type, **values)
     model = AutoModelForCausalLM.from_config(config, dtype=llama.dtype)
     new = dict(model.named_parameters())
@@ -133,8 +135,8 @@ def convert(
         index = int(name.split(".")[2]) if name.startswith("model.layers.") else None
         target = name.replace("self_attn", "mixer") if index in memory_layers else name
         if index in memory_layers and (".k_proj." in name or ".v_proj." in name):
-            # every memory has keys and values of its own: heads that shared them get a copy each
-            groups = config.num_attention_heads // config.num_key_value_heads
+            # heads that shared keys and values get a copy each
+            groups = config.num_attention_heads * config.head_dim // weight.shape[0]
             weight = weight.unflatten(0, (-1, config.head_dim)).repeat_interleave(groups, 0).flatten(0, 1)
         if target not in new or new[target].shape != weight.shape:
             missing.append(name)

@@ -229,7 +229,7 @@ def main() -> None:
     if args.smoke:
         args.tokens, args.rows, args.micro_batches, args.steps, args.check = 150, 2, 2, 3, True
         args.hybrid, args.learning_rate = True, 1e-2
-        overrides = {"hidden_size": 32, "num_attention_heads": 2, "gate_rank": 4, "sliding_window": 24}
+        overrides = {"hidden_size": 32, "num_attention_heads": 2, "gate_rank": 4}
 
     # gloo for what is on the CPU, and nccl only where there is a GPU for every rank
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -243,6 +243,7 @@ def main() -> None:
     config = CONFIGS[args.model_type].from_preset(args.preset, vocab_size=256, **overrides)
     if args.hybrid:
         config.layer_types = ["miras_memory", "sliding_attention"] * (config.num_hidden_layers // 2)
+        config.sliding_window = 24 if args.smoke else config.sliding_window
     set_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(device)
     data = batches(args.rows, args.tokens, device)

@@ -25,19 +25,23 @@ SIZES = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
     chunk_size=4,
-    memory_expansion=2,
-    gate_rank=4,
     initializer_range=0.1,  # with the usual 0.02 a tiny model is so close to constant that errors drown in tolerances
 )
+# of memories and gates, where they are no matrices and one number a head
+INNER = dict(memory_expansion=2, gate_rank=4)
 HYBRID = dict(layer_types=["miras_memory", "sliding_attention"], sliding_window=6)
 
 # every kind of gate, memory and layer is in one of them
 CONFIGS = {
-    "moneta": miras_hf.MonetaConfig(**SIZES),
-    "yaad": miras_hf.YaadConfig(**SIZES),
-    "memora": miras_hf.MemoraConfig(**SIZES),
+    "moneta": miras_hf.MonetaConfig(**SIZES, **INNER),
+    "yaad": miras_hf.YaadConfig(**SIZES, **INNER),
+    "memora": miras_hf.MemoraConfig(**SIZES, **INNER),
     "hybrid": miras_hf.YaadConfig(
-        **{**SIZES, "vocab_size": 98}, **HYBRID, num_key_value_heads=2, attention_bias=True, tie_word_embeddings=True
+        **{**SIZES, **INNER, "vocab_size": 98},
+        **HYBRID,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=True,
     ),
     "matrix": miras_hf.MirasConfig(
         **SIZES, memory_architecture="matrix", gate_granularity="head", attentional_bias="huber_norm"
@@ -45,12 +49,14 @@ CONFIGS = {
 }
 # of sizes that kernels know
 BY_KERNEL = {
-    "by-kernel": miras_hf.YaadConfig(**{**SIZES, "num_hidden_layers": 1, "num_attention_heads": 1, "chunk_size": 16})
+    "by-kernel": miras_hf.YaadConfig(
+        **{**SIZES, **INNER, "num_hidden_layers": 1, "num_attention_heads": 1, "chunk_size": 16}
+    )
 }
 INDIVISIBLE = {
-    "three-heads": miras_hf.MonetaConfig(**{**SIZES, "num_attention_heads": 3, "head_dim": 16}),
-    "one-key-value-head": miras_hf.MonetaConfig(**SIZES, **HYBRID, num_key_value_heads=1),
-    "tied-odd-vocabulary": miras_hf.MonetaConfig(**SIZES, tie_word_embeddings=True),
+    "three-heads": miras_hf.MonetaConfig(**{**SIZES, **INNER, "num_attention_heads": 3, "head_dim": 16}),
+    "one-key-value-head": miras_hf.MonetaConfig(**SIZES, **INNER, **HYBRID, num_key_value_heads=1),
+    "tied-odd-vocabulary": miras_hf.MonetaConfig(**SIZES, **INNER, tie_word_embeddings=True),
 }
 
 TRAINER_ARGUMENTS = dict(

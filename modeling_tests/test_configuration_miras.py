@@ -15,8 +15,10 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
+import pickle
 import re
 import time
 from typing import get_args
@@ -24,10 +26,21 @@ from typing import get_args
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 import miras_hf
-from miras_hf import MemoraConfig, MirasConfig, MirasForCausalLM, MonetaConfig, YaadConfig, config_fields
+from miras_hf import (
+    MemoraConfig,
+    MirasConfig,
+    MirasForCausalLM,
+    MirasTokenizer,
+    MonetaConfig,
+    MonetaForCausalLM,
+    MonetaForTokenClassification,
+    MonetaModel,
+    YaadConfig,
+    config_keywords,
+)
 from miras_hf.configuration_miras import PRESETS
 from miras_hf.memory import KL, L2, Decay, HuberMixture, Lp, Lq, LqMirror
 from miras_hf.modeling_miras import memory_rule
@@ -172,9 +185,66 @@ def test_keywords_that_mean_nothing_are_refused(keywords, message, tmp_path):
         AutoConfig.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "keyword, hint",
+    [
+        ({"chunk_sise": 16}, "did you mean `chunk_size`?"),
+        ({"rope_theta": 5e5}, "did you mean `rope_parameters`?"),
+        ({"banana": 3}, "it is no field of this version of miras-hf"),
+        ({"temperature": 0.5}, "it belongs into `model.generation_config`"),
+    ],
+)
+def test_keywords_of_loading_that_mean_nothing_are_refused(keyword, hint, tmp_path):
+    [(name, value)] = keyword.items()
+    MirasForCausalLM(MonetaConfig.from_preset("tiny")).save_pretrained(tmp_path)
+    message = f"does not know `{name}` .got {value}.*{re.escape(hint)}"
+    for load in (AutoConfig, MonetaConfig, AutoModelForCausalLM, MonetaForCausalLM, MonetaForTokenClassification):
+        with pytest.raises(TypeError, match=message):
+            load.from_pretrained(tmp_path, **keyword)
+    # they are not the config's, and so the caller's
+    config, unused = AutoConfig.from_pretrained(tmp_path, **keyword, chunk_size=8, return_unused_kwargs=True)
+    assert unused == keyword and config.chunk_size == 8
+    config, unused = MonetaConfig.from_pretrained(tmp_path, **keyword, dtype="bfloat16", return_unused_kwargs=True)
+    assert unused == keyword and config.dtype in ("bfloat16", torch.bfloat16)
+
+
+def test_keywords_of_loading_that_others_understand(tmp_path):
+    MirasForCausalLM(MonetaConfig.from_preset("tiny")).save_pretrained(tmp_path)
+    # all that Transformers takes out of the keywords of a model
+    source = inspect.getsource(PreTrainedModel.from_pretrained)
+    names = set(re.findall(r'kwargs\.pop\("(\w+)"', source)) | set(re.findall(r'"(\w+)"', *re.findall(
+        r"for name in (\[.*mirror.*\])", source))) | set(inspect.signature(PreTrainedModel.from_pretrained).parameters)  # fmt: skip
+    names -= {"pretrained_model_name_or_path", "model_args", "kwargs", "experts_implementation", "attn_implementation"}
+    assert len(names) > 35 and {"device_map", "low_cpu_mem_usage", "use_safetensors"} < names
+    config_keywords.refuse_unused(MonetaConfig(), dict.fromkeys(names))
+    # a pipeline hands a config what is the model's, and AutoTokenizer what is a tokenizer's
+    assert AutoConfig.from_pretrained(
+        tmp_path, device_map="cpu", low_cpu_mem_usage=True
+    ) == MonetaConfig.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, chunk_size=8, use_safetensors=True, low_cpu_mem_usage=True)
+    assert model.config.chunk_size == model.model.layers[0].mixer.memory.rule.chunk_size == 8
+    MirasTokenizer.train_from_iterator(["a text"], vocab_size=300).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding_side="left", pad_token="<pad>", model_max_length=77)
+    assert (tokenizer.padding_side, tokenizer.pad_token, tokenizer.model_max_length) == ("left", "<pad>", 77)
+    # of other people's tokenizers, whose keywords nobody here can know
+    AutoTokenizer.from_pretrained(tmp_path, spaces_before_banana=True)
+
+
+def test_models_have_no_keywords():
+    config = MonetaConfig.from_preset("tiny")
+    with pytest.raises(
+        TypeError, match="MonetaForCausalLM does not know `chunk_size` .got 16.: it belongs into the config"
+    ):
+        MonetaForCausalLM(config, chunk_size=16)
+    with pytest.raises(TypeError, match="MonetaModel does not know `chunk_sise` .got 16.: did you mean `chunk_size`?"):
+        MonetaModel(config, chunk_sise=16)
+    model = MonetaModel(config)
+    assert torch.equal(copy.deepcopy(model).norm.weight, pickle.loads(pickle.dumps(model)).norm.weight)
+
+
 def test_what_cannot_be_read_is_not_written(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(config_fields.logger, "warning_once", said.append)
+    monkeypatch.setattr(config_keywords.logger, "warning_once", said.append)
     config = MonetaConfig()
     # people and tools put their own attributes on configs
     config.chunk_sise, config._note = 16, "mine"
@@ -236,11 +306,13 @@ def test_models_check_what_was_assigned_since():
         tiny(num_key_value_heads=3)
     with pytest.raises(ValueError, match="`pad_token_id` must be below `vocab_size` .4096. or None, got 4096"):
         tiny(pad_token_id=4096)
+    with pytest.raises(
+        ValueError, match="`output_attentions` means nothing to a model without attention layers, got True"
+    ):
+        tiny(output_attentions=True)
+    with pytest.raises(StrictDataclassError, match="`sliding_window` means nothing without attention layers.*got 64"):
+        tiny(sliding_window=64)
     for name, value in {"attention_dropout": 0.1, "sliding_window": 64, "output_attentions": True}.items():
-        with pytest.raises(
-            ValueError, match=f"`{name}` means nothing to a model without attention layers, got {value}"
-        ):
-            tiny(**{name: value})
         assert getattr(tiny(**{name: value}, attention_layers=[1]).config, name) == value
 
 

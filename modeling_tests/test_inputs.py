@@ -18,6 +18,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_generation_miras import CONFIGS, TOLERANCE, build
 from transformers import DynamicCache, Trainer, TrainingArguments
 
@@ -130,7 +131,7 @@ INT = torch.zeros(2, TOKENS, dtype=torch.long)
 WRONG = {
     "no_rows": ({"input_ids": INT[:0]}, "`input_ids` must hold at least one row and one token"),
     "no_tokens": ({"input_ids": INT[:, :0]}, "`input_ids` must hold at least one row and one token"),
-    "ids_of_one_dimension": ({"input_ids": INT[0]}, "`input_ids` must be int64 of shape"),
+    "ids_of_one_dimension": ({"input_ids": INT[0]}, "`input_ids` must be int64 or int32 of shape"),
     "ids_are_floats": ({"input_ids": INT.float()}, "got float32 of shape"),
     "ids_are_a_list": ({"input_ids": [[1, 2]]}, "got list"),
     "ids_below": ({"input_ids": INT - 1}, "at least 0 and below `vocab_size` \\(99\\), got ids from -1 to -1"),
@@ -169,6 +170,61 @@ WRONG = {
 def test_wrong_inputs_are_named(model, options, message):
     with pytest.raises(ValueError, match=message):
         model(**options)
+
+
+@pytest.mark.parametrize("head", ["Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification"])
+@torch.no_grad()
+def test_ids_of_both_integer_types_give_one_answer(model, ids, head):
+    """Against embeddings that are looked up by hand, which know no type of ids."""
+    family = type(model).__name__.removesuffix("ForCausalLM")
+    torch.manual_seed(0)
+    wide = getattr(miras_hf, family + head)(copy.deepcopy(model.config)).eval()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    embeds = wide.get_input_embeddings().weight[ids]
+    expected = wide(inputs_embeds=embeds, attention_mask=mask)[0]
+    for dtype in (torch.int64, torch.int32):
+        assert torch.equal(wide(ids.to(dtype), attention_mask=mask)[0], expected)
+        labels = {"Model": {}, "ForSequenceClassification": {"labels": torch.tensor([0, 1])}}
+        labels = labels.get(head, {"labels": ids.to(dtype) % 2})
+        labels = {name: value.to(dtype) for name, value in labels.items()}
+        answer = wide(ids.to(dtype), attention_mask=mask, **labels)
+        if labels:
+            logits = answer.logits.flatten(0, -2)
+            targets = labels["labels"]
+            if head == "ForCausalLM":
+                logits, targets = answer.logits[:, :-1].flatten(0, 1), targets[:, 1:]
+                following = F.pad(labels["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+                shifted = wide(ids, attention_mask=mask, shift_labels=following)
+                torch.testing.assert_close(shifted.loss, answer.loss)
+            # by hand: minus the log probability of the target
+            by_hand = -logits.double().log_softmax(-1)[torch.arange(targets.numel()), targets.flatten().long()].mean()
+            torch.testing.assert_close(answer.loss.double(), by_hand, rtol=1e-5, atol=1e-6)
+    if head == "ForSequenceClassification":
+        wide.config.pad_token_id = 0
+        padded = torch.where(mask == 1, ids, 0).flip(1)
+        # the last token that is no pad, found by hand
+        alone = torch.cat([wide(row[row != 0][None])[0] for row in padded])
+        torch.testing.assert_close(wide(padded.int())[0], alone, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_generation_from_int32(model, ids):
+    for options in ({}, {"num_beams": 2}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}):
+        answers = []
+        for dtype in (torch.int64, torch.int32):
+            torch.manual_seed(0)
+            row = ids[:1].to(dtype)
+            answers.append(model.generate(row, max_new_tokens=5, min_new_tokens=5, use_cache=True, **options))
+        assert answers[0].shape == (1, TOKENS + 5) and torch.equal(*answers), options
+    # greedy, by the whole text's logits
+    text = ids[:1]
+    for _ in range(5):
+        logits = model(text).logits[:, -1]
+        if model.generation_config.eos_token_id is not None:
+            logits[:, model.generation_config.eos_token_id] = -torch.inf
+        text = torch.cat([text, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(model.generate(ids[:1].int(), max_new_tokens=5, min_new_tokens=5), text)
 
 
 @torch.no_grad()

@@ -122,16 +122,22 @@ class MirasModelTester:
         )
 
     def get_config(self):
+        # sizes of what this kind of model has
+        sizes = {"gate_rank": self.gate_rank, "memory_expansion": self.memory_expansion}
+        if self.config_kwargs.get("gate_granularity") == "head":
+            del sizes["gate_rank"]
+        if self.config_kwargs.get("memory_architecture") == "matrix":
+            del sizes["memory_expansion"]
+        if "layer_types" in self.config_kwargs:
+            sizes["num_key_value_heads"] = self.num_key_value_heads
         return self.config_class(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
             chunk_size=self.chunk_size,
-            memory_expansion=self.memory_expansion,
-            gate_rank=self.gate_rank,
+            **sizes,
             max_position_embeddings=self.max_position_embeddings,
             initializer_range=self.initializer_range,
             pad_token_id=self.pad_token_id,

@@ -305,7 +305,7 @@ def test_fields_that_differ_are_named_with_both_values(saved):
     assert "`rms_norm_eps` (1e-06 there, 1e-05 here)" in str(raised.value)
     assert "`num_hidden_layers`" not in str(raised.value)
     with pytest.raises(ValueError, match=r"`attention_layers` \(\[0\] there, \[\] here\)"):
-        load_memory(saved, build("yaad", num_key_value_heads=1))
+        load_memory(saved, build("yaad"))
     with pytest.raises(ValueError, match=r"`model_type` \('yaad' there, 'memora' here\)"):
         load_memory(saved, build("memora", hybrid=True))
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_forward import DEVICE, by_kernel, flat, make_call, make_rule
 
+from miras_hf.backend import kernel_choices
 from miras_hf.memory import RETENTION_GATES, MemoryParameters, chunk_miras, recurrent_miras
 from miras_kernels import ops
 
@@ -267,14 +268,31 @@ def test_adjoint_stays_finite_on_streams_that_make_it_grow():
 
 
 def test_operator_is_well_formed():
-    from miras_hf.backend import kernel_choices
-
     rule = make_rule("mlp", "huber_mixture", "lq")
-    # two chunks, as many as there is room for: what is left of the kept starts would not be initialised
+    # two chunks, as many as there is room for
     inputs, parameters = make_call(rule, tokens=17, heads=1)
+    check_operator(rule, inputs, parameters, [], None, chunks=2)
+
+
+def test_operator_is_well_formed_with_a_pack():
+    rule = make_rule("mlp", "huber_mixture", "lq")
+    # memories a token short of a chunk's end: with two tokens each, both sequences have as many chunks as can be
+    earlier, parameters = make_call(rule, batch=2, tokens=rule.chunk_size - 1, heads=1)
+    _, state, _ = by_kernel(rule, earlier, parameters)
+    inputs, _ = make_call(rule, tokens=4, heads=1, seed=1)
+    check_operator(rule, inputs, parameters, list(state), torch.tensor([0, 2, 4], device=DEVICE), chunks=4)
+
+
+def check_operator(rule, inputs, parameters, state, cu_seqlens, chunks):
+    """`opcheck` compares all outputs of two runs, and so the room for chunk starts that is left, which is not initialised:
+    there must be none."""
     inputs = [x.requires_grad_() for x in inputs]
     choices = vars(kernel_choices(rule)[0]).values()
-    arguments = (*inputs, list(parameters.initial), *parameters[1:], [], None, None, False, 1, "ieee", *choices)
+    options = (state, cu_seqlens, None, False, 1, "ieee", *choices)
+    arguments = (*inputs, list(parameters.initial), *parameters[1:], *options)
+    _, _, saved = torch.ops.miras_kernels.forward(*arguments)
+    # memory that is not written is NaN here
+    assert [x.shape[0] for x in saved] == [chunks] * len(saved) and all(x.isfinite().all() for x in saved)
     torch.library.opcheck(torch.ops.miras_kernels.forward.default, arguments, test_utils=(
         "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static",
     ))  # fmt: skip

@@ -11,59 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a field of a config may hold, stated once beside its default, and which keywords a config knows."""
+"""What a field of a config may hold, stated once beside its default."""
 
 import math
 from collections.abc import Iterable
-from dataclasses import fields
-from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import validated_field
-from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
-from transformers.utils import logging
 
-
-logger = logging.get_logger(__name__)
-
-# What Transformers passes to configs, or stores in config.json, beside the fields.
-TRANSFORMERS_KEYWORDS = frozenset(
-    {
-        "_attn_implementation_internal",
-        "_commit_hash",
-        "_experts_implementation_internal",
-        "_name_or_path",
-        "attn_implementation",
-        "auto_map",
-        "base_model_ep_plan",
-        "base_model_fsdp_plan",
-        "base_model_pp_plan",
-        "base_model_tp_plan",
-        "custom_pipelines",
-        "distributed_config",
-        "layer_types",
-        "loss_type",
-        "model_type",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "quantization_config",
-        "rope_scaling",
-        "rope_theta",
-        "tie_last_hidden_states",
-        "torch_dtype",
-        "transformers_weights",
-    }
-)
-# Those that are the same as not given, and what they would ask for.
-_MEANINGLESS = {
-    "experts_implementation": "there are no experts",
-    "partial_rotary_factor": "all channels of a head are rotated",
-    "per_layer_config": "all layers have the sizes of the config",
-}
+from .config_keywords import MEANINGLESS
 
 
 def bounded(
@@ -92,44 +51,6 @@ def token_ids(default: int | None) -> Any:
             raise ValueError(f"must be at least 0 and below 2**31, or None for no such token, got {value}")
 
     return validated_field(validate, default=default)
-
-
-def check_keywords(config: PreTrainedConfig, keywords: dict[str, Any]) -> None:
-    """
-    Check the keywords that are no fields of a config.
-
-    Raises:
-        `TypeError`: for a keyword that means nothing here, by name and with the nearest one that does.
-    """
-    name_of_class, known = type(config).__name__, _known_keywords(config)
-    for name, value in keywords.items():
-        if name in _MEANINGLESS:
-            if value is not None and value != 1:
-                raise TypeError(f"`{name}` means nothing to {name_of_class}, got {value!r}: {_MEANINGLESS[name]}.")
-        elif name not in known:
-            if name in GenerationConfig._get_default_generation_params():
-                hint = "it belongs into `model.generation_config`, or into the call of `generate()`"
-            else:
-                near = get_close_matches(name, known, n=1)
-                hint = f"did you mean `{near[0]}`?" if near else "it is no field of this version of miras-hf"
-            raise TypeError(f"{name_of_class} does not know `{name}` (got {value!r}): {hint}")
-
-
-def without_unknown(config: PreTrainedConfig, values: dict[str, Any]) -> dict[str, Any]:
-    """The values without those that a config of this class would refuse: attributes that somebody has put on it. A warning
-    names them."""
-    known = _known_keywords(config)
-    unknown = sorted(name for name in values if name not in known and not name.startswith("_"))
-    if unknown:
-        logger.warning_once(
-            f"{type(config).__name__} has attributes that are no fields of it, and does not store them: {unknown}."
-        )
-    return {name: value for name, value in values.items() if name in known}
-
-
-def _known_keywords(config: PreTrainedConfig) -> set[str]:
-    # of configs derived elsewhere: other names for fields
-    return {*(field.name for field in fields(config)), *TRANSFORMERS_KEYWORDS, *config.attribute_map}
 
 
 def check_dtype(dtype: Any) -> None:
@@ -163,7 +84,7 @@ def check_rope_parameters(parameters: Any) -> None:
         if name in ("rope_type", "type") or value is None:
             continue
         if name == "partial_rotary_factor" and value != 1:
-            raise ValueError(f"`rope_parameters[{name!r}]` must be 1, got {value!r}: {_MEANINGLESS[name]}.")
+            raise ValueError(f"`rope_parameters[{name!r}]` must be 1, got {value!r}: {MEANINGLESS[name]}.")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, bool):
                 continue

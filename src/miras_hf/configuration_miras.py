@@ -14,6 +14,7 @@
 """Configurations of Miras models: the four choices, every point the paper leaves open as a named switch, and presets."""
 
 import os
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -24,15 +25,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from .compat import CACHE_NAMES
-from .config_fields import (
-    bounded,
-    check_dtype,
-    check_keywords,
-    check_layer_indices,
-    check_rope_parameters,
-    token_ids,
-    without_unknown,
-)
+from .config_fields import bounded, check_dtype, check_layer_indices, check_rope_parameters, token_ids
+from .config_keywords import check_keywords, refuse_unused, without_unknown
+from .config_meaning import check_meaning, without_meaningless
 from .hub import WholeFilesOnly, auto_map, write_shim
 from .peft import register_peft_defaults
 
@@ -160,8 +155,13 @@ class MirasConfig(PreTrainedConfig):
             What memories compute with. `"auto"`: Triton kernels where they serve the call, PyTorch elsewhere;
             `"triton"` raises where no kernel does; `"pytorch"`. The environment variable `MIRAS_BACKEND` wins over it.
 
+    Fields that say more about a choice, as `lp_power` does about `attentional_bias="lp"`, must be left at their defaults
+    where another choice is made. A stored config in which they are not, which earlier versions wrote, is read without
+    them, and with a warning.
+
     Raises:
         `StrictDataclassError`: for a wrong type or value, naming the field, the value and what is allowed.
+        `TypeError`: for a keyword that means nothing here, with the nearest one that does.
 
     ```python
     >>> from miras_hf import MirasConfig, MirasForCausalLM
@@ -370,6 +370,7 @@ class MirasConfig(PreTrainedConfig):
                 f"`min_log_alpha` must lie between -160 / chunk_size = {-160.0 / self.chunk_size:g} and 0, "
                 f"got {self.min_log_alpha}."
             )
+        check_meaning(self)
 
     def check_for_model(self) -> None:
         """
@@ -390,22 +391,45 @@ class MirasConfig(PreTrainedConfig):
             raise ValueError(
                 f"`return_dict` must be True in a config, got {self.return_dict}: pass it to single calls of the model."
             )
-        if self.has_attention:
-            return
-        unused = {"attention_dropout": 0.0, "sliding_window": MirasConfig.sliding_window, "output_attentions": False}
-        for name, default in unused.items():
-            if getattr(self, name) not in (default, None):
-                raise ValueError(
-                    f"`{name}` means nothing to a model without attention layers, got {getattr(self, name)}: leave it at "
-                    f"{default}, or choose layers by `attention_layers` or `layer_types`."
-                )
+        if self.output_attentions and not self.has_attention:
+            raise ValueError(
+                "`output_attentions` means nothing to a model without attention layers, got True: leave it at False, or "
+                "choose layers by `attention_layers` or `layer_types`."
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As everywhere in Transformers; fields that `kwargs` set are checked against the others, too."""
-        found = super().from_dict(config_dict, **kwargs)
-        (found[0] if isinstance(found, tuple) else found).validate()
-        return found
+        """
+        As everywhere in Transformers, where `from_pretrained` and the Auto classes come here, too, and stricter:
+
+        - fields that `kwargs` set are checked against the others;
+        - stored values that mean nothing under the choices that are made are left out, with a warning that names them:
+          earlier versions wrote them. Of a person, in `kwargs` as in a new config, they are refused.
+
+        Raises:
+            `StrictDataclassError`: as for a new config.
+            `TypeError`: for a keyword that neither configs nor the functions that load models and tokenizers know.
+                With `return_unused_kwargs` such keywords are the caller's, who gets them back.
+        """
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        # Transformers assigns them one by one when the config is made, which is too late for choices that belong together
+        own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in own or name == "layer_types"}
+        stored = {name: value for name, value in config_dict.items() if name not in given}
+        if "layer_types" in given and "attention_layers" not in given:
+            stored.pop("attention_layers", None)
+        stored = without_meaningless(cls, stored, given)
+        config, unused = super().from_dict({**stored, **given}, return_unused_kwargs=True, **kwargs)
+        config.validate()
+        if return_unused:
+            return config, unused
+        refuse_unused(config, unused)
+        return config
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> "MirasConfig":
+        """A stored config, with what [`~MirasConfig.from_dict`] says about stored values."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @property
     def _family(self) -> str | None:

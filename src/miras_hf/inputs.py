@@ -34,7 +34,9 @@ def check_inputs(config: MirasConfig, input_ids: Any, inputs_embeds: Any, positi
     if input_ids is not None:
         integers = isinstance(input_ids, Tensor) and input_ids.dtype in (torch.int64, torch.int32)
         if not integers or input_ids.dim() != 2:
-            raise ValueError(f"`input_ids` must be int64 of shape [batch, tokens], got {describe(input_ids)}.")
+            raise ValueError(
+                f"`input_ids` must be int64 or int32 of shape [batch, tokens], got {describe(input_ids)}."
+            )
         name, shape = "input_ids", tuple(input_ids.shape)
     else:
         fits = isinstance(inputs_embeds, Tensor) and inputs_embeds.dim() == 3 and inputs_embeds.is_floating_point()
@@ -68,6 +70,11 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
         raise ValueError(
             f"`input_ids` must be at least 0 and below `vocab_size` ({vocab_size}), got ids from {lowest} to {highest}."
         )
+
+
+def as_int64(labels: Any) -> Any:
+    """Classes or token ids in int64, the one integer type that PyTorch's losses take; anything else as it is."""
+    return labels.long() if isinstance(labels, Tensor) and labels.dtype == torch.int32 else labels
 
 
 def check_cache(config: MirasConfig, cache: Any, batch: int) -> None:

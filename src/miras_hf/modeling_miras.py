@@ -52,11 +52,13 @@ from transformers.utils.output_capturing import capture_outputs
 from miras_kernels import Projections
 
 from .backend import MemoryBackend
+from .built_config import built_values, check_as_built
 from .cache import memory_layer, tokens_read
 from .compat import CACHE_NAME, CACHE_NAMES, cache_named, cache_of, refuse_unknown, takes_cache
+from .config_keywords import refuse_model_keywords
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from .hub import WholeFilesOnly
-from .inputs import check_cache, check_ids, check_inputs
+from .inputs import as_int64, check_cache, check_ids, check_inputs
 from .memory import (
     ATTENTIONAL_BIASES,
     LEARNING_ALGORITHMS,
@@ -691,6 +693,11 @@ class MirasPreTrainedModel(PreTrainedModel):
         "attentions": MirasAttention,
     }
 
+    # before any `__init__`, which have no keywords, so that Python's own error would name no field
+    def __new__(cls, config: Any = None, *args, **kwargs):
+        refuse_model_keywords(cls, config, kwargs)
+        return super().__new__(cls)
+
     # whether the loss is divided by `num_items_in_batch`; if not, Trainer divides that of accumulated batches
     _divides_loss = True
 
@@ -717,7 +724,27 @@ class MirasPreTrainedModel(PreTrainedModel):
             init.zeros_(module.norm_bias)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
-        """As everywhere in Transformers, and a model card (`README.md`), unless a person wrote the one that is there."""
+        """
+        As everywhere in Transformers, and a model card (`README.md`), unless a person wrote the one that is there.
+
+        Raises:
+            `ValueError`: if fields of the config were assigned that the modules were built with: what would be loaded
+                is another model.
+        """
+        check_as_built(self.config, self.base_model._built_with)
+        if self.config.num_hidden_layers > len(self.base_model.layers):
+            raise ValueError(
+                f"`config.num_hidden_layers` is {self.config.num_hidden_layers}, and the model has "
+                f"{len(self.base_model.layers)} layers: a model that is loaded would begin the others anew."
+            )
+        head = self.get_output_embeddings()
+        if head is not None and not self.config.tie_word_embeddings:
+            if head.weight is self.get_input_embeddings().weight:
+                raise ValueError(
+                    "`config.tie_word_embeddings` is False, and head and embeddings share one weight, which is stored "
+                    "once: a model that is loaded would begin its head anew. Set it back, or give the head a weight of its "
+                    "own."
+                )
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if self.should_save_on_this_rank(is_main_process):
             save_model_card(self, save_directory)
@@ -776,6 +803,7 @@ class MirasModel(MirasPreTrainedModel):
         self.norm = MirasRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MirasRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self._built_with = built_values(config)
 
         self.post_init()
 
@@ -813,6 +841,8 @@ class MirasModel(MirasPreTrainedModel):
             `ValueError`: for masks, packs and caches that do not fit, naming the argument and what is allowed.
         """
         refuse_unknown(f"{type(self).__name__}.forward", kwargs, _KEYWORDS)
+        if not torch.compiler.is_compiling():
+            check_as_built(self.config, self._built_with)
         check_inputs(self.config, input_ids, inputs_embeds, position_ids, use_cache)
         if inputs_embeds is None:
             check_ids(input_ids, self.embed_tokens.num_embeddings)
@@ -969,7 +999,10 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
                     raise ValueError(
                         f"`{name}` must have the shape of the logits, {tuple(logits.shape[:2])}, got {describe(given)}."
                     )
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            # labels that are shifted already among them
+            options = {name: as_int64(value) for name, value in kwargs.items()}
+            labels = as_int64(labels)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1091,7 +1124,7 @@ class MirasForSequenceClassification(GenericForSequenceClassification, MirasPreT
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            loss = self.loss_function(logits=logits, labels=as_int64(labels), pooled_logits=logits, config=self.config)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1126,7 +1159,7 @@ class MirasForTokenClassification(GenericForTokenClassification, MirasPreTrained
         """
         # Transformers' own forward takes the cache by one name and drops the other with a warning
         return super().forward(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, labels, use_cache, **kwargs
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, as_int64(labels), use_cache, **kwargs
         )
 
 

@@ -30,7 +30,9 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
+from .built_config import check_as_built
 from .cache import MirasLayer
+from .config_meaning import without_meaningless
 from .configuration_miras import ATTENTION_LAYER, MirasConfig
 from .memory import MemoryParameters, MemoryState, initial_memory_state
 from .memory_file import (
@@ -260,6 +262,7 @@ def _decoder(model: nn.Module) -> MirasModel:
             "`model` is spread over processes, each of which holds a part of the memory only: save and load memories "
             "with a model that is whole."
         )
+    check_as_built(decoder.config, decoder._built_with)
     return decoder
 
 
@@ -346,7 +349,8 @@ def _first_count(tensors: dict[str, Tensor]) -> Tensor:
 
 def _check_model(path: str | os.PathLike, header: Header, decoder: MirasModel, check_weights: bool) -> None:
     """Raises a `ValueError` unless the file is of this model."""
-    here, there = config_fingerprint(decoder.config), header.config
+    # earlier versions also wrote fields that mean nothing under the choices that are made
+    here, there = config_fingerprint(decoder.config), without_meaningless(type(decoder.config), header.config, {})
     # a field younger than the file means, at its default, what was computed before it was there
     default = config_fingerprint(type(decoder.config)()) | there
     differing = [

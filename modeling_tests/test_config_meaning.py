@@ -1,0 +1,201 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fields that say more about a choice: they change what a model computes, or they are refused, and nothing lies between."""
+
+import copy
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+from miras_hf import MirasConfig, MirasForCausalLM, MonetaConfig, YaadConfig, config_meaning
+from miras_hf.config_meaning import MEANS_SOMETHING_WITH
+
+
+# far enough from the defaults to be seen in what a small model computes
+OTHER = {
+    "memory_expansion": 2,
+    "memory_norm_eps": 3e-1,
+    "lp_power": 1.5,
+    "lp_sign": "tanh",
+    "lp_sharpness": 0.1,
+    "lp_error_cap": 1e-2,
+    "lq_power": 3.0,
+    "lq_map": "mirror",
+    "lq_norm_floor": 90.0,
+    "simplex_mass": 0.1,
+    "weight_cap": 1e-2,
+    "gate_rank": 2,
+    "num_key_value_heads": 1,
+    "attention_dropout": 0.5,
+    "sliding_window": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 3.0},
+}
+CHOICES = {
+    "attentional_bias": ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"],
+    "retention": ["decay", "lq", "kl"],
+    "memory_architecture": ["mlp", "matrix"],
+    "lp_sign": ["exact", "tanh"],
+    "gate_granularity": ["channel", "head"],
+    "attention_layers": [[], [0]],
+    "use_rope": [True, False],
+}
+SMALL = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"chunk_size": 2, "initializer_range": 0.5}
+
+
+def computed(config: MirasConfig, monkeypatch) -> dict[str, torch.Tensor]:
+    """What a model of this config computes, and the weights it has."""
+    monkeypatch.setattr(MirasConfig, "validate", lambda self: None)
+    torch.manual_seed(0)
+    model = MirasForCausalLM(config).train()
+    ids = torch.randint(16, (1, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for gate in (module for name, module in model.named_modules() if name.endswith((".eta", ".delta"))):
+            gate.bias += 0.5
+        torch.manual_seed(0)
+        result = dict(model.named_parameters()) | {"logits": model(ids).logits}
+    monkeypatch.undo()
+    return result
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_field_changes_what_is_computed_or_is_refused(name, monkeypatch):
+    about = {choice for choices in MEANS_SOMETHING_WITH[name] for choice in choices} - {name}
+    about = {"attention_layers" if choice == "has_attention" else choice for choice in about} | {"retention"}
+    outcomes = set()
+    for values in itertools.product(*(CHOICES[choice] for choice in sorted(about))):
+        choices = dict(zip(sorted(about), values, strict=True))
+        if choices.get("attentional_bias") != "lp" and choices.get("lp_sign") == "tanh":
+            continue
+        default = MirasConfig(**SMALL, **choices)
+        other = copy.deepcopy(default)
+        setattr(other, name, OTHER[name])
+        means_something = not same(computed(default, monkeypatch), computed(other, monkeypatch))
+        outcomes.add(means_something)
+        if means_something:
+            assert getattr(MirasConfig(**SMALL, **choices, **{name: OTHER[name]}), name) == OTHER[name]
+        else:
+            with pytest.raises(StrictDataclassError, match=f"`{name}` means nothing without .*got .*: leave it at "):
+                MirasConfig(**SMALL, **choices, **{name: OTHER[name]})
+            with pytest.raises(StrictDataclassError, match=f"`{name}` means nothing without"):
+                MirasForCausalLM(other)
+    assert outcomes == {True, False}
+
+
+def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
+    # a new field is either put into the table or seen to change a model of other choices
+    assert OTHER.keys() == MEANS_SOMETHING_WITH.keys()
+    other = {
+        "vocab_size": 17, "hidden_size": 12, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 1,
+        "head_dim": 6, "hidden_act": "relu", "initializer_range": 0.1, "rms_norm_eps": 0.5, "attention_bias": True,
+        "attention_layers": [1], "attentional_bias": "lp", "retention": "lq", "residual_clip": 1e-3,
+        "memory_architecture": "matrix", "decay_target": "zero", "chunk_size": 3, "gate_granularity": "head",
+        "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 1.0, "max_half_life": 64.0, "use_rope": False,
+        "conv_kernel_size": 2, "output_gate_act": "relu", "tie_word_embeddings": True,
+    }  # fmt: skip
+    # for others than the decoder: tools, tokenizers, how it is run; and one with a single value so far
+    told = {"max_position_embeddings", "use_cache", "chunk_size_feed_forward", "pad_token_id", "bos_token_id"}
+    told |= {"eos_token_id", "memory_backend", "learning_algorithm"}
+    own = {field.name for field in dataclasses.fields(MirasConfig)}
+    own -= {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"chunk_size_feed_forward"}
+    assert own == other.keys() | told | MEANS_SOMETHING_WITH.keys()
+    for fields in ({}, {"attentional_bias": "huber_coordinate", "retention": "kl", "memory_architecture": "matrix"}):
+        default = computed(MirasConfig(**SMALL, **fields), monkeypatch)
+        for name in other.keys() - fields.keys():
+            assert not same(default, computed(MirasConfig(**{**SMALL, **fields, name: other[name]}), monkeypatch)), (
+                name
+            )
+
+
+def test_the_message_names_every_choice():
+    for fields, words in {
+        "lp_sharpness=3.0 attentional_bias=lp": "`attentional_bias='lp'` and `lp_sign='tanh'`, got 3.0: leave it at 10.0",
+        "weight_cap=3.0 retention=kl": "`retention='decay'` or `retention='lq'`, got 3.0: leave it at 2.0",
+        "sliding_window=8": "attention layers .`attention_layers` or `layer_types`., got 8: leave it at 2048",
+    }.items():
+        values = dict(field.split("=") for field in fields.split())
+        values = {k: json.loads(v) if v[0].isdigit() else v for k, v in values.items()}
+        with pytest.raises(StrictDataclassError, match=f"`{[*values][0]}` means nothing without {words}, or choose"):
+            MirasConfig(**values)
+
+
+def test_a_derived_class_has_defaults_of_its_own():
+    class Sharp(MonetaConfig):
+        model_type = "sharp"
+        lp_power: int | float = 2.5
+        retention: str = "kl"
+        attentional_bias: str = "l2"
+
+    assert Sharp().lp_power == 2.5
+    with pytest.raises(StrictDataclassError, match="`lp_power` means nothing.*got 3.0: leave it at 2.5"):
+        Sharp(lp_power=3.0).validate()
+
+
+def older_file(folder, config, **values):
+    """A `config.json` as a version wrote it that refused nothing of the kind."""
+    config.save_pretrained(folder)
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | values))
+
+
+def test_stored_values_that_mean_nothing_are_left_out_aloud(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(config_meaning.logger, "warning_once", said.append)
+    older_file(tmp_path, YaadConfig.from_preset("tiny"), lp_power=2.5, sliding_window=64, residual_clip=2.0)
+    for load in (
+        lambda: AutoConfig.from_pretrained(tmp_path),
+        lambda: YaadConfig.from_pretrained(tmp_path),
+        lambda: YaadConfig.from_json_file(tmp_path / "config.json"),
+        lambda: AutoModel.from_config(AutoConfig.from_pretrained(tmp_path)).config,
+    ):
+        said.clear()
+        config = load()
+        assert (config.lp_power, config.sliding_window, config.residual_clip) == (3.0, 2048, 2.0)
+        [warning] = said
+        assert "lp_power=2.5, sliding_window=64." in warning and "residual_clip" not in warning
+    # what is not there is not spoken of
+    said.clear()
+    YaadConfig.from_preset("tiny", residual_clip=2.0).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).residual_clip == 2.0 and not said
+
+
+def test_choices_that_are_made_while_loading(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(config_meaning.logger, "warning_once", said.append)
+    MonetaConfig.from_preset("tiny", lp_power=2.5, num_attention_heads=4).save_pretrained(tmp_path)
+    # with the choice that the value belongs to, in one call
+    loaded = AutoConfig.from_pretrained(tmp_path, retention="kl", simplex_mass=1.0)
+    assert (loaded.retention, loaded.simplex_mass, loaded.lp_power) == ("kl", 1.0, 2.5)
+    hybrid = AutoConfig.from_pretrained(tmp_path, layer_types=["miras_memory", "sliding_attention"], sliding_window=8)
+    assert hybrid.attention_layers == [1] and hybrid.sliding_window == 8
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    assert not said
+    # stored values of a choice that is changed go with it; what a person says in the same breath does not
+    assert AutoConfig.from_pretrained(tmp_path, attentional_bias="l2").lp_power == 3.0
+    assert AutoConfig.from_pretrained(tmp_path / "hybrid", layer_types=["miras_memory"] * 2).sliding_window == 2048
+    assert ["lp_power=2.5." in said[0], "sliding_window=8." in said[1]] == [True, True] and len(said) == 2
+    for keywords in ({"attentional_bias": "l2", "lp_power": 2.0}, {"simplex_mass": 1.0}, {"sliding_window": 8}):
+        with pytest.raises(StrictDataclassError, match=f"`{[*keywords][-1]}` means nothing without"):
+            AutoConfig.from_pretrained(tmp_path, **keywords)
+    # what a stored file leaves open is worked out from what was given: a half as wide step for chunks twice as long
+    assert AutoConfig.from_pretrained(tmp_path, chunk_size=128, eta_max=None, min_log_alpha=None).eta_max == 4.5e-3 / 2

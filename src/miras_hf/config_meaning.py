@@ -1,0 +1,117 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which field of a config means something under which choices, and the refusal of those that mean nothing."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Each field means something where all choices of one of its lines are made; those that are not here always do.
+MEANS_SOMETHING_WITH: dict[str, tuple[dict[str, Any], ...]] = {
+    "memory_expansion": ({"memory_architecture": "mlp"},),
+    "memory_norm_eps": ({"memory_architecture": "mlp"},),
+    "lp_power": ({"attentional_bias": "lp"},),
+    "lp_sign": ({"attentional_bias": "lp"},),
+    "lp_sharpness": ({"attentional_bias": "lp", "lp_sign": "tanh"},),
+    "lp_error_cap": ({"attentional_bias": "lp"},),
+    "lq_power": ({"retention": "lq"},),
+    "lq_map": ({"retention": "lq"},),
+    "lq_norm_floor": ({"retention": "lq"},),
+    "simplex_mass": ({"retention": "kl"},),
+    "weight_cap": ({"retention": "decay"}, {"retention": "lq"}),
+    "gate_rank": ({"gate_granularity": "channel"}, {"attentional_bias": "huber_coordinate"}),
+    "num_key_value_heads": ({"has_attention": True},),
+    "attention_dropout": ({"has_attention": True},),
+    "sliding_window": ({"has_attention": True},),
+    "rope_parameters": ({"use_rope": True}, {"has_attention": True}),
+}
+
+
+def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that differ from their defaults and mean nothing under a config's choices, with their defaults.
+
+    Args:
+        config: anything with the attributes of a `MirasConfig`.
+        defaults (`dict`): the defaults of its class.
+    """
+    # what `None` stands for
+    derived = {
+        "memory_norm_eps": (0.1, 0.01),
+        "num_key_value_heads": (config.num_attention_heads,),
+        "rope_parameters": ({"rope_type": "default", "rope_theta": PreTrainedConfig.default_theta},),
+    }
+    found = {}
+    for name, alternatives in MEANS_SOMETHING_WITH.items():
+        if any(all(getattr(config, n) == v for n, v in choices.items()) for choices in alternatives):
+            continue
+        if getattr(config, name) not in (defaults[name], *derived.get(name, ())):
+            found[name] = defaults[name]
+    return found
+
+
+def check_meaning(config: PreTrainedConfig) -> None:
+    """Raises a `ValueError` for a field that says more about a choice that is not made, naming both."""
+    for name, default in meaningless(config, _defaults(type(config))).items():
+        choice = _in_words(MEANS_SOMETHING_WITH[name])
+        raise ValueError(
+            f"`{name}` means nothing without {choice}, got {getattr(config, name)!r}: leave it at {default!r}, or choose "
+            f"{choice}."
+        )
+
+
+def without_meaningless(
+    config_class: type[PreTrainedConfig], stored: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """
+    Stored values without those that mean nothing, which earlier versions accepted and wrote. A warning names them.
+
+    Args:
+        config_class (`type`): whose values they are.
+        stored (`dict`): the values of a `config.json`.
+        given (`dict`): what a person sets in their place. It counts among the choices, and nothing of it is dropped.
+    """
+    defaults = _defaults(config_class)
+    choices = SimpleNamespace(**{**defaults, **stored, **given})
+    layers = getattr(choices, "layer_types", None)
+    choices.has_attention = bool(choices.attention_layers or layers and "sliding_attention" in layers)
+    dropped = sorted(meaningless(choices, defaults).keys() & stored.keys() - given.keys())
+    if dropped:
+        logger.warning_once(
+            f"The stored {config_class.__name__} sets fields that mean nothing under its choices, and they are left at "
+            f"their defaults: {', '.join(f'{name}={stored[name]!r}' for name in dropped)}."
+        )
+    return {name: value for name, value in stored.items() if name not in dropped}
+
+
+def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(config_class)}
+
+
+def _in_words(alternatives: tuple[dict[str, Any], ...]) -> str:
+    return " or ".join(
+        " and ".join(
+            "attention layers (`attention_layers` or `layer_types`)"
+            if name == "has_attention"
+            else f"`{name}={value!r}`"
+            for name, value in choices.items()
+        )
+        for choices in alternatives
+    )
