@@ -17,7 +17,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -164,7 +164,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         be written."""
         if not self.is_initialized:
             return None, None
-        if not (self._owned or torch.is_grad_enabled()) or is_abroad(self._all_tensors()):
+        if not (self._owned or torch.is_grad_enabled()) or self._is_abroad():
             self._map(lambda t: _contiguous_copy(t.detach()))
             self._owned = not torch.is_grad_enabled()
         return self._live_memory, self._conv_tail
@@ -187,6 +187,9 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         borders = [t for _, state in recording.borders for t in _tensors(state, recording.inputs, None)]
         inputs = [] if recording.inputs is None else [recording.inputs]
         return [*_tensors(self._memory, self._conv_tail, self.companions), *inputs, *borders]
+
+    def _is_abroad(self) -> bool:
+        return not torch.compiler.is_compiling() and is_abroad(self._all_tensors())
 
     def _attributes(self) -> dict[str, Any]:
         # for copies: of companions only tensors; anything else looks into this very memory, and is made again
@@ -328,11 +331,11 @@ class StaticMirasLayer(MirasLayer):
         return (self._live_memory, self._conv_tail) if self.is_initialized else (None, None)
 
     def _leave_inference_mode(self) -> None:
-        if is_abroad(self._all_tensors()):
+        if self._is_abroad():
             leave_inference_mode(self)
 
     def _all_tensors(self) -> list[Tensor]:
-        return [*super()._all_tensors(), self.tokens_seen]
+        return [*super()._all_tensors(), cast(Tensor, self.tokens_seen)]
 
     def __copy__(self) -> "StaticMirasLayer":
         return copy.deepcopy(self)
