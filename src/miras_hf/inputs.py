@@ -83,7 +83,7 @@ def check_cache(config: MirasConfig, cache: Any, batch: int) -> None:
         return
     memory_layer(cache, config.first_memory_layer)
     for layer in cache.layers:
-        if isinstance(layer, MirasLayer) and layer.rows not in (None, batch):
+        if isinstance(layer, MirasLayer) and layer.rows is not None and layer.rows != batch:
             raise ValueError(
                 f"`cache` has read {layer.rows} rows and cannot go on with {batch}: repeat its rows with "
                 "`cache.batch_repeat_interleave`, select some with `cache.batch_select_indices`, or begin a new one."
