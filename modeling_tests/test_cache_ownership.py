@@ -15,14 +15,19 @@
 parameters goes with them."""
 
 import copy
+import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 from test_generation_miras import CONFIGS, TOLERANCE, build
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 import miras_hf
 from miras_hf.compat import cache_of
+from miras_hf.weights_version import weights_version
 
 
 CUT = 11  # in the middle of a chunk of 8
@@ -96,16 +101,62 @@ def test_tokens_without_gradients_cut_the_graph_and_nothing_else(model, ids, wei
     assert_same(gradients(model, (first @ weights).sum()), expected)
 
 
-def test_tokens_in_inference_mode_go_on_anywhere(model, ids):
-    with torch.no_grad():
-        whole = model(ids, use_cache=False).logits
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        model(ids[:, :CUT], cache=cache)
-    for i, mode in enumerate((torch.no_grad, torch.no_grad)):
+MODES = [torch.inference_mode, torch.no_grad, torch.enable_grad]
+
+
+def new_cache(model, kind):
+    arguments = {"max_cache_len": 32} if kind is StaticCache else {}
+    return kind(config=model.config, **arguments)
+
+
+def addresses(cache):
+    return [t.data_ptr() for layer in cache.layers for t in tensors(layer)]
+
+
+@pytest.mark.parametrize("between", ["nothing", "restore", "reset"])
+@pytest.mark.parametrize("go_on", MODES)
+@pytest.mark.parametrize("begin", MODES)
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_any_mode_goes_on_from_any_mode(model, ids, kind, begin, go_on, between):
+    """Made and filled in one mode, gone on with in another and in the first one again: as one forward over all."""
+    if kind is StaticCache and torch.enable_grad in (begin, go_on):
+        pytest.skip("a static cache keeps no graph and says so")
+    abroad = kind is StaticCache and begin is torch.inference_mode and go_on is not begin
+    if abroad and between == "reset" and model.config.attention_layers:
+        pytest.skip("Transformers' static layers cannot be reset where they cannot be written")
+    with begin():
+        cache = new_cache(model, kind)
+        if between != "nothing":
+            model(ids.flip(1)[:, :CUT], cache=cache)
+        snapshot = miras_hf.snapshot(cache)
+    text, read = ids, 0
+    if between == "restore":
+        with begin():
+            model(ids[:, :1], cache=cache)
+        with go_on():
+            miras_hf.restore(cache, snapshot)
+        text, read = torch.cat((ids.flip(1)[:, :CUT], ids), dim=1), CUT
+    elif between == "reset":
+        with go_on():
+            cache.reset()
+    outputs, places = [], []
+    pieces = [(go_on, CUT), *((go_on, 1),) * 6, (begin, 2), (go_on, 1)]
+    if between == "nothing":
+        pieces[0] = (begin, CUT)
+    for mode, tokens in pieces:
         with mode():
-            logits = model(ids[:, CUT + i : CUT + i + 1], cache=cache).logits
-        torch.testing.assert_close(logits[:, 0], whole[:, CUT + i], rtol=1e-3, atol=1e-4)
+            outputs.append(model(text[:, read : read + tokens], cache=cache).logits.detach().clone())
+        read += tokens
+        places.append(addresses(cache))
+    with torch.no_grad():
+        expected = model(text[:, :read], use_cache=False).logits[:, -sum(t for _, t in pieces) :]
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=1e-3, atol=1e-4)
+    if kind is StaticCache:
+        # moved once at most, and only from inference mode
+        assert all(place == places[1] for place in places[2:])
+        assert (places[0] != places[1]) == (abroad and between == "nothing")
+        marked = [t for layer in cache.layers for t in tensors(layer)]
+        assert all(hasattr(t, "_dynamo_static_input_type") for t in marked)
 
 
 def test_detach_truncates(model, ids, weights):
@@ -122,7 +173,7 @@ def test_detach_truncates(model, ids, weights):
 def tensors(layer):
     if isinstance(layer, miras_hf.MirasLayer):
         return layer._all_tensors()
-    return [layer.keys, layer.values]
+    return [layer.keys, layer.values, *([layer.cumulative_length] if isinstance(layer, StaticLayer) else [])]
 
 
 def test_truncated_backpropagation_runs_over_many_segments(model, ids):
@@ -142,6 +193,127 @@ def test_a_copy_of_a_cache_with_a_graph(ids, weights):
     copied = copy.deepcopy(cache)
     model(ids[:, CUT:], cache=cache)
     assert_same(gradients(model, (model(ids[:, CUT:], cache=copied).logits @ weights).sum()), expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_hybrid_with_a_graph_is_copied_by_a_snapshot(name, ids, weights):
+    """`copy.deepcopy` of such a cache is refused by PyTorch, at Transformers' keys and values."""
+    model = build(name, True, initializer_range=0.3)
+    expected = gradients(model, (model(ids, use_cache=False).logits[:, CUT:] @ weights).sum())
+    cache, _ = read_first(model, ids)
+    with pytest.raises(RuntimeError, match="Only Tensors created explicitly by the user"):
+        copy.deepcopy(cache)
+    copied = DynamicCache(config=model.config)
+    miras_hf.restore(copied, miras_hf.snapshot(cache))
+    with torch.no_grad():
+        model(ids[:, CUT : CUT + 3], cache=cache)
+    assert_same(gradients(model, (model(ids[:, CUT:], cache=copied).logits @ weights).sum()), expected)
+
+
+def shared_by_copy(layer):
+    return copy.copy(layer)
+
+
+def shared_by_update(layer):
+    other = type(layer)()
+    other.update_memory(layer.memory, layer.conv_tail, int(layer.tokens_seen))
+    return other
+
+
+def shared_by_views(layer):
+    other = type(layer)()
+    other.update_memory(layer.memory.map(strided), strided(layer.conv_tail), int(layer.tokens_seen))
+    return other
+
+
+def strided(t):
+    return torch.stack((t, t), dim=1)[:, 1]
+
+
+def shared_by_handing_over(layer):
+    """Read now, given to another layer when the first has gone on."""
+    return layer.memory, layer.conv_tail, int(layer.tokens_seen)
+
+
+def shared_with_a_process(layer):
+    return pickle.loads(ForkingPickler.dumps(layer))
+
+
+SHARES = [shared_by_copy, shared_by_update, shared_by_views, shared_by_handing_over, shared_with_a_process]
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shared_state_goes_on_in_two_ways(name, kind, share, ids):
+    """Each of two caches, one made of the other's state, goes on with its own text as one forward over it."""
+    model = build(name, initializer_range=0.3)
+    cache, other = new_cache(model, kind), new_cache(model, kind)
+    texts = ids, torch.cat((ids[:, :CUT], ids.flip(1)), dim=1)[:, : ids.shape[1]]
+    logits = [[], []]
+    with torch.no_grad():
+        model(ids[:, : CUT - 1], cache=cache)
+        model(ids[:, CUT - 1 : CUT], cache=cache)
+        shared = [share(layer) for layer in cache.layers]
+        late = share is shared_by_handing_over
+        if not late:
+            other.layers = shared
+        for part in ([0, 1] if late else [0], [1] if late else [1, 0], [0, 1]):
+            for i in part:
+                if late and i == 1 and not logits[1]:
+                    for layer, state in zip(other.layers, shared, strict=True):
+                        layer.update_memory(*state)
+                start = CUT + sum(x.shape[1] for x in logits[i])
+                logits[i].append(model(texts[i][:, start : start + 1], cache=(cache, other)[i]).logits)
+        for text, parts in zip(texts, logits, strict=True):
+            got = torch.cat(parts, dim=1)
+            expected = model(text[:, : CUT + got.shape[1]], use_cache=False).logits[:, CUT:]
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_copy_records_on_its_own(ids):
+    """Of what two recording caches that share their beginning have read since, each takes back its own."""
+    model = build("yaad", initializer_range=0.3)
+    cache, other = new_cache(model, DynamicCache), new_cache(model, DynamicCache)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids[:, :CUT], cache=cache)
+        other.layers = [copy.copy(layer) for layer in cache.layers]
+        for c, text in ((cache, ids), (other, ids.flip(1)), (cache, ids)):
+            start = c.get_seq_length()
+            model(text[:, start : start + 4], cache=c)
+        cache.crop(-7)
+        other.crop(-2)
+        got = [model(ids[:, c.get_seq_length() :], cache=c).logits for c in (cache, other)]
+        mixed = torch.cat((ids[:, :CUT], ids.flip(1)[:, CUT : CUT + 2], ids[:, CUT + 2 :]), dim=1)
+        for logits, text in zip(got, (ids, mixed), strict=True):
+            expected = model(text, use_cache=False).logits[:, -logits.shape[1] :]
+            torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_reading_in_place_stays_in_place(ids):
+    """One copy after a call in grad mode or of what was handed out, none after that."""
+    model = build("yaad")
+    cache, _ = read_first(model, ids)
+    memory = cache.layers[0].memory
+    places = []
+    with torch.no_grad():
+        for i in range(CUT, CUT + 6):
+            model(ids[:, i : i + 1], cache=cache)
+            places.append([t.data_ptr() for t in cache.layers[0]._memory[0]])
+    assert all(place == places[0] for place in places)
+    assert places[0] != [t.data_ptr() for t in memory.dual]
+
+
+def test_rows_selected_by_a_slice(ids):
+    model = build("yaad", initializer_range=0.3)
+    cache, text = new_cache(model, DynamicCache), ids.repeat(2, 1)
+    with torch.no_grad():
+        model(text[:, :CUT], cache=cache)
+        cache.batch_select_indices(slice(0, None, 2))
+        logits = model(text[::2, CUT : CUT + 1], cache=cache).logits
+        expected = model(text[::2, : CUT + 1], use_cache=False).logits[:, CUT:]
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_static_cache_keeps_no_graph(model, ids):
@@ -205,3 +377,74 @@ def test_derived_values_go_with_the_weights(family, change, ids):
     assert cache_of(answer) is None or cache_of(answer) is cache
     torch.testing.assert_close(answer.logits, expected, **TOLERANCE)
     assert (expected - before).abs().max() > 1e-2  # the change matters
+
+
+def test_derived_values_go_with_weights_that_lie_where_others_have_lain(ids):
+    """Other storages at the same addresses, the parameters and their counts of changes the same."""
+    model = build("yaad", initializer_range=0.3)
+    parameters = [p for layer in model.model.layers for p in layer.mixer.memory.initial_state]
+    places = [p.detach().clone().numpy() for p in parameters]
+    for p, place in zip(parameters, places, strict=True):
+        p.data = torch.from_numpy(place)
+    cache = new_cache(model, DynamicCache)
+    with torch.no_grad():
+        model(ids[:, :CUT], cache=cache)
+        before = model(ids[:, CUT : CUT + 1], cache=cache).logits
+        numbers = [(id(p), p.data_ptr(), p._version) for p in parameters]
+        for p, place in zip(parameters, places, strict=True):
+            p.data = torch.zeros(1)
+            place *= 1.5
+            p.data = torch.from_numpy(place)
+        assert numbers == [(id(p), p.data_ptr(), p._version) for p in parameters]
+        fresh = pickle.loads(pickle.dumps(cache))
+        assert all(layer.companions is None for layer in fresh.layers)
+        expected = model(ids[:, CUT + 1 : CUT + 2], cache=fresh).logits
+        torch.testing.assert_close(model(ids[:, CUT + 1 : CUT + 2], cache=cache).logits, expected, **TOLERANCE)
+    assert (expected - before).abs().max() > 1e-2
+
+
+def test_the_version_of_weights_never_comes_again():
+    """Of another parameter over the same storage, at the old one's address and after as many changes."""
+    place = torch.ones(3, 4)
+    data = [place.data for _ in range(1000)]
+    parameter = torch.nn.Parameter(place)
+    with torch.no_grad():
+        parameter.add_(1.0)
+    known = weights_version([parameter])
+    assert weights_version([parameter], known) is known
+    numbers = id(parameter), parameter.data_ptr(), parameter._version
+    others = []
+    del parameter
+    for one in data:
+        others.append(torch.nn.Parameter(one))
+        if id(others[-1]) == numbers[0]:
+            break
+    with torch.no_grad():
+        others[-1].add_(1.0)
+    assert numbers == (id(others[-1]), others[-1].data_ptr(), others[-1]._version)
+    assert weights_version([others[-1]], known) is not known
+
+
+def test_the_version_of_weights_is_held_by_anything(tmp_path):
+    """By copies; it keeps no parameter alive, hinders no swap of tensors, and what was saved holds for nothing."""
+    parameter = torch.nn.Parameter(torch.ones(2, 3))
+    known = weights_version([parameter])
+    assert copy.copy(known) is known and copy.deepcopy([known])[0] is known
+    assert pickle.loads(pickle.dumps(known)) is None
+    assert weights_version([copy.deepcopy(parameter)], known) is not known
+    assert weights_version([], known) is not known
+    buffer = io.BytesIO()
+    torch.save(parameter, buffer)
+    buffer.seek(0)
+    assert weights_version([torch.load(buffer, weights_only=True)], known) is not known
+    torch.utils.swap_tensors(parameter, torch.nn.Parameter(torch.zeros(2, 3)))
+    assert weights_version([parameter], known) is not known
+    with torch.inference_mode():
+        abroad = torch.nn.Parameter(torch.ones(2, 3))
+        known = weights_version([abroad])
+        assert weights_version([abroad], known) is not known
+    data = torch.ones(2, 3)
+    known, storage = weights_version([torch.nn.Parameter(data)]), data.untyped_storage()._weak_ref()
+    del data
+    assert torch.UntypedStorage._expired(storage)
+    torch.UntypedStorage._free_weak_ref(storage)

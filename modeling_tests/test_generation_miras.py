@@ -288,7 +288,7 @@ def test_a_static_cache_keeps_its_tensors(model, input_ids):
             for t in range(14, 21):
                 outputs.append(model(input_ids[:, t : t + 1], past_key_values=cache).logits)
                 layer = next(layer for layer in cache.layers if isinstance(layer, MirasLayer))
-                memory = layer.memory
+                memory, _ = layer.to_read()
                 addresses.add((*(x.data_ptr() for x in (*memory.dual, *memory.inputs, memory.count)),))
             expected = model(input_ids[:, start:], use_cache=False).logits
             torch.testing.assert_close(torch.cat(outputs, dim=1), expected, **TOLERANCE)

@@ -16,10 +16,12 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
@@ -29,18 +31,25 @@ from transformers.cache_utils import (
 )
 
 from .configuration_miras import MEMORY_LAYER
+from .inference_mode import is_abroad, leave_inference_mode
 from .memory import MemoryState
 from .rollback import Recording
+from .weights_version import WeightsVersion
 
 
 class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """The memory of every row of a batch after the tokens read so far, beside the tails of its convolutions.
+
+    Single tokens without gradients are written into the tensors where they lie, but only into those that the layer has
+    made itself and has handed to nobody: what was read from `memory` or `conv_tail`, is shared with a copy, or may be
+    needed by a graph is copied before.
 
     Attributes:
         memory (`MemoryState`, *optional*): state of the memory; `None` before the first token, which then starts
             from the model's learned initial memory.
         conv_tail (`torch.Tensor` of shape `[rows, conv_kernel_size - 1, channels]`, *optional*):
             Last inputs of the q, k and v convolutions.
+        rows (`int`, *optional*): size of the batch; `None` before the first token.
         companions (*optional*):
             What the backend keeps beside the memory to spare single tokens a pass over it. Belongs to this very memory
             and to the parameters that it was made with, see `companions_of`.
@@ -58,9 +67,9 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         # a plain tuple: Transformers' exporters rebuild what they find in a cache as `type(x)(items)`, which a named
         # tuple does not take
         self._memory: tuple | None = None
-        self.conv_tail: Tensor | None = None
+        self._conv_tail: Tensor | None = None
         self.companions: Any = None
-        self._made_with: Any = None
+        self._made_with: WeightsVersion | None = None
         self._owned = False
         self.tokens_seen = 0
         self._recording = Recording()
@@ -77,32 +86,67 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     @property
     def memory(self) -> MemoryState | None:
+        self._owned = False
+        return self._live_memory
+
+    @property
+    def conv_tail(self) -> Tensor | None:
+        self._owned = False
+        return self._conv_tail
+
+    @property
+    def rows(self) -> int | None:
+        return None if not self.is_initialized else self._conv_tail.shape[0]
+
+    @property
+    def _live_memory(self) -> MemoryState | None:
         return MemoryState(*self._memory) if self.is_initialized else None
 
-    def companions_of(self, parameters: Any) -> Any:
+    @property
+    def made_with(self) -> WeightsVersion | None:
+        """The version of the parameters that the companions were made with; `None` in a compiled graph."""
+        if torch.compiler.is_compiling():
+            return None
+        return self._made_with if isinstance(self.companions, tuple) else getattr(self.companions, "made_with", None)
+
+    def companions_of(self, version: WeightsVersion | None) -> Any:
         """The companions, if they were made with these parameters; `None` if those have changed since, as by a step of an
         optimizer.
 
         Args:
-            parameters (`tuple`): what the parameters of the memory are now, see `weights_version`. In a compiled graph
+            version (`WeightsVersion`): of the parameters of the memory, asked for with `made_with`. In a compiled graph
                 they stand still.
         """
         if torch.compiler.is_compiling() or self.companions is None:
             return self.companions
-        made_with = self._made_with if isinstance(self.companions, tuple) else self.companions.made_with
-        return self.companions if made_with == parameters else None
+        return self.companions if version is not None and self.made_with is version else None
 
     def update_memory(
-        self, memory: MemoryState, conv_tail: Tensor, tokens: int, companions: Any = None, parameters: Any = None
+        self,
+        memory: MemoryState,
+        conv_tail: Tensor,
+        tokens: int,
+        companions: Any = None,
+        version: WeightsVersion | None = None,
+        *,
+        handed_over: bool = False,
     ) -> None:
-        """Takes the state after `tokens` more tokens per row, pads included, and what belongs to it. The tensors are the
-        cache's from then on: single tokens are written into them where they lie, unless a graph may need them."""
+        """Takes the state after `tokens` more tokens per row, pads included, and what belongs to it.
+
+        Args:
+            companions, version (*optional*): only with a state that is handed over.
+            handed_over (`bool`, *optional*, defaults to `False`):
+                Whether nobody else keeps the tensors, which are the layer's from then on. Otherwise they are copied,
+                differentiably in grad mode.
+        """
+        if not handed_over:
+            memory, conv_tail, companions = memory.map(_contiguous_copy), _contiguous_copy(conv_tail), None
         self._keep(memory, conv_tail, companions)
         if not torch.compiler.is_compiling():
             # where companions show their attributes, compiled graphs and exporters look at this one
-            self._made_with = parameters if isinstance(companions, tuple) else None
+            self._made_with = version if isinstance(companions, tuple) else None
             if self.companions is not None and not isinstance(self.companions, tuple):
-                self.companions.made_with = parameters
+                self.companions.made_with = version
         # with gradients, the graph of the call may have kept any of them for its backward pass
         self._owned = not torch.is_grad_enabled()
         self.tokens_seen += tokens
@@ -111,18 +155,19 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.has_previous_state = {0: True}
 
     def _keep(self, memory: MemoryState, conv_tail: Tensor, companions: Any) -> None:
-        self._memory, self.conv_tail, self.companions = tuple(memory), conv_tail, companions
+        self._memory, self._conv_tail, self.companions = tuple(memory), conv_tail, companions
 
-    def own(self) -> None:
-        """Makes the tensors ones that may be written into, before they are read: copies of those that a graph may need,
-        cut off from it as the keys and values of other caches are, and of those made in inference mode where that is
-        off."""
-        if self.is_initialized:
-            compiling = torch.compiler.is_compiling()
-            abroad = not compiling and self.conv_tail.is_inference() and not torch.is_inference_mode_enabled()
-            if abroad or not (self._owned or torch.is_grad_enabled()):
-                self._map(lambda t: t.detach().clone())
-                self._owned = not torch.is_grad_enabled()
+    def to_read(self) -> tuple[MemoryState | None, Tensor | None]:
+        """State and convolution tail for the next call, which may write into them; both `None` before the first token.
+        Tensors that are not the layer's own, and those made in inference mode where that is off, are replaced by copies,
+        cut off from their graph as the keys and values of other caches are. In grad mode they stay in it, and nothing may
+        be written."""
+        if not self.is_initialized:
+            return None, None
+        if not (self._owned or torch.is_grad_enabled()) or self._is_abroad():
+            self._map(lambda t: _contiguous_copy(t.detach()))
+            self._owned = not torch.is_grad_enabled()
+        return self._live_memory, self._conv_tail
 
     def detach(self) -> None:
         """Cuts the memory off from the graph of what was read, see [`~miras_hf.detach`]."""
@@ -133,7 +178,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         tensors = {id(t): t.clone() for t in self._all_tensors()}
-        copied.__dict__ = copy.deepcopy(self.__getstate__(), memo | tensors)
+        copied.__dict__ = copy.deepcopy(self._attributes(), memo | tensors)
         copied._owned = self._owned
         return copied
 
@@ -141,12 +186,22 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         recording = self._recording
         borders = [t for _, state in recording.borders for t in _tensors(state, recording.inputs, None)]
         inputs = [] if recording.inputs is None else [recording.inputs]
-        return [*_tensors(self._memory, self.conv_tail, self.companions), *inputs, *borders]
+        return [*_tensors(self._memory, self._conv_tail, self.companions), *inputs, *borders]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _is_abroad(self) -> bool:
+        return not torch.compiler.is_compiling() and is_abroad(self._all_tensors())
+
+    def _attributes(self) -> dict[str, Any]:
         # for copies: of companions only tensors; anything else looks into this very memory, and is made again
         companions = self.companions if isinstance(self.companions, tuple) else None
-        return {**vars(self), "companions": companions}
+        recording = self._recording
+        recording = replace(recording, columns=list(recording.columns), borders=list(recording.borders))
+        return {**vars(self), "companions": companions, "_recording": recording}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # of `copy.copy` and pickle: whoever gets it shares the tensors, another process, too, through shared memory
+        self._owned = False
+        return self._attributes()
 
     # -- what Transformers asks of a cache layer ----------------------------------------------------------------------
 
@@ -161,7 +216,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def reset(self) -> None:
         """Back to the learned initial memory (which is not zero): the next token starts a new text."""
-        self._memory = self.conv_tail = self.companions = None
+        self._memory = self._conv_tail = self.companions = None
         self._recording = Recording()
         self.tokens_seen = 0
         self.is_initialized = False
@@ -171,7 +226,8 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda t: t[indices.to(t.device) if isinstance(indices, Tensor) else indices])
+        # a slice with steps is not contiguous
+        self._map(lambda t: t[indices.to(t.device) if isinstance(indices, Tensor) else indices].contiguous())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
@@ -180,7 +236,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self._map(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        if self.is_initialized and self.conv_tail.device != self.device:
+        if self.is_initialized and self._conv_tail.device != self.device:
             self._map(lambda t: t.to(self.device, non_blocking=True))
 
     def activate_past_recording(self) -> None:
@@ -190,7 +246,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             `ValueError`: if the rows have read different numbers of tokens.
         """
         if not self.record_past:
-            self._recording = Recording.start(self.memory, self.conv_tail)
+            self._recording = Recording.start(self._live_memory, self._conv_tail)
             self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -212,13 +268,12 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
                 "`crop` needs a memory that records: call `cache.activate_past_recording()` before reading what may "
                 "be taken back, or go back to a `miras_hf.snapshot(cache)` with `miras_hf.restore`."
             )
-        self.own()  # all of it or nothing has the graph of what was read
+        memory, conv_tail = self.to_read()  # all of it or nothing has the graph of what was read
         if tokens_to_remove:
-            before = self.conv_tail.shape[1]
-            memory, conv_tail = self._recording.take_back(-tokens_to_remove, self.memory, before)
+            memory, conv_tail = self._recording.take_back(-tokens_to_remove, memory, conv_tail.shape[1])
             self._keep(memory, conv_tail, None)
             self.tokens_seen += tokens_to_remove
-        self._recording = Recording.start(self.memory, self.conv_tail)
+        self._recording = Recording.start(self._live_memory, self._conv_tail)
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         raise ValueError("A memory layer keeps no keys and values: its state is set by `update_memory`.")
@@ -238,15 +293,18 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if self.is_initialized:
             # tensors have the rows first; anything else is made again when it is needed
             companions = tuple(map(function, self.companions)) if isinstance(self.companions, tuple) else None
-            self._keep(self.memory.map(function), function(self.conv_tail), companions)
+            self._keep(self._live_memory.map(function), function(self._conv_tail), companions)
             self._recording = self._recording.map(function)
 
 
 class StaticMirasLayer(MirasLayer):
     """The memory layer of a `StaticCache`: its tensors keep their addresses, and nothing in it is a number that grows, so
-    that a compiled step (`generate(cache_implementation="static")`, CUDA graphs) serves every token.
+    that a compiled step (`generate(cache_implementation="static")`, CUDA graphs) serves every token. They move in one case
+    only: where they were made in inference mode, and that is off. A compiled step cannot move them: read on by a call that
+    is not compiled first.
 
     Attributes:
+        memory, conv_tail: as in [`MirasLayer`], but copies, since its own tensors are written into for good.
         tokens_seen (`torch.Tensor`): as in [`MirasLayer`], an integer on the cache's device.
     """
 
@@ -259,8 +317,31 @@ class StaticMirasLayer(MirasLayer):
     def get_seq_length(self) -> Tensor | int:
         return self.tokens_seen if self.is_initialized else 0
 
-    def own(self) -> None:
-        """Its tensors are its own always: what it takes is copied into them."""
+    @property
+    def memory(self) -> MemoryState | None:
+        return None if self._live_memory is None else self._live_memory.map(torch.clone)
+
+    @property
+    def conv_tail(self) -> Tensor | None:
+        return None if self._conv_tail is None else self._conv_tail.clone()
+
+    def to_read(self) -> tuple[MemoryState | None, Tensor | None]:
+        """As in [`MirasLayer`]. Its tensors are its own always: what it takes is copied into them."""
+        self._leave_inference_mode()
+        return (self._live_memory, self._conv_tail) if self.is_initialized else (None, None)
+
+    def _leave_inference_mode(self) -> None:
+        if self._is_abroad():
+            leave_inference_mode(self)
+
+    def _all_tensors(self) -> list[Tensor]:
+        return [*super()._all_tensors(), cast(Tensor, self.tokens_seen)]
+
+    def __copy__(self) -> "StaticMirasLayer":
+        return copy.deepcopy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return tree_map_only(Tensor, torch.clone, self._attributes())
 
     def activate_past_recording(self) -> None:
         raise ValueError(
@@ -269,6 +350,7 @@ class StaticMirasLayer(MirasLayer):
         )
 
     def reset(self) -> None:
+        self._leave_inference_mode()
         self.tokens_seen.zero_()
         self.is_initialized = False
         self.has_previous_state = {0: False}
@@ -279,7 +361,8 @@ class StaticMirasLayer(MirasLayer):
                 "A static cache keeps its tensors and cannot keep graphs: read under `torch.no_grad()`, or into a "
                 "`DynamicCache(config=model.config)`, through which gradients go."
             )
-        new, old = _tensors(memory, conv_tail, companions), _tensors(self._memory, self.conv_tail, self.companions)
+        self._leave_inference_mode()
+        new, old = _tensors(memory, conv_tail, companions), _tensors(self._memory, self._conv_tail, self.companions)
         if [(t.shape, t.dtype, t.device) for t in new] == [(t.shape, t.dtype, t.device) for t in old]:
             for mine, t in zip(old, new, strict=True):
                 if t is not mine:
@@ -289,11 +372,10 @@ class StaticMirasLayer(MirasLayer):
             return
         if self._memory is not None and torch.compiler.is_compiling():
             raise ValueError("A static cache cannot change its shapes in a compiled step: read the prompt before.")
-        memory = MemoryState(*memory).map(lambda t: t.clone(memory_format=torch.contiguous_format))
-        super()._keep(memory, conv_tail.contiguous(), companions)
+        super()._keep(MemoryState(*memory).map(_contiguous_copy), _contiguous_copy(conv_tail), companions)
         self.tokens_seen = self.tokens_seen.to(conv_tail.device)
         if not torch.compiler.is_compiling():
-            for t in (*_tensors(memory, self.conv_tail, companions), self.tokens_seen):
+            for t in self._all_tensors():
                 torch._dynamo.mark_static_address(t)
 
 
@@ -303,6 +385,10 @@ def _tensors(memory: tuple | None, conv_tail: Tensor | None, companions: Any) ->
     dual, inputs, gradients, *rest = memory
     companions = companions if isinstance(companions, tuple) else ()
     return [*dual, *inputs, *gradients, *rest, conv_tail, *companions]
+
+
+def _contiguous_copy(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 DYNAMIC_LAYER_TYPE_MAPPING[MEMORY_LAYER] = MirasLayer
@@ -334,5 +420,6 @@ def tokens_read(cache: Cache | None) -> Tensor | int:
         return 0
     for layer in cache.layers:
         if isinstance(layer, MirasLayer):
-            return 0 if layer.memory is None else layer.memory.count
+            memory = layer._live_memory
+            return 0 if memory is None else memory.count
     return cache.get_seq_length()

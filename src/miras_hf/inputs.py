@@ -90,8 +90,8 @@ def check_cache(config: MirasConfig, cache: Any, batch: int) -> None:
         return
     memory_layer(cache, config.first_memory_layer)
     for layer in cache.layers:
-        if isinstance(layer, MirasLayer) and layer.memory is not None and len(layer.memory.count) != batch:
+        if isinstance(layer, MirasLayer) and layer.rows is not None and layer.rows != batch:
             raise ValueError(
-                f"`cache` has read {len(layer.memory.count)} rows and cannot go on with {batch}: repeat its rows with "
+                f"`cache` has read {layer.rows} rows and cannot go on with {batch}: repeat its rows with "
                 "`cache.batch_repeat_interleave`, select some with `cache.batch_select_indices`, or begin a new one."
             )

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import (
@@ -58,6 +58,7 @@ from .compat import CACHE_NAME, CACHE_NAMES, cache_named, cache_of, refuse_unkno
 from .config_keywords import refuse_model_keywords
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from .hub import WholeFilesOnly
+from .inference_mode import is_abroad, leave_inference_mode
 from .inputs import as_int64, check_cache, check_ids, check_inputs
 from .memory import (
     ATTENTIONAL_BIASES,
@@ -84,7 +85,7 @@ from .sequences import (
     padded_sequences,
 )
 from .weight_decay import exempt_from_trainer
-from .weights_version import weights_version
+from .weights_version import WeightsVersion, weights_version
 
 
 logger = logging.get_logger(__name__)
@@ -364,10 +365,10 @@ class MirasMemory(NotByParameter, nn.Module):
             *inputs, initial_state=state, output_final_state=output_final_state, cu_seqlens=cu_seqlens, **arguments
         )
 
-    def version(self) -> tuple | None:
-        """What the initial memory is now, for what is derived from it and kept; `None` in a compiled graph, where it
-        stands still."""
-        return None if torch.compiler.is_compiling() else weights_version(self.initial_state.parameters())
+    def version(self, known: WeightsVersion | None) -> WeightsVersion | None:
+        """What the initial memory is now, for what is derived from it and kept: `known` itself if that still holds; `None`
+        in a compiled graph, where it stands still."""
+        return None if torch.compiler.is_compiling() else weights_version(self.initial_state.parameters(), known)
 
     def sample_initial_state(self, layer: int) -> Tensor:
         """A dual state whose weights have the scale that simulations found stable."""
@@ -423,14 +424,13 @@ class MirasMixer(nn.Module):
         """
         sequences = Sequences() if sequences is None else sequences
         cached = memory_layer(cache, self.layer_idx)
-        if cached is not None:
-            cached.own()
+        # what `recording` is may change by it
+        state, tail = (None, None) if cached is None else cached.to_read()
+        version = None if cached is None else self.memory.version(cached.made_with)
         recording = None if cached is None else cached.recording
         if recording is not None and not recording.reading:
             arguments = (hidden_states, position_embeddings, sequences, cache)
             return recording.read(self, cached, *arguments), None
-        state = None if cached is None else cached.memory
-        tail = None if state is None else cached.conv_tail
 
         batch, tokens = hidden_states.shape[:2]
         hidden_states = sequences.gather(hidden_states)
@@ -447,7 +447,7 @@ class MirasMixer(nn.Module):
         in_place = state is not None and sequences.cu_seqlens is None and self.memory.backend.reads_in_place(v)
         arguments = {"state": state, "mask": sequences.live, "in_place": in_place}
         if in_place:
-            arguments["companions"] = cached.companions_of(self.memory.version())
+            arguments["companions"] = cached.companions_of(version)
         if in_place and self.memory.backend.takes_projections(v) and self.is_plain(v.device):
             eta, alpha, delta = (
                 None if gate is None else gate.logits(hidden_states) for gate in (self.eta, self.alpha, self.delta)
@@ -472,7 +472,7 @@ class MirasMixer(nn.Module):
                 **arguments,
             )
         if cached is not None:
-            cached.update_memory(state, tail, tokens, companions, self.memory.version())
+            cached.update_memory(state, tail, tokens, companions, version, handed_over=True)
 
         gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         output = self.o_norm(memory.to(gate.dtype), gate).flatten(-2)
@@ -582,8 +582,14 @@ class MirasAttention(nn.Module):
             query_states, key_states, *position_embeddings, unsqueeze_dim=1
         )
         if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
             layer = cache.layers[self.layer_idx]
+            if (
+                isinstance(layer, StaticLayer)
+                and layer.is_initialized
+                and is_abroad((layer.keys, layer.cumulative_length))
+            ):
+                leave_inference_mode(layer)
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
             if getattr(layer, "record_past", False) or self.sliding_window == 1:
                 # in Transformers 5.17 a layer that records gives all that it has kept, more than masks cover; and one
                 # with a window of a single token keeps everything, where it should keep nothing

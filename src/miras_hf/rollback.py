@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache, StaticCache
 
+from .inference_mode import leave_inference_mode
 from .memory import MemoryState
 from .sequences import Sequences
+from .weights_version import WeightsVersion
 
 
 MAX_TOKENS_BACK = 256
@@ -43,7 +45,9 @@ class Snapshot:
 def snapshot(cache: Cache) -> Snapshot:
     """
     A copy of all that a cache holds, to go back to: a conversation before its last turn, a text read once and continued
-    in several ways. Exact for any batch, and of constant size like the cache itself.
+    in several ways. Exact for any batch, and of constant size like the cache itself. Restored into another cache it is a
+    copy that gradients go through, which `copy.deepcopy` cannot make of a hybrid: PyTorch refuses attention's keys and
+    values that have a graph.
 
     Args:
         cache (`Cache`): Of any Miras model, dynamic or static, hybrid or not.
@@ -82,6 +86,7 @@ def restore(cache: Cache, snapshot: Snapshot) -> None:
             f"{[kind.__name__ for kind in snapshot.kinds]}."
         )
     for layer, attributes in zip(cache.layers, snapshot.layers, strict=True):
+        leave_inference_mode(layer)
         now = vars(layer) if isinstance(cache, StaticCache) else {}
         layer.__dict__ = {name: _copy(value, into=now.get(name)) for name, value in attributes.items()}
 
@@ -123,7 +128,7 @@ def _copy(value: Any, into: Any = None) -> Any:
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, Recording):
         return value.map(torch.clone)
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, WeightsVersion)):
         return value
     raise ValueError(f"`cache` must keep tensors and numbers only, got a {type(value).__name__} in one of its layers.")
 
@@ -195,7 +200,7 @@ class Recording:
             for first, last in itertools.pairwise([*sorted({0, *ends}), tokens]):
                 if first in ends:
                     # a copy: decoding may write into the state it goes on from
-                    self.borders.append((begin + first, cached.memory.map(torch.clone)))
+                    self.borders.append((begin + first, cached.to_read()[0].map(torch.clone)))
                 outputs.append(
                     mixer.forward(
                         hidden_states[:, first:last],
