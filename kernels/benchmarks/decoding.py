@@ -23,7 +23,9 @@ from projected import make_projected
 from miras_kernels import decode, forward, resident_state
 
 
-def decode_call(model: str, shape: Shape, seed: int = 0) -> tuple[Callable[[], torch.Tensor], int]:
+def decode_call(
+    model: str, shape: Shape, seed: int = 0, precision: str | None = None
+) -> tuple[Callable[[], torch.Tensor], int]:
     """A token for every row, the first call in the middle of a chunk, each later one a token further; and the bytes that
     a call cannot but move: the state, the filled slots of a chunk half full, the token's own slot, inputs and output.
     Initial memories are read once for all rows."""
@@ -31,7 +33,7 @@ def decode_call(model: str, shape: Shape, seed: int = 0) -> tuple[Callable[[], t
     raw, projections, parameters = make_projected(model, replace(shape, tokens=1), "channel", seed)
     filled = shape.chunk_size // 2
     prompt, _ = make_inputs(model, replace(shape, tokens=filled), seed=seed)
-    arguments = kernel_arguments(rule, parameters)
+    arguments = kernel_arguments(rule, parameters) | {"precision": precision}
     with torch.no_grad():
         _, state, _ = forward(*prompt, output_final_state=True, **arguments)
     chosen = {"choices": arguments["choices"], "initial": arguments["initial"]}

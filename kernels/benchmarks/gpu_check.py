@@ -63,7 +63,7 @@ class Run:
 
     def __init__(self, out: Path, work: Path, minutes: float, grace: float, arguments: list[str]):
         self.out, self.work, self.grace, self.arguments = out, work, grace, arguments
-        self.started, self.minutes = time.monotonic(), minutes
+        self.started, self.minutes, self.no_device = time.monotonic(), minutes, ""
         begun = datetime.datetime.now().isoformat(timespec="seconds")
         self.results: dict = {"begun": begun, "minutes": minutes, "arguments": arguments, "steps": []}
 
@@ -71,9 +71,9 @@ class Run:
         left = 60 * self.minutes - (time.monotonic() - self.started)
         entry = {"name": step.name, "about": step.what, "outcome": NOT_CHECKED, "seconds": 0.0}
         entry |= {"rows": [], "facts": {}, "report": []}
-        if left < LEAST:
-            row = {"what": "the step", "outcome": NOT_CHECKED, "why": f"out of time: {max(left, 0.0):.0f} s left"}
-            return self.keep(entry | {"rows": [row]})
+        why = self.no_device or (f"out of time: {max(left, 0.0):.0f} s left" if left < LEAST else "")
+        if why:
+            return self.keep(entry | {"rows": [{"what": "the step", "outcome": NOT_CHECKED, "why": why}]})
         command = supervise.python(HERE / f"{step.module}.py", "--part", step.part, *self.arguments)
         begun, used = time.monotonic(), cpu_seconds()
         print(f"== {step.name}: {step.what}", flush=True)
@@ -98,6 +98,10 @@ class Run:
         for row in entry["rows"]:
             if row["outcome"] == WRONG:
                 print(f"  WRONG {row['what']}: {row.get('why', '')}", flush=True)
+        if entry["name"] == "machine":
+            print("\n".join(entry["report"]), flush=True)
+            lost = any(row["what"] == "device" and row["outcome"] == WRONG for row in entry["rows"])
+            self.no_device = "there is no device" if lost else ""
         self.write()
         self.pack()
 

@@ -78,7 +78,7 @@ class Record:
             row |= {"outcome": WRONG, "why": "; ".join([*filter(None, [row.get("why")]), f"not finite: {strange}"])}
             row |= {key: str(row[key]) for key in strange}
         self.add(what, row | {"took_s": round(time.monotonic() - started, 2)})
-        if row.get("outcome") == WRONG and _device_is_broken():
+        if row.get("outcome") == WRONG and device_is_broken():
             sys.exit(BROKEN_DEVICE)
 
     def add(self, what: str, row: dict) -> None:
@@ -108,7 +108,8 @@ class Record:
         os.replace(partial, self.path)
 
 
-def _device_is_broken() -> bool:
+def device_is_broken() -> bool:
+    """Whether this process has lost its device: after an illegal access nothing that it says is of use."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False

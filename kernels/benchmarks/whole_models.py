@@ -53,15 +53,22 @@ class Parts:
         self.rows[part].append(row)
         where = ", ".join(f"{key} {row[key]}" for key in ("size", "batch", "context", "tokens") if key in row)
         name = row.get("name") or row["model"]
-        return self.record.add(f"{part.replace('_', ' ')} of {name}, {where}", row)
+        what = f"{part.replace('_', ' ')} of {name}, {where}"
+        return self.record.add(what, row) if self.record.wanted(what) else None
 
     def skip(self, name: str, why: str) -> None:
         ours = any(model in name for model in OURS)
         wrong = ours and "OutOfMemory" not in why and not why.startswith(("not ", "its cache needs"))
-        self.record.add(name, {"outcome": WRONG if wrong else NOT_CHECKED, "why": why[:600]})
+        if self.record.wanted(name):
+            self.record.add(name, {"outcome": WRONG if wrong else NOT_CHECKED, "why": why[:600]})
 
     def out_of_time(self, what: str) -> bool:
-        return self.record.out_of_time(what)
+        """Whether to leave out what is named: there is no time, or an earlier process died of it."""
+        if what in self.record.done or self.record.out_of_time(what):
+            return True
+        self.record.doing = what
+        self.record.write()
+        return False
 
 
 def main() -> None:
@@ -112,7 +119,7 @@ def measure_prefill(parts: Parts, args: argparse.Namespace) -> None:
 
 def measure_decoding(parts: Parts, args: argparse.Namespace) -> None:
     plan = decode.Plan(
-        batches=[2] if args.quick else [1, 16, 64, 256],
+        batches=[1] if args.quick else [1, 16, 64, 256],
         contexts=[24] if args.quick else [1024, 8192, 65536, 1048576],
         steps=16 if args.quick else 64,
         sample_seconds=0.0 if args.quick else 1.0,
