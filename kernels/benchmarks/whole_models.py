@@ -82,7 +82,7 @@ def measure_training_steps(parts: Parts, args: argparse.Namespace) -> None:
     parts.record.report = lambda rows: tables.training(parts.rows["training"])
     trained = [Training(size, ModelShape.preset(size)) for size in args.sizes]
     if args.quick:
-        trained = [Training("tiny", TINY, lengths=(20,), step_tokens=40, autocast=False, seconds=0.0)]
+        trained = [Training("tiny", TINY, lengths=(9,), step_tokens=9, autocast=False, seconds=0.0)]
     for training in trained:
         measure_training(parts, training, args.models)
 
@@ -93,8 +93,8 @@ def shape_and_dtype(args: argparse.Namespace) -> tuple[ModelShape, torch.dtype]:
 
 def measure_prefill(parts: Parts, args: argparse.Namespace) -> None:
     plan = prefill.Plan(
-        lengths=[40] if args.quick else [131072, 1048576],
-        prefill_chunk_size=24 if args.quick else 32768,
+        lengths=[20] if args.quick else [131072, 1048576],
+        prefill_chunk_size=12 if args.quick else 32768,
         repeat_tokens=131072,
         rounds=Rounds(1, 1, 1.0, 0.0) if args.quick else Rounds(2, 2, 1.0, 0.0),  # the first one loads and compiles
     )
@@ -120,7 +120,7 @@ def measure_prefill(parts: Parts, args: argparse.Namespace) -> None:
 def measure_decoding(parts: Parts, args: argparse.Namespace) -> None:
     plan = decode.Plan(
         batches=[1] if args.quick else [1, 16, 64, 256],
-        contexts=[24] if args.quick else [1024, 8192, 65536, 1048576],
+        contexts=[8] if args.quick else [1024, 8192, 65536, 1048576],
         steps=16 if args.quick else 64,
         sample_seconds=0.0 if args.quick else 1.0,
         prefill_tokens=48 if args.quick else 131072,

@@ -85,10 +85,10 @@ def test_quick_run_takes_every_step_and_says_what_each_did(tmp_path):
     assert rows["one token of yaad, B 1, T 1, 1 x 32, C 16"]["tb_per_s"] > 0
     trained = [row for what, row in rows.items() if what.startswith("training of")]
     assert {row["model"] for row in trained} == {"yaad", "llama"}
-    assert all(row["batch"] * row["tokens"] == 40 and row["tokens_per_s"] > 0 for row in trained)
+    assert all(row["batch"] * row["tokens"] == 9 and row["tokens_per_s"] > 0 for row in trained)
     report = (tmp_path / "out" / "results.md").read_text()
     assert all(f"| {name} |" in report for name in STEPS)
-    assert "Milliseconds a step, batch 1" in report and "in pieces of 24 tokens" in report
+    assert "Milliseconds a step, batch 1" in report and "in pieces of 12 tokens" in report
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) <= 8 and all(len(path.relative_to(tmp_path / "out").parts) <= 2 for path in files)
 
