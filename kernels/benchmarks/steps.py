@@ -52,7 +52,7 @@ STEPS = (
     Step(
         "correctness", "d = C = 64, bfloat16, 128 programs, all families, against float64", "correctness", 90, "main"
     ),
-    Step("sanitizer", "mlp_decode and mlp_backward under compute-sanitizer", "tools", 45, "sanitizer"),
+    Step("sanitizer", "mlp_decode and mlp_backward under compute-sanitizer", "tools", 60, "sanitizer"),
     Step("times", "d = C = 64, bfloat16, beside SDPA, and decoding", "layers", 60, "main"),
     Step("variants", "num_stages, num_warps and tile width side by side", "variants", 60),
     Step("ncu", "stall reasons and traffic of mlp_forward and mlp_backward", "tools", 60, "ncu"),

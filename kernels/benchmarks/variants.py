@@ -35,6 +35,8 @@ from miras_kernels.configuration import launch_configuration
 
 
 KERNELS = ("mlp_forward", "mlp_backward", "mlp_decode")
+MOST = 7
+"""How many launches `changed` gives at most, the configured one among them."""
 QUICK = {"mlp_forward": 2, "mlp_backward": 0, "mlp_decode": 1}
 """Launches of each that a quick run looks at: in the interpreter they are all the same."""
 # of a result whose sums run in another order and whose operands round differently

@@ -278,6 +278,27 @@ def test_gradients_are_of_a_random_adjoint_and_do_not_add_up():
     assert all(x.abs().max() > 1e-6 for x in one)
 
 
+def test_warm_up_knows_its_jobs_without_touching_the_device(monkeypatch):
+    from variants import MOST, changed, configured, shape_of
+    from warm_up import jobs
+
+    def touched(*args, **kwargs):
+        raise AssertionError("a process that is forked from one that has touched the device cannot")
+
+    for name in ("init", "_lazy_init", "is_available", "get_device_name", "get_device_properties", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    found = list(jobs("cuda", False))
+    # what takes longest begins first, and the main shape before the others
+    assert len(found) > 100 and found[0].startswith("backward") and "16 x" not in found[0] and "1 x 64" in found[0]
+    assert (
+        max(
+            len(changed(configured(f"mlp_{part}", shape_of(f"mlp_{part}", True, "cpu"))))
+            for part in ("forward", "decode")
+        )
+        <= MOST
+    )
+
+
 def test_what_the_tools_say_is_read():
     from outcomes import NotChecked
     from tools import metrics, verdict
