@@ -23,6 +23,7 @@ is a GPU, `kernels/tune.py` chooses by the clock.
 import argparse
 import json
 import math
+from pathlib import Path
 
 from ahead_of_time import CAPABILITIES, Call, compiled
 
@@ -56,30 +57,50 @@ def shapes(name: str, kernel: str, precision: str) -> list[tuple[int, int]]:
     return list(SHAPES if CAPABILITIES[name][0] >= 90 else CORNERS)
 
 
-def candidates(kernel: str, head_dim: int, chunk_size: int, precision: str) -> list[dict[str, int]]:
-    """Launch arguments worth trying for a shape, those of the fewest tiles first."""
+def candidates(
+    kernel: str, head_dim: int, chunk_size: int, precision: str, by_clock: bool = False
+) -> list[dict[str, int]]:
+    """Launch arguments worth trying for a shape, those of the fewest tiles first.
+
+    Args:
+        by_clock (`bool`, *optional*, defaults to `False`):
+            Also those that a compiler's report cannot judge, after the others: loads begun a tile ahead, four warps where
+            two programs on a multiprocessor may hide each other's latency, wider tiles of a backward kernel.
+    """
     # eight warps have all registers of a multiprocessor, four need less shared memory
     warps = (8, 4) if head_dim == 32 or precision != "bf16" or kernel == "mlp_decode" else (8,)
     # without a limit of its own, the assembler spills even more where it spills a lot
     launches = [{"num_warps": w, "num_stages": 1, "maxnreg": 255} for w in warps]
+    found = launches
     if kernel == "mlp_forward":
         widths = {"bf16": (64, 32, 16), "ieee": (16,)}.get(precision, (32, 16))
-        return [{"TN": width, **launch} for width in widths for launch in launches]
-    if kernel == "mlp_decode":
+        found = [{"TN": width, **launch} for width in widths for launch in launches]
+    elif kernel == "mlp_decode":
         # products are at a chunk's end only: two programs of four warps on a multiprocessor wait less for memory than one
-        return [
+        found = [
             {"TN": w, **launch}
             for w in (32, 16)
             for launch in reversed(launches[:2] if head_dim <= 64 else launches[:1])
         ]
-    if kernel.endswith("_backward"):
+    elif kernel.endswith("_backward"):
         # operands of a chunk's rows are held where they are bfloat16; in float32 they would fill the shared memory
         streamed = {"TN": 16, **launches[0], "STREAM": 1}
-        if precision != "bf16":
-            return [streamed]
         widths = (64, 32) if kernel == "matrix_backward" and head_dim <= 64 else (32, 16)
-        return [*({"TN": width, **launches[0]} for width in widths), streamed]
-    return launches
+        held = [{"TN": width, **launches[0]} for width in widths] if precision == "bf16" else []
+        found = [*held, streamed]
+    return found + _by_clock(kernel, precision, found) if by_clock else found
+
+
+def _by_clock(kernel: str, precision: str, found: list[dict[str, int]]) -> list[dict[str, int]]:
+    others = []
+    if kernel.endswith("_backward") and precision == "bf16":
+        others += [{**launch, "TN": 64} for launch in found if "STREAM" not in launch]
+    if kernel == "mlp_decode":
+        others += [{**launch, "TN": 64} for launch in found]
+    if precision == "bf16":
+        others += [{**launch, "num_warps": 4} for launch in (*found, *others)]
+    others += [{**launch, "num_stages": 2} for launch in (*found, *others)]
+    return [x for i, x in enumerate(others) if x not in found and x not in others[:i]]
 
 
 def tiles(call: Call, launch: dict[str, int]) -> int:
@@ -119,13 +140,13 @@ def choose(name: str, kernel: str, head_dim: int, chunk_size: int, precision: st
     return launch_of_best
 
 
-def write(name: str, kernels: dict[str, list[dict]]) -> None:
-    """Writes `configurations/<name>.json`, an entry a line."""
+def write(name: str, kernels: dict[str, list[dict]], folder: Path = configuration.DIRECTORY) -> None:
+    """Writes `<name>.json`, an entry a line, into the folder of configurations or another."""
     lists = (
         f'"{kernel}": [\n    ' + ",\n    ".join(json.dumps(entry) for entry in found) + "\n  ]"
         for kernel, found in kernels.items()
     )
-    path = configuration.DIRECTORY / f"{name}.json"
+    path = folder / f"{name}.json"
     path.write_text('{"kernels": {\n  ' + ",\n  ".join(lists) + "\n}}\n", encoding="utf-8")
 
 

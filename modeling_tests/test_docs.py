@@ -241,11 +241,8 @@ print("HELPS" + json.dumps(texts))
 @functools.cache
 def helps() -> dict[str, str]:
     """What `--help` says, of every script in the documents: in one process, because imports are what takes time."""
-    named = {
-        script
-        for d in DOCUMENTS
-        for script in re.findall(r"(?<![\w/])(?:examples|benchmarks)/(?:\w+/)?\w+\.py", read(d))
-    }
+    folders = r"(?<![\w/])(?:examples|benchmarks|kernels)/(?:\w+/)?\w+\.py"
+    named = {script for document in DOCUMENTS for script in re.findall(folders, read(document))}
     scripts = sorted(s for s in named if (ROOT / s).exists() and "ArgumentParser(" in read(s))
     command = [sys.executable, "-c", _HELPS, *scripts]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

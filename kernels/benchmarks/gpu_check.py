@@ -15,349 +15,160 @@
 
     python kernels/benchmarks/gpu_check.py --out kernels/benchmarks/results/h200
 
-First correctness, every model, head width, chunk size and precision against float64; then times: of a layer's
-recurrence, of training steps of whole models, of decoding with them. `--parts` chooses. Results are written after every
-measurement (`results.json`), so a run that is stopped keeps what it has; at the end `results.md` and `results.png`. What
-is not installed (titans-pytorch, flash-linear-attention), fails or finds no memory is skipped by name. `--minutes` says
-when to stop measuring: correctness takes what it needs, the other parts share the rest.
+A list of steps (`--list`) in order of worth, each a process of its own with a time limit of its own: a crash costs a row.
+Whatever was looked at is right, wrong or not checked, and so is the run: exit code 0, 1 or 3. After every step, and while
+it runs, `--out` holds all that is known: `results.json`, `results.md`, and `logs.zip` with what every process said.
+`--minutes` fits into a command of ten; where it is not enough, go on in a second one with `--steps`.
 
-Without a GPU, `TRITON_INTERPRET=1 python kernels/benchmarks/gpu_check.py --quick --out quick` shows that it runs; it
-times nothing that means anything.
+A Triton cache that was filled before (`TRITON_CACHE_DIR`) saves minutes of compiling. Without a GPU,
+`TRITON_INTERPRET=1 python kernels/benchmarks/gpu_check.py --quick --out quick` shows that every step runs; it times
+nothing that means anything.
 """
 
 import argparse
 import datetime
-import itertools
 import json
-import platform
-import statistics
+import os
+import resource
+import signal
 import sys
+import tempfile
 import time
+import zipfile
 from pathlib import Path
 
-import torch
-from decoding import TOKENS, decode_call, decoded
-from paths import LONGEST, MODELS, PATHS, Shape, forward_and_backward, kernel_call, make_inputs, make_rule
+import supervise
+from outcomes import EXIT_CODES, NOT_CHECKED, WRONG, count, worst
+from steps import MINUTES, NAMES, STEPS, Step, add_common_arguments, common_arguments
 from tables import write_report
-from training import MODELS as WHOLE_MODELS
-from training import ModelShape, Training, measure_training
-
-from miras_hf.memory import MemoryParameters, chunk_miras
 
 
-# relative to the largest output
-TOLERANCE = {"ieee": 1e-5, "tf32x3": 5e-5, "tf32": 2e-2, "bf16": 3e-2}
-OTHER_SIZES = ((64, 16), (64, 32), (48, 64), (96, 64), (128, 64))
-KL_TOLERANCE = {"ieee": 5e-5, "tf32x3": 2e-4, "tf32": 5e-2, "bf16": 1e-1}
-
-
-# of the time that correctness leaves
-SHARES = {"layers": 0.4, "training": 0.3, "prefill": 0.1, "decode": 0.2}
-
-
-PARTS = ("correctness", "times", "training", "first_token", "prefill", "decode", "skipped")
+HERE = Path(__file__).resolve().parent
+GRACE = 30.0
+"""Seconds that a step has beyond its time for what it has begun: more than most kernels take to compile."""
+LEAST = 4.0
+"""Seconds without which no step is begun."""
 
 
 class Run:
-    """Collects results and writes them down as they come."""
+    """The steps of one run, what they found, and the files in `out`.
 
-    def __init__(self, out: Path, device: str, minutes: float):
-        out.mkdir(parents=True, exist_ok=True)
-        self.out, self.device = out, device
-        self.end = self.last = time.monotonic() + 60 * minutes
-        self.results: dict = {"machine": machine(device)}
-        self.results |= {part: [] for part in PARTS}
+    Args:
+        out (`Path`): where the files go.
+        work (`Path`): a folder for what the steps write, which is packed into one file of `out`.
+        minutes (`float`): when to begin nothing new.
+        grace (`float`): seconds that a step has beyond its time.
+        arguments (`list` of `str`): what every step is told.
+    """
 
-    def begin(self, part: str, later: list[str]) -> None:
-        """Gives a part its share of the time that is left for it and the later ones."""
-        now = time.monotonic()
-        share = SHARES[part] / sum(SHARES[name] for name in (part, *later))
-        self.end = now + share * (self.last - now)
+    def __init__(self, out: Path, work: Path, minutes: float, grace: float, arguments: list[str]):
+        self.out, self.work, self.grace, self.arguments = out, work, grace, arguments
+        self.started, self.minutes, self.no_device = time.monotonic(), minutes, ""
+        begun = datetime.datetime.now().isoformat(timespec="seconds")
+        self.results: dict = {"begun": begun, "minutes": minutes, "arguments": arguments, "steps": []}
 
-    def add(self, part: str, row: dict) -> None:
-        self.results[part].append(row)
-        print(part, json.dumps(row), flush=True)
+    def take(self, step: Step) -> None:
+        left = 60 * self.minutes - (time.monotonic() - self.started)
+        entry = {"name": step.name, "about": step.what, "outcome": NOT_CHECKED, "seconds": 0.0}
+        entry |= {"rows": [], "facts": {}, "report": []}
+        why = self.no_device or (f"out of time: {max(left, 0.0):.0f} s left" if left < LEAST else "")
+        if why:
+            return self.keep(entry | {"rows": [{"what": "the step", "outcome": NOT_CHECKED, "why": why}]})
+        command = supervise.python(HERE / f"{step.module}.py", "--part", step.part, *self.arguments)
+        begun, used = time.monotonic(), cpu_seconds()
+        print(f"== {step.name}: {step.what}", flush=True)
+        self.results["steps"].append(entry)
+
+        def progress(found: dict) -> None:
+            outcome = worst([row["outcome"] for row in found["rows"]])
+            entry.update(found, outcome=outcome, seconds=round(time.monotonic() - begun, 1))
+            self.write()
+
+        limit = min(left, step.seconds * self.minutes / MINUTES)
+        found = supervise.run(
+            command, self.work / f"{step.name}.json", self.work / f"{step.name}.log", limit, self.grace, progress
+        )
+        self.results["steps"].pop()
+        spent = {"seconds": round(time.monotonic() - begun, 1), "cpu_s": round(cpu_seconds() - used, 1)}
+        return self.keep(entry | found | spent)
+
+    def keep(self, entry: dict) -> None:
+        self.results["steps"].append(entry)
+        print(f"{entry['name']}: {count(entry['rows'])}, {entry['seconds']:.0f} s", flush=True)
+        for row in entry["rows"]:
+            if row["outcome"] == WRONG:
+                print(f"  WRONG {row['what']}: {row.get('why', '')}", flush=True)
+        if entry["name"] == "machine":
+            print("\n".join(entry["report"]), flush=True)
+            lost = any(row["what"] == "device" and row["outcome"] == WRONG for row in entry["rows"])
+            self.no_device = "there is no device" if lost else ""
         self.write()
+        self.pack()
 
-    def skip(self, name: str, why: str) -> None:
-        self.add("skipped", {"name": name, "why": why[:300]})
+    def outcome(self) -> str:
+        return worst([entry["outcome"] for entry in self.results["steps"]])
 
     def write(self) -> None:
+        self.results["outcome"] = self.outcome()
         (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        write_report(self.out)
 
-    def out_of_time(self, what: str) -> bool:
-        if time.monotonic() < self.end:
-            return False
-        self.skip(what, "out of time")
-        return True
-
-
-def machine(device: str) -> dict:
-    import triton
-
-    found = {
-        "date": datetime.date.today().isoformat(),
-        "device": platform.machine() if device == "cpu" else torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-    if device == "cuda":
-        found["capability"] = "{}.{}".format(*torch.cuda.get_device_capability())
-        found["matmul_tflops"] = round(matmul_peak(), 1)
-        found["copy_tb_per_s"] = round(copy_bandwidth(), 3)
-    return found
+    def pack(self) -> None:
+        """All that the processes have written, in one file: what brings results home may carry few."""
+        with zipfile.ZipFile(self.out / "logs.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(self.work.rglob("*")):
+                if path.is_file():
+                    archive.write(path, path.relative_to(self.work))
 
 
-def matmul_peak(size: int = 8192) -> float:
-    """bf16 TFLOP/s of one large product: what the matrix units of this device give."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / milliseconds(lambda: a @ b, "cuda")["median"] / 1e9
+def cpu_seconds() -> float:
+    """Of the processes of all steps that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
-def copy_bandwidth(gibibytes: int = 2) -> float:
-    """TB/s read and written by a copy much larger than the caches."""
-    x = torch.empty(gibibytes * 2**30, dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    return 2 * x.numel() / milliseconds(lambda: y.copy_(x), "cuda")["median"] / 1e9
-
-
-def milliseconds(call, device: str, repeats: int = 12) -> dict:
-    """Median and quartiles of single calls; caches are cold between them where `do_bench` does it."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        low, middle, high = do_bench(call, warmup=25, rep=100, quantiles=[0.25, 0.5, 0.75])
-        return {"median": middle, "low": low, "high": high}
-    samples = []
-    for _ in range(min(repeats, 3)):
-        started = time.perf_counter()
-        call()
-        samples.append(1e3 * (time.perf_counter() - started))
-    return {"median": statistics.median(samples), "low": min(samples), "high": max(samples)}
-
-
-def check_correctness(run: Run, quick: bool) -> bool:
-    """Every model at every width, chunk size and precision, odd lengths, against float64 on the same device.
-
-    Values, and in the two full precisions the gradients of queries, keys, values, gates and initial memory.
-    """
-    sizes = [(32, 16)] if quick else list(itertools.product((32, 48, 64, 96, 128), (16, 32, 64)))
-    precisions = ["ieee"] if quick else ["bf16", "tf32", "tf32x3", "ieee"]
-    right = True
-    for (head_dim, chunk_size), model in itertools.product(sizes, MODELS):
-        if run.out_of_time(f"correctness of {model} at {head_dim}, {chunk_size}"):
-            return False
-        tokens = chunk_size + 5 if quick else 4 * chunk_size + 7
-        shape = Shape(2, tokens, 2, head_dim, chunk_size, torch.float32, run.device)
-        inputs, parameters = make_inputs(model, shape)
-        wide = [None if x is None else x.double().requires_grad_() for x in inputs]
-        initial = [a.double().requires_grad_() for a in parameters.initial]
-        memory = MemoryParameters(tuple(initial), *(p.double() for p in parameters[1:]))
-        expected, _ = chunk_miras(*wide, rule=make_rule(model, chunk_size), parameters=memory)
-        weights = torch.randn(expected.shape, generator=torch.Generator(run.device).manual_seed(1), device=run.device)
-        expected.backward(weights.double())
-        leaves = [x for x in (*wide, *initial) if x is not None]
-        for precision in precisions:
-            row = {"model": model, "head_dim": head_dim, "chunk_size": chunk_size, "precision": precision}
-            allowed = (KL_TOLERANCE if model == "memora" else TOLERANCE)[precision]
-            try:
-                call, given = kernel_call(model, shape, precision=precision)
-                y, *_ = call()
-                errors = {"error": _error(y, expected), "allowed": allowed}
-                last = decoded(model, shape, precision)
-                errors["decode_error"] = _error(last, expected[:, -TOKENS:])
-                if precision in ("ieee", "tf32x3"):
-                    y.backward(weights)
-                    found = [_error(one.grad, other.grad) for one, other in zip(given, leaves, strict=True)]
-                    errors["gradient_error"] = max(found)
-            except Exception as error:  # a configuration that does not launch must not hide the others
-                run.add("correctness", row | {"right": False, "error": f"{type(error).__name__}: {error}"[:300]})
-                right = False
-                continue
-            row |= errors
-            values = max(errors["error"], errors["decode_error"])
-            row["right"] = values <= allowed and errors.get("gradient_error", 0.0) <= 3 * allowed
-            right &= row["right"]
-            run.add("correctness", row)
-    return right
-
-
-def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((got.detach().double() - expected.detach()).abs().max() / expected.abs().max()).item()
-
-
-def measure(run: Run, name: str, shape: Shape, setting: str, backward: bool = False) -> None:
-    kind = "forward + backward" if backward else "forward"
-    row = {"path": name, "setting": f"{setting}, {kind}", "batch": shape.batch, "tokens": shape.tokens}
-    row |= {"heads": shape.heads, "head_dim": shape.head_dim, "chunk_size": shape.chunk_size}
-    what = f"{name}, {row['setting']}, T = {shape.tokens}"
-    if shape.tokens > LONGEST.get(name, shape.tokens):
-        return run.skip(what, f"not measured beyond T = {LONGEST[name]}")
-    if run.out_of_time(what):
-        return None
-    try:
-        with torch.set_grad_enabled(backward):
-            call = PATHS[name](shape)
-            call = forward_and_backward(call) if backward else call
-            call()
-            if run.device == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                call()
-                torch.cuda.synchronize()
-                row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-            row |= {key: round(value, 4) for key, value in milliseconds(call, run.device).items()}
-    except Exception as error:
-        return run.skip(what, f"{type(error).__name__}: {error}")
-    if "Triton" in name:
-        row["tflops"] = round((3 if backward else 1) * shape.miras_flops() / row["median"] / 1e9, 2)
-        if "matmul_tflops" in run.results["machine"]:
-            row["share_of_matmul"] = round(row["tflops"] / run.results["machine"]["matmul_tflops"], 4)
-    return run.add("times", row)
-
-
-def measure_token(run: Run, model: str, shape: Shape) -> None:
-    """One token of one layer for every row."""
-    row = {"path": f"{model}, Triton", "setting": "one token a row, decoding", "batch": shape.batch, "tokens": 1}
-    row |= {"heads": shape.heads, "head_dim": shape.head_dim, "chunk_size": shape.chunk_size}
-    what = f"{model}, decoding, B = {shape.batch}"
-    if run.out_of_time(what):
-        return None
-    try:
-        with torch.no_grad():
-            call, moved = decode_call(model, shape)
-            row |= {key: round(value, 4) for key, value in milliseconds(call, run.device).items()}
-    except Exception as error:
-        return run.skip(what, f"{type(error).__name__}: {error}")
-    row["tb_per_s"] = float(f"{moved / row['median'] / 1e9:.3g}")
-    return run.add("times", row)
-
-
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, results.md, results.png")
-    parser.add_argument("--minutes", type=float, default=9.0, help="stop measuring after so many")
-    parser.add_argument("--parts", nargs="+", default=["correctness", *SHARES], choices=["correctness", *SHARES])
-    parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=list(PATHS), metavar="PATH")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096, 8192, 16384, 32768, 65536, 131072])
-    parser.add_argument("--models", nargs="+", default=WHOLE_MODELS, choices=WHOLE_MODELS, help="whole models")
-    parser.add_argument("--sizes", nargs="+", default=["170m", "340m"], help="of whole models; the last one decodes")
-    parser.add_argument("--compile", action="store_true", help="decode through torch.compile as well")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it runs")
+    parser.add_argument("--out", type=Path, help="folder for results.json, results.md and logs.zip")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="begin nothing after so many; 7.5 by default")
+    parser.add_argument("--steps", nargs="+", default=list(NAMES), choices=NAMES, metavar="STEP")
+    parser.add_argument("--list", action="store_true", help="say what the steps are, and do nothing")
+    parser.add_argument(
+        "--grace", type=float, default=GRACE, help="seconds of a step beyond its time; then it is killed"
+    )
+    add_common_arguments(parser)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not args.quick:
-        parser.error("there is no GPU here; --quick shows that the script runs, in Triton's interpreter")
-
-    run = Run(args.out, device, args.minutes)
-    right = None
-    if "correctness" in args.parts:
-        right = check_correctness(run, args.quick)
-        print(
-            f"Correctness: {'every configuration is right' if right else 'SOMETHING IS WRONG, see above'}", flush=True
-        )
-    measures = dict(zip(SHARES, (measure_layers, measure_whole_models, measure_prefill, measure_decode), strict=True))
-    parts = [part for part in measures if part in args.parts]
-    for i, part in enumerate(parts):
-        run.begin(part, parts[i + 1 :])
-        measures[part](run, args)
-    run.results["right"] = right
-    run.write()
-    write_report(args.out)
-    sys.exit(1 if right is False else 0)
+    if args.list:
+        return args
+    if args.out is None:
+        parser.error("`--out` is needed: a folder for what is found")
+    if (args.out / "results.json").exists():
+        parser.error(f"{args.out} holds the results of a run already: name another folder")
+    if os.environ.get("TRITON_INTERPRET") == "1" and not args.quick:
+        parser.error("TRITON_INTERPRET=1 runs no kernel on a GPU; --quick shows that the script runs")
+    return args
 
 
-def measure_layers(run: Run, args: argparse.Namespace) -> None:
-    both = (False, True)
-    if args.quick:
-        for name, backward in itertools.product(args.paths, both):
-            measure(run, name, Shape(1, 40, 1, 32, 16, torch.float32, run.device), "quick", backward)
-        measure_token(run, "yaad", Shape(2, 1, 1, 32, 16, torch.float32, run.device))
-        return
-    for model, batch in itertools.product(MODELS, (1, 8, 64, 256)):
-        measure_token(run, model, Shape(batch, 1, 16, 64, 64))
-    # the shape of the issue, the other sizes at it, the constant number of tokens, and batch 1
-    for name, backward in itertools.product(args.paths, both):
-        measure(run, name, Shape(8, 4096, 16, 64, 64), "B*H = 128", backward)
-    for (head_dim, chunk_size), backward in itertools.product(OTHER_SIZES, both):
-        measure(run, "yaad, Triton", Shape(8, 4096, 16, head_dim, chunk_size), "other sizes", backward)
-    for tokens, name, backward in itertools.product(args.lengths, args.paths, both):
-        measure(run, name, Shape(max(1, 65536 // tokens), tokens, 16, 64, 64), "constant tokens", backward)
-    for tokens, name in itertools.product(args.lengths, args.paths):
-        measure(run, name, Shape(1, tokens, 16, 64, 64), "batch 1")
-
-
-TINY = ModelShape(width=32, layers=1, heads=1, vocabulary=64, chunk=16)
-OUR_SETTINGS = {"memory_backend": "triton"}
-
-
-def measure_whole_models(run: Run, args: argparse.Namespace) -> None:
-    trained = [Training(size, ModelShape.preset(size)) for size in args.sizes]
-    if args.quick:
-        trained = [Training("tiny", TINY, lengths=(20,), step_tokens=40, autocast=False, seconds=0.0)]
-    for training in trained:
-        measure_training(run, training, args.models)
-
-
-def measure_prefill(run: Run, args: argparse.Namespace) -> None:
-    from models import OURS, build
-    from prefill import Plan, measure
-    from timing import Rounds
-
-    plan = Plan(
-        lengths=[40] if args.quick else [131072, 1048576],
-        prefill_chunk_size=24 if args.quick else 32768,
-        repeat_tokens=131072,
-        rounds=Rounds(2, 2, 1.0, 0.0),  # the first one loads and compiles
-    )
-    run.results["prefill_settings"] = {**vars(plan), "rounds": vars(plan.rounds)}
-    for name in (name for name in args.models if name in OURS):  # one by one: each asks for the time that is left
-        model = build(name, decoding_shape(args), run.device, decoding_dtype(args), our_settings=OUR_SETTINGS)
-        model.module.eval()
-        measure(
-            {name: model},
-            plan,
-            lambda row: run.add("prefill", row),
-            lambda name, error: run.skip(f"{name}, long prompts", f"{type(error).__name__}: {error}"),
-            run.out_of_time,
-        )
-
-
-def decoding_shape(args: argparse.Namespace) -> ModelShape:
-    return TINY if args.quick else ModelShape.preset(args.sizes[-1])
-
-
-def decoding_dtype(args: argparse.Namespace) -> torch.dtype:
-    return torch.float32 if args.quick else torch.bfloat16
-
-
-def measure_decode(run: Run, args: argparse.Namespace) -> None:
-    from decode import Plan, available_memory, prepare
-    from decode import measure as measure_decoding
-    from timing import Rounds
-
-    if run.out_of_time("decoding"):
-        return
-    plan = Plan(
-        batches=[2] if args.quick else [1, 16, 64, 256],
-        contexts=[24] if args.quick else [1024, 8192, 65536, 1048576],
-        steps=16 if args.quick else 64,
-        sample_seconds=1.0,
-        prefill_tokens=48 if args.quick else 131072,
-        repeat_tokens=48 if args.quick else 65536,
-        state_tokens=8 if args.quick else 256,
-        memory_bytes=available_memory(run.device, 0.8),
-        cell_seconds=10.0,
-        rounds=Rounds(1, 1, 1.0, 0.0) if args.quick else Rounds(3, 3, 1.0, 0.0),
-        compiled=args.compile,
-    )
-    models, facts = prepare(args.models, decoding_shape(args), run.device, decoding_dtype(args), run.add, OUR_SETTINGS)
-    run.results["decode_settings"] = {**vars(plan), "rounds": vars(plan.rounds), "device": run.device}
-    run.results["decode_models"] = facts
-    measure_decoding(models, plan, run.add, run.out_of_time)
+def main() -> int:
+    args = parse_arguments()
+    if args.list:
+        print("\n".join(f"{step.name:17} {step.seconds:4.0f} s  {step.what}" for step in STEPS))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    # so that a step's processes are ended, and what is known written, if this one is asked to stop
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with tempfile.TemporaryDirectory() as work:
+        run = Run(args.out, Path(work), args.minutes, args.grace, common_arguments(args))
+        try:
+            for step in (step for step in STEPS if step.name in args.steps):
+                run.take(step)
+        finally:
+            run.write()
+            run.pack()
+    rows = [row for entry in run.results["steps"] for row in entry["rows"]]
+    print(f"In all: {count(rows)}. {args.out / 'results.md'}", flush=True)
+    return EXIT_CODES[run.outcome()]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

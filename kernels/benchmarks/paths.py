@@ -19,7 +19,8 @@ shape, raises; the script writes down what it said.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from miras_hf.backend import kernel_choices
 from miras_hf.memory import (
     ATTENTIONAL_BIASES,
     RETENTION_GATES,
+    MatrixMemory,
     MemoryParameters,
     MirasRule,
     MLPMemory,
@@ -36,7 +38,13 @@ from miras_hf.memory import (
 from miras_kernels import forward
 
 
-MODELS = {"moneta": ("lp", "lq", 1.5e-3), "yaad": ("huber_mixture", "decay", 4e-3), "memora": ("l2", "kl", 0.03)}
+# attentional bias, retention, and the largest step at a chunk of 64; the matrix memory is the linear one beside them
+MODELS = {
+    "yaad": ("huber_mixture", "decay", 4e-3),
+    "moneta": ("lp", "lq", 1.5e-3),
+    "memora": ("l2", "kl", 0.03),
+    "matrix": ("l2", "decay", 0.1),
+}
 
 
 @dataclass(frozen=True)
@@ -50,19 +58,52 @@ class Shape:
     device: str = "cuda"
 
     def miras_flops(self) -> float:
-        """Multiply-adds counted as two, `decay_target="init"`: 72 d^2 + 20 C d a token and head."""
+        """Multiply-adds counted as two, `decay_target="init"`: 72 d^2 + 20 C d a token and head of an MLP memory."""
         d = self.head_dim
         return self.batch * self.tokens * self.heads * (72 * d * d + 20 * self.chunk_size * d)
+
+    def __str__(self) -> str:
+        return f"B {self.batch}, T {self.tokens}, {self.heads} x {self.head_dim}, C {self.chunk_size}"
+
+
+class Path(NamedTuple):
+    """A path at a shape: its call, and everything that a training step needs gradients of."""
+
+    call: Callable[[], Any]
+    leaves: list[torch.Tensor]
+
+    def output(self) -> torch.Tensor:
+        y = self.call()
+        return y[0] if isinstance(y, tuple) else y
+
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.leaves)
+
+    def training_step(self) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Forward pass and gradients of all leaves, for a fixed random adjoint of the output.
+
+        Ones would not do: behind a layer norm they have no gradient at all. Nor would `backward`, which adds to what the last
+        call left.
+        """
+        draw = torch.Generator(self.leaves[0].device).manual_seed(1)
+        y = self.output()
+        y_bar = torch.randn(y.shape, generator=draw, device=y.device, dtype=torch.float32).to(y.dtype)
+        return lambda: torch.autograd.grad(self.output(), self.leaves, y_bar, allow_unused=True)
 
 
 def make_rule(model: str, chunk_size: int) -> MirasRule:
     bias, gate, _ = MODELS[model]
-    memory = MLPMemory(norm_eps=0.01 if gate == "kl" else 0.1)
+    memory = MatrixMemory() if model == "matrix" else MLPMemory(norm_eps=0.01 if gate == "kl" else 0.1)
     return MirasRule(memory, ATTENTIONAL_BIASES[bias](), RETENTION_GATES[gate](), chunk_size=chunk_size)
 
 
 def make_inputs(model: str, shape: Shape, gates: str = "channel", seed: int = 0):
-    """q, k, v, eta, log_alpha, delta, and the parameters of a memory."""
+    """q, k, v, eta, log_alpha, delta, and the parameters of a memory.
+
+    Yaad's residual jumps, at errors of norm delta and, beyond it, at every coordinate's zero; Moneta's derivative does, at
+    the error cap and where a residual begins to be clipped. A number in bfloat16 that is near a jump may be on its other
+    side, and differ by all of it: Yaad's tokens are far from both, some inside and some outside, and Moneta's errors small.
+    """
     draw = torch.Generator(device=shape.device).manual_seed(seed)
     of_token = (shape.batch, shape.tokens, shape.heads)
     of_channel = (*of_token, shape.head_dim)
@@ -72,68 +113,71 @@ def make_inputs(model: str, shape: Shape, gates: str = "channel", seed: int = 0)
 
     q, k = (F.normalize(normal(*of_channel), dim=-1).to(shape.dtype) for _ in range(2))
     v = normal(*of_channel).to(shape.dtype)
+    if model == "moneta":
+        v = (1.6 * torch.rand(of_channel, generator=draw, device=shape.device) - 0.8).to(shape.dtype)
     of_gate = of_channel if gates == "channel" else of_token
     eta = MODELS[model][2] * torch.rand(of_gate, generator=draw, device=shape.device) * (64 / shape.chunk_size)
     log_alpha = -0.02 * torch.rand(of_gate, generator=draw, device=shape.device)
     rule = make_rule(model, shape.chunk_size)
     delta = None
     if rule.attentional_bias.delta_granularity is not None:
-        delta = math.sqrt(shape.head_dim) * (0.25 + torch.rand(of_token, generator=draw, device=shape.device))
+        outside = torch.rand(of_token, generator=draw, device=shape.device) < 0.5
+        far = v.sign() * (8.0 + torch.rand(v.shape, generator=draw, device=shape.device))
+        v = torch.where(outside[..., None], far, v).to(shape.dtype)
+        delta = math.sqrt(shape.head_dim) * torch.where(
+            outside, 0.25 + torch.rand(of_token, generator=draw, device=shape.device), 100.0
+        )
     initial = []
     for layer, fan in enumerate(rule.architecture.weight_shapes(shape.head_dim)):
         weight = normal(shape.heads, *fan) * ((2.0 if layer == 0 else 1.0) / math.sqrt(fan[0]))
         initial.append(rule.retention.inverse(weight, rule.hidden_axis(layer)))
     affine = (
-        torch.ones(shape.heads, shape.head_dim, device=shape.device),
-        torch.zeros(shape.heads, shape.head_dim, device=shape.device),
+        (0.3 if model == "moneta" else 1.0) * (1.0 + 0.1 * normal(shape.heads, shape.head_dim)),
+        0.1 * normal(shape.heads, shape.head_dim),
     )
-    return (q, k, v, eta, log_alpha, delta), MemoryParameters(tuple(initial), *affine)
+    return [q, k, v, eta, log_alpha, delta], MemoryParameters(tuple(initial), *affine)
 
 
-def needing_gradients(tensors):
-    """The same tensors as leaves that need gradients where the script measures a backward pass."""
-    if not torch.is_grad_enabled():
-        return tensors
-    if isinstance(tensors, MemoryParameters):
-        return MemoryParameters(tuple(needing_gradients(tensors.initial)), *needing_gradients(tensors[1:]))
-    return [None if x is None else x.requires_grad_() for x in tensors]
+def leaves_of(inputs: list[torch.Tensor | None], parameters: MemoryParameters) -> list[torch.Tensor]:
+    """All that a memory has gradients of, as leaves that need them where this is called with gradients."""
+    found = [x for x in (*inputs, *parameters.initial, *parameters[1:]) if x is not None]
+    return [x.requires_grad_(torch.is_grad_enabled()) for x in found]
 
 
-def forward_and_backward(call: Callable) -> Callable:
-    """One training step of a path: its forward pass, and gradients of everything that it was given."""
+def kernel_arguments(rule: MirasRule, parameters: MemoryParameters) -> dict[str, Any]:
+    """What the operators take beside a token's inputs.
 
-    def step():
-        y = call()
-        y = y[0] if isinstance(y, tuple) else y
-        y.backward(torch.ones_like(y))
-
-    return step
-
-
-def kernel_call(
-    model: str, shape: Shape, gates: str = "channel", seed: int = 0, **kwargs
-) -> tuple[Callable, list[torch.Tensor]]:
-    """The call, and the inputs and initial memory that it is made with."""
-    rule = make_rule(model, shape.chunk_size)
-    inputs, parameters = (needing_gradients(x) for x in make_inputs(model, shape, gates, seed))
+    Raises:
+        `ValueError`: if no kernel knows the rule, with the reason.
+    """
     choices, reason = kernel_choices(rule)
     if choices is None:
         raise ValueError(reason)
     norm = {"norm_weight": parameters.norm_weight, "norm_bias": parameters.norm_bias}
-    given = [x for x in (*inputs, *parameters.initial) if x is not None]
-    return lambda: forward(*inputs, choices=choices, initial=parameters.initial, **norm, **kwargs), given
+    return {"choices": choices, "initial": parameters.initial, **norm}
 
 
-def pytorch_call(model: str, shape: Shape, compiled: bool = False) -> Callable:
+def kernel_call(model: str, shape: Shape, gates: str = "channel", seed: int = 0, **kwargs) -> Path:
+    """A forward pass by kernel; without gradients it keeps the final state, as before decoding."""
     rule = make_rule(model, shape.chunk_size)
-    inputs, parameters = (needing_gradients(x) for x in make_inputs(model, shape))
+    inputs, parameters = make_inputs(model, shape, gates, seed)
+    leaves = leaves_of(inputs, parameters)
+    arguments = kernel_arguments(rule, parameters) | {"output_final_state": not torch.is_grad_enabled()} | kwargs
+    return Path(lambda: forward(*inputs, **arguments), leaves)
+
+
+def pytorch_call(shape: Shape, seed: int, compiled: bool = False) -> Path:
+    rule = make_rule("yaad", shape.chunk_size)
+    inputs, parameters = make_inputs("yaad", shape, seed=seed)
+    leaves = leaves_of(inputs, parameters)
     form = torch.compile(chunk_miras, dynamic=False) if compiled else chunk_miras
-    return lambda: form(*inputs, rule=rule, parameters=parameters)
+    return Path(lambda: form(*inputs, rule=rule, parameters=parameters), leaves)
 
 
-def titans_call(shape: Shape) -> Callable:
+def titans_call(shape: Shape, seed: int) -> Path:
     from titans_pytorch import NeuralMemory
 
+    torch.manual_seed(seed)
     memory = NeuralMemory(
         dim=shape.heads * shape.head_dim,
         heads=shape.heads,
@@ -142,30 +186,39 @@ def titans_call(shape: Shape) -> Callable:
         batch_size=shape.chunk_size,
     ).to(shape.device, shape.dtype)
     x = torch.randn(shape.batch, shape.tokens, shape.heads * shape.head_dim, device=shape.device, dtype=shape.dtype)
-    (x,) = needing_gradients((x,))
-    return lambda: memory(x)
+    leaves = [x.requires_grad_(torch.is_grad_enabled()), *memory.parameters()]
+    return Path(lambda: memory(x), leaves)
 
 
-def gated_delta_net_call(shape: Shape) -> Callable:
+def gated_delta_net_call(shape: Shape, seed: int) -> Path:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    (q, k, v, eta, log_alpha, _), _ = make_inputs("yaad", shape, gates="head")
-    q, k, v, g, beta = needing_gradients((q, k, v, log_alpha, torch.rand_like(eta).to(shape.dtype)))
-    return lambda: chunk_gated_delta_rule(q, k, v, g, beta)
+    (q, k, v, eta, log_alpha, _), _ = make_inputs("yaad", shape, gates="head", seed=seed)
+    leaves = [q, k, v, log_alpha, torch.rand_like(eta).to(shape.dtype)]
+    leaves = [x.requires_grad_(torch.is_grad_enabled()) for x in leaves]
+    return Path(lambda: chunk_gated_delta_rule(*leaves), leaves)
 
 
-def attention_call(shape: Shape) -> Callable:
-    q, k, v = needing_gradients([x.transpose(1, 2).contiguous() for x in make_inputs("yaad", shape)[0][:3]])
-    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def attention_call(shape: Shape, seed: int) -> Path:
+    leaves = [x.transpose(1, 2).contiguous() for x in make_inputs("yaad", shape, seed=seed)[0][:3]]
+    leaves = [x.requires_grad_(torch.is_grad_enabled()) for x in leaves]
+    return Path(lambda: F.scaled_dot_product_attention(*leaves, is_causal=True), leaves)
 
 
-PATHS: dict[str, Callable[[Shape], Callable]] = {
-    **{f"{model}, Triton": (lambda shape, model=model: kernel_call(model, shape)[0]) for model in MODELS},
-    "yaad, PyTorch": lambda shape: pytorch_call("yaad", shape),
-    "yaad, PyTorch compiled": lambda shape: pytorch_call("yaad", shape, compiled=True),
+PATHS: dict[str, Callable[[Shape, int], Path]] = {
+    **{
+        f"{model}, Triton": (lambda shape, seed, model=model: kernel_call(model, shape, seed=seed)) for model in MODELS
+    },
+    "SDPA attention": attention_call,
+    "yaad, PyTorch": pytorch_call,
+    "yaad, PyTorch compiled": lambda shape, seed: pytorch_call(shape, seed, compiled=True),
     "titans-pytorch": titans_call,
     "Gated DeltaNet (fla)": gated_delta_net_call,
-    "SDPA attention": attention_call,
 }
 # compiling unrolls the loop over chunks, and titans materialises the weights of every chunk
 LONGEST = {"yaad, PyTorch": 16384, "yaad, PyTorch compiled": 4096, "titans-pytorch": 16384}
+
+
+def small(shape: Shape, **changes) -> Shape:
+    """A shape like another for what depends on sizes that a launch is compiled for, and on no others."""
+    return replace(shape, batch=1, heads=1, tokens=2 * shape.chunk_size + 5, **changes)

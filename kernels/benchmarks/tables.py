@@ -11,55 +11,48 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Table and plot of the GPU script's results: python kernels/benchmarks/tables.py kernels/benchmarks/results/<device>"""
+"""Tables of the GPU script's results, and a plot: python kernels/benchmarks/tables.py kernels/benchmarks/results/<device>"""
 
 import json
 import sys
 from pathlib import Path
 
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, not a package
+from outcomes import EXIT_CODES, NOT_CHECKED, RIGHT, WRONG, count
 
 
 def write_report(folder: Path) -> None:
-    """`results.md` and `results.png` from `results.json`; the plot only where matplotlib is installed."""
+    """`results.md` from `results.json`."""
     results = json.loads((folder / "results.json").read_text())
-    (folder / "results.md").write_text("\n".join(table(results)) + "\n")
-    try:
-        plot(results).figure.savefig(folder / "results.png", dpi=150)
-    except ImportError:
-        print("matplotlib is not installed: no results.png")
+    (folder / "results.md").write_text("\n".join(report(results)) + "\n")
 
 
-def table(results: dict) -> list[str]:
-    machine = results["machine"]
-    lines = ["# Kernels on a device", "", ", ".join(f"{key} {value}" for key, value in machine.items()) + ".", ""]
-    checked = results["correctness"]
-    wrong = [row for row in checked if not row["right"]]
-    if checked:
-        lines += [f"{len(checked)} configurations checked against float64, {len(wrong)} wrong."]
-    lines += [f"- wrong: {json.dumps(row)}" for row in wrong]
-    for setting in dict.fromkeys(row["setting"] for row in results["times"]):
-        lines += ["", f"## {setting}", ""]
-        lines += [
-            "| path | B | T | heads x width | chunk | ms (quartiles) | peak MiB | TFLOP/s | of matmul | TB/s |",
-            "|" + " --- |" * 10,
+def report(results: dict) -> list[str]:
+    """What was found, what is wrong and what was not checked, before each step's own tables."""
+    steps, facts = results["steps"], {}
+    for entry in steps:
+        facts |= entry["facts"] if entry["name"] == "machine" else {}
+    rows = [(entry, row) for entry in steps for row in entry["rows"]]
+    said = {RIGHT: "everything that was asked for is right", WRONG: "SOMETHING IS WRONG"}
+    said[NOT_CHECKED] = "nothing is wrong, but not everything was checked"
+    lines = ["# Kernels on a device", "", ", ".join(f"{key} {value}" for key, value in facts.items() if value) + "."]
+    lines += ["", f"{said[results['outcome']]} (exit code {EXIT_CODES[results['outcome']]}): "]
+    lines[-1] += f"{count([row for _, row in rows])}. Begun {results['begun']}, {results['minutes']:g} minutes."
+    lines += ["", "| step | what | rows | kernels compiled, loaded | s |", "|" + " --- |" * 5]
+    for entry in steps:
+        compiled = sum(len(found) for found in entry["facts"].get("compiled", {}).values())
+        kernels = f"{compiled}, {sum(entry['facts'].get('loaded', {}).values())}"
+        lines.append(
+            f"| {entry['name']} | {entry['about']} | {count(entry['rows'])} | {kernels} | {entry['seconds']:.0f} |"
+        )
+    for outcome, title in ((WRONG, "Wrong"), (NOT_CHECKED, "Not checked")):
+        found = [
+            f"- {entry['name']}: {row['what']}: {row.get('why', '')}"
+            for entry, row in rows
+            if row["outcome"] == outcome
         ]
-        for row in (row for row in results["times"] if row["setting"] == setting):
-            share = f"{row['share_of_matmul']:.1%}" if "share_of_matmul" in row else ""
-            lines.append(
-                f"| {row['path']} | {row['batch']} | {row['tokens']} | {row['heads']} x {row['head_dim']} | "
-                f"{row['chunk_size']} | {row['median']:.3f} ({row['low']:.3f}-{row['high']:.3f}) | "
-                f"{row.get('peak_mib', '')} | {row.get('tflops', '')} | {share} | {row.get('tb_per_s', '')} |"
-            )
-        lines += overtaking(results, setting)
-    lines += training(results.get("training", []))
-    if results.get("prefill"):
-        lines += prefill(results)
-    if results.get("decode"):
-        lines += decoding(results)
-    if results["skipped"]:
-        lines += ["", "## Not measured", "", *(f"- {row['name']}: {row['why']}" for row in results["skipped"])]
+        lines += ["", f"## {title}", "", *found] if found else []
+    for entry in steps:
+        lines += ["", f"## {entry['name']}: {entry['about']}", "", *entry["report"]] if entry["report"] else []
     return lines
 
 
@@ -69,7 +62,7 @@ def training(rows: list[dict]) -> list[str]:
     for size in dict.fromkeys(row["size"] for row in rows):
         mine = [row for row in rows if row["size"] == size]
         llama = {row["tokens"]: row for row in mine if row["model"] == "llama"}
-        lines += ["", f"## Training of whole models, {size}: forward, loss and backward", ""]
+        lines += ["", f"### {size}: forward, loss and backward", ""]
         lines += [
             "| model | parameters | B | T | ms a step (quartiles) | tokens/s | over Llama | peak MiB | over Llama |",
             "|" + " --- |" * 9,
@@ -93,28 +86,11 @@ def _ratio(row: dict, reference: dict, key: str) -> str:
     return f"{row[key] / reference[key]:.2f}" if key in row and key in reference else ""
 
 
-def prefill(results: dict) -> list[str]:
-    from prefill import rows_of
-
-    piece = results["prefill_settings"]["prefill_chunk_size"]
-    return ["", f"## Long prompts, batch 1, in pieces of {piece:,} tokens", "", *rows_of(results["prefill"])]
-
-
-def decoding(results: dict) -> list[str]:
-    from decode_report import tables
-
-    lines = [
-        f"- {fact['label']}: {fact['parameters']:,}, {fact['settings']}" for fact in results["decode_models"].values()
-    ]
-    return [*tables(results, results["decode_settings"]), "", *lines]
-
-
-def overtaking(results: dict, setting: str) -> list[str]:
-    """The length from which each of our models is faster than attention."""
+def overtaking(rows: list[dict]) -> list[str]:
+    """The length from which each of our models is faster than attention, of rows of one kind and one number of tokens."""
     times: dict[str, dict[int, float]] = {}
-    for row in results["times"]:
-        if row["setting"] == setting:
-            times.setdefault(row["path"], {})[row["tokens"]] = row["median"]
+    for row in rows:
+        times.setdefault(row["path"], {})[row["tokens"]] = row["ms"]
     attention = times.get("SDPA attention", {})
     lines = []
     for path in (path for path in times if "Triton" in path and len(attention) > 1):
@@ -127,21 +103,15 @@ def overtaking(results: dict, setting: str) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def plot(results: dict, ax=None):
-    """Draws milliseconds over the length at a constant number of tokens, on `ax` or a new figure; returns the axes."""
+def plot(rows: list[dict], ax=None):
+    """Draws milliseconds over the length, of forward passes of one number of tokens, on `ax` or a new figure; returns the
+    axes."""
     from matplotlib.figure import Figure
 
     ax = ax or Figure(figsize=(7, 4.5), layout="constrained").subplots()
-    for path in dict.fromkeys(row["path"] for row in results["times"]):
-        rows = [
-            row
-            for row in results["times"]
-            if row["path"] == path
-            and row["setting"].startswith("constant tokens, forward")
-            and "+" not in row["setting"]
-        ]
-        if rows:
-            ax.plot([row["tokens"] for row in rows], [row["median"] for row in rows], marker="o", label=path)
+    for path in dict.fromkeys(row["path"] for row in rows):
+        mine = [row for row in rows if row["path"] == path]
+        ax.plot([row["tokens"] for row in mine], [row["ms"] for row in mine], marker="o", label=path)
     ax.set(xscale="log", yscale="log", xlabel="tokens in a sequence (65,536 in all)", ylabel="milliseconds, forward")
     ax.grid(alpha=0.3)
     if ax.lines:
@@ -149,5 +119,19 @@ def plot(results: dict, ax=None):
     return ax
 
 
+def of_constant_tokens(rows: list[dict], tokens: int = 65536) -> list[dict]:
+    """Forward passes over so many tokens in all, at d = C = 64."""
+    return [
+        row
+        for row in rows
+        if row.get("kind") == "forward"
+        and row.get("batch", 0) * row["tokens"] == tokens
+        and row["head_dim"] == row["chunk_size"] == 64
+        and "ms" in row
+    ]
+
+
 if __name__ == "__main__":
-    write_report(Path(sys.argv[1]))
+    found = json.loads((Path(sys.argv[1]) / "results.json").read_text())
+    timed = [row for entry in found["steps"] for row in entry["rows"]]
+    plot(of_constant_tokens(timed)).figure.savefig(Path(sys.argv[1]) / "results.png", dpi=150)

@@ -29,6 +29,6 @@ if not torch.cuda.is_available():
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[2]
-for folder in (ROOT / "src", ROOT / "kernels" / "torch-ext"):
+for folder in (ROOT / "src", ROOT / "kernels", ROOT / "kernels" / "torch-ext"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))

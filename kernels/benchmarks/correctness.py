@@ -1,0 +1,270 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Are the kernels right on this device? Every result against float64, with fresh memory full of NaN, ten times over.
+
+The reference is the PyTorch chunk form in float64 on the same device, over all heads and rows: a race may be anywhere.
+Whatever is compared must be finite, and equal to the last bit when the call is made again.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import compilations
+import faults
+import memory_alone  # noqa: F401
+import torch
+from cases import CASES, Case
+from comparison import PARAMETER, STATE, TOKENS, Comparison
+from paths import kernel_arguments, make_inputs, make_rule
+from projected import finished, make_projected, wide
+from record import begin
+from torch import Tensor
+
+from miras_hf.memory import MemoryState, chunk_miras
+from miras_kernels import Projections, decode, forward, resident_state
+
+
+INPUTS = ("q", "k", "v", "eta", "log_alpha", "delta")
+
+
+def main() -> None:
+    record, args = begin(__doc__, report)
+    if args.device == "cuda":
+        compilations.follow(record.facts)
+    for case in CASES[args.part](args.device, args.quick):
+        record.check(str(case), partial(CHECKS[case.kind], case))
+
+
+@contextlib.contextmanager
+def fresh_memory_is_nan() -> Iterator[None]:
+    """What a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class Prepared:
+    """A case's tensors: what is read, from where it goes on, and where the tokens are."""
+
+    def __init__(self, case: Case):
+        shape = case.shape
+        self.case, self.rule = case, make_rule(case.model, shape.chunk_size)
+        self.inputs, self.parameters = make_inputs(case.model, shape, case.gates)
+        self.arguments = kernel_arguments(self.rule, self.parameters) | {"precision": case.precision}
+        self.where: dict[str, Tensor] = {}
+        draw = torch.Generator().manual_seed(2)
+        if case.masked:
+            mask = torch.rand(shape.batch, shape.tokens, generator=draw) > 0.1
+            pads = torch.arange(shape.batch) * max(1, shape.tokens // (2 * shape.batch))
+            self.where["mask"] = (mask & (torch.arange(shape.tokens) >= pads[:, None])).to(shape.device)
+        rows = shape.batch
+        if case.packed:
+            rows = 2 if shape.tokens < 64 else 8
+            cuts = 1 + torch.randperm(shape.tokens - 1, generator=draw)[: rows - 1].sort().values
+            borders = [0, *cuts.tolist(), shape.tokens]
+            self.where["cu_seqlens"] = torch.tensor(borders, device=shape.device)
+        self.state = after_prompt(case, self.rule, self.parameters, rows) if case.continued else None
+
+    def expected(self, inputs=None, parameters=None, state=None) -> tuple[Tensor, MemoryState]:
+        return chunk_miras(
+            *(inputs or [None if x is None else x.double() for x in self.inputs]),
+            rule=self.rule,
+            parameters=parameters or wide(self.parameters),
+            initial_state=state or (self.state and self.state.map(in_float64)),
+            output_final_state=True,
+            **self.where,
+        )
+
+
+def after_prompt(case: Case, rule, parameters, rows: int) -> MemoryState:
+    """A state in float32, each row's in the middle of a chunk, at a phase of its own, the last one's at the end of one."""
+    shape, chunk = case.shape, case.shape.chunk_size
+    prompt = type(shape)(rows, 2 * chunk, shape.heads, shape.head_dim, chunk, shape.dtype, shape.device)
+    inputs, _ = make_inputs(case.model, prompt, case.gates, seed=3)
+    lengths = torch.tensor([2 * chunk - 1 - (7 * row) % (chunk - 2) for row in range(rows)])
+    mask = (torch.arange(2 * chunk) < lengths[:, None]).to(shape.device)
+    double = [None if x is None else x.double() for x in inputs]
+    _, state = chunk_miras(*double, rule=rule, parameters=wide(parameters), mask=mask, output_final_state=True)
+    return state.map(lambda x: x.float() if x.is_floating_point() else x)
+
+
+def in_float64(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def flat(state: MemoryState | None) -> list[Tensor]:
+    if state is None:
+        return []
+    return [*state.dual, *state.inputs, *state.gradients, state.eta, state.log_decay, state.count]
+
+
+@torch.no_grad()
+def check_forward(case: Case) -> dict:
+    """Outputs and final state."""
+    prepared, found = Prepared(case), Comparison(case.shape.chunk_size)
+    first: list[Tensor] = []
+    for repeat in range(case.repeats):
+        with fresh_memory_is_nan(), faults.launches(str(case)):
+            y, state, _ = forward(
+                *prepared.inputs,
+                state=tuple(flat(prepared.state)) or None,
+                output_final_state=True,
+                **prepared.arguments,
+                **prepared.where,
+            )
+        got = [faults.spoilt("y", y, str(case), repeat), *state]
+        first = first or got
+        for name, one, other in zip(names_of_outputs(got), first, got, strict=True):
+            found.equal(name, one, other, repeat)
+    y, state = prepared.expected()
+    wanted, allowed = [y, *flat(state)], case.allowed()
+    found.add("y", first[0], y, allowed, TOKENS)
+    for name, one, other in zip(names_of_outputs(first)[1:-1], first[1:-1], wanted[1:-1], strict=True):
+        # gradients of begun chunks are differences of reads
+        found.add(name, one, other, allowed.times(3.0), STATE)
+    if not torch.equal(first[-1], wanted[-1]):
+        found.complaints.append(f"count is {first[-1].tolist()}, expected {wanted[-1].tolist()}")
+    return found.row()
+
+
+def names_of_outputs(got: list[Tensor]) -> list[str]:
+    return ["y", *(f"state {i}" for i in range(len(got) - 2)), "count"]
+
+
+def check_backward(case: Case) -> dict:
+    """Gradients of every input, of the initial memory, the norm, and the state that the call goes on from."""
+    prepared, found = Prepared(case), Comparison(case.shape.chunk_size)
+    parameters = prepared.parameters
+    tensors = [*prepared.inputs, *parameters.initial, *parameters[1:], *flat(prepared.state)[:-1]]
+    names = [*INPUTS, *(f"A{i}" for i in range(len(parameters.initial))), "norm weight", "norm bias"]
+    names += [f"state {i}" for i in range(len(tensors) - len(names))]
+    layers = len(parameters.initial)
+    kinds = [TOKENS] * 6 + [PARAMETER] * (layers + 2) + [STATE] * (len(names) - 8 - layers)
+
+    def gradients(double: bool) -> list[Tensor | None]:
+        leaves = [None if x is None else (x.double() if double else x).detach().requires_grad_() for x in tensors]
+        memory = type(parameters)(tuple(leaves[6 : 6 + layers]), *leaves[6 + layers : 8 + layers])
+        state = None
+        if prepared.state is not None:
+            state = unflat([*leaves[8 + layers :], prepared.state.count], layers)
+        if double:
+            y, _ = prepared.expected(leaves[:6], memory, state)
+        else:
+            arguments = kernel_arguments(prepared.rule, memory) | {"precision": case.precision}
+            y, _, _ = forward(*leaves[:6], state=tuple(flat(state)) or None, **arguments, **prepared.where)
+        draw = torch.Generator(y.device).manual_seed(5)
+        y_bar = torch.randn(y.shape, generator=draw, device=y.device).to(prepared.inputs[0].dtype).to(y.dtype)
+        given = iter(torch.autograd.grad(y, [x for x in leaves if x is not None], y_bar, allow_unused=True))
+        return [None if x is None else next(given) for x in leaves]
+
+    expected = gradients(double=True)
+    first: list[Tensor | None] = []
+    for repeat in range(case.repeats):
+        with fresh_memory_is_nan(), faults.launches(str(case)):
+            got = gradients(double=False)
+        first = first or got
+        for name, one, other in zip(names, first, got, strict=True):
+            if one is not None and other is not None:
+                found.equal(f"gradient of {name}", one, other, repeat)
+    for name, one, other, kind in zip(names, first, expected, kinds, strict=True):
+        if other is None:  # a matrix memory has no norm
+            if one is not None and one.any():
+                found.complaints.append(f"gradient of {name}: there is none, and some is given")
+            continue
+        name = f"gradient of {name}"
+        found.add(name, one if one is None else faults.spoilt(name, one, str(case)), other, case.allowed(), kind)
+    return found.row()
+
+
+def unflat(tensors: list[Tensor], layers: int) -> MemoryState:
+    parts = (tuple(tensors[i * layers : (i + 1) * layers]) for i in range(3))
+    return MemoryState(*parts, *tensors[3 * layers :])
+
+
+@torch.no_grad()
+def check_decode(case: Case) -> dict:
+    """Tokens from the projections on, one call over a chunk's end, each row at a phase of its own; and the state after."""
+    shape = case.shape
+    found, rule = Comparison(shape.chunk_size), make_rule(case.model, shape.chunk_size)
+    raw, projections, parameters = make_projected(case.model, shape, case.gates)
+    start = after_prompt(case, rule, parameters, shape.batch)
+    mask = torch.ones(shape.batch, shape.tokens, dtype=torch.bool, device=shape.device)
+    if case.masked:
+        mask[0, 1] = mask[-1, ::2] = False
+    arguments = kernel_arguments(rule, parameters) | {"precision": case.precision}
+    chosen = {"choices": arguments["choices"], "initial": arguments["initial"]}
+    first: list[Tensor] = []
+    for repeat in range(case.repeats):
+        state, companions = resident_state(tuple(x.clone() for x in flat(start)), **chosen)
+        tail = projections.conv_tail.clone()
+        with fresh_memory_is_nan():
+            y = decode(
+                *raw,
+                state=state,
+                companions=companions,
+                projections=projections._replace(conv_tail=tail),
+                mask=mask if case.masked else None,
+                **arguments,
+            )
+        got = [faults.spoilt("y", y, str(case), repeat), *state[:-1], state[-1], *companions, tail]
+        first = first or got
+        for i, (one, other) in enumerate(zip(first, got, strict=True)):
+            found.equal(f"result {i}", one, other, repeat)
+    expected, after = chunk_miras(
+        *finished(raw, projections, mask),
+        rule=rule,
+        parameters=wide(parameters),
+        initial_state=start.map(in_float64),
+        mask=mask,
+        output_final_state=True,
+    )
+    wanted, allowed = flat(after), case.allowed()
+    found.add("y", first[0], expected, allowed, TOKENS)
+    for i, (one, other) in enumerate(zip(first[1:], wanted[:-1], strict=False)):
+        found.add(f"state {i}", one, other, allowed.times(3.0), STATE)
+    if not torch.equal(first[len(wanted)], wanted[-1]):
+        found.complaints.append(f"count is {first[len(wanted)].tolist()}, expected {wanted[-1].tolist()}")
+    _, fresh = resident_state(tuple(first[1 : 1 + len(wanted)]), **chosen)
+    for i, (one, other) in enumerate(zip(first[1 + len(wanted) : -1], fresh, strict=True)):
+        # what the kernel has kept is what would be made anew
+        found.add(f"companion {i}", one, other, allowed, STATE)
+    check_tail(found, first[-1], raw, projections, mask)
+    return found.row()
+
+
+def check_tail(found: Comparison, tail: Tensor, raw: list, projections: Projections, mask: Tensor) -> None:
+    """The convolution's last inputs, each row's, to the bit."""
+    given = torch.cat([x.flatten(-2) for x in raw[:3]], -1)
+    for row in range(tail.shape[0]):
+        seen = torch.cat((projections.conv_tail[row], given[row, mask[row]]))[-tail.shape[1] :]
+        found.equal(f"the convolution's tail of row {row}", tail[row], seen.to(tail.dtype), 0)
+
+
+CHECKS = {"forward": check_forward, "backward": check_backward, "decode": check_decode}
+
+
+def report(rows: list[dict]) -> list[str]:
+    lines = ["| what | largest | norm | worst block | |", "|" + " --- |" * 5]
+    for row in rows:
+        numbers = [f"{row[kind]:.1e}" if kind in row else "" for kind in ("largest", "norm", "block")]
+        lines.append("| " + " | ".join([row["what"], *numbers, row["outcome"]]) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Launch arguments put in place of the configured ones, where every operator looks them up."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest.mock import patch
+
+from miras_kernels import configuration, decoding, ops
+
+
+@contextlib.contextmanager
+def launching(kernel: str, launch: dict[str, int]) -> Iterator[None]:
+    """In here `kernel` is launched so; others, such as the forward pass before a backward one, as they are configured."""
+
+    def chosen(name: str, **where) -> dict[str, int]:
+        if name == kernel:
+            return {"enable_fp_fusion": True, **launch}
+        return configuration.launch_configuration(name, **where)
+
+    with patch.object(ops, "launch_configuration", chosen), patch.object(decoding, "launch_configuration", chosen):
+        yield
