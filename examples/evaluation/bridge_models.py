@@ -107,9 +107,11 @@ class Around(nn.Module):
         super().__init__()
         self.memory, self.point, self.norm_eps = memory, point, norm_eps
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, state=None, **arguments) -> tuple:
-        if state is not None or arguments.get("output_final_state"):
-            raise ValueError("`use_cache` must be False: models of the bridge are trained and measured, not decoded.")
+    def version(self, known) -> None:
+        # asked for by mixers that go on from a cache
+        raise ValueError("`use_cache` must be False: models of the bridge are trained and measured, not decoded.")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, **arguments) -> tuple:
         if self.point.value_norm:
             v = rms_norm(v, v.new_ones(v.shape[-1]), self.norm_eps)
         if not self.point.read_residual:
