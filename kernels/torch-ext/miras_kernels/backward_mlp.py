@@ -45,6 +45,7 @@ from .pieces import (
     LQ,
     LQ_MIRROR,
     VALUE_CAP,
+    assert_unshared,
     bounded,
     chunk_gates,
     frozen_scale,
@@ -234,7 +235,11 @@ def mlp_backward_kernel(
     KEEP_FINAL: tl.constexpr,
     PRECISION: tl.constexpr,
     STREAM: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
+    assert_unshared(C, TN, THREADS)
+    assert_unshared(BD, TN, THREADS)
+    assert_unshared(C, BD, THREADS)
     program = tl.program_id(0).to(tl.int64)
     row, head = program // H, program % H
     start = tl.load(starts + row).to(tl.int64)

@@ -34,6 +34,7 @@ from .pieces import (
     KL,
     LQ_MIRROR,
     VALUE_CAP,
+    assert_unshared,
     bounded,
     chunk_gates,
     first_broken,
@@ -173,7 +174,10 @@ def mlp_forward_kernel(
     KEEP_FINAL: tl.constexpr,
     SAVE_EVERY: tl.constexpr,
     PRECISION: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
+    assert_unshared(C, TN, THREADS)
+    assert_unshared(BD, TN, THREADS)
     program = tl.program_id(0).to(tl.int64)
     row, head = program // H, program % H
     start = tl.load(starts + row).to(tl.int64)
