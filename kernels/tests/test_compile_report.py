@@ -143,6 +143,19 @@ with patch.object(ahead_of_time, "asynchronous_products", put_off):
     assert "matrix_forward goes on before an asynchronous product has its result" in done.stdout, done.stderr
 
 
+def test_compiling_more_threads_than_numbers_of_a_tile_fails():
+    program = """
+import ahead_of_time, compile_report
+call = compile_report.CALLS["moneta"].at("mlp_forward", 32, 16, "bf16")
+try:
+    ahead_of_time.compiled(call, {"TN": 16, "num_warps": 16, "num_stages": 1, "enable_fp_fusion": True}, 90)
+except Exception as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
+    assert "more threads than one of its tiles has numbers" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_worse_program_is_named(tmp_path, monkeypatch, count):
     monkeypatch.syspath_prepend(str(ROOT / "kernels"))

@@ -141,6 +141,38 @@ def test_a_launch_finds_its_binary_when_its_cache_is_adopted(filled):
     assert json.loads((filled / "precompiled.json").read_text(encoding="utf-8")) == held
 
 
+def test_no_size_of_a_call_makes_another_binary():
+    # of every kind of call: rows, heads and tokens, of which 1 and multiples of 16 are constants to Triton where it is
+    # let. What a launch would compile is looked at, nothing is compiled
+    program = """
+import json
+from unittest.mock import patch
+from triton.runtime import JITFunction
+from ahead_of_time import compiling
+
+found = {}
+
+def look(kernel, key, signature, device, constexprs, options, attrs, warmup):
+    found.setdefault(what, set()).add(str((kernel.__name__, signature, constexprs, sorted(attrs.items()), options)))
+
+with patch.object(JITFunction, "_do_compile", look):
+    for name, call in precompile.PROGRAMS.items():
+        if " yaad 64 " not in name:
+            continue
+        for heads, rows, tokens in ((1, 1, 64), (3, 2, 192), (16, 4, 1024)):
+            what = name
+            torch.set_grad_enabled(call.kernel.endswith("_backward"))
+            with compiling("sm_90"):
+                run(call, heads, rows, tokens)()
+print(json.dumps({name: len(seen) for name, seen in found.items()}))
+"""
+    done = python("-c", COMMON + program, "unused")
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    # a forward and a backward kernel for training, one for every other kind
+    assert seen == {name: 2 if "training" in name else 1 for name in seen} and len(seen) == 10
+
+
 def test_a_cache_of_another_version_is_refused(tmp_path):
     (tmp_path / "precompiled.json").write_text(json.dumps({"triton": "0.0", "name": "sm_90", "binaries": {}}))
     program = """

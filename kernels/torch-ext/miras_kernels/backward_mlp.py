@@ -44,8 +44,8 @@ from .pieces import (
     LARGEST_STATE_ADJOINT,
     LQ,
     LQ_MIRROR,
+    SHARED_NUMBERS,
     VALUE_CAP,
-    assert_unshared,
     bounded,
     chunk_gates,
     frozen_scale,
@@ -237,9 +237,9 @@ def mlp_backward_kernel(
     STREAM: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    assert_unshared(C, TN, THREADS)
-    assert_unshared(BD, TN, THREADS)
-    assert_unshared(C, BD, THREADS)
+    tl.static_assert(C * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(BD * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(C * BD >= THREADS, SHARED_NUMBERS)
     program = tl.program_id(0).to(tl.int64)
     row, head = program // H, program % H
     start = tl.load(starts + row).to(tl.int64)

@@ -33,8 +33,8 @@ from .pieces import (
     KEY_CAP,
     KL,
     LQ_MIRROR,
+    SHARED_NUMBERS,
     VALUE_CAP,
-    assert_unshared,
     bounded,
     chunk_gates,
     first_broken,
@@ -176,8 +176,8 @@ def mlp_forward_kernel(
     PRECISION: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    assert_unshared(C, TN, THREADS)
-    assert_unshared(BD, TN, THREADS)
+    tl.static_assert(C * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(BD * TN >= THREADS, SHARED_NUMBERS)
     program = tl.program_id(0).to(tl.int64)
     row, head = program // H, program % H
     start = tl.load(starts + row).to(tl.int64)
