@@ -84,7 +84,7 @@ def test_the_operator_knows_the_same_precisions():
     assert set(PRECISIONS) == set(PRECISIONS_OF_THE_OPERATOR)
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", configuration.shipped())
 def test_every_launch_has_tiles_of_a_number_for_each_thread(name):
     # what the kernels assert, of every launch that a device may get
     for kernel, head_dim, chunk_size, precision in itertools.product(KERNELS, HEAD_DIMS, CHUNK_SIZES, PRECISIONS):
