@@ -3,12 +3,15 @@
 # make test-slow   the tests of `make test` and those that repeat them with more combinations (hours)
 # make lint   only lint and type check
 # make test-oldest   models, cache, generation, adapters and training on the oldest Transformers that pyproject.toml admits
+# make test-triton36 what Triton 3.6, that of PyTorch 2.11, makes of the kernels: compiled for GPUs, without one
+# make triton36      only its environment, in which kernels/precompile.py compiles ahead for such a GPU
 #
 # Needs python3 (3.11 or newer) with venv and pip; everything goes into VENV.
 
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
+TRITON36_VENV ?= .venv-triton36
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?= -n 2
 # Without a GPU a plain `pip install torch` may bring gigabytes of CUDA libraries.
@@ -17,7 +20,7 @@ PIP_FLAGS ?= $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
 
-.PHONY: demo test test-slow test-oldest lint clean
+.PHONY: demo test test-slow test-oldest test-triton36 triton36 lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/pretrain.py $(DEMO_FLAGS)
@@ -39,13 +42,20 @@ RANGE_TESTS := $(addprefix modeling_tests/test_,transformers_contract.py inputs.
 test-oldest: $(OLDEST_VENV)/.test
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest $(RANGE_TESTS) -k "not memora" $(PYTEST_FLAGS)
 
+# Compiles only, so it needs neither Transformers nor the models' tests; the interpreter's tests run on the newest.
+test-triton36: triton36
+	OMP_NUM_THREADS=1 $(TRITON36_VENV)/bin/python -m pytest kernels/tests/test_compile_report.py \
+		kernels/tests/test_precompile.py $(PYTEST_FLAGS)
+
+triton36: $(TRITON36_VENV)/.triton36
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/ty check --python $(VENV)
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV)
+	rm -rf $(VENV) $(OLDEST_VENV) $(TRITON36_VENV)
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints-cpu.txt
 	$(PIP) $(PIP_FLAGS) -e '.[train,viz]'
@@ -60,5 +70,10 @@ $(OLDEST_VENV)/.test: $(OLDEST_VENV)/bin/python pyproject.toml constraints-oldes
 		-e '.[train,peft,trl,test]'
 	touch $@
 
-$(VENV)/bin/python $(OLDEST_VENV)/bin/python:
+$(TRITON36_VENV)/.triton36: $(TRITON36_VENV)/bin/python constraints-triton36.txt
+	$(TRITON36_VENV)/bin/python -m pip install --disable-pip-version-check --no-input -c constraints-triton36.txt \
+		torch triton numpy pytest pytest-xdist
+	touch $@
+
+$(VENV)/bin/python $(OLDEST_VENV)/bin/python $(TRITON36_VENV)/bin/python:
 	$(PYTHON) -m venv $(@:/bin/python=)

@@ -21,7 +21,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -36,6 +36,7 @@ from miras_kernels import (
     Projections,
     backward_matrix,
     backward_mlp,
+    configuration,
     decode_matrix,
     decode_mlp,
     decoding,
@@ -71,6 +72,7 @@ class Call:
     precision: str = "bf16"
     channel_gates: bool = True
     continues: bool = False  # in the middle of a chunk, keeping the state after the last token
+    keeps: bool = False  # from the start, keeping the state after the last token
     masked: bool = False
     save_every: int = 0
 
@@ -129,7 +131,7 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
         )
         arguments |= {"state": state, "companions": companions, "projections": projections}
         return lambda: decoding.decode(q, k, v, eta, log_alpha, delta, **arguments)
-    arguments |= {"output_final_state": call.continues, "save_every": call.save_every}
+    arguments |= {"output_final_state": call.continues or call.keeps, "save_every": call.save_every}
     if not call.kernel.endswith("_backward"):
         return lambda: ops.forward(q, k, v, eta, log_alpha, delta, **arguments)
 
@@ -152,30 +154,67 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
         Of one thread: `registers`, `stack` in bytes, spilled loads and stores in the program's text, and the bytes they
         move in the loop over chunks and in the loops over tiles inside it; `shared` memory of one program in bytes; how
         many instructions of the matrix units the text holds, `wgmma` and `tcgen05` those that only Hopper and Blackwell
-        have, `mma` those of all.
+        have, `mma` those of all; how many products are `asynchronous`.
 
     Raises:
-        `RuntimeError`: of Triton or its assembler, if there is no such program.
+        `RuntimeError`: of Triton or its assembler, if there is no such program; and for one that does not wait for each
+            asynchronous product at once.
     """
-    module, attribute = KERNELS[call.kernel]
-    kernel = _Compiler(getattr(module, attribute))
     # a backward pass follows a forward pass, whose kernel is not what is asked for
-    before, first = KERNELS[call.kernel.replace("_backward", "_forward")]
+    skipped = [call.kernel.replace("_backward", "_forward")] if call.kernel.endswith("_backward") else []
     with (
-        patch.object(before, first, _Nothing()),
-        patch.object(module, attribute, kernel),
-        patch.object(ops, "launch_configuration", lambda *_, **__: dict(launch)),
-        patch.object(decoding, "launch_configuration", lambda *_, **__: dict(launch)),
-        # there is no GPU, and none is needed
-        patch.object(ops, "refusal", lambda *_: None),
-        _target(capability),
+        _compilers([call.kernel], skipped, lambda *_, **__: dict(launch), capability) as binaries,
         # nothing is read from or left in the user's cache: what is counted was compiled here
         tempfile.TemporaryDirectory() as cache,
         knobs.cache.scope(),
     ):
         knobs.cache.dir = cache
         run(call)()
-    return _counts(kernel.binary)
+    asynchronous, unawaited = asynchronous_products(binaries[-1].asm["ttgir"])
+    if unawaited:
+        raise RuntimeError(f"{call.kernel} goes on before an asynchronous product has its result: {unawaited[0]}")
+    return _counts(binaries[-1]) | {"asynchronous": len(asynchronous)}
+
+
+@contextlib.contextmanager
+def compiling(name: str) -> Iterator[list]:
+    """Public functions that are called inside, on CPU tensors, compile what they would launch on a device of the
+    configuration file `name`, and launch nothing. Binaries come from Triton's cache, or are left there; those of all
+    launches are in the list that is given."""
+
+    def launch_configuration(kernel: str, *, device: object, **shape) -> dict[str, int]:
+        return configuration.launch_configuration(kernel, device=name, **shape)
+
+    with _compilers(list(KERNELS), [], launch_configuration, CAPABILITIES[name][0]) as binaries:
+        yield binaries
+
+
+@contextlib.contextmanager
+def _compilers(kernels: list[str], skipped: list[str], launch_configuration: Callable, capability: int):
+    binaries: list = []
+    with contextlib.ExitStack() as stack:
+        for kernel in (*kernels, *skipped):
+            module, attribute = KERNELS[kernel]
+            stand_in = _Nothing() if kernel in skipped else _Compiler(getattr(module, attribute), binaries)
+            stack.enter_context(patch.object(module, attribute, stand_in))
+        for module in (ops, decoding):
+            stack.enter_context(patch.object(module, "launch_configuration", launch_configuration))
+        # there is no GPU, and none is needed
+        stack.enter_context(patch.object(ops, "refusal", lambda *_: None))
+        stack.enter_context(_target(capability))
+        yield binaries
+
+
+def asynchronous_products(ttgir: str) -> tuple[list[str], list[str]]:
+    """A program's asynchronous products, and those of them that do not wait for their result on the next line.
+
+    Triton before 3.8 may let one of two warpgroups overwrite shared memory that such a product of the other still reads.
+    """
+    lines = [line.strip() for line in ttgir.splitlines()]
+    found = [i for i, line in enumerate(lines) if re.search(r"\bwarp_group_dot .*isAsync = true", line)]
+    return [lines[i] for i in found], [
+        lines[i] for i in found if "warp_group_dot_wait" not in "".join(lines[i + 1 : i + 2])
+    ]
 
 
 class _Nothing:
@@ -188,12 +227,12 @@ class _Nothing:
 class _Compiler:
     """Stands where a kernel stands, and compiles where it would launch."""
 
-    def __init__(self, kernel: triton.JITFunction):
-        self.kernel, self.binary = kernel, None
+    def __init__(self, kernel: triton.JITFunction, binaries: list):
+        self.kernel, self.binaries = kernel, binaries
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def compile(*args, **kwargs):
-            self.binary = self.kernel.warmup(*args, grid=grid, **kwargs)
+            self.binaries.append(self.kernel.warmup(*args, grid=grid, **kwargs))
 
         return compile
 

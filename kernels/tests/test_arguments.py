@@ -36,6 +36,7 @@ from miras_kernels import (
     refusal,
     resident_state,
 )
+from miras_kernels.checks import checked_borders
 
 
 # sizes of which no two are equal, so that no wrong shape is right by chance
@@ -220,6 +221,15 @@ def test_borders_of_either_integer_and_of_the_host_are_one_answer():
     for same in (borders, borders.int(), torch.stack((borders, borders), 1)[:, 0]):
         y, *_ = by_kernel(rule, inputs, parameters, cu_seqlens=same)
         assert torch.equal(y, expected)
+
+
+def test_borders_of_the_host_are_moved_to_where_the_queries_are():
+    borders = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+    moved = checked_borders(borders, 20, torch.device("meta"))
+    assert (moved.device.type, moved.dtype, moved.shape) == ("meta", torch.int64, borders.shape)
+    # their values are looked at before
+    with pytest.raises(ValueError, match="`cu_seqlens` must begin with 0, never decrease and end with 21"):
+        checked_borders(borders, 21, torch.device("meta"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="an assertion on the device")

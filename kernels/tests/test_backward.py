@@ -296,3 +296,18 @@ def check_operator(rule, inputs, parameters, state, cu_seqlens, chunks):
     torch.library.opcheck(torch.ops.miras_kernels.forward.default, arguments, test_utils=(
         "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static",
     ))  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize("of", ["q", "initial", "adjoint"])
+def test_second_derivatives_are_refused_by_name(memory, of):
+    rule = make_rule(memory)
+    inputs, parameters = make_call(rule, tokens=3)
+    q = inputs[0].requires_grad_()
+    initial = parameters.initial[0].requires_grad_()
+    y, *_ = by_kernel(rule, inputs, parameters)
+    adjoint = torch.ones_like(y).requires_grad_()
+    first = torch.autograd.grad(y, [q, initial], adjoint, create_graph=True)
+    # a penalty on the gradients would otherwise train without them
+    with pytest.raises(RuntimeError, match='`miras_kernels` has no second derivatives.*`memory_backend="pytorch"`'):
+        torch.autograd.grad(sum(x.square().sum() for x in first), {"q": q, "initial": initial, "adjoint": adjoint}[of])

@@ -84,6 +84,18 @@ def test_the_operator_knows_the_same_precisions():
     assert set(PRECISIONS) == set(PRECISIONS_OF_THE_OPERATOR)
 
 
+@pytest.mark.parametrize("name", configuration.shipped())
+def test_every_launch_has_tiles_of_a_number_for_each_thread(name):
+    # what the kernels assert, of every launch that a device may get
+    for kernel, head_dim, chunk_size, precision in itertools.product(KERNELS, HEAD_DIMS, CHUNK_SIZES, PRECISIONS):
+        try:
+            found = launch(name, kernel, head_dim, chunk_size, precision)
+        except ValueError:
+            continue  # nothing fits
+        if "TN" in found:
+            assert min(chunk_size, head_dim) * found["TN"] >= 32 * found["num_warps"], (kernel, head_dim, chunk_size)
+
+
 def test_a_call_does_not_change_what_the_next_one_gets():
     launch("default")["num_warps"] = 99
     assert launch("default")["num_warps"] != 99

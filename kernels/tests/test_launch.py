@@ -28,8 +28,10 @@ from miras_kernels import (
     backward_mlp,
     decode_matrix,
     decode_mlp,
+    decoding,
     forward_matrix,
     forward_mlp,
+    ops,
 )
 
 
@@ -110,3 +112,45 @@ def test_sizes_that_change_from_call_to_call_compile_nothing():
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert run.stdout.split("\n")[:-1] == ["set()"] * 6, run.stderr
+
+
+# A number of a tile that two threads hold, one of them may read after the other has written it back. The cases are at a
+# launch's limit: 16 x 16 numbers are 8 warps' threads.
+@pytest.mark.parametrize(
+    "kernel, tile, warps, fits",
+    [
+        ("mlp_forward", 16, 8, True),
+        ("mlp_forward", 16, 16, False),
+        ("mlp_decode", 16, 8, True),
+        ("mlp_decode", 16, 16, False),
+        ("mlp_backward", 16, 8, True),
+        ("mlp_backward", 16, 16, False),
+        ("matrix_backward", 16, 8, True),
+        ("matrix_backward", 32, 32, False),  # of C x BD, whatever the tile
+    ],
+)
+def test_more_threads_than_numbers_of_a_tile_are_refused(kernel, tile, warps, fits, monkeypatch):
+    memory, _, part = kernel.partition("_")
+    rule = make_rule(memory, chunk_size=16)
+    inputs, parameters = make_call(rule, tokens=20)
+    state, companions = after_prompt(rule, inputs, parameters, 18)
+    usual = ops.launch_configuration
+
+    def launch_configuration(name, **shape):
+        return usual(name, **shape) | ({"TN": tile, "num_warps": warps} if name == kernel else {})
+
+    monkeypatch.setattr(ops, "launch_configuration", launch_configuration)
+    monkeypatch.setattr(decoding, "launch_configuration", launch_configuration)
+
+    def call():
+        if part == "decode":
+            return by_decode(rule, cut(inputs, 18, None), parameters, state, companions)
+        leaves = [None if x is None else x.clone().requires_grad_(part == "backward") for x in inputs]
+        y, _, _ = by_kernel(rule, leaves, parameters)
+        return y.sum().backward() if part == "backward" else y
+
+    if fits:
+        call()
+        return
+    with pytest.raises(Exception, match="more threads than one of its tiles has numbers"):
+        call()

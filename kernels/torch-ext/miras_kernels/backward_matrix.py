@@ -29,6 +29,7 @@ from .pieces import (
     LARGEST_STATE_ADJOINT,
     LQ,
     LQ_MIRROR,
+    SHARED_NUMBERS,
     VALUE_CAP,
     bounded,
     chunk_gates,
@@ -145,7 +146,11 @@ def matrix_backward_kernel(
     KEEP_FINAL: tl.constexpr,
     PRECISION: tl.constexpr,
     STREAM: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
+    tl.static_assert(C * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(BD * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(C * BD >= THREADS, SHARED_NUMBERS)
     program = tl.program_id(0).to(tl.int64)
     row, head = program // H, program % H
     start = tl.load(starts + row).to(tl.int64)

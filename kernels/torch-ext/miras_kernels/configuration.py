@@ -83,6 +83,11 @@ def launch_configuration(
     raise ValueError(f"No configuration of `{kernel}` at precision {precision!r} in {', '.join(map(repr, names))}.")
 
 
+def threads(launch: dict[str, int]) -> int:
+    """Threads of a program that is launched so, which kernels hold against the size of their tiles."""
+    return launch["num_warps"] * (32 if torch.version.hip is None else 64)
+
+
 def _distance(entry: dict, head_dim: int, chunk_size: int) -> float:
     return math.hypot(math.log(entry["head_dim"] / head_dim), math.log(entry["chunk_size"] / chunk_size))
 

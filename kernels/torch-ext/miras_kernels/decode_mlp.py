@@ -40,6 +40,7 @@ from .forward_mlp import linked, start_of_sums, sum_of_link
 from .pieces import (
     KL,
     LQ_MIRROR,
+    SHARED_NUMBERS,
     chunk_gates,
     frozen_scale,
     gelu,
@@ -119,7 +120,10 @@ def mlp_decode_kernel(
     ROTARY: tl.constexpr,
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
+    tl.static_assert(C * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(BD * TN >= THREADS, SHARED_NUMBERS)
     program = tl.program_id(0).to(tl.int64)
     row, head = program // H, program % H
     o_c, o_d, o_n = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, TN)

@@ -37,7 +37,7 @@ from .checks import (
     state_shapes,
 )
 from .choices import Choices
-from .configuration import launch_configuration
+from .configuration import launch_configuration, threads
 from .ops import (
     CHOICE_NAMES,
     CHOICE_SCHEMA,
@@ -294,6 +294,8 @@ def _decode(
     launch = launch_configuration(
         f"{c['memory']}_decode", device=q.device, head_dim=head_dim, chunk_size=c["chunk_size"], precision=precision
     )
+    if c["memory"] == "mlp":
+        launch["THREADS"] = threads(launch)
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(q):
         kernel[(rows * heads,)](

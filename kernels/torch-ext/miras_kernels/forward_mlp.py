@@ -33,6 +33,7 @@ from .pieces import (
     KEY_CAP,
     KL,
     LQ_MIRROR,
+    SHARED_NUMBERS,
     VALUE_CAP,
     bounded,
     chunk_gates,
@@ -173,7 +174,10 @@ def mlp_forward_kernel(
     KEEP_FINAL: tl.constexpr,
     SAVE_EVERY: tl.constexpr,
     PRECISION: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
+    tl.static_assert(C * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(BD * TN >= THREADS, SHARED_NUMBERS)
     program = tl.program_id(0).to(tl.int64)
     row, head = program // H, program % H
     start = tl.load(starts + row).to(tl.int64)
@@ -479,6 +483,9 @@ def mlp_forward_kernel(
             HAS_EARLIER,
         )
         b_decay, b_gq, b_gk, b_fold, b_end = chunk_gates(b_eta, b_log_decay, total_log_decay)
+        if PRECISION == "ieee":
+            # the same again: in float32 and through the tiles it would not fit into shared memory beside the others
+            b_values = b_dz2 * b_gk
         if LINK == KL:
             b_s = (MASS2 / N) * (b_s - read_sum[:, None] * (hidden_sum / N)[None, :])
         b_s = tl.where(m_causal, -b_s, 0.0)

@@ -34,7 +34,7 @@ from .checks import (
     checked_borders,
 )
 from .choices import ATTENTIONAL_BIASES, HEAD_DIMS, RETENTION_GATES, Choices
-from .configuration import PRECISIONS, launch_configuration
+from .configuration import PRECISIONS, launch_configuration, threads
 
 
 LARGEST_STATE_ADJOINT = 1e12  # as in pieces.py
@@ -368,6 +368,8 @@ class _Call:
         kernel = mlp_forward_kernel if self.memory == "mlp" else matrix_forward_kernel
         constants = self.constants if begun is None else self.constants | {"HAS_EARLIER": begun}
         launch = self.configuration(f"{self.memory}_forward")
+        if self.memory == "mlp":
+            launch["THREADS"] = threads(launch)
         # Triton launches on the current device, which need not be the tensors'
         with torch.cuda.device_of(self.q):
             kernel[(self.programs,)](*arguments, KEEP_FINAL=bool(final), SAVE_EVERY=save_every, **constants, **launch)
@@ -548,6 +550,7 @@ def _backward(
         module = backward_mlp if call.memory == "mlp" else backward_matrix
         kernel = module.mlp_backward_kernel if call.memory == "mlp" else module.matrix_backward_kernel
         launch = {"STREAM": False, **call.configuration(f"{call.memory}_backward")}
+        launch["THREADS"] = threads(launch)
         scratch = []
         if call.memory == "mlp":
             scratch = [call.scratch(call.programs, call.chunk_size, call.hidden_units) for _ in range(4)]

@@ -39,6 +39,12 @@ GELU_A = tl.constexpr(0.023784938757533416)  # 0.044715 / 3 of it
 KEY_CAP = tl.constexpr(1e3)
 VALUE_CAP = tl.constexpr(1e15)
 LARGEST_STATE_ADJOINT = tl.constexpr(1e12)
+# Where a tile has fewer numbers than a program has threads, several hold the same one. One of them could read what another
+# has already written back: a tile is read, changed and written without a barrier in between.
+SHARED_NUMBERS = tl.constexpr(
+    "A program has more threads than one of its tiles has numbers, and tiles are read and written back without a barrier: "
+    "launch it with fewer warps or wider tiles."
+)
 
 
 @triton.jit

@@ -1,0 +1,210 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fills a cache of Triton's with what a GPU will launch, on a machine without one, so that the GPU's first hour is not
+spent on compiling.
+
+    make triton36                                                                   # a GPU's Triton, without a GPU
+    .venv-triton36/bin/python kernels/precompile.py --arch sm_90 --out build/cache  # here; goes on where it stopped
+    python kernels/precompile.py --adopt build/cache                                # there, once, wherever it lies
+    TRITON_CACHE_DIR=$PWD/build/cache python ...                                    # there: launches find their binaries
+
+What is compiled is `PROGRAMS`, those of the main shape first. The public functions are called for real up to their
+launches, and Triton's own way from a launch to a binary is taken: signature, constants, divisibility and options are those
+of a launch on the GPU with tensors of these dtypes, whose allocations are aligned to 16 bytes there as here.
+
+A binary's place in a cache is the hash of five parts: Triton's own files (`triton_key()`), the kernel (its source, what it
+calls, the first line's number; signature, constants, divisibility), the assembler's version and the capability, the
+options, and variables of the environment that change what is compiled. Under one version of Triton all but the first are
+the same whatever Python, operating system and path; the first has libtriton.so in it, which is another file for every
+version of Python. And a cache holds absolute paths. `--adopt` therefore puts each binary where the Triton that runs it
+looks for it, and the paths with it. It asks for the same version of Triton. What still makes Triton compile again, after
+the cache was adopted: kernels changed since, another launch configuration, another assembler (`TRITON_PTXAS_PATH`).
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from ahead_of_time import CAPABILITIES, Call, compiling, run
+from triton import knobs
+from triton.compiler import compiler
+from triton.runtime.cache import triton_key
+
+from miras_kernels.choices import Choices
+
+
+# the memories of the models, with the losses and retention gates they are named after
+FAMILIES = {
+    "yaad": Choices(attentional_bias="huber_mixture", retention="decay"),
+    "moneta": Choices(attentional_bias="lp", retention="lq"),
+    "memora": Choices(attentional_bias="l2", retention="kl", norm_eps=0.01),
+}
+# both kernels of training, the forward pass without gradients, of a prompt, and of a prompt that goes on, and decoding
+KINDS = {
+    "training": {"kernel": "{}_backward"},
+    "forward": {"kernel": "{}_forward"},
+    "prompt": {"kernel": "{}_forward", "keeps": True},
+    "decode": {"kernel": "{}_decode"},
+    "continued": {"kernel": "{}_forward", "continues": True},
+}
+INDEX = "precompiled.json"
+
+
+def _programs() -> dict[str, Call]:
+    found = {}
+    for head_dim in (64, 128):
+        for memory in ("mlp", "matrix"):
+            for family, choices in FAMILIES.items():
+                for kind, options in KINDS.items():
+                    call = Call(choices, **{k: v for k, v in options.items() if k != "kernel"})
+                    kernel = options["kernel"].format(memory)
+                    found[f"{memory} {family} {head_dim} {kind}"] = call.at(kernel, head_dim, 64, "bf16")
+    return found
+
+
+# what a GPU will launch, in the order in which it is worth having
+PROGRAMS = _programs()
+
+
+def precompile(name: str, programs: dict[str, Call], out: Path, seconds: float = float("inf")) -> list[str]:
+    """Fills the cache `out` for devices of the configuration file `name`.
+
+    Args:
+        name (`str`): of `CAPABILITIES`.
+        programs (`dict` of `Call`): what is called.
+        out (`Path`): of the cache; programs that it holds are not compiled again.
+        seconds (`float`, *optional*): no further program is begun after that.
+
+    Returns:
+        Names of the programs for which time was too short.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    index = _index(out) if (out / INDEX).is_file() else {"triton": triton.__version__, "name": name, "binaries": {}}
+    if (index["triton"], index["name"]) != (triton.__version__, name):
+        raise ValueError(
+            f"`out` must be a new folder, or hold binaries of Triton {triton.__version__} for {name}; {out} holds those of "
+            f"Triton {index['triton']} for {index['name']}."
+        )
+    keys: dict[str, str] = {}
+    usual = compiler.get_cache_key
+
+    def get_cache_key(*arguments, **options):
+        key = usual(*arguments, **options)
+        keys[hashlib.sha256(key.encode("utf-8")).hexdigest()] = key
+        return key
+
+    end, left = time.monotonic() + seconds, []
+    with (
+        patch.object(compiler, "get_cache_key", get_cache_key),
+        knobs.cache.scope(),
+        knobs.compilation.scope(),
+    ):
+        knobs.cache.dir, knobs.compilation.store_binary_only = str(out.resolve()), True
+        for what, call in programs.items():
+            if time.monotonic() > end:
+                left.append(what)
+                continue
+            started = time.monotonic()
+            # a forward pass by itself is one without gradients
+            with compiling(name) as binaries, nullcontext() if call.kernel.endswith("_backward") else torch.no_grad():
+                run(call)()
+            for binary in binaries:
+                key = keys[binary.hash]
+                held = index["binaries"].setdefault(_folder(key), {"rest": key.removeprefix(triton_key())})
+                held |= {"kernel": binary.name, "programs": sorted({*held.get("programs", ()), what})}
+            (out / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+            print(f"{what}: {len(binaries)} binaries, {time.monotonic() - started:.1f} s", flush=True)
+    for folder in index["binaries"]:
+        for path in (out / folder).glob("*.source"):
+            path.unlink()
+    return left
+
+
+def adopt(cache: Path) -> int:
+    """Makes a cache that `precompile` filled, and that was moved since, one of the Triton that calls this.
+
+    Returns:
+        How many binaries it holds.
+
+    Raises:
+        `ValueError`: if the cache is another version's, or no such cache.
+    """
+    index = _index(cache)
+    if index["triton"] != triton.__version__:
+        raise ValueError(f"`cache` must be of Triton {triton.__version__}, {cache} is of Triton {index['triton']}.")
+    adopted = {}
+    for folder, held in index["binaries"].items():
+        here = _folder(triton_key() + held["rest"])
+        target = cache.resolve() / here
+        if here != folder:
+            (cache / folder).rename(target)
+        group = target / f"__grp__{held['kernel']}.json"
+        files = [path for path in target.iterdir() if path.suffix in (".json", ".cubin") and path != group]
+        group.write_text(json.dumps({"child_paths": {path.name: str(path) for path in files}}), encoding="utf-8")
+        adopted[here] = held
+        # written every time: who is interrupted begins where he stopped
+        left = {k: v for k, v in index["binaries"].items() if k not in (folder, here) and (cache / k).is_dir()}
+        text = json.dumps(index | {"binaries": adopted | left}, indent=1) + "\n"
+        (cache / INDEX).write_text(text, encoding="utf-8")
+    return len(adopted)
+
+
+def _folder(key: str) -> str:
+    # as Triton names it
+    digest = hashlib.sha256(key.encode("utf-8")).digest()
+    return base64.b32encode(digest).decode("utf-8").rstrip("=")
+
+
+def _index(cache: Path) -> dict:
+    path = cache / INDEX
+    if not path.is_file():
+        raise ValueError(f"`cache` must hold {INDEX}, which `precompile.py --out` writes; {cache} does not.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=CAPABILITIES, default="sm_90")
+    parser.add_argument("--out", type=Path, help="the cache to fill")
+    parser.add_argument("--only", default="", help="programs whose name has this in it, as 'mlp yaad 64'")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further program after that")
+    parser.add_argument("--adopt", type=Path, help="the cache to adopt")
+    arguments = parser.parse_args()
+    if (arguments.out is None) == (arguments.adopt is None):
+        parser.error("one of --out and --adopt is needed.")
+    try:
+        if arguments.adopt:
+            print(f"{adopt(arguments.adopt)} binaries of {arguments.adopt} are this Triton's, {triton.__version__}.")
+            return 0
+        programs = {what: call for what, call in PROGRAMS.items() if arguments.only in what}
+        if not programs:
+            parser.error(f"--only must be part of a program's name, one of {', '.join(PROGRAMS)}.")
+        left = precompile(arguments.arch, programs, arguments.out, 60 * arguments.minutes)
+    except ValueError as error:
+        parser.error(str(error))
+    for what in left:
+        print("out of time:", what, file=sys.stderr)
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A launch finds what was compiled ahead for it, although the cache was moved and another build of Triton looks for it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+COMMON = """
+import sys
+from pathlib import Path
+import torch, triton
+import precompile
+from ahead_of_time import Call, run
+from miras_kernels.choices import Choices
+
+cache = Path(sys.argv[1])
+choices = Choices(memory="matrix", attentional_bias="huber_mixture", retention="decay", chunk_size=16)
+call = Call(choices, "matrix_forward", head_dim=32, channel_gates=False)
+"""
+COMPILES = (
+    COMMON
+    + """
+from triton.compiler import compiler
+from triton.runtime import cache as of_triton
+# another build of the same version, as another Python's is
+other = of_triton.triton_key() + "-of-another-build"
+of_triton.triton_key = precompile.triton_key = lambda: other
+assert precompile.precompile("sm_90", {"small": call}, cache) == []
+assert precompile.precompile("sm_90", {"late": call}, cache, -1.0) == ["late"]
+"""
+)
+# a driver that hands binaries out to nobody, under a launch that is otherwise Triton's own; nothing may be compiled
+LAUNCHES = (
+    COMMON
+    + """
+from unittest.mock import patch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import driver
+from miras_kernels import configuration, ops
+
+loaded, launched = [], []
+
+class Utilities:
+    def load_binary(self, name, binary, shared, device):
+        loaded.append(binary)
+        return 1, 2, 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 227 * 1024}
+
+class Driver:
+    utils = Utilities()
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: launched.append((metadata.name, metadata.num_warps, arguments[:3]))
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+def refuse(*_, **__):
+    raise AssertionError("Triton compiles again")
+
+def launch_configuration(kernel, *, device, **shape):
+    return configuration.launch_configuration(kernel, device="sm_90", **shape)
+
+with (
+    patch.object(driver, "_active", Driver()),
+    patch.object(CUDABackend, "add_stages", refuse),
+    patch.object(ops, "launch_configuration", launch_configuration),
+    patch.object(ops, "refusal", lambda *_: None),
+    torch.no_grad(),
+):
+    # other sizes than those it was compiled with, of which none is a constant
+    for heads, batch, tokens in ((1, 1, 16), (4, 3, 96), (16, 1, 4096)):
+        run(call, heads, batch, tokens)()
+cubin, = cache.glob("*/*.cubin")
+assert loaded == [cubin.read_bytes()]
+print(launched)
+"""
+)
+
+
+def python(*arguments, cache=None):
+    # in a process of its own: this one may be the interpreter's, which compiles nothing
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRITON_CACHE_DIR")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT / "kernels" / "torch-ext")])
+    if cache is not None:
+        environment["TRITON_CACHE_DIR"] = str(cache)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("here") / "cache"
+    done = python("-c", COMPILES, str(cache))
+    assert done.returncode == 0, done.stderr
+    there = tmp_path_factory.mktemp("there") / "moved"
+    cache.rename(there)
+    return there
+
+
+def test_a_launch_finds_its_binary_when_its_cache_is_adopted(filled):
+    # not before: it lies under another build's key, and names paths that are gone
+    done = python("-c", LAUNCHES, str(filled), cache=filled)
+    assert done.returncode != 0 and "Triton compiles again" in done.stderr
+    done = python(str(ROOT / "kernels" / "precompile.py"), "--adopt", str(filled))
+    assert done.returncode == 0 and done.stdout.startswith("1 binaries of "), done.stderr
+    held = json.loads((filled / "precompiled.json").read_text(encoding="utf-8"))
+    # adopting what is adopted changes nothing
+    done = python(
+        "-c", COMMON + "assert precompile.adopt(cache) == 1" + LAUNCHES.removeprefix(COMMON), str(filled), cache=filled
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == str([("matrix_forward_kernel", 8, (programs, 1, 1)) for programs in (1, 12, 16)]) + "\n"
+    assert json.loads((filled / "precompiled.json").read_text(encoding="utf-8")) == held
+
+
+def test_no_size_of_a_call_makes_another_binary():
+    # of every kind of call: rows, heads and tokens, of which 1 and multiples of 16 are constants to Triton where it is
+    # let. What a launch would compile is looked at, nothing is compiled
+    program = """
+import json
+from unittest.mock import patch
+from triton.runtime import JITFunction
+from ahead_of_time import compiling
+
+found = {}
+
+def look(kernel, key, signature, device, constexprs, options, attrs, warmup):
+    found.setdefault(what, set()).add(str((kernel.__name__, signature, constexprs, sorted(attrs.items()), options)))
+
+with patch.object(JITFunction, "_do_compile", look):
+    for name, call in precompile.PROGRAMS.items():
+        if " yaad 64 " not in name:
+            continue
+        for heads, rows, tokens in ((1, 1, 64), (3, 2, 192), (16, 4, 1024)):
+            what = name
+            torch.set_grad_enabled(call.kernel.endswith("_backward"))
+            with compiling("sm_90"):
+                run(call, heads, rows, tokens)()
+print(json.dumps({name: len(seen) for name, seen in found.items()}))
+"""
+    done = python("-c", COMMON + program, "unused")
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    # a forward and a backward kernel for training, one for every other kind
+    assert seen == {name: 2 if "training" in name else 1 for name in seen} and len(seen) == 10
+
+
+def test_a_cache_of_another_version_is_refused(tmp_path):
+    (tmp_path / "precompiled.json").write_text(json.dumps({"triton": "0.0", "name": "sm_90", "binaries": {}}))
+    program = """
+for call in (lambda: precompile.adopt(cache), lambda: precompile.precompile("sm_90", {}, cache),
+             lambda: precompile.adopt(cache / "nothing")):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+    done = python("-c", COMMON + program, str(tmp_path))
+    lines = done.stdout.split("\n")
+    assert "is of Triton 0.0" in lines[0] and "holds those of Triton 0.0 for sm_90" in lines[1], done.stderr
+    assert "must hold precompiled.json" in lines[2]
+
+
+def test_what_is_compiled_ahead_is_what_the_gpu_script_launches():
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    paths = [ROOT / "src", ROOT / "kernels", ROOT / "kernels" / "torch-ext", ROOT / "kernels" / "benchmarks"]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    program = (
+        "from paths import MODELS, make_rule\n"
+        "from precompile import FAMILIES\n"
+        "from miras_hf.backend import kernel_choices\n"
+        "assert FAMILIES == {name: kernel_choices(make_rule(name, 64))[0] for name in MODELS}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    if "No module named 'transformers'" in done.stderr:
+        pytest.skip("an environment for compiling only")
+    assert done.returncode == 0, done.stderr
