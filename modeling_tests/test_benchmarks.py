@@ -98,6 +98,7 @@ def test_quick_run_of_decoding(tmp_path):
     assert all(fact["label"] in report for fact in results["models"].values())
 
 
+@pytest.mark.slow
 def test_quick_run_of_prefill(tmp_path):
     quick_run("prefill", tmp_path)
     results = json.loads((tmp_path / "prefill.json").read_text())

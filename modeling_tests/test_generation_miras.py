@@ -297,8 +297,14 @@ def test_a_static_cache_keeps_its_tensors(model, input_ids):
     assert len(addresses) == 1
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize(
+    ("name", "hybrid"),
+    [
+        pytest.param(name, hybrid, marks=[] if hybrid == (name == "moneta") else pytest.mark.slow)
+        for name in CONFIGS
+        for hybrid in (False, True)
+    ],
+)
 def test_compiled_generation(name, hybrid, input_ids):
     """One graph without a break serves every token, of padded rows and over the ends of their chunks."""
     model = build(name, hybrid, **SPOKEN)

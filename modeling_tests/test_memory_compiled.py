@@ -32,7 +32,7 @@ def compiled(form=chunk_miras, backend="aot_eager"):
     return torch.compile(form, fullgraph=True, backend=backend)
 
 
-@pytest.mark.parametrize("final_state", [True, False])
+@pytest.mark.parametrize("final_state", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_is_eager(name, final_state):
     case = make_case(rule_of(name), tokens=13)
@@ -89,6 +89,7 @@ def test_under_autocast(inside):
     assert_same(found, expected, 1e-5 if inside else 2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_inductor():
     # a chunk and a begun one: compiling takes its time per chunk

@@ -53,7 +53,7 @@ def stacked(x):
 # -- second derivatives -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("final_state", [False, True])
+@pytest.mark.parametrize("final_state", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", RULES)
 def test_second_derivatives(name, final_state):
     """Against finite differences of gradients; with a final state the last chunk goes back by other means."""

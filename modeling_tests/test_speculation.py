@@ -325,7 +325,8 @@ def test_a_static_cache_is_restored_in_place():
     memory, attention = cache.layers
 
     def places():
-        tensors = (*memory.memory.dual, memory.memory.eta, memory.conv_tail, attention.keys, attention.values)
+        state, tail = memory.to_read()
+        tensors = (*state.dual, state.eta, tail, attention.keys, attention.values)
         return [tensor.data_ptr() for tensor in tensors]
 
     first, _ = read(model, text(4, seed=1), cache)

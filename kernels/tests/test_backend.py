@@ -35,6 +35,9 @@ FAMILIES = {
     "matrix": (miras_hf.MirasConfig, {"memory_architecture": "matrix", "gate_granularity": "head"}),
 }
 THREE = ["moneta", "yaad", "memora"]
+SLOW_MONETA, SLOW_MIRROR, SLOW_HYBRID = (
+    pytest.param(family, marks=pytest.mark.slow) for family in ("moneta", "mirror", "hybrid")
+)
 SIZE = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -113,7 +116,7 @@ def test_generate_with_beams(ids):
     assert torch.equal(fast.generate(ids, **options), slow.generate(ids, **options))
 
 
-@pytest.mark.parametrize("family", ["moneta", "hybrid"])
+@pytest.mark.parametrize("family", [SLOW_MONETA, "hybrid"])
 def test_compiled_generation(family, ids):
     """One graph without a break serves every token, also over the end of a chunk."""
     slow, fast = make_models(family)
@@ -145,7 +148,7 @@ def test_whole_model_is_one_graph(ids):
     torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["moneta", "mirror", "memora", "hybrid", "matrix"])
+@pytest.mark.parametrize("family", ["moneta", SLOW_MIRROR, "memora", SLOW_HYBRID, "matrix"])
 def test_training_gives_the_same_losses(family, ids, monkeypatch):
     """Steps of AdamW, packs and pads among them, with the memory's own cache in the way as in a loop by hand."""
     models = make_models(family)
