@@ -41,7 +41,8 @@ TRANSFORMERS_MARKS = (
 )
 
 
-# The longest of them, which Moneta's and the hybrid's runs cover: families differ in the memory's formulas only.
+# Families differ in the memory's formulas only, which other tests compare. So Transformers' common tests run for Moneta,
+# its hybrid and the matrix memory, and the longest of them not for the latter.
 OF_ONE_FAMILY = (
     "test_bc_torch_dtype",
     "test_fsdp2_plan_vs_ddp",
@@ -49,13 +50,14 @@ OF_ONE_FAMILY = (
     "test_tp_",
     "test_training_overfit",
 )
-OTHER_FAMILIES = ("YaadModelTest", "MemoraModelTest", "MirasMatrixModelTest")
+OTHER_FAMILIES = ("YaadModelTest", "MemoraModelTest")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if getattr(item.cls, "__name__", "") in OTHER_FAMILIES and item.name.startswith(OF_ONE_FAMILY):
+        family = getattr(item.cls, "__name__", "")
+        if family in OTHER_FAMILIES or (family == "MirasMatrixModelTest" and item.name.startswith(OF_ONE_FAMILY)):
             item.add_marker(pytest.mark.slow)
 
 
