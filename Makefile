@@ -35,7 +35,7 @@ test-slow:
 
 # What moves with Transformers: names of arguments, caches, generation, saved memories, PEFT, Trainer. Two families and
 # their hybrids are enough: none of that differs between them. Nor do sharding and export, which the newest versions show.
-RANGE_TESTS := $(addprefix modeling_tests/test_,transformers_contract.py inputs.py generation_miras.py batching.py \
+RANGE_TESTS := $(addprefix modeling_tests/test_,transformers_contract.py inputs.py generation_miras.py \
 	speculation.py saved_memory.py configuration_miras.py registration.py peft.py trainer.py \
 	modeling_miras.py::MonetaHybridModelTest)
 

@@ -52,11 +52,12 @@ from triton.runtime.cache import triton_key
 from miras_kernels.choices import Choices
 
 
-# the memories of the models, with the losses and retention gates they are named after
+# the memories of the models, with the losses and retention gates they are named after, and the matrix memory of the GPU script
 FAMILIES = {
     "yaad": Choices(attentional_bias="huber_mixture", retention="decay"),
     "moneta": Choices(attentional_bias="lp", retention="lq"),
     "memora": Choices(attentional_bias="l2", retention="kl", norm_eps=0.01),
+    "matrix": Choices(memory="matrix", attentional_bias="l2", retention="decay"),
 }
 # both kernels of training, the forward pass without gradients, of a prompt, and of a prompt that goes on, and decoding
 KINDS = {
@@ -74,6 +75,8 @@ def _programs() -> dict[str, Call]:
     for head_dim in (64, 128):
         for memory in ("mlp", "matrix"):
             for family, choices in FAMILIES.items():
+                if family == "matrix" and memory != family:
+                    continue
                 for kind, options in KINDS.items():
                     call = Call(choices, **{k: v for k, v in options.items() if k != "kernel"})
                     kernel = options["kernel"].format(memory)
