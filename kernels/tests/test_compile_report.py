@@ -36,6 +36,7 @@ HELD = {"3.9.0": NAMES, "3.6.0": ("sm_90",)}
 # Triton 3.6's report of the backward kernels is not complete: `compile_report.py sm_90 --missing` goes on with it
 KERNELS_OF = {"3.9.0": KERNELS, "3.6.0": ("mlp_forward", "mlp_decode", "matrix_forward", "matrix_decode")}
 PAIRS = [(version, name) for version, names in HELD.items() for name in names]
+SLOW = pytest.mark.slow
 SHAPE = ("head_dim", "chunk_size", "precision")
 # what a kernel's numbers stand on, in the order in which they are to be looked at
 COUNTS = ("spilled_bytes_per_chunk", "spilled_bytes_per_tile", "shared")
@@ -91,14 +92,17 @@ def test_the_main_shape_uses_its_generation_s_matrix_units(version, name):
     assert all(program["counts"][units] > 0 for program in main)
 
 
-def test_programs_are_not_worse_than_reported():
+@pytest.mark.parametrize("name", [name if name == "sm_90" else pytest.param(name, marks=SLOW) for name in NAMES])
+def test_programs_are_not_worse_than_reported(name):
     version = importlib.metadata.version("triton")
-    names, kernels = HELD.get(version, NAMES), KERNELS_OF.get(version, KERNELS)
+    if name not in HELD.get(version, NAMES):
+        pytest.skip(f"there is no report of Triton {version} for {name}")
+    kernels = KERNELS_OF.get(version, KERNELS)
     few = () if os.environ.get("MIRAS_COMPILE_ALL") == "1" else ("--few",)
-    done = check(*names, *few, *(word for kernel in kernels for word in ("--kernel", kernel)))
+    done = check(name, *few, *(word for kernel in kernels for word in ("--kernel", kernel)))
     assert done.returncode == 0, done.stderr
-    # one at least for each file and forward kernel, and the other kernels for one file
-    assert done.stdout.count("as reported") >= len(names) * 2 + len(kernels) - 2, done.stdout
+    # one at least for each forward kernel, and for the other kernels of one file
+    assert done.stdout.count("as reported") >= (len(kernels) if name == "sm_90" else 2), done.stdout
 
 
 # As both versions print what they make of a program for Hopper; of the second, whose wait was put off, the shared memory
