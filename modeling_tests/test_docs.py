@@ -186,7 +186,7 @@ def wrong_with(command: str) -> str | None:
     if program in ("git", "cd"):
         return None
     if program == "make":
-        targets = re.findall(r"^([a-z-]+):", read("Makefile"), re.M)
+        targets = re.findall(r"^([a-z0-9-]+):", read("Makefile"), re.M)
         named = [a for a in arguments if "=" not in a]
         return next((f"no target {a}" for a in named if a not in targets), None)
     if program == "pip":
