@@ -21,11 +21,12 @@ import subprocess
 from pathlib import Path
 
 import memory_alone  # noqa: F401
+from outcomes import listed
 from record import Record, begin
 
 
 def main() -> None:
-    record, args = begin(__doc__, report)
+    record, args = begin(__doc__, listed)
     record.check("versions", lambda: versions(record))
     if args.device == "cuda":
         record.check("device", lambda: device(record))
@@ -117,14 +118,6 @@ def carried_cache(record: Record, device: str) -> dict:
     fits = not record.facts["compiled"]
     print(f"the carried cache {'fits' if fits else 'does NOT fit: the kernels are compiled here'}", flush=True)
     return {"folder": folder, "binaries_before": held, "fits": fits}
-
-
-def report(rows: list[dict]) -> list[str]:
-    lines = []
-    for row in rows:
-        said = {key: value for key, value in row.items() if key not in ("what", "outcome", "took_s")}
-        lines.append(f"- {row['what']}: " + ", ".join(f"{key} {value}" for key, value in said.items()))
-    return lines
 
 
 if __name__ == "__main__":

@@ -33,3 +33,14 @@ def count(rows: list[dict]) -> str:
     """`"12 right, 1 wrong"`: how many rows had which outcome."""
     numbers = {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in EXIT_CODES}
     return ", ".join(f"{number} {outcome}" for outcome, number in numbers.items() if number) or "nothing"
+
+
+def listed(rows: list[dict]) -> list[str]:
+    """Lines of a report: each row with its outcome and all that it found."""
+    lines = []
+    for row in rows:
+        found = {key: value for key, value in row.items() if key not in ("what", "outcome", "took_s")}
+        lines.append(
+            f"- {row['what']}: {row['outcome']}" + "".join(f"; {key} {value}" for key, value in found.items())
+        )
+    return lines

@@ -22,7 +22,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from outcomes import WRONG, NotChecked
+from outcomes import WRONG, NotChecked, listed
 from record import Record, begin
 from supervise import python
 
@@ -35,7 +35,7 @@ SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "SourceC
 
 
 def main() -> None:
-    record, args = begin(__doc__, report)
+    record, args = begin(__doc__, listed)
     if args.part == "sanitizer":
         for check in CHECKS:
             for kernel in ("mlp_decode", "mlp_backward"):
@@ -130,14 +130,6 @@ def metrics(text: str) -> dict:
         "stalls": {re.sub(r".*issue_stalled_(\w+?)(?:_per.*)?\.ratio", r"\1", k): stalls[k] for k in largest},
         **found,
     }
-
-
-def report(rows: list[dict]) -> list[str]:
-    lines = []
-    for row in rows:
-        said = {key: value for key, value in row.items() if key not in ("what", "outcome", "took_s")}
-        lines.append(f"- {row['what']}: {row['outcome']}" + "".join(f"; {key} {value}" for key, value in said.items()))
-    return lines
 
 
 if __name__ == "__main__":
