@@ -164,11 +164,13 @@ def test_first_token_needs_no_prompt():
         assert_close("y", y, in_float64(rule, inputs, parameters)[0], 3e-6)
 
 
-@pytest.mark.parametrize("gates", ["channel", "head"])
-def test_projections(gates):
+@pytest.mark.parametrize(("gates", "size"), [("channel", 1.0), ("head", 1.0), ("channel", 1e25)])
+def test_projections(gates, size):
     """Convolution, rotary embedding, l2 norm and activations of the gates, against their PyTorch forms in float64."""
     rule = make_rule("mlp", "huber_coordinate" if gates == "channel" else "huber_norm")
     (q, k, v, *_), parameters = make_call(rule, 2, 3, heads=2, gates=gates)
+    for spiked in (q, k):  # larger than float32 can square
+        spiked[0, 1] *= size
     draw = torch.Generator().manual_seed(1)
 
     def normal(*shape):

@@ -23,6 +23,9 @@ import triton.language as tl
 from .pieces import KEY_CAP, VALUE_CAP, at_least, at_most, bounded, sigmoid
 
 
+LARGEST_SQUARED = tl.constexpr(1e8)  # as in mixer_ops.py of the models
+
+
 @triton.jit
 def softplus(x):
     # log1p(e) = 2 artanh(e / (2 + e)): for long half-lives e is small, and log(1 + e) would lose its digits
@@ -35,7 +38,11 @@ def softplus(x):
 
 @triton.jit
 def unit(x):
-    return x * (1.0 / tl.sqrt(tl.sum(x * x, 0) + 1e-6))
+    # squares of more than 1e19 leave float32; over its largest entry a spike has the same direction
+    largest = tl.max(tl.abs(x), 0)
+    scale = tl.where(largest > LARGEST_SQUARED, largest, 1.0)
+    x = x / scale
+    return x * (1.0 / tl.sqrt(tl.sum(x * x, 0) + 1e-6 / (scale * scale)))
 
 
 @triton.jit
