@@ -15,7 +15,6 @@
 
 import json
 import math
-import os
 import platform
 import time
 from contextlib import nullcontext
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from transformers import Trainer, get_cosine_schedule_with_warmup
 
 from miras_hf.callbacks import measure_memories
+from miras_hf.files import atomic_write, write_text
 from miras_hf.modeling_miras import MirasMixer
 from miras_hf.weight_decay import exempt_from_trainer
 
@@ -146,9 +146,8 @@ def prepare_data(folder: Path, size: Size) -> dict[str, Tensor]:
         train, validation = pretrain.pack(documents, tokenizer, data)
         rows = {"train": train, "validation": validation}
         kept = {name: torch.tensor(list(split["input_ids"]), dtype=torch.int32) for name, split in rows.items()}
-        part = file.with_suffix(f".{os.getpid()}")
-        torch.save({"wanted": wanted, "rows": kept}, part)
-        part.replace(file)
+        with atomic_write(file) as part:
+            torch.save({"wanted": wanted, "rows": kept}, part)
     found = torch.load(file)
     if found["wanted"] != wanted:
         raise ValueError(f"{file} was made for {found['wanted']}, and this study wants {wanted}: take another --out.")
@@ -272,9 +271,7 @@ def _number(value: float) -> float | None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    part.replace(file)
+    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def quiet() -> None:
