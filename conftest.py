@@ -22,5 +22,6 @@ def pytest_collection_modifyitems(items):
     if os.environ.get("RUN_SLOW", "0").lower() in ("1", "true", "yes"):
         return
     for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow, and a faster test covers the same: RUN_SLOW=1 runs it"))
+        if marker := item.get_closest_marker("slow"):
+            why = marker.kwargs.get("reason", "others cover the same code with fewer combinations")
+            item.add_marker(pytest.mark.skip(reason=f"slow ({why}): RUN_SLOW=1 runs it"))

@@ -58,7 +58,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         family = getattr(item.cls, "__name__", "")
         if family in OTHER_FAMILIES or (family == "MirasMatrixModelTest" and item.name.startswith(OF_ONE_FAMILY)):
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(
+                pytest.mark.slow(reason="families differ in the memory's formulas, which other tests compare")
+            )
 
 
 def pytest_configure(config):

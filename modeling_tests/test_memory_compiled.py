@@ -89,7 +89,7 @@ def test_under_autocast(inside):
     assert_same(found, expected, 1e-5 if inside else 2e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="compiles C++ for minutes; the graphs that it compiles are compared by aot_eager above")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_inductor():
     # a chunk and a begun one: compiling takes its time per chunk
