@@ -14,6 +14,7 @@
 """The kernels' home: a package on its own that the `kernels` library accepts and loads from a local path."""
 
 import ast
+import importlib
 import json
 import os
 import shutil
@@ -25,6 +26,8 @@ import pytest
 import torch
 from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
 from kernels.validate import AllValidator, ArchValidator, default_metadata_validators
+from test_decode import after_prompt, cut
+from test_forward import make_call, make_rule
 
 import miras_kernels
 from kernels import get_kernel, get_local_kernel
@@ -88,6 +91,36 @@ def test_loads_from_its_source_folder():
 def test_loads_under_a_repository_name(offline):
     offline.setenv("LOCAL_KERNELS", f"someone/miras-kernels={PACKAGE}")
     check(get_kernel("someone/miras-kernels", version=0, backend="cpu"))
+
+
+def test_copies_in_one_process_launch_their_own_kernels(tmp_path, monkeypatch):
+    folder = shutil.copytree(PACKAGE, tmp_path / "miras_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    (folder / "metadata.json").write_text(json.dumps(metadata | {"id": "_miras-kernels_another"}), encoding="utf-8")
+    copies = [miras_kernels, get_local_kernel(folder, backend="cpu")]
+    rule = make_rule("matrix")
+    inputs, parameters = make_call(rule, tokens=3)
+    state, companions = after_prompt(rule, inputs, parameters, 2)
+    launched = []
+
+    class Watched:
+        def __init__(self, *names):
+            self.names = names
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: launched.append(self.names)
+
+    for copy in copies:
+        for part in ("forward", "backward", "decode"):
+            module = importlib.import_module(f".{part}_matrix", copy.__name__)
+            monkeypatch.setattr(module, f"matrix_{part}_kernel", Watched(copy.__name__, part))
+    for copy in copies:
+        launched.clear()
+        call = {"choices": copy.Choices(memory="matrix", chunk_size=16), "initial": parameters.initial}
+        y, _, _ = copy.forward(*(x if x is None else x.clone().requires_grad_() for x in inputs), **call)
+        y.sum().backward()
+        copy.decode(*cut(inputs, 2, None), **call, state=state, companions=companions)
+        assert launched == [(copy.__name__, part) for part in ("forward", "backward", "decode")]
 
 
 def test_loads_as_it_is_built(tmp_path, offline):

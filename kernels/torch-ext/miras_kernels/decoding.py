@@ -41,6 +41,8 @@ from .configuration import launch_configuration, threads
 from .ops import (
     CHOICE_NAMES,
     CHOICE_SCHEMA,
+    NAMESPACE,
+    OPERATORS,
     asks_for_gradients,
     default_precision,
     gate,
@@ -206,7 +208,7 @@ def decode(
     values = dataclasses.asdict(choices)
     values["weight_cap"] = values["weight_cap"] or 0.0
     p = projections
-    return torch.ops.miras_kernels.decode(
+    return OPERATORS.decode(
         q,
         k,
         v,
@@ -230,7 +232,7 @@ def decode(
 
 
 @torch.library.custom_op(
-    "miras_kernels::decode",
+    f"{NAMESPACE}::decode",
     mutates_args=("state", "conv_tail"),
     schema="(Tensor q, Tensor k, Tensor v, Tensor eta, Tensor log_alpha, Tensor? delta, Tensor[] initial, "
     "Tensor? norm_weight, Tensor? norm_bias, Tensor(a!)[] state, Tensor[] conv_weights, Tensor(b!)? conv_tail, "

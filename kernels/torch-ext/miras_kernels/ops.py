@@ -20,6 +20,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ from .configuration import PRECISIONS, launch_configuration, threads
 
 
 LARGEST_STATE_ADJOINT = 1e12  # as in pieces.py
+# `miras_kernels`, or what a copy from the Hub was loaded as: of two copies in one process each has operators of its own
+NAMESPACE = re.sub(r"\W", "_", __package__)
+OPERATORS = getattr(torch.ops, NAMESPACE)
 
 # known once, so that nothing has to be looked up while a graph is traced
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -179,7 +183,7 @@ def forward(
         save_every = chunks_between_starts(choices, q.shape[-1], q.element_size())
     values = dataclasses.asdict(choices)
     values["weight_cap"] = values["weight_cap"] or 0.0
-    y, final, saved = torch.ops.miras_kernels.forward(
+    y, final, saved = OPERATORS.forward(
         q,
         k,
         v,
@@ -400,7 +404,7 @@ CHOICE_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in CHOICE_NAMES.items(
 
 
 @torch.library.custom_op(
-    "miras_kernels::forward",
+    f"{NAMESPACE}::forward",
     mutates_args=(),
     schema=f"({_TENSORS}, bool output_final_state, int save_every, str precision, {CHOICE_SCHEMA})"
     " -> (Tensor, Tensor[], Tensor[])",
@@ -498,7 +502,7 @@ def _groups(call: _Call, saved: list[Tensor], every: int):
 
 
 @torch.library.custom_op(
-    "miras_kernels::backward",
+    f"{NAMESPACE}::backward",
     mutates_args=(),
     schema=f"(Tensor y_bar, Tensor[] final_bars, Tensor[] saved, int save_every, {_TENSORS}, str precision, {CHOICE_SCHEMA})"
     " -> Tensor[]",
@@ -665,7 +669,7 @@ def _adjoint(ctx, y_bar, final_bars, saved_bars):
             torch.zeros(shape, dtype=dtype, device=q.device) if bar is None else bar
             for bar, (shape, dtype) in zip(final_bars[:-1], ctx.final_shapes)
         ]
-    bars = torch.ops.miras_kernels.backward(
+    bars = OPERATORS.backward(
         y_bar, finals, saved, ctx.save_every, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
         *ctx.rest,
     )  # fmt: skip
@@ -681,7 +685,7 @@ def _adjoint(ctx, y_bar, final_bars, saved_bars):
     )
 
 
-torch.library.register_autograd("miras_kernels::forward", _adjoint, setup_context=_setup_context)
+_forward.register_autograd(_adjoint, setup_context=_setup_context)
 
 
 def _refuse_second_derivatives(ctx, bars):
@@ -691,4 +695,4 @@ def _refuse_second_derivatives(ctx, bars):
     )
 
 
-torch.library.register_autograd("miras_kernels::backward", _refuse_second_derivatives)
+_backward.register_autograd(_refuse_second_derivatives)
