@@ -194,7 +194,7 @@ def test_ids_of_both_integer_types_give_one_answer(model, ids, head):
             targets = labels["labels"]
             if head == "ForCausalLM":
                 logits, targets = answer.logits[:, :-1].flatten(0, 1), targets[:, 1:]
-                following = F.pad(labels["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+                following = F.pad(labels["labels"], (0, 1), value=-100)[:, 1:]  # a view with gaps
                 shifted = wide(ids, attention_mask=mask, shift_labels=following)
                 torch.testing.assert_close(shifted.loss, answer.loss)
             # by hand: minus the log probability of the target

@@ -72,9 +72,12 @@ def check_ids(input_ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def as_int64(labels: Any) -> Any:
-    """Classes or token ids in int64, the one integer type that PyTorch's losses take; anything else as it is."""
-    return labels.long() if isinstance(labels, Tensor) and labels.dtype == torch.int32 else labels
+def for_losses(labels: Any) -> Any:
+    """Classes or token ids in int64, the one integer type that PyTorch's losses take, and contiguous, as Transformers views
+    them; anything else as it is."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return labels
+    return (labels.long() if labels.dtype == torch.int32 else labels).contiguous()
 
 
 def check_cache(config: MirasConfig, cache: Any, batch: int) -> None:

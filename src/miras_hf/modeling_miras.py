@@ -59,7 +59,7 @@ from .config_keywords import refuse_model_keywords
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from .hub import WholeFilesOnly
 from .inference_mode import is_abroad, leave_inference_mode
-from .inputs import as_int64, check_cache, check_ids, check_inputs
+from .inputs import for_losses, check_cache, check_ids, check_inputs
 from .memory import (
     ATTENTIONAL_BIASES,
     LEARNING_ALGORITHMS,
@@ -1006,8 +1006,8 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
                         f"`{name}` must have the shape of the logits, {tuple(logits.shape[:2])}, got {describe(given)}."
                     )
             # labels that are shifted already among them
-            options = {name: as_int64(value) for name, value in kwargs.items()}
-            labels = as_int64(labels)
+            options = {name: for_losses(value) for name, value in kwargs.items()}
+            labels = for_losses(labels)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -1130,7 +1130,9 @@ class MirasForSequenceClassification(GenericForSequenceClassification, MirasPreT
 
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=as_int64(labels), pooled_logits=logits, config=self.config)
+            loss = self.loss_function(
+                logits=logits, labels=for_losses(labels), pooled_logits=logits, config=self.config
+            )
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1165,7 +1167,7 @@ class MirasForTokenClassification(GenericForTokenClassification, MirasPreTrained
         """
         # Transformers' own forward takes the cache by one name and drops the other with a warning
         return super().forward(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, as_int64(labels), use_cache, **kwargs
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, for_losses(labels), use_cache, **kwargs
         )
 
 
