@@ -33,7 +33,7 @@ sys.path[:0] = [str(STUDY), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import bridge  # noqa: E402
 from bridge_models import UnitStepMLP, build_model, change, our_config  # noqa: E402
 from bridge_points import PATH, RUNGS, Point  # noqa: E402
-from bridge_report import summarise, table  # noqa: E402
+from bridge_report import read_results, summarise, table  # noqa: E402
 from bridge_training import SIZES, Job, jobs_of, optimizer_and_schedule  # noqa: E402
 from models import ModelShape  # noqa: E402
 from safetensors.torch import load_model  # noqa: E402
@@ -181,7 +181,8 @@ def test_the_path_goes_in_single_steps_from_one_end_to_the_other():
         assert RUNGS[after].parent == before
     # what has to change together: a rule of ours with its chunk, an MLP with steps in its units, a start with its target
     together = [{"rule", "chunk"}, {"rule", "eta_max"}, {"last_layer", "decay_target"}, {"eta_max", "eta_start"}]
-    together.append({"step", "eta_max"})
+    # steps are in units of the retention gate, and Moneta is both of its choices
+    together += [{"step", "eta_max"}, {"retention", "eta_max"}, {"loss", "retention", "eta_max"}]
     for name, rung in RUNGS.items():
         if rung.parent not in (None, "gated-deltanet"):
             changed = set(rung.point.changes_from(RUNGS[rung.parent].point))
@@ -195,6 +196,8 @@ def test_points_refuse_what_they_cannot_be():
         Point(rule="delta")
     with pytest.raises(ValueError, match="are of MLP memories, got `rule` 'matrix'"):
         Point(rule="matrix", read_residual=False)
+    with pytest.raises(ValueError, match="`last_layer` cannot be 0.1 with `retention` 'kl'"):
+        Point(retention="kl", last_layer=0.1)
     with pytest.raises(ValueError, match="--only 'mpl' names no rung"):
         bridge.chosen(["mpl"])
     model, _ = build_model(RUNGS["mlp"].point, SHAPE, seed=0)
@@ -321,3 +324,27 @@ def test_smoke_runs_are_saved_one_by_one_and_not_repeated(tmp_path):
     assert report["rungs"][1]["cost"] == pytest.approx(best["delta"] - best["gated-deltanet"])
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert f"{best['delta']:.3f}" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("retention", ["decay", "lq"])
+def test_the_last_layer_s_factor_is_of_its_weights(retention):
+    """Of lq retention, a larger state is a smaller weight."""
+    weights = []
+    for factor in (1.0, 0.1):
+        model, _ = build_model(Point(retention=retention, loss="l2", last_layer=factor), SHAPE, seed=0)
+        memory = model.model.layers[0].mixer.memory.memory
+        weights.append(memory.rule.retention.link(memory.initial_state[-1], -2))
+    torch.testing.assert_close(weights[1], 0.1 * weights[0], rtol=1e-5, atol=1e-8)
+
+
+def test_trainings_from_before_a_setting_count(tmp_path):
+    size = SIZES["smoke"]
+    point = RUNGS["yaad"].point.as_dict()
+    assert point.pop("retention") == "decay"
+    result = {"job": {"rung": "yaad", "learning_rate": 0.1, "seed": 0}, "point": point, "size": {"name": size.name}}
+    (tmp_path / "yaad-lr0.1-seed0.json").write_text(json.dumps(result))
+    assert read_results(tmp_path, size) == [result]
+    result["point"]["loss"] = "l2"
+    (tmp_path / "yaad-lr0.1-seed0.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="trained at another point"):
+        read_results(tmp_path, size)

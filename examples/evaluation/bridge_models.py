@@ -52,6 +52,7 @@ def our_config(point: Point, shape: ModelShape, intermediate_size: int) -> Miras
         "memory_architecture": "mlp" if point.rule == "mlp" else "matrix",
         "memory_norm_eps": point.norm_eps,
         "attentional_bias": point.loss,
+        "retention": point.retention,
         "chunk_size": point.chunk,
         "gate_granularity": point.granularity,
         "eta_max": point.eta_max if point.write else NO_WRITE,
@@ -138,7 +139,9 @@ def change(model: MirasForCausalLM, point: Point) -> MirasForCausalLM:
             memory = DeltaRule()
         else:
             last = memory.initial_state[-1]
-            last.data.mul_(point.last_layer)
+            if point.last_layer != 1.0:
+                retention, axis = memory.rule.retention, memory.rule.hidden_axis(len(memory.initial_state) - 1)
+                last.data = retention.inverse(point.last_layer * retention.link(last.data, axis), axis)
             last.requires_grad_(not (point.rule == "matrix" and point.last_layer == 0.0))
             if point.step == "unit":
                 _with_unit_steps(memory)

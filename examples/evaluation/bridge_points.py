@@ -31,6 +31,7 @@ class Point:
             `"gated-deltanet"` (Qwen3-Next with linear layers alone), of which nothing else is set.
         rule (`str`): `"delta"`, the gated delta rule of Transformers, or a memory of ours, `"matrix"` or `"mlp"`.
         loss (`str`): attentional bias of our memories.
+        retention (`str`): retention gate of our memories.
         chunk (`int`): tokens whose gradients are taken at the same weights.
         granularity (`str`): gates a `"channel"` or a `"head"`.
         eta_max (`float`, *optional*): largest step of a token; `None` for the shipped one.
@@ -48,7 +49,7 @@ class Point:
         read_residual (`bool`): whether an MLP memory returns its input besides, `x + LN(...)`.
         norm_eps (`float`, *optional*): epsilon of an MLP memory's layer norm; `None` for the shipped one.
         last_layer (`float`): factor on the initial weights of the memory's last layer; a matrix that starts at zero
-            (factor 0) stays there, as Gated DeltaNet's does.
+            (factor 0) stays there, as Gated DeltaNet's does. KL retention knows no factor: its weights have one mass.
         decay_target (`str`): `"init"` or `"zero"`.
         write (`bool`): False for steps of nearly zero.
     """
@@ -56,6 +57,7 @@ class Point:
     model: str = "bridge"
     rule: str = "mlp"
     loss: str = "huber_mixture"
+    retention: str = "decay"
     chunk: int = 64
     granularity: str = "channel"
     eta_max: float | None = None
@@ -86,6 +88,8 @@ class Point:
             raise ValueError(f"`granularity` must be 'head' with the delta rule, got {self.granularity!r}.")
         if self.rule != "mlp" and not (self.read_residual and self.step == "plain" and self.norm_eps is None):
             raise ValueError(f"`read_residual`, `step` and `norm_eps` are of MLP memories, got `rule` {self.rule!r}.")
+        if self.retention == "kl" and self.last_layer != 1.0 or self.retention == "lq" and self.last_layer == 0.0:
+            raise ValueError(f"`last_layer` cannot be {self.last_layer} with `retention` {self.retention!r}.")
         if self.rule == "mlp" and self.last_layer == 0.0 and self.decay_target == "zero":
             raise ValueError("`last_layer` must not be 0 with `decay_target` 'zero': that MLP has no gradients.")
 
@@ -189,6 +193,25 @@ def _fill() -> None:
     _add("mlp-rope", "mlp", "rotary embedding", rope=True)
     _add("mlp-zero", "mlp", "second layer starts at zero", last_layer=0.0)
     _add("mlp-huber", "mlp", "Huber loss of the norm", loss="huber_norm")
+
+    # memories that store from the first step: half-lives that reach as far as a text, writes that take a third of the
+    # error away at their own key, caps as shipped; and the other two models with all of that
+    _add("mlp-half-lives", "mlp", "half-lives 1-512 at the start", half_lives=(1.0, 512.0))
+    _add("mlp-steps", "mlp-half-lives", "steps up to 0.02", eta_max=0.02)
+    _add("store", "mlp-steps", "caps of residual, weights and decay", caps=True)
+    _add("store-no-write", "store", "no writes", write=False)
+    _add("store-64", "store", "chunks of 64", chunk=64)
+    _add("store-channel", "store", "gates a channel", granularity="channel")
+    _add("store-rope", "store", "rotary embedding", rope=True)
+    _add("store-small", "store", "steps up to 0.003", eta_max=0.003)
+    _add("store-large", "store", "steps up to 0.06", eta_max=0.06)
+    _add("store-yaad", "store", "Huber loss of the norm", loss="huber_norm")
+    _add("store-random", "store", "second layer as shipped", last_layer=1.0)
+    lp = {"loss": "lp", "retention": "lq", "eta_max": 2e-3}
+    _add("store-moneta", "store-random", "lp loss, lq retention, steps up to 0.002", **lp)
+    _add("store-moneta-no-write", "store-moneta", "no writes", write=False)
+    _add("store-memora", "store-random", "KL retention, steps up to 0.04", retention="kl", eta_max=0.04)
+    _add("store-memora-no-write", "store-memora", "no writes", write=False)
 
     # the rest of the way: what stands around the memory in Yaad as shipped, one after the other
     _path(

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bridge_points import PATH, RUNGS
+from bridge_points import PATH, RUNGS, Point
 from bridge_training import Size, write_json
 
 
@@ -30,13 +30,14 @@ def read_results(folder: Path, size: Size) -> list[dict[str, Any]]:
     Raises:
         `ValueError`: for a training of another size, or of a point that its rung no longer names.
     """
-    results = []
+    results, defaults = [], json.loads(json.dumps(Point().as_dict()))
     for file in sorted(folder.glob("*-lr*-seed*.json")):
         result = json.loads(file.read_text())
         rung = RUNGS.get(result["job"]["rung"])
         if result["size"]["name"] != size.name:
             raise ValueError(f"{file} is of size {result['size']['name']!r}, and this report of {size.name!r}.")
-        if rung is None or json.loads(json.dumps(rung.point.as_dict())) != result["point"]:
+        # settings that there were not yet had their defaults
+        if rung is None or json.loads(json.dumps(rung.point.as_dict())) != defaults | result["point"]:
             raise ValueError(f"{file} was trained at another point than the rung's: move it away or run it again.")
         results.append(result)
     return results
