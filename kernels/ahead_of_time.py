@@ -128,6 +128,7 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
             eta_max=0.03,
             cos=normal(1, tokens, head_dim).to(dtype),
             sin=normal(1, tokens, head_dim).to(dtype),
+            value_norm=True,
         )
         arguments |= {"state": state, "companions": companions, "projections": projections}
         return lambda: decoding.decode(q, k, v, eta, log_alpha, delta, **arguments)

@@ -102,16 +102,20 @@ NUMBERS = [
     if {int, float} & {field.type, *get_args(field.type)} and not field.name.endswith("2label")
 ]
 # where they mean something
-ZEROS = {"attention_dropout", "chunk_size_feed_forward", "initializer_range"} | {
+ZEROS = {"attention_dropout", "chunk_size_feed_forward", "initializer_range", "conv_initializer_range"} | {
     f"{name}_token_id" for name in ("pad", "bos", "eos")
 }
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_wrong_in_every_way(name):
-    assert len(NUMBERS) == 33
+    assert len(NUMBERS) == 35
     wrong = [math.nan, math.inf, -math.inf, 10**30, -(10**30), 1e30, -1e30, True, False, "1", [1.0], torch.tensor(1)]
-    wrong += [0] * (name not in ZEROS) + [-1] * (name != "min_log_alpha") + [1e-40] * (name != "initializer_range")
+    wrong += (
+        [0] * (name not in ZEROS)
+        + [-1] * (name != "min_log_alpha")
+        + [1e-40] * (not name.endswith("initializer_range"))
+    )
     if name in ("lp_sharpness", "lp_error_cap", "residual_clip", "simplex_mass", "eta_max", "attention_dropout"):
         wrong.remove(1e-40)
     if name in ("num_hidden_layers", "chunk_size"):

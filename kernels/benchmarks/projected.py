@@ -53,6 +53,7 @@ def make_projected(model: str, shape: Shape, gates: str, seed: int = 0):
         eta_max=MODELS[model][2] * 64 / shape.chunk_size,
         cos=angle.cos().to(shape.dtype),
         sin=angle.sin().to(shape.dtype),
+        value_norm=True,
     )
     _, parameters = make_inputs(model, replace(shape, tokens=1), gates, seed)
     return raw, projections, parameters
@@ -86,7 +87,7 @@ def finished(raw: list, projections: Projections, mask: torch.Tensor) -> list:
     return [
         l2norm(turned(q)),
         l2norm(turned(k)),
-        v,
+        l2norm(v) * head_dim**0.5 if p.value_norm else v,
         scaled_sigmoid(eta, p.eta_max),
         negative_softplus(log_alpha, rate[:, None] if log_alpha.dim() == 4 else rate),
         None if delta is None else F.softplus(delta) + 1e-4,

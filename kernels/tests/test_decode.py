@@ -164,12 +164,14 @@ def test_first_token_needs_no_prompt():
         assert_close("y", y, in_float64(rule, inputs, parameters)[0], 3e-6)
 
 
-@pytest.mark.parametrize(("gates", "size"), [("channel", 1.0), ("head", 1.0), ("channel", 1e25)])
-def test_projections(gates, size):
-    """Convolution, rotary embedding, l2 norm and activations of the gates, against their PyTorch forms in float64."""
+@pytest.mark.parametrize(
+    ("gates", "size", "value_norm"), [("channel", 1.0, False), ("head", 1.0, True), ("channel", 1e25, True)]
+)
+def test_projections(gates, size, value_norm):
+    """Convolution, rotary embedding, l2 norms and activations of the gates, against their PyTorch forms in float64."""
     rule = make_rule("mlp", "huber_coordinate" if gates == "channel" else "huber_norm")
     (q, k, v, *_), parameters = make_call(rule, 2, 3, heads=2, gates=gates)
-    for spiked in (q, k):  # larger than float32 can square
+    for spiked in (q, k, *([v] if value_norm else [])):  # larger than float32 can square
         spiked[0, 1] *= size
     draw = torch.Generator().manual_seed(1)
 
@@ -201,7 +203,7 @@ def test_projections(gates, size):
     finished = [
         unit(turned(parts[0])),
         unit(turned(parts[1])),
-        parts[2],
+        unit(parts[2]) * 32**0.5 if value_norm else parts[2],
         0.05 * logits[0].double().sigmoid(),
         -rate * (a_log.double().exp()[:, None] if gates == "channel" else a_log.double().exp()),
         torch.nn.functional.softplus(logits[2].double()) + 1e-4,
@@ -209,7 +211,7 @@ def test_projections(gates, size):
     expected, _ = in_float64(rule, finished, parameters)
     state, companions = resident_state(tuple(flat(start)), choices=kernel_choices(rule)[0], initial=parameters.initial)
     new_tail = tail.clone()
-    projections = Projections(weights, new_tail, a_log, 0.05, angle.cos(), angle.sin())
+    projections = Projections(weights, new_tail, a_log, 0.05, angle.cos(), angle.sin(), value_norm)
     y = by_decode(rule, [q, k, v, *logits], parameters, state, companions, projections=projections)
     assert_close("y", y, expected, 5e-6)
     assert_close("eta", state[-3][:, :, :3].transpose(1, 2).reshape(of_gate), finished[3], 1e-6)

@@ -35,6 +35,10 @@ MEANS_SOMETHING_WITH: dict[str, tuple[dict[str, Any], ...]] = {
     "lq_power": ({"retention": "lq"},),
     "lq_map": ({"retention": "lq"},),
     "lq_norm_floor": ({"retention": "lq"},),
+    "initial_memory_scale": (
+        {"memory_architecture": "mlp", "retention": "decay"},
+        {"memory_architecture": "mlp", "retention": "lq"},
+    ),
     "simplex_mass": ({"retention": "kl"},),
     "weight_cap": ({"retention": "decay"}, {"retention": "lq"}),
     "gate_rank": ({"gate_granularity": "channel"}, {"attentional_bias": "huber_coordinate"}),

@@ -149,7 +149,15 @@ class MirasConfig(PreTrainedConfig):
         min_half_life, max_half_life (`float`, *optional*, defaults to 32.0 and 32768.0):
             Initial half-lives of the memory in tokens, spread log-uniformly over channels or heads.
         use_rope (`bool`, *optional*, defaults to `True`): Rotary embedding on queries and keys of the memory.
+        value_norm (`bool`, *optional*, defaults to `False`):
+            Whether values have a root mean square of 1 in every head, as queries and keys have norm 1, so that a step
+            means the same for every layer and at every time of training.
         conv_kernel_size (`int`, *optional*, defaults to 4): Width of the causal convolutions of q, k and v.
+        conv_initializer_range (`float`, *optional*):
+            Standard deviation of initial convolutions; `None` for uniform in +-1 / sqrt(conv_kernel_size).
+        initial_memory_scale (`float`, *optional*):
+            Factor on what `sample_initial_state` draws for the last layer of an MLP memory; `None` for 1. KL retention
+            has none: all of its weights have one mass.
         output_gate_act (`str`, *optional*, defaults to `"silu"`): Activation of the output gate, `"linear"` for none.
         memory_backend (`str`, *optional*, defaults to `"auto"`):
             What memories compute with. `"auto"`: Triton kernels where they serve the call, PyTorch elsewhere;
@@ -221,7 +229,10 @@ class MirasConfig(PreTrainedConfig):
     min_half_life: int | float = bounded(32.0, 0.01, 2**30)
     max_half_life: int | float = bounded(32768.0, 0.01, 2**30)
     use_rope: bool = True
+    value_norm: bool = False
     conv_kernel_size: int = bounded(4, 1, 1024)
+    conv_initializer_range: float | None = bounded(None, 0, 1)
+    initial_memory_scale: int | float | None = bounded(None, 1e-6, 1e3)
     output_gate_act: str = "silu"
     memory_backend: Literal["auto", "triton", "pytorch"] = "auto"
 

@@ -59,7 +59,7 @@ from .config_keywords import refuse_model_keywords
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from .hub import WholeFilesOnly
 from .inference_mode import is_abroad, leave_inference_mode
-from .inputs import for_losses, check_cache, check_ids, check_inputs
+from .inputs import check_cache, check_ids, check_inputs, for_losses
 from .memory import (
     ATTENTIONAL_BIASES,
     LEARNING_ALGORITHMS,
@@ -180,9 +180,9 @@ def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsquee
 class MirasShortConvolution(nn.Module):
     """Causal depthwise convolution over time, then SiLU."""
 
-    def __init__(self, channels: int, kernel_size: int):
+    def __init__(self, channels: int, kernel_size: int, initializer_range: float | None = None):
         super().__init__()
-        self.kernel_size = kernel_size
+        self.kernel_size, self.initializer_range = kernel_size, initializer_range
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
 
     def forward(self, hidden_states: Tensor, tail: Tensor | None = None, position: Tensor | None = None) -> Tensor:
@@ -325,6 +325,7 @@ class MirasMemory(NotByParameter, nn.Module):
         super().__init__()
         self.rule = memory_rule(config)
         self.backend = MemoryBackend(self.rule, config.memory_backend)
+        self.initial_scale = 1.0 if config.initial_memory_scale is None else config.initial_memory_scale
         heads, head_dim = config.num_attention_heads, config.head_dim
         self.initial_state = MirasInitialState(
             nn.Parameter(torch.empty(heads, *shape)) for shape in self.rule.architecture.weight_shapes(head_dim)
@@ -374,7 +375,8 @@ class MirasMemory(NotByParameter, nn.Module):
         """A dual state whose weights have the scale that simulations found stable."""
         shape = self.initial_state[layer].shape
         # 2 / sqrt(d) into the hidden units, 1 / sqrt(n) out of them
-        std = (2.0 if layer == 0 and len(self.initial_state) > 1 else 1.0) / math.sqrt(shape[1])
+        last = layer == len(self.initial_state) - 1
+        std = (self.initial_scale if last else 2.0) / math.sqrt(shape[1])
         weight = torch.randn(shape, device=self.initial_state[layer].device) * std
         return self.rule.retention.inverse(weight, self.rule.hidden_axis(layer))
 
@@ -387,15 +389,17 @@ class MirasMixer(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.use_rope = config.use_rope
+        self.value_norm = config.value_norm
         self.conv_kernel_size = config.conv_kernel_size
         width = config.num_attention_heads * config.head_dim
 
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.q_conv = MirasShortConvolution(width, config.conv_kernel_size)
-        self.k_conv = MirasShortConvolution(width, config.conv_kernel_size)
-        self.v_conv = MirasShortConvolution(width, config.conv_kernel_size)
+        convolution = (width, config.conv_kernel_size, config.conv_initializer_range)
+        self.q_conv = MirasShortConvolution(*convolution)
+        self.k_conv = MirasShortConvolution(*convolution)
+        self.v_conv = MirasShortConvolution(*convolution)
 
         self.eta = MirasStepGate(config)
         self.alpha = MirasRetentionGate(config)
@@ -454,12 +458,16 @@ class MirasMixer(nn.Module):
             )
             weights = (self.q_conv.weight, self.k_conv.weight, self.v_conv.weight)
             tail = tail.contiguous()
-            projections = Projections(weights, tail, self.alpha.a_log, self.eta.eta_max, *rotary)
+            projections = Projections(
+                weights, tail, self.alpha.a_log, self.eta.eta_max, *rotary, value_norm=self.value_norm
+            )
             memory, state, companions = self.memory(q, k, v, eta, alpha, delta, projections=projections, **arguments)
         else:
             (q, k, v), tail = self.convolve(q, k, v, tail, sequences, cached is not None)
             if rotary[0] is not None:
                 q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
+            if self.value_norm:
+                v = (l2norm(v.float()) * self.head_dim**0.5).to(v.dtype)
             memory, state, companions = self.memory(
                 l2norm(q.float()),
                 l2norm(k.float()),
@@ -717,8 +725,11 @@ class MirasPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, MirasShortConvolution):
-            bound = 1.0 / math.sqrt(module.kernel_size)
-            init.uniform_(module.weight, -bound, bound)
+            if module.initializer_range is None:
+                bound = 1.0 / math.sqrt(module.kernel_size)
+                init.uniform_(module.weight, -bound, bound)
+            else:
+                init.normal_(module.weight, std=module.initializer_range)
         elif isinstance(module, MirasLowRankGate):
             init.copy_(module.bias, module.initial_bias())
             if isinstance(module, MirasRetentionGate):

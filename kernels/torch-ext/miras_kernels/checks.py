@@ -256,6 +256,7 @@ def check_projections(projections: Any, kind: type, q: Tensor) -> None:
     check_tensor("projections.a_log", p.a_log, FLOATS, device)
     check_shape("projections.a_log", p.a_log, [(heads,)])
     check_instance("projections.eta_max", p.eta_max, Real)
+    check_instance("projections.value_norm", p.value_norm, bool)
     if (p.cos is None) != (p.sin is None):
         raise ValueError("`projections.cos` and `projections.sin` come together, got one without the other.")
     for name, x in (("projections.cos", p.cos), ("projections.sin", p.sin)):

@@ -87,6 +87,7 @@ def matrix_decode_kernel(
     K: tl.constexpr,
     KP: tl.constexpr,
     ROTARY: tl.constexpr,
+    VALUE_SCALE: tl.constexpr,
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -137,6 +138,7 @@ def matrix_decode_kernel(
                 K,
                 KP,
                 ROTARY,
+                VALUE_SCALE,
             )
             b_eta, b_log_alpha, b_delta = load_token_gates(
                 eta,

@@ -118,6 +118,7 @@ def mlp_decode_kernel(
     K: tl.constexpr,
     KP: tl.constexpr,
     ROTARY: tl.constexpr,
+    VALUE_SCALE: tl.constexpr,
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
     THREADS: tl.constexpr,
@@ -179,6 +180,7 @@ def mlp_decode_kernel(
                 K,
                 KP,
                 ROTARY,
+                VALUE_SCALE,
             )
             b_eta, b_log_alpha, b_delta = load_token_gates(
                 eta,

@@ -89,6 +89,7 @@ def load_token(
     K: tl.constexpr,
     KP: tl.constexpr,
     ROTARY: tl.constexpr,
+    VALUE_SCALE: tl.constexpr,
 ):
     # query, key and value of one token of one head, [BD]; K = 0: they come as they are, else as their projections
     o_d = tl.arange(0, BD)
@@ -117,6 +118,8 @@ def load_token(
             b_other, _ = convolved(k, tail + WIDTH, weight_k, head * D + o_r, m_d, WIDTH, K, KP)
             b_k = b_k * b_cos + b_other * b_sin
         b_q, b_k = unit(b_q), unit(b_k)
+        if VALUE_SCALE > 0:
+            b_v = unit(b_v) * VALUE_SCALE
         # threads still read the old tail
         tl.debug_barrier()
         keep_window(tail, b_window_q, o_x, m_d, WIDTH, K, KP)

@@ -57,7 +57,7 @@ LARGEST_CALL = 16
 
 class Projections(NamedTuple):
     """What stands between a layer's projections and its memory: short convolutions with SiLU, a rotary embedding, the
-    l2 norm of queries and keys (epsilon 1e-6), and the gates' activations
+    l2 norm of queries and keys (epsilon 1e-6), that of values if they have one, and the gates' activations
 
         eta = eta_max sigmoid(.)      log alpha = -exp(a_log) softplus(.)      delta = softplus(.) + 1e-4
 
@@ -68,6 +68,8 @@ class Projections(NamedTuple):
         a_log (`torch.Tensor` of shape `[heads]`): log rate of retention.
         eta_max (`float`): largest step.
         cos, sin (`torch.Tensor` of shape `[rows or 1, tokens, head_dim]`, *optional*): of the rotary embedding.
+        value_norm (`bool`, *optional*, defaults to `False`):
+            Whether values are divided by their l2 norm, too, and multiplied by `sqrt(head_dim)`.
     """
 
     conv_weights: tuple[Tensor, Tensor, Tensor]
@@ -76,6 +78,7 @@ class Projections(NamedTuple):
     eta_max: float
     cos: Tensor | None = None
     sin: Tensor | None = None
+    value_norm: bool = False
 
 
 def resident_state(
@@ -225,6 +228,7 @@ def decode(
         0.0 if p is None else float(p.eta_max),
         None if p is None else p.cos,
         None if p is None else p.sin,
+        False if p is None else p.value_norm,
         mask,
         precision or "",
         *values.values(),
@@ -236,7 +240,8 @@ def decode(
     mutates_args=("state", "conv_tail"),
     schema="(Tensor q, Tensor k, Tensor v, Tensor eta, Tensor log_alpha, Tensor? delta, Tensor[] initial, "
     "Tensor? norm_weight, Tensor? norm_bias, Tensor(a!)[] state, Tensor[] conv_weights, Tensor(b!)? conv_tail, "
-    f"Tensor? a_log, float eta_max, Tensor? cos, Tensor? sin, Tensor? mask, str precision, {CHOICE_SCHEMA}) -> Tensor",
+    f"Tensor? a_log, float eta_max, Tensor? cos, Tensor? sin, bool value_norm, "
+    f"Tensor? mask, str precision, {CHOICE_SCHEMA}) -> Tensor",
 )
 def _decode(
     q: Tensor,
@@ -255,6 +260,7 @@ def _decode(
     eta_max: float,
     cos: Tensor | None,
     sin: Tensor | None,
+    value_norm: bool,
     mask: Tensor | None,
     precision: str,
     *choices,
@@ -287,6 +293,7 @@ def _decode(
         "K": kernel_size,
         "KP": max(1, 1 << (kernel_size - 1).bit_length()),
         "ROTARY": cos is not None,
+        "VALUE_SCALE": math.sqrt(head_dim) if value_norm else 0.0,
         "RAW": bool(conv_weights),
     }
     scratch = []

@@ -1,0 +1,231 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Whether a model says the same however its text is cut: in one call, in pieces, token by token, over 100,000 tokens.
+
+    python examples/evaluation/stability.py                                # new models of every family, about two hours
+    python examples/evaluation/stability.py --models yaad --sizes 340m --chunks 16
+    python examples/evaluation/stability.py --checkpoint runs/yaad-stdlib  # a trained model on its tokenizer's text
+    python examples/evaluation/stability.py --report                       # the table of what is done
+
+The forms sum in different orders. A memory that contracts forgets such differences; one whose steps are too large makes
+them grow until rounding decides what it says. The deviation of a window of 1,000 tokens is `||a - b|| / ||b||` of the
+last hidden states, `b` those of the single call. Every cut of every model is one JSON in `--out`; those that are there
+are not computed again.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+import torch  # noqa: E402
+from bridge_training import write_json  # noqa: E402
+from pretrain import stdlib_files  # noqa: E402
+from probe import of_checkpoint  # noqa: E402
+from provenance import command_line, machine  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from miras_hf.compat import CACHE_NAME  # noqa: E402
+from miras_hf.configuration_miras import PRESETS  # noqa: E402
+
+
+WINDOW = 1000
+"""Tokens whose deviation is one number."""
+
+LIMIT = 1e-3
+"""Deviation up to which two forms are said to agree in float32."""
+
+LAYERS, HEADS = 4, 2
+MODELS = ("moneta", "yaad", "memora")
+SIZES = ("tiny", "170m", "340m")
+CHUNKS = (16, 64)
+CUTS = {"pieces": 777, "tokens": 1}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and one way to cut its text.
+
+    Args:
+        model (`str`): a family, new from its seed, or the folder of a checkpoint.
+        size (`str`): the preset whose width of a head is taken; empty for a checkpoint.
+        chunk_size (`int`): of the memory; 0 for a checkpoint's own.
+        cut (`str`): of `CUTS`.
+        tokens (`int`): length of the text.
+        seed (`int`): of a new model's weights.
+    """
+
+    model: str
+    size: str
+    chunk_size: int
+    cut: str
+    tokens: int
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        parts = [Path(self.model).name, self.size, f"chunk{self.chunk_size}" if self.size else "", self.cut]
+        return "-".join(part for part in (*parts, str(self.tokens), f"seed{self.seed}") if part)
+
+
+def new_model(job: Job):
+    """A model of four layers and two heads as wide as those of the preset, and the bytes of a text for it."""
+    preset = PRESETS[job.size]
+    head_dim = preset["hidden_size"] // preset["num_attention_heads"]
+    config = AutoConfig.for_model(
+        job.model,
+        vocab_size=256,
+        hidden_size=HEADS * head_dim,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        chunk_size=job.chunk_size,
+    )
+    torch.manual_seed(job.seed)
+    text = b""
+    for file in stdlib_files():
+        text += Path(file).read_bytes()
+        if len(text) >= job.tokens:
+            break
+    return AutoModelForCausalLM.from_config(config), torch.tensor([list(text[: job.tokens])])
+
+
+@torch.inference_mode()
+def hidden_states(model, ids: Tensor, piece: int | None) -> Tensor:
+    """Last hidden states `[tokens, hidden_size]`, of one call or of calls of `piece` tokens that go on from a cache."""
+    decoder = model.get_decoder().eval()
+    if piece is None:
+        return decoder(ids, use_cache=False).last_hidden_state[0]
+    cache, parts = None, []
+    for part in ids.split(piece, dim=1):
+        output = decoder(part, **{CACHE_NAME: cache}, use_cache=True)
+        cache = output[CACHE_NAME]
+        parts.append(output.last_hidden_state[0])
+    return torch.cat(parts)
+
+
+def deviations(found: Tensor, expected: Tensor) -> list[float]:
+    """`||a - b|| / ||b||` of each window."""
+    pairs = zip(found.double().split(WINDOW), expected.double().split(WINDOW), strict=True)
+    return [((a - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+def run_job(job: Job, model, ids: Tensor, expected: Tensor, folder: Path) -> dict[str, Any]:
+    """Reads the text in pieces, and writes how far the result is from `expected`."""
+    started = time.perf_counter()
+    by_window = deviations(hidden_states(model, ids, CUTS[job.cut]), expected)
+    config = model.config
+    result = {
+        "job": asdict(job),
+        "read": ids.shape[1],
+        "head_dim": config.head_dim,
+        "layers": config.num_hidden_layers,
+        "chunk_size": config.chunk_size,
+        "eta_max": config.eta_max,
+        "window": WINDOW,
+        "deviation": [x if math.isfinite(x) else None for x in by_window],
+        "seconds": time.perf_counter() - started,
+        "command": command_line(),
+        "machine": machine(torch.get_num_threads(), packages=("torch", "transformers", "miras-hf")),
+    }
+    write_json(folder / f"{job.name}.json", result)
+    return result
+
+
+def worst(result: dict[str, Any]) -> float:
+    """The largest deviation of a window; infinite where something was not a number."""
+    return max(math.inf if x is None else x for x in result["deviation"])
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| model | head_dim | chunk | cut | tokens | first window | largest | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        job, largest = result["job"], worst(result)
+        first = result["deviation"][0]
+        cells = [
+            Path(job["model"]).name,
+            str(result["head_dim"]),
+            str(result["chunk_size"]),
+            f"pieces of {CUTS[job['cut']]}" if CUTS[job["cut"]] > 1 else "token by token",
+            f"{result['read']:,}",
+            "not a number" if first is None else f"{first:.1e}",
+            "not a number" if math.isinf(largest) else f"{largest:.1e}",
+            "" if largest <= LIMIT else f"above {LIMIT:g}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="whose width of a head")
+    parser.add_argument("--chunks", nargs="+", type=int, default=list(CHUNKS))
+    parser.add_argument("--checkpoint", help="a saved model in the place of new ones")
+    parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/stability"))
+    parser.add_argument("--report", action="store_true", help="the table of what is done, run nothing")
+    args = parser.parse_args(argv)
+    if args.tokens < 2 * WINDOW:
+        parser.error(f"--tokens must be at least {2 * WINDOW}, got {args.tokens}")
+    return args
+
+
+def jobs_of(args: argparse.Namespace) -> list[list[Job]]:
+    """The jobs, those of one model together."""
+    if args.checkpoint is not None:
+        return [[Job(args.checkpoint, "", 0, cut, args.tokens) for cut in args.cuts]]
+    return [
+        [Job(model, size, chunk, cut, args.tokens, args.seed) for cut in args.cuts]
+        for model in args.models
+        for size in args.sizes
+        for chunk in args.chunks
+    ]
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    args = arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for jobs in jobs_of(args) if not args.report else ():
+        waiting = [job for job in jobs if not (args.out / f"{job.name}.json").exists()]
+        if not waiting:
+            continue
+        job = waiting[0]
+        model, ids = new_model(job) if job.size else of_checkpoint(job.model, None, job.tokens)
+        expected = hidden_states(model, ids, None)
+        for job in waiting:
+            result = run_job(job, model, ids, expected, args.out)
+            print(f"{job.name}: {worst(result):.1e}, {result['seconds']:.0f} s", flush=True)
+    results = [json.loads(file.read_text()) for file in sorted(args.out.glob("*-seed*.json"))]
+    lines = table(results)
+    (args.out / "report.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return results
+
+
+if __name__ == "__main__":
+    main()

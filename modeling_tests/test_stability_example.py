@@ -1,0 +1,87 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`examples/evaluation/stability.py` measures what it says, once, and says where forms part."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_probe_example import folder  # noqa: F401, a saved model
+
+from miras_hf import YaadConfig, YaadForCausalLM
+
+
+STUDY = Path(__file__).resolve().parent.parent / "examples" / "evaluation"
+
+
+@pytest.fixture(scope="module")
+def stability():
+    import importlib.util
+    import sys
+
+    spec = importlib.util.spec_from_file_location("evaluation_stability", STUDY / "stability.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_deviation_is_that_of_its_window(stability):
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.randn(2500, 3, generator=generator)
+    found = expected.clone()
+    found[1200] += torch.tensor([3.0, 0.0, 4.0])
+    by_hand = 5.0 / math.sqrt(sum(x * x for x in expected[1000:2000].flatten().tolist()))
+    assert stability.deviations(found, expected) == pytest.approx([0.0, by_hand, 0.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("piece", [7, 1])
+def test_pieces_go_on_from_each_other(stability, piece):
+    torch.manual_seed(0)
+    config = YaadConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, chunk_size=8)
+    model = YaadForCausalLM(config).eval()
+    ids = torch.arange(20)[None] % 64
+    whole = stability.hidden_states(model, ids, None)
+    assert whole.shape == (20, 32)
+    torch.testing.assert_close(stability.hidden_states(model, ids, piece), whole, rtol=1e-4, atol=1e-5)
+    # a model that began every piece anew would be far from that
+    alone = torch.cat([stability.hidden_states(model, part, None) for part in ids.split(piece, dim=1)])
+    assert (alone - whole).norm() > 0.01 * whole.norm()
+
+
+def test_a_checkpoint_is_measured_once(stability, folder, tmp_path, capsys):  # noqa: F811
+    flags = ["--checkpoint", str(folder), "--tokens", "2000", "--cuts", "pieces", "--out", str(tmp_path)]
+    (result,) = stability.main(flags)
+    assert result["read"] == 2000 and len(result["deviation"]) == 2 and result["chunk_size"] == 8
+    assert all(0 < x < 0.1 for x in result["deviation"])
+    (file,) = tmp_path.glob("*.json")
+    file.write_text(json.dumps(result | {"deviation": [1e-6, None]}))
+    capsys.readouterr()
+    stability.main(flags)
+    said = capsys.readouterr().out
+    assert "| pieces of 777 | 2,000 | 1.0e-06 | not a number | above 0.001 |" in said
+    assert said.strip() == (tmp_path / "report.md").read_text().strip()
+
+
+def test_new_models_have_the_preset_s_heads(stability):
+    text = Path(stability.stdlib_files()[0]).read_bytes()
+    for size, head_dim in {"tiny": 32, "170m": 48, "340m": 64}.items():
+        job = stability.Job("memora", size, 16, "pieces", 2000)
+        model, ids = stability.new_model(job)
+        assert (model.config.model_type, model.config.head_dim, model.config.chunk_size) == ("memora", head_dim, 16)
+        assert ids.shape == (1, 2000) and bytes(ids[0, :50].tolist()) == text[:50]
+    with pytest.raises(SystemExit):
+        stability.arguments(["--tokens", "100"])
