@@ -161,7 +161,10 @@ def test_the_full_probe_is_logged_as_far_as_the_text_goes(rows, tokenizer, tmp_p
     mixer.v_conv.register_forward_hook(lambda m, i, out: values.append(out.detach()))
     with torch.no_grad():
         trainer.model.eval()(**inputs)
-    rms = values[0].unflatten(-1, (2, 16)).square().mean((0, 1, 3)).sqrt().mean().item()
+    assert trainer.model.config.value_norm
+    values = values[0].unflatten(-1, (2, 16))
+    values = values * (values.square().sum(-1, keepdim=True) + 1e-6).rsqrt() * 4.0
+    rms = values.square().mean((0, 1, 3)).sqrt().mean().item()
     assert logged[prefix + "value_rms"] == pytest.approx(rms, rel=1e-5)
 
 

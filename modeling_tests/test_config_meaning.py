@@ -110,8 +110,8 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
         "head_dim": 6, "hidden_act": "relu", "initializer_range": 0.1, "rms_norm_eps": 0.5, "attention_bias": True,
         "attention_layers": [1], "attentional_bias": "lp", "retention": "lq", "residual_clip": 1e-3,
         "memory_architecture": "matrix", "decay_target": "zero", "chunk_size": 3, "gate_granularity": "head",
-        "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 1.0, "max_half_life": 64.0, "use_rope": False,
-        "conv_kernel_size": 2, "output_gate_act": "relu", "tie_word_embeddings": True,
+        "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 2.0, "max_half_life": 64.0, "use_rope": False,
+        "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5, "conv_kernel_size": 2, "output_gate_act": "relu", "tie_word_embeddings": True,
     }  # fmt: skip
     # for others than the decoder: tools, tokenizers, how it is run; and one with a single value so far
     told = {"max_position_embeddings", "use_cache", "chunk_size_feed_forward", "pad_token_id", "bos_token_id"}
@@ -198,4 +198,5 @@ def test_choices_that_are_made_while_loading(tmp_path, monkeypatch):
         with pytest.raises(StrictDataclassError, match=f"`{[*keywords][-1]}` means nothing without"):
             AutoConfig.from_pretrained(tmp_path, **keywords)
     # what a stored file leaves open is worked out from what was given: a half as wide step for chunks twice as long
-    assert AutoConfig.from_pretrained(tmp_path, chunk_size=128, eta_max=None, min_log_alpha=None).eta_max == 4.5e-3 / 2
+    halved = AutoConfig.from_pretrained(tmp_path, chunk_size=128, eta_max=None, min_log_alpha=None)
+    assert halved.eta_max == pytest.approx(AutoConfig.from_pretrained(tmp_path).eta_max / 2)

@@ -39,10 +39,11 @@ from miras_hf import (
     MonetaForTokenClassification,
     MonetaModel,
     YaadConfig,
+    YaadForCausalLM,
     config_keywords,
 )
 from miras_hf.configuration_miras import PRESETS, _layer_types
-from miras_hf.memory import KL, L2, Decay, HuberMixture, Lp, Lq, LqMirror
+from miras_hf.memory import KL, L2, Decay, HuberNorm, Lp, Lq, LqMirror
 from miras_hf.modeling_miras import memory_rule
 
 
@@ -50,10 +51,46 @@ def test_defaults_are_the_papers():
     moneta, yaad, memora = (memory_rule(c()) for c in (MonetaConfig, YaadConfig, MemoraConfig))
     assert (type(moneta.attentional_bias), type(moneta.retention)) == (Lp, Lq)
     assert (moneta.attentional_bias.power, moneta.retention.power) == (3.0, 4.0)
-    assert (type(yaad.attentional_bias), type(yaad.retention)) == (HuberMixture, Decay)
+    assert (type(yaad.attentional_bias), type(yaad.retention)) == (HuberNorm, Decay)
     assert (type(memora.attentional_bias), type(memora.retention)) == (L2, KL)
     assert {rule.decay_target for rule in (moneta, yaad, memora)} == {"init"}
     assert isinstance(memory_rule(MonetaConfig(lq_map="mirror")).retention, LqMirror)
+
+
+@pytest.mark.parametrize("config_class", [MonetaConfig, YaadConfig, MemoraConfig])
+def test_what_the_paper_prints(config_class):
+    config = config_class.from_preset("tiny", paper=True)
+    assert (config.decay_target, config.gate_granularity, config.use_rope) == ("zero", "channel", True)
+    assert not config.value_norm and config.conv_initializer_range is None
+    printed = {MonetaConfig: "lp", YaadConfig: "huber_mixture", MemoraConfig: "l2"}[config_class]
+    assert config.attentional_bias == printed
+    assert config_class.from_preset("tiny", paper=True, use_rope=False, decay_target="init").decay_target == "init"
+
+
+def test_starts_of_convolutions_and_of_the_memory_s_last_layer():
+    torch.manual_seed(0)
+    fields = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+    mixer = YaadForCausalLM(YaadConfig(**fields)).model.layers[0].mixer
+    assert mixer.v_conv.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    first, last = mixer.memory.initial_state
+    assert first.std().item() == pytest.approx(2.0 / 8.0, rel=0.02)
+    assert last.std().item() == pytest.approx(0.1 / 16.0, rel=0.02)
+    fields |= {"conv_initializer_range": None, "initial_memory_scale": 1.0}
+    mixer = YaadForCausalLM(YaadConfig(**fields)).model.layers[0].mixer
+    assert mixer.v_conv.weight.abs().max().item() == pytest.approx(0.5, rel=0.01)
+    assert mixer.memory.initial_state[-1].std().item() == pytest.approx(1.0 / 16.0, rel=0.02)
+
+
+def test_stored_configs_from_before_values_had_a_norm_have_none(tmp_path):
+    YaadConfig.from_preset("tiny").save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored.pop("value_norm") is True
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    for load in (AutoConfig.from_pretrained, YaadConfig.from_pretrained):
+        assert load(tmp_path).value_norm is False
+        assert load(tmp_path, value_norm=True).value_norm is True
+    # of a person's dictionary, what is missing has its default
+    assert YaadConfig.from_dict({"hidden_size": 64, "num_attention_heads": 4}).value_norm is True
 
 
 @pytest.mark.parametrize(
@@ -364,7 +401,9 @@ def test_outputs_that_a_config_asks_for():
     ids=lambda parameters: parameters["rope_type"],
 )
 def test_kinds_of_rotary_embeddings_make_models(parameters):
-    config = MonetaConfig.from_preset("tiny", rope_parameters={"rope_theta": 1e4, **parameters})
+    # queries and keys far above the epsilon of their norm, which would see the factor of a longrope
+    fields = {"rope_parameters": {"rope_theta": 1e4, **parameters}, "conv_initializer_range": None}
+    config = MonetaConfig.from_preset("tiny", **fields)
     torch.manual_seed(0)
     model = MirasForCausalLM(config)
     plain = copy.deepcopy(model)

@@ -184,8 +184,9 @@ def test_bf16_learns_as_float32_does(padded, many_rows, tmp_path):
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
     assert found != plain and found[-1] < found[0] - 0.5
     # tighter than the third of what the memory is worth
-    assert np.abs(np.subtract(unwritten, plain)).mean() > 0.03
-    assert np.abs(np.subtract(found, plain)).mean() < 0.01
+    worth = np.abs(np.subtract(unwritten, plain)).mean()
+    assert worth > 0.06
+    assert np.abs(np.subtract(found, plain)).mean() < min(worth / 3, 0.02)
 
 
 def test_compiled_training_is_one_graph_with_the_same_losses(many_rows, tmp_path):

@@ -142,7 +142,9 @@ def change(model: MirasForCausalLM, point: Point) -> MirasForCausalLM:
             if point.last_layer != 1.0:
                 retention, axis = memory.rule.retention, memory.rule.hidden_axis(len(memory.initial_state) - 1)
                 last.data = retention.inverse(point.last_layer * retention.link(last.data, axis), axis)
-            last.requires_grad_(not (point.rule == "matrix" and point.last_layer == 0.0))
+            memory.initial_state.requires_grad_(point.train_initial)
+            if point.rule == "matrix" and point.last_layer == 0.0:
+                last.requires_grad_(False)
             if point.step == "unit":
                 _with_unit_steps(memory)
         mixer.memory = Around(memory, point, model.config.rms_norm_eps)

@@ -50,6 +50,7 @@ class Point:
         norm_eps (`float`, *optional*): epsilon of an MLP memory's layer norm; `None` for the shipped one.
         last_layer (`float`): factor on the initial weights of the memory's last layer; a matrix that starts at zero
             (factor 0) stays there, as Gated DeltaNet's does. KL retention knows no factor: its weights have one mass.
+        train_initial (`bool`): whether the initial memory is trained.
         decay_target (`str`): `"init"` or `"zero"`.
         write (`bool`): False for steps of nearly zero.
     """
@@ -72,6 +73,7 @@ class Point:
     read_residual: bool = True
     norm_eps: float | None = None
     last_layer: float = 1.0
+    train_initial: bool = True
     decay_target: str = "init"
     write: bool = True
 
@@ -207,6 +209,9 @@ def _fill() -> None:
     _add("store-large", "store", "steps up to 0.06", eta_max=0.06)
     _add("store-yaad", "store", "Huber loss of the norm", loss="huber_norm")
     _add("store-random", "store", "second layer as shipped", last_layer=1.0)
+    fixed = _add("store-fixed", "store", "the initial memory is not trained", train_initial=False)
+    _add("fixed-residual", fixed, "the read without its query", read_residual=False)
+    _add("fixed-random", fixed, "second layer as shipped", last_layer=1.0)
     lp = {"loss": "lp", "retention": "lq", "eta_max": 2e-3}
     _add("store-moneta", "store-random", "lp loss, lq retention, steps up to 0.002", **lp)
     _add("store-moneta-no-write", "store-moneta", "no writes", write=False)

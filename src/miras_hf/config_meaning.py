@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which field of a config means something under which choices, and the refusal of those that mean nothing."""
+"""Which field of a config means something under which choices, the refusal of those that mean nothing, and what stored
+configs meant that were written before a field was there."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -35,10 +36,6 @@ MEANS_SOMETHING_WITH: dict[str, tuple[dict[str, Any], ...]] = {
     "lq_power": ({"retention": "lq"},),
     "lq_map": ({"retention": "lq"},),
     "lq_norm_floor": ({"retention": "lq"},),
-    "initial_memory_scale": (
-        {"memory_architecture": "mlp", "retention": "decay"},
-        {"memory_architecture": "mlp", "retention": "lq"},
-    ),
     "simplex_mass": ({"retention": "kl"},),
     "weight_cap": ({"retention": "decay"}, {"retention": "lq"}),
     "gate_rank": ({"gate_granularity": "channel"}, {"attentional_bias": "huber_coordinate"}),
@@ -47,6 +44,14 @@ MEANS_SOMETHING_WITH: dict[str, tuple[dict[str, Any], ...]] = {
     "sliding_window": ({"has_attention": True},),
     "rope_parameters": ({"use_rope": True}, {"has_attention": True}),
 }
+
+# What models did before there was a field to say so: configs and memories that were stored then lack it.
+BEFORE_THERE_WAS: dict[str, Any] = {"value_norm": False}
+
+
+def with_later_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored values, and what they meant of fields that came later."""
+    return {**BEFORE_THERE_WAS, **stored}
 
 
 def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import os
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -27,9 +27,10 @@ from transformers.modeling_rope_utils import RopeParameters
 from .compat import CACHE_NAMES
 from .config_fields import bounded, check_dtype, check_layer_indices, check_rope_parameters, token_ids
 from .config_keywords import check_keywords, refuse_unused, without_unknown
-from .config_meaning import check_meaning, without_meaningless
+from .config_meaning import check_meaning, with_later_fields, without_meaningless
 from .hub import WholeFilesOnly, auto_map, write_shim
 from .peft import register_peft_defaults
+from .step_size import largest_step
 
 
 MEMORY_LAYER = "miras_memory"
@@ -64,11 +65,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1.3b": {"hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16},
 }
 
-# Largest step of one token, three times the step that simulations of 8k tokens found stable for chunks of 16 to 64.
-# The mixture Huber writes `delta` at every coordinate beyond its threshold: its step is over sqrt(head_dim) besides.
-# That of KL retention is for head_dim 64 and goes with its square root, against the link's slope, which goes down with
-# it; it is half the simulated one, at which outer gradients of small models reach norms of hundreds.
-_ETA_MAX = {"decay": 0.09, "lq": 4.5e-3, "lq_mirror": 1.0, "kl": 0.1}
+# What the paper prints and the defaults deviate from, and where it says nothing, what modules of PyTorch start from.
+PAPER: dict[str, Any] = {
+    "decay_target": "zero",
+    "gate_granularity": "channel",
+    "use_rope": True,
+    "value_norm": False,
+    "conv_initializer_range": None,
+}
 
 _FLOAT32_TINY = 2.0**-126
 
@@ -143,21 +147,25 @@ class MirasConfig(PreTrainedConfig):
         gate_granularity (`str`, *optional*, defaults to `"channel"`):
             Whether step and retention are one number per `"channel"` or per `"head"`.
         gate_rank (`int`, *optional*, defaults to 32): Rank of the maps from the layer's input to channel gates.
-        eta_max (`float`, *optional*): Largest step of one token; `None` for a stable one of the retention gate.
+        eta_max (`float`, *optional*):
+            Largest step of one token; `None` for the one whose write, alone and at a new memory, takes a token's own
+            error away, or less where a chunk's writes would overshoot (`miras_hf.step_size`). Steps start at a third of
+            it.
         min_log_alpha (`float`, *optional*): Smallest log retention of one token; `None` for
             -2.5, or more where `chunk_size` exceeds 64.
-        min_half_life, max_half_life (`float`, *optional*, defaults to 32.0 and 32768.0):
+        min_half_life, max_half_life (`float`, *optional*, defaults to 1.0 and 512.0):
             Initial half-lives of the memory in tokens, spread log-uniformly over channels or heads.
         use_rope (`bool`, *optional*, defaults to `True`): Rotary embedding on queries and keys of the memory.
-        value_norm (`bool`, *optional*, defaults to `False`):
+        value_norm (`bool`, *optional*, defaults to `True`):
             Whether values have a root mean square of 1 in every head, as queries and keys have norm 1, so that a step
             means the same for every layer and at every time of training.
         conv_kernel_size (`int`, *optional*, defaults to 4): Width of the causal convolutions of q, k and v.
-        conv_initializer_range (`float`, *optional*):
+        conv_initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of initial convolutions; `None` for uniform in +-1 / sqrt(conv_kernel_size).
         initial_memory_scale (`float`, *optional*):
-            Factor on what `sample_initial_state` draws for the last layer of an MLP memory; `None` for 1. KL retention
-            has none: all of its weights have one mass.
+            Factor on the initial weights of the memory's last layer, with KL retention on their logarithms; their
+            deviation is `1 / sqrt(fan_in)` without it. `None` for 0.1 in an MLP memory with decay, so that what is written
+            soon outweighs it, and 1 elsewhere.
         output_gate_act (`str`, *optional*, defaults to `"silu"`): Activation of the output gate, `"linear"` for none.
         memory_backend (`str`, *optional*, defaults to `"auto"`):
             What memories compute with. `"auto"`: Triton kernels where they serve the call, PyTorch elsewhere;
@@ -179,6 +187,8 @@ class MirasConfig(PreTrainedConfig):
     ```"""
 
     model_type = "miras"
+    # of `PAPER`, what this family's equation has
+    _printed: ClassVar[dict[str, Any]] = {}
     keys_to_ignore_at_inference = list(CACHE_NAMES)
 
     vocab_size: int = bounded(32000, 1, 2**26)
@@ -226,12 +236,12 @@ class MirasConfig(PreTrainedConfig):
     gate_rank: int = bounded(32, 1, 2**14)
     eta_max: int | float | None = bounded(None, above=0, high=1e3)
     min_log_alpha: int | float | None = bounded(None, -160, 0)
-    min_half_life: int | float = bounded(32.0, 0.01, 2**30)
-    max_half_life: int | float = bounded(32768.0, 0.01, 2**30)
+    min_half_life: int | float = bounded(1.0, 0.01, 2**30)
+    max_half_life: int | float = bounded(512.0, 0.01, 2**30)
     use_rope: bool = True
-    value_norm: bool = False
+    value_norm: bool = True
     conv_kernel_size: int = bounded(4, 1, 1024)
-    conv_initializer_range: float | None = bounded(None, 0, 1)
+    conv_initializer_range: float | None = bounded(0.02, 0, 1)
     initial_memory_scale: int | float | None = bounded(None, 1e-6, 1e3)
     output_gate_act: str = "silu"
     memory_backend: Literal["auto", "triton", "pytorch"] = "auto"
@@ -252,13 +262,11 @@ class MirasConfig(PreTrainedConfig):
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.memory_norm_eps is None:
             self.memory_norm_eps = 0.01 if self.retention == "kl" else 0.1
+        if self.initial_memory_scale is None:
+            small = self.memory_architecture == "mlp" and self.retention == "decay"
+            self.initial_memory_scale = 0.1 if small else 1.0
         if self.eta_max is None:
-            self.eta_max = _ETA_MAX[self.retention_gate] * min(1.0, 64 / self.chunk_size)
-            width = self.head_dim
-            if self.attentional_bias == "huber_mixture":
-                self.eta_max = self.eta_max / width**0.5
-            if self.retention == "kl":
-                self.eta_max = self.eta_max * (width / 64) ** 0.5
+            self.eta_max = largest_step(self)
         if self.min_log_alpha is None:
             self.min_log_alpha = max(-2.5, -160.0 / self.chunk_size)
         layer_types, attention_layers = kwargs.pop("layer_types", None), self.attention_layers
@@ -279,15 +287,21 @@ class MirasConfig(PreTrainedConfig):
         self.auto_map = {} if self._family is None else auto_map(self._family)
 
     @classmethod
-    def from_preset(cls, name: str, **kwargs) -> "MirasConfig":
-        """The configuration of a named size, `"tiny"` or one of the paper's, with any field overridden.
+    def from_preset(cls, name: str, paper: bool = False, **kwargs) -> "MirasConfig":
+        """The configuration of a named size, with any field overridden.
+
+        Args:
+            name (`str`): `"tiny"` or a size of the paper's table 5.
+            paper (`bool`, *optional*, defaults to `False`):
+                Whether fields are what the paper prints where the defaults deviate from it (`docs/paper_alignment.md`).
 
         Raises:
             `ValueError`: for an unknown name.
         """
         if name not in PRESETS:
             raise ValueError(f"`name` must be one of {sorted(PRESETS)}, got {name!r}.")
-        return cls(**{**PRESETS[name], **kwargs})
+        printed = {**PAPER, **cls._printed} if paper else {}
+        return cls(**{**PRESETS[name], **printed, **kwargs})
 
     @property
     def retention_gate(self) -> str:
@@ -415,7 +429,8 @@ class MirasConfig(PreTrainedConfig):
 
         - fields that `kwargs` set are checked against the others;
         - stored values that mean nothing under the choices that are made are left out, with a warning that names them:
-          earlier versions wrote them. Of a person, in `kwargs` as in a new config, they are refused.
+          earlier versions wrote them. Of a person, in `kwargs` as in a new config, they are refused;
+        - fields that a stored config lacks because they came later have the values that it meant without them.
 
         Raises:
             `StrictDataclassError`: as for a new config.
@@ -426,7 +441,9 @@ class MirasConfig(PreTrainedConfig):
         # Transformers assigns them one by one when the config is made, which is too late for choices that belong together
         own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in own or name == "layer_types"}
-        stored = {name: value for name, value in config_dict.items() if name not in given}
+        # a person's dictionary has no version
+        stored = with_later_fields(config_dict) if "transformers_version" in config_dict else config_dict
+        stored = {name: value for name, value in stored.items() if name not in given}
         if "layer_types" in given and "attention_layers" not in given:
             stored.pop("attention_layers", None)
         stored = without_meaningless(cls, stored, given)
@@ -505,8 +522,9 @@ class MonetaConfig(MirasConfig):
 @strict
 class YaadConfig(MirasConfig):
     r"""
-    Configuration of Yaad, equation (26) of arXiv 2504.13173: an MLP memory with the Huber mixture, its threshold a
-    function of the data, and decay. All fields are those of [`MirasConfig`].
+    Configuration of Yaad, equation (26) of arXiv 2504.13173: an MLP memory with a Huber loss, its threshold a function
+    of the data, and decay. The loss is that of the error's norm (15), which is continuous; (26) prints the mixture (16),
+    which jumps at its threshold (`attentional_bias="huber_mixture"`). All fields are those of [`MirasConfig`].
 
     ```python
     >>> from miras_hf import YaadConfig, YaadForCausalLM
@@ -515,8 +533,9 @@ class YaadConfig(MirasConfig):
     ```"""
 
     model_type = "yaad"
+    _printed: ClassVar[dict[str, Any]] = {"attentional_bias": "huber_mixture"}
 
-    attentional_bias: Literal["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"] = "huber_mixture"
+    attentional_bias: Literal["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"] = "huber_norm"
     retention: Literal["decay", "lq", "kl"] = "decay"
 
 

@@ -84,6 +84,7 @@ from .sequences import (
     packed_sequences,
     padded_sequences,
 )
+from .step_size import FIRST_LAYER_SCALE
 from .weight_decay import exempt_from_trainer
 from .weights_version import WeightsVersion, weights_version
 
@@ -325,7 +326,7 @@ class MirasMemory(NotByParameter, nn.Module):
         super().__init__()
         self.rule = memory_rule(config)
         self.backend = MemoryBackend(self.rule, config.memory_backend)
-        self.initial_scale = 1.0 if config.initial_memory_scale is None else config.initial_memory_scale
+        self.initial_scale = config.initial_memory_scale
         heads, head_dim = config.num_attention_heads, config.head_dim
         self.initial_state = MirasInitialState(
             nn.Parameter(torch.empty(heads, *shape)) for shape in self.rule.architecture.weight_shapes(head_dim)
@@ -374,9 +375,8 @@ class MirasMemory(NotByParameter, nn.Module):
     def sample_initial_state(self, layer: int) -> Tensor:
         """A dual state whose weights have the scale that simulations found stable."""
         shape = self.initial_state[layer].shape
-        # 2 / sqrt(d) into the hidden units, 1 / sqrt(n) out of them
         last = layer == len(self.initial_state) - 1
-        std = (self.initial_scale if last else 2.0) / math.sqrt(shape[1])
+        std = (self.initial_scale if last else FIRST_LAYER_SCALE) / math.sqrt(shape[1])
         weight = torch.randn(shape, device=self.initial_state[layer].device) * std
         return self.rule.retention.inverse(weight, self.rule.hidden_axis(layer))
 

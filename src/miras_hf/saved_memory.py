@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from .built_config import check_as_built
 from .cache import MirasLayer
-from .config_meaning import without_meaningless
+from .config_meaning import with_later_fields, without_meaningless
 from .configuration_miras import ATTENTION_LAYER, MirasConfig
 from .memory import MemoryParameters, MemoryState, initial_memory_state
 from .memory_file import (
@@ -51,7 +51,9 @@ from .modeling_miras import MirasModel
 NEUTRAL_FIELDS = {
     "attention_dropout",
     "bos_token_id",
+    "conv_initializer_range",
     "eos_token_id",
+    "initial_memory_scale",
     "initializer_range",
     "max_half_life",
     "memory_backend",
@@ -349,9 +351,10 @@ def _first_count(tensors: dict[str, Tensor]) -> Tensor:
 
 def _check_model(path: str | os.PathLike, header: Header, decoder: MirasModel, check_weights: bool) -> None:
     """Raises a `ValueError` unless the file is of this model."""
+    here, stored = config_fingerprint(decoder.config), with_later_fields(header.config)
     # earlier versions also wrote fields that mean nothing under the choices that are made
-    here, there = config_fingerprint(decoder.config), without_meaningless(type(decoder.config), header.config, {})
-    # a field younger than the file means, at its default, what was computed before it was there
+    there = without_meaningless(type(decoder.config), stored, {})
+    # any other field younger than the file means, at its default, what was computed before it was there
     default = config_fingerprint(type(decoder.config)()) | there
     differing = [
         f"`{name}` ({default[name]!r} there, {value!r} here)"

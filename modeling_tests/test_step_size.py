@@ -1,0 +1,121 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The default step is what it is said to be: alone, at a new memory, a write of that size takes its token's error away."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from miras_hf import MirasConfig, MirasForCausalLM
+from miras_hf.memory import MemoryParameters
+from miras_hf.memory.probe import probe_memory, summary
+from miras_hf.step_size import largest_step, moment, unit_step
+
+
+def memory_of(config):
+    torch.manual_seed(0)
+    return MirasForCausalLM(config).model.layers[0].mixer.memory
+
+
+@torch.no_grad()
+def measured_share(config: MirasConfig) -> float:
+    """The share of the error that a write takes away, as the probe measures it, for steps small enough to be linear."""
+    memory, d, tokens = memory_of(config), config.head_dim, config.chunk_size
+    shape = (16, tokens, config.num_attention_heads)
+    k, v = F.normalize(torch.randn(*shape, d), dim=-1), torch.randn(*shape, d)
+    eta, log_alpha = torch.full(shape, unit_step(config) / 100), torch.full(shape, -1e-6)
+    delta = None
+    if config.attentional_bias == "huber_coordinate":
+        delta = torch.full((*shape, d), 2.0)
+    elif config.attentional_bias.startswith("huber"):  # where they start, see `MirasThresholdGate`
+        delta = (torch.linspace(0.25, 1.0, tokens)[None, :, None] * d**0.5).expand(shape)
+    parameters = MemoryParameters(memory.initial_state(), memory.norm_weight, memory.norm_bias)
+    found = probe_memory(k, k, v, eta, log_alpha, delta, rule=memory.rule, parameters=parameters)
+    return 100 * summary(found)["write_share"]
+
+
+CASES = {
+    "l2": {},
+    "huber_norm": {"attentional_bias": "huber_norm"},
+    "huber_mixture": {"attentional_bias": "huber_mixture"},
+    "huber_coordinate": {"attentional_bias": "huber_coordinate"},
+    "lp": {"attentional_bias": "lp"},
+    "lp_2": {"attentional_bias": "lp", "lp_power": 2.0},
+    "large_last_layer": {"initial_memory_scale": 1.0},
+    "narrow": {"memory_expansion": 2},
+    "lq": {"retention": "lq"},
+    "moneta": {"retention": "lq", "attentional_bias": "lp"},
+    "lq_3": {"retention": "lq", "lq_power": 3.0},
+    "lq_6": {"retention": "lq", "lq_power": 6.0},
+    "mirror": {"retention": "lq", "lq_map": "mirror"},
+    "kl": {"retention": "kl"},
+    "matrix": {"memory_architecture": "matrix"},
+    "matrix_lq": {"memory_architecture": "matrix", "retention": "lq"},
+}
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("case", CASES)
+def test_a_unit_step_takes_the_error_away(case, head_dim):
+    config = MirasConfig(
+        vocab_size=8,
+        hidden_size=2 * head_dim,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        chunk_size=16,
+        **CASES[case],
+    )
+    share = measured_share(config)
+    # one over the width is what the layer norm takes out of writes and errors both
+    assert 1.0 - 8.0 / head_dim - 0.15 < share < 1.15, share
+
+
+def test_chunks_of_equal_tokens_contract_at_the_first_step_of_a_matrix():
+    """At a third of the default, C equal tokens leave no more of their error than they found, and at twice that more."""
+    for chunk_size in (16, 64):
+        config = MirasConfig(
+            vocab_size=8, hidden_size=64, num_attention_heads=2, num_hidden_layers=1, chunk_size=chunk_size,
+            memory_architecture="matrix", weight_cap=None, residual_clip=1e6,
+        )  # fmt: skip
+        share = largest_step(config) / 3.0 / unit_step(config)
+        assert chunk_size * share <= 2.0 + 1e-9
+        # by hand: the memory after n chunks of one key and value, W_n = W_{n-1} - C eta k^T (k W - v)
+        for factor, contracts in ((1.0, True), (1.1, False)):
+            error = 1.0
+            for _ in range(20):
+                error *= 1.0 - chunk_size * share * factor
+            assert (abs(error) <= 1.0 + 1e-9) == contracts
+
+
+def test_moments_are_those_of_a_normal():
+    z = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for power in (0.5, 1.0, 2.0, 3.0, 4.0):
+        assert moment(power) == pytest.approx(z.abs().pow(power).mean().item(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"retention": "kl", "simplex_mass": 1e-38},
+        {"retention": "kl", "simplex_mass": 1e6},
+        {"retention": "lq", "lq_power": 2.999999},
+        {"retention": "lq", "lq_power": 3.000001},
+        {"retention": "lq", "initial_memory_scale": 1e-6},
+        {"residual_clip": 1e-30},
+        {"chunk_size": 4096, "memory_norm_eps": 1e-30},
+        {"attentional_bias": "lp", "lp_power": 16.0, "residual_clip": 1e9},
+    ],
+)
+def test_every_config_has_a_step(fields):
+    assert 0 < MirasConfig(**fields).eta_max <= 1e3
