@@ -87,6 +87,7 @@ EDITS = {
     "initial_memory_scale": 0.5,
     "conv_kernel_size": 2,
     "output_gate_act": "relu",
+    "output_norm_eps": 0.5,
     "memory_backend": "pytorch",
 }
 

@@ -61,7 +61,7 @@ def test_defaults_are_the_papers():
 def test_what_the_paper_prints(config_class):
     config = config_class.from_preset("tiny", paper=True)
     assert (config.decay_target, config.gate_granularity, config.use_rope) == ("zero", "channel", True)
-    assert not config.value_norm and config.conv_initializer_range is None
+    assert not config.value_norm and config.conv_initializer_range is None and config.output_norm_eps is None
     printed = {MonetaConfig: "lp", YaadConfig: "huber_mixture", MemoraConfig: "l2"}[config_class]
     assert config.attentional_bias == printed
     assert config_class.from_preset("tiny", paper=True, use_rope=False, decay_target="init").decay_target == "init"
@@ -81,13 +81,15 @@ def test_starts_of_convolutions_and_of_the_memory_s_last_layer():
     assert mixer.memory.initial_state[-1].std().item() == pytest.approx(1.0 / 16.0, rel=0.02)
 
 
-def test_stored_configs_from_before_values_had_a_norm_have_none(tmp_path):
-    YaadConfig.from_preset("tiny").save_pretrained(tmp_path)
+def test_stored_configs_from_before_there_was_a_field_mean_what_they_meant(tmp_path):
+    YaadConfig.from_preset("tiny", rms_norm_eps=1e-4).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored.pop("value_norm") is True
+    assert (stored.pop("value_norm"), stored.pop("output_norm_eps")) == (True, 1.0)
     (tmp_path / "config.json").write_text(json.dumps(stored))
     for load in (AutoConfig.from_pretrained, YaadConfig.from_pretrained):
-        assert load(tmp_path).value_norm is False
+        old = load(tmp_path)
+        assert old.value_norm is False
+        assert MirasForCausalLM(old).model.layers[0].mixer.o_norm.variance_epsilon == 1e-4
         assert load(tmp_path, value_norm=True).value_norm is True
     # of a person's dictionary, what is missing has its default
     assert YaadConfig.from_dict({"hidden_size": 64, "num_attention_heads": 4}).value_norm is True
@@ -146,7 +148,7 @@ ZEROS = {"attention_dropout", "chunk_size_feed_forward", "initializer_range", "c
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_wrong_in_every_way(name):
-    assert len(NUMBERS) == 35
+    assert len(NUMBERS) == 36
     wrong = [math.nan, math.inf, -math.inf, 10**30, -(10**30), 1e30, -1e30, True, False, "1", [1.0], torch.tensor(1)]
     wrong += (
         [0] * (name not in ZEROS)

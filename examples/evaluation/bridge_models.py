@@ -131,6 +131,8 @@ def change(model: MirasForCausalLM, point: Point) -> MirasForCausalLM:
     """Does to a new model what a point says and its config cannot."""
     for mixer in (module for module in model.modules() if isinstance(module, MirasMixer)):
         _start_gates(mixer, point)
+        if point.output_eps is not None:
+            mixer.o_norm.variance_epsilon = point.output_eps
         if point.conv_std is not None:
             for conv in (mixer.q_conv, mixer.k_conv, mixer.v_conv):
                 conv.weight.data.normal_(0.0, point.conv_std)

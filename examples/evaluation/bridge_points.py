@@ -48,6 +48,8 @@ class Point:
         value_norm (`bool`): whether values have a root mean square of 1 in every head.
         read_residual (`bool`): whether an MLP memory returns its input besides, `x + LN(...)`.
         norm_eps (`float`, *optional*): epsilon of an MLP memory's layer norm; `None` for the shipped one.
+        output_eps (`float`, *optional*): epsilon of the norm after the memory; `None` for the shipped one. Where it is
+            large against what memories return, a head that finds little says little.
         last_layer (`float`): factor on the initial weights of the memory's last layer; a matrix that starts at zero
             (factor 0) stays there, as Gated DeltaNet's does. KL retention knows no factor: its weights have one mass.
         train_initial (`bool`): whether the initial memory is trained.
@@ -72,6 +74,7 @@ class Point:
     value_norm: bool = False
     read_residual: bool = True
     norm_eps: float | None = None
+    output_eps: float | None = None
     last_layer: float = 1.0
     train_initial: bool = True
     decay_target: str = "init"
@@ -209,6 +212,19 @@ def _fill() -> None:
     _add("store-large", "store", "steps up to 0.06", eta_max=0.06)
     _add("store-yaad", "store", "Huber loss of the norm", loss="huber_norm")
     _add("store-random", "store", "second layer as shipped", last_layer=1.0)
+    _add("store-eps", "store", "epsilon of the norm after the memory 1", output_eps=1.0)
+    _add("store-eps-no-write", "store-eps", "no writes", write=False)
+    _add("eps-residual", "store-eps", "the read without its query", read_residual=False)
+    _add("eps-gates", "store-eps", "half-lives of Gated DeltaNet at the start", half_lives=None)
+    _add("eps-large", "store-eps", "epsilon of the norm after the memory 10", output_eps=10.0)
+    _add("eps-small", "store-eps", "epsilon of the norm after the memory 0.1", output_eps=0.1)
+    _add("eps-channel", "store-eps", "gates a channel", granularity="channel")
+    _add("eps-rope", "store-eps", "rotary embedding", rope=True)
+    _add("eps-64", "store-eps", "chunks of 64", chunk=64)
+    _add("eps-values", "store-eps", "values as they come", value_norm=False)
+    _add("eps-conv", "store-eps", "convolutions start uniform in +-0.5", conv_std=None)
+    _add("eps-yaad", "store-eps", "Huber loss of the norm", loss="huber_norm")
+    _add("eps-random", "store-eps", "second layer as shipped", last_layer=1.0)
     fixed = _add("store-fixed", "store", "the initial memory is not trained", train_initial=False)
     _add("fixed-residual", fixed, "the read without its query", read_residual=False)
     _add("fixed-random", fixed, "second layer as shipped", last_layer=1.0)
@@ -217,6 +233,9 @@ def _fill() -> None:
     _add("store-moneta-no-write", "store-moneta", "no writes", write=False)
     _add("store-memora", "store-random", "KL retention, steps up to 0.04", retention="kl", eta_max=0.04)
     _add("store-memora-no-write", "store-memora", "no writes", write=False)
+    for name in ("moneta", "memora"):
+        _add(f"eps-{name}", f"store-{name}", "epsilon of the norm after the memory 1", output_eps=1.0)
+        _add(f"eps-{name}-no-write", f"eps-{name}", "no writes", write=False)
 
     # the rest of the way: what stands around the memory in Yaad as shipped, one after the other
     _path(

@@ -46,7 +46,7 @@ MEANS_SOMETHING_WITH: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 # What models did before there was a field to say so: configs and memories that were stored then lack it.
-BEFORE_THERE_WAS: dict[str, Any] = {"value_norm": False}
+BEFORE_THERE_WAS: dict[str, Any] = {"value_norm": False, "output_norm_eps": None}
 
 
 def with_later_fields(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,7 @@ PAPER: dict[str, Any] = {
     "gate_granularity": "channel",
     "use_rope": True,
     "value_norm": False,
+    "output_norm_eps": None,
     "conv_initializer_range": None,
 }
 
@@ -167,6 +168,10 @@ class MirasConfig(PreTrainedConfig):
             deviation is `1 / sqrt(fan_in)` without it. `None` for 0.1 in an MLP memory with decay, so that what is written
             soon outweighs it, and 1 elsewhere.
         output_gate_act (`str`, *optional*, defaults to `"silu"`): Activation of the output gate, `"linear"` for none.
+        output_norm_eps (`float`, *optional*, defaults to 1.0):
+            Epsilon of the norm after the memory; `None` for `rms_norm_eps`. Where it is large against the mean square of
+            what memories return, a head that finds little says little; where it is small, every head says as much as
+            any other, and gradients are divided by what it found.
         memory_backend (`str`, *optional*, defaults to `"auto"`):
             What memories compute with. `"auto"`: Triton kernels where they serve the call, PyTorch elsewhere;
             `"triton"` raises where no kernel does; `"pytorch"`. The environment variable `MIRAS_BACKEND` wins over it.
@@ -244,6 +249,7 @@ class MirasConfig(PreTrainedConfig):
     conv_initializer_range: float | None = bounded(0.02, 0, 1)
     initial_memory_scale: int | float | None = bounded(None, 1e-6, 1e3)
     output_gate_act: str = "silu"
+    output_norm_eps: int | float | None = bounded(1.0, 1e-30, 1e6)
     memory_backend: Literal["auto", "triton", "pytorch"] = "auto"
 
     def __post_init__(self, **kwargs):

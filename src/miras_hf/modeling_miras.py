@@ -408,7 +408,8 @@ class MirasMixer(nn.Module):
 
         self.memory = MirasMemory(config)
         self.g_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.o_norm = MirasRMSNormGated(config.head_dim, eps=config.rms_norm_eps, activation=config.output_gate_act)
+        eps = config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps
+        self.o_norm = MirasRMSNormGated(config.head_dim, eps=eps, activation=config.output_gate_act)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
 
     @takes_cache
