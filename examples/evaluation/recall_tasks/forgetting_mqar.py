@@ -38,9 +38,7 @@ TASK = Task(
         "full": Protocol(
             vocabulary=8192,
             train=parts((64, 4, 391), (128, 9, 78), (256, 16, 78), (256, 25, 78), (256, 36, 78), reassigned=4),
-            tests=parts(
-                (64, 4), (64, 9), (128, 16), (256, 36), (512, 64), (1024, 144), (2048, 256), reassigned=4
-            ),
+            tests=parts((64, 4), (64, 9), (128, 16), (256, 36), (512, 64), (1024, 144), (2048, 256), reassigned=4),
             batch=256,
             steps=32 * 703,
             learning_rates=PUBLISHED_RATES,

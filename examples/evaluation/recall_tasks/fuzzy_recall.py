@@ -64,30 +64,20 @@ def _row(
     ids: list[int] = []
     targets: list[int] = []  # of each token, what a test asks the one before it for
 
+    last, v_last = key(), value()
+
     def add(k: tuple[int, ...]) -> None:
         known = k in values
-        v = values.setdefault(k, values.get(k) or value())
-        ids.extend(k + v)
-        targets.extend([UNSCORED] * len(k) + (list(v) if known else [UNSCORED] * len(v)))
+        if not known:
+            values[k] = v_last if k == last else value()
+        ids.extend(k + values[k])
+        targets.extend([UNSCORED] * len(k) + (list(values[k]) if known else [UNSCORED] * len(values[k])))
 
-    last = key()
-    v_last = value()
     room = length + 1 - len(last) - len(v_last)  # before the last pair
-    # where the last pair is shown first: at the first border of pairs from here, which is reached
-    place = rng.integers(room - 2 * longest - len(last) - len(v_last) + 1)
+    # the last pair is shown first at the next border of pairs from here, which there is: none is longer than two runs
+    place = rng.integers(room - 4 * longest + 1)
     while len(ids) + 2 * longest <= room:
-        if len(ids) >= place and last not in values:
-            values[last] = v_last
-            ids.extend(last + v_last)
-            targets.extend([UNSCORED] * (len(last) + len(v_last)))
-            continue
-        k = key()
-        if k == last and last not in values:
-            values[last] = v_last
-            ids.extend(k + v_last)
-            targets.extend([UNSCORED] * (len(k) + len(v_last)))
-        else:
-            add(k)
+        add(last if len(ids) >= place and last not in values else key())
     add(last)
     left = length + 1 - len(ids)
     ids, targets = [pad] * left + ids, [UNSCORED] * left + targets

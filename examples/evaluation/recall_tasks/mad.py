@@ -23,7 +23,13 @@ from .task import Part, Protocol
 
 
 def protocols(
-    vocabulary: int, settings: dict, cpu: dict, cpu_vocabulary: int, smoke: dict, smoke_vocabulary: int, batches: int = 100
+    vocabulary: int,
+    settings: dict,
+    cpu: dict,
+    cpu_vocabulary: int,
+    smoke: dict,
+    smoke_vocabulary: int,
+    batches: int = 100,
 ) -> dict[str, Protocol]:
     """The three sizes of a task of MAD, `batches` of 128 being the published training set."""
     return {

@@ -55,7 +55,7 @@ TASK = Task(
     name="memorisation",
     says="values that only training can tell (MAD)",
     generate=memorisation,
-    answers=lambda vocabulary: vocabulary - 1 - (vocabulary - 1) // 2,
+    answers=lambda vocabulary: (vocabulary - 1) // 2,
     protocols=protocols(256, {"length": 32}, {"length": 32}, 64, {"length": 8}, 16, batches=2),
     default=False,
 )

@@ -38,9 +38,10 @@ def modular_arithmetic(
     Raises:
         `ValueError`: for bounds without an odd length between.
     """
-    shortest_numbers, longest_numbers = (max(shortest, 3) + 1) // 2 - 1, (longest + 1) // 2 - 1
-    if not 1 <= shortest_numbers <= longest_numbers:
+    odd = [length for length in range(max(shortest, 3), longest + 1) if length % 2]
+    if not odd:
         raise ValueError(f"`shortest` and `longest` must have an odd length between, got {shortest} and {longest}.")
+    shortest_numbers, longest_numbers = odd[0] // 2, odd[-1] // 2
     modulus = vocabulary - ZERO
     numbers = rng.integers(modulus, size=(count, longest_numbers))
     signs = rng.integers(PLUS, EQUALS, size=(count, longest_numbers))

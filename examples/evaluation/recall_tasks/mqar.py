@@ -51,7 +51,9 @@ def mqar(
     context = 2 * (pairs + reassigned)
     places = (length - context) // 2
     if places < pairs:
-        raise ValueError(f"`pairs` must leave two tokens a query in {length} tokens, got {pairs} and {reassigned} again.")
+        raise ValueError(
+            f"`pairs` must leave two tokens a query in {length} tokens, got {pairs} and {reassigned} again."
+        )
     half = vocabulary // 2
     keys = without_replacement(rng, count, 1, half, pairs)
     values = without_replacement(rng, count, half, vocabulary, pairs + reassigned)
@@ -112,7 +114,13 @@ TASK = Task(
             test_examples=1000,
         ),
         "smoke": Protocol(
-            vocabulary=16, train=parts((16, 2)), batch=4, steps=3, learning_rates=(1e-2,), widths=(32,), test_examples=4
+            vocabulary=16,
+            train=parts((16, 2)),
+            batch=4,
+            steps=3,
+            learning_rates=(1e-2,),
+            widths=(32,),
+            test_examples=4,
         ),
     },
 )

@@ -52,6 +52,8 @@ TASK = Task(
     says="tokens between blanks, in their order (MAD)",
     generate=selective_copying,
     answers=lambda vocabulary: vocabulary - 2,
-    protocols=protocols(16, {"length": 256, "copied": 16}, {"length": 64, "copied": 8}, 16, {"length": 16, "copied": 2}, 8),
+    protocols=protocols(
+        16, {"length": 256, "copied": 16}, {"length": 64, "copied": 8}, 16, {"length": 16, "copied": 2}, 8
+    ),
     default=False,
 )

@@ -132,7 +132,9 @@ def without_replacement(rng: np.random.Generator, count: int, low: int, high: in
         `ValueError`: for more than there are.
     """
     if chosen > high - low:
-        raise ValueError(f"`chosen` must be at most {high - low}, the numbers from {low} to below {high}, got {chosen}.")
+        raise ValueError(
+            f"`chosen` must be at most {high - low}, the numbers from {low} to below {high}, got {chosen}."
+        )
     return low + rng.random((count, high - low)).argsort(axis=1)[:, :chosen]
 
 
