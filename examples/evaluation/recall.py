@@ -15,7 +15,7 @@
 
     python examples/evaluation/recall.py --list                        # tasks, models, and what is there already
     python examples/evaluation/recall.py                               # about an hour of one thread, resumed where it stopped
-    python examples/evaluation/recall.py --only 'needle' 'mad*/llama'  # some tasks, with all models or some
+    python examples/evaluation/recall.py --only needle '*-recall/llama' # some tasks, with all models or some
     python examples/evaluation/recall.py --report                      # tables and plot of what is there
     python examples/evaluation/recall.py --smoke --out runs/smoke      # seconds: everything runs
     python examples/evaluation/recall.py --device cuda --only 'mqar/yaad' --minutes 9  # the published size

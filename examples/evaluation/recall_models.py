@@ -25,8 +25,9 @@ from typing import Any
 
 import bridge_models
 import torch
+import torch.nn.functional as F
 from bridge_points import RUNGS
-from models import OURS, ModelShape, build, fitted
+from models import ModelShape, build, fitted
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
@@ -134,6 +135,35 @@ def start_gates_as_published(model: nn.Module) -> None:
         bias.data.copy_(step + (-torch.expm1(-step)).log())  # softplus of it is the step
 
 
+class ShortConvolution(nn.Module):
+    """What comes in, and a causal convolution of three tokens, channel by channel, added to it."""
+
+    def __init__(self, width: int, taps: int = 3):
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(width, 1, taps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[batch, length, width]` of as many."""
+        past = F.pad(x.transpose(1, 2), (self.weight.shape[-1] - 1, 0))
+        return x + F.conv1d(past, self.weight, groups=x.shape[-1]).transpose(1, 2)
+
+
+def add_convolutions(model: nn.Module) -> None:
+    """Puts a `ShortConvolution` between every layer's first norm and what mixes its tokens. Such a model trains and is
+    measured; it does not decode token by token.
+
+    Raises:
+        `TypeError`: for a layer whose first norm has no name that is known here.
+    """
+    for layer in model.base_model.layers:
+        norm = getattr(layer, "input_layernorm", None) or getattr(layer, "norm", None)
+        if norm is None:
+            raise TypeError(f"The first norm of a {type(layer).__name__} is not known.")
+        layer.short_convolution = ShortConvolution(model.config.hidden_size)
+        # layers look at their norm's weight, so it stays where it is
+        norm.register_forward_hook(lambda norm, args, output, layer=layer: layer.short_convolution(output))
+
+
 class Reader(nn.Module):
     """Logits of a causal language model at the positions that are asked about."""
 
@@ -178,8 +208,8 @@ def state_size(model: nn.Module, arguments: Callable[[Tensor], dict[str, Any]], 
     """Numbers that the first layer carries for one sequence after `length` tokens.
 
     `memory` is what it recalls from: keys and values, the state of a recurrence, or the weights of a memory. `carried` is all
-    it needs for the next token: the last inputs of convolutions, and what waits in an unfinished chunk, besides. `None`
-    for a rung of the bridge, which has no cache.
+    it needs for the next token: the last inputs of convolutions, those of `add_convolutions` as well, and what waits in an
+    unfinished chunk. `None` for a rung of the bridge, which has no cache.
 
     Raises:
         `TypeError`: for a cache that is not known here.
@@ -200,19 +230,22 @@ def state_size(model: nn.Module, arguments: Callable[[Tensor], dict[str, Any]], 
         memory, waiting = [layer.keys, layer.values], []
     else:
         raise TypeError(f"The numbers that a {type(layer).__name__} carries are not known.")
+    before = [module for module in model.base_model.layers[0].modules() if isinstance(module, ShortConvolution)]
+    inputs = sum(module.weight.shape[0] * (module.weight.shape[-1] - 1) for module in before)
     size = sum(t.numel() for t in memory)
-    return {"memory": size, "carried": size + sum(t.numel() for t in waiting)}
+    return {"memory": size, "carried": size + sum(t.numel() for t in waiting) + inputs}
 
 
 __all__ = [
     "DEFAULT_MODELS",
     "MODELS",
     "NEIGHBOURS",
-    "OURS",
     "RUNG",
     "Reader",
     "RecallShape",
+    "ShortConvolution",
     "StateReader",
+    "add_convolutions",
     "build_model",
     "named",
     "positions",

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from provenance import command_line, machine
-from recall_models import DEFAULT_MODELS, Reader, RecallShape, StateReader, build_model, state_size
+from recall_models import DEFAULT_MODELS, Reader, RecallShape, StateReader, add_convolutions, build_model, state_size
 from recall_tasks import TASKS, UNSCORED, Examples, Part, Protocol, Task
 from study import OutOfTime, number, train, write_json
 from torch import Tensor
@@ -187,6 +187,8 @@ def run_job(
     shape = RecallShape.of(job.width, protocol.layers, size.head_dim, protocol.vocabulary, size.chunk)
     with torch.device(device):
         model, arguments = build_model(job.model, shape, job.seed)
+        if protocol.convolution:
+            add_convolutions(model)
         reader = (StateReader if task.reads_last_state else Reader)(model, arguments)
     batches = TrainingSet(task, protocol, job.seed)
 

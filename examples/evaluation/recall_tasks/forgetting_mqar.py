@@ -34,6 +34,7 @@ TASK = Task(
             vocabulary=64,
             train=parts((32, 4), reassigned=2, random_rest=False),
             tests=parts((32, 4), (64, 4), (64, 8), reassigned=2, random_rest=False),
+            convolution=True,
         ),
         "full": Protocol(
             vocabulary=8192,
@@ -44,6 +45,7 @@ TASK = Task(
             learning_rates=PUBLISHED_RATES,
             widths=(64, 128, 256),
             distinct_batches=703,
+            convolution=True,
             test_examples=1000,
         ),
         "smoke": Protocol(

@@ -18,7 +18,7 @@ for. Keys are tokens 0 to V/4 - 1, one of them in a sequence; values and the tex
 nothing but the key before it marks the value. All places are as likely. It is the retrieval of one number by its key that RULER (arXiv 2404.06654) calls
 S-NIAH, without a language around it: there are no figures to compare with.
 
-**Protocol**: trained at one length, tested at once, twice, four and eight times that length.
+**Protocol**: trained at one length, tested at once, twice, four and eight times that length, with the convolutions of MQAR.
 """
 
 import numpy as np
@@ -58,13 +58,14 @@ TASK = Task(
     generate=needle,
     answers=lambda vocabulary: vocabulary - vocabulary // 4,
     protocols={
-        "cpu": Protocol(vocabulary=64, train=(_part(64, 64),), tests=_tests(64), test_examples=128),
+        "cpu": Protocol(vocabulary=64, train=(_part(64, 64),), tests=_tests(64), test_examples=128, convolution=True),
         "full": Protocol(
             vocabulary=8192,
             train=(_part(1024, 1024),),
             tests=_tests(1024),
             batch=64,
             steps=10_000,
+            convolution=True,
             learning_rates=(1e-3, 10**-2.5, 1e-2),
             widths=(128,),
             test_examples=1000,

@@ -73,6 +73,7 @@ class Protocol:
         learning_rates, weight_decays (`tuple` of `float`): the grid.
         widths (`tuple` of `int`): of the models, more than one where accuracy is wanted against the state's size.
         layers (`int`): of the models.
+        convolution (`bool`): whether a short causal convolution stands before every layer's memory or attention.
         distinct_batches (`int`, *optional*): size of the training set, in batches; `None` for a new one each step.
         test_examples (`int`): sequences a part, of the validation and of the test set.
     """
@@ -86,6 +87,7 @@ class Protocol:
     weight_decays: tuple[float, ...] = (0.1,)
     widths: tuple[int, ...] = (64,)
     layers: int = 2
+    convolution: bool = False
     distinct_batches: int | None = None
     test_examples: int = 256
 
