@@ -17,12 +17,13 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from recall_models import MODELS, NEIGHBOURS
 from recall_published import PUBLISHED, WITHOUT
-from recall_tasks import TASKS
+from recall_tasks import TASKS, Protocol
 from recall_training import Size, mean_accuracy
 from study import markdown, write_json
 
@@ -50,10 +51,8 @@ def read_results(folder: Path, size: Size) -> list[dict[str, Any]]:
     return results
 
 
-def plain(protocol) -> dict[str, Any]:
+def plain(protocol: Protocol) -> dict[str, Any]:
     """A protocol as JSON gives it back."""
-    from dataclasses import asdict
-
     return json.loads(json.dumps(asdict(protocol)))
 
 

@@ -47,7 +47,7 @@ class Size:
     """
 
     name: str
-    head_dim: int = 32
+    head_dim: int
     chunk: int = 16
     seeds: int = 1
     bf16: bool = False
@@ -57,7 +57,7 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size("cpu"),
+        Size("cpu", head_dim=16),
         Size("full", head_dim=64, seeds=3, bf16=True, intervals=200),
         Size("smoke", head_dim=16, chunk=4, intervals=3),
     )

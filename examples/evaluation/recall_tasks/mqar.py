@@ -22,9 +22,10 @@ whole vocabulary: what stands after a query is never its value, except by chance
 **Published protocol**: V = 8192, `power` 0.01, training on length 64 with 4 pairs (100,000 sequences), 128/8, 256/16, 256/32
 and 256/64 (20,000 each), tests of 1,000 sequences on 64/4, 64/8, 64/16, 128/32, 256/64, 512/128 and 1024/256, batches of
 256, 32 epochs, learning rates logspace(-3, -1.5, 4), widths 64 to 256, two layers without MLPs, a convolution of three
-tokens before every attention and every recurrence: with it a layer can join a key to its value, without it a Llama must first learn to look one
-token back, which it did not in 1,600 steps of the size `cpu`. Published are plots: attention answers everything at every
-width, recurrent models the more the larger their state is. Our models have MLPs besides, for equal parameters.
+tokens before every attention and every recurrence: with it a layer can join a key to its value, without it a Llama must
+first learn to look one token back, which it did not in 1,600 steps of the size `cpu`. Published are plots: attention
+answers everything at every width, recurrent models the more the larger their state is. Our models have MLPs besides, for
+equal parameters.
 
 In a small vocabulary random tokens would be keys and values all the time. At the size `cpu` the rest is token 0 instead, as
 in the repository's second configuration (`random_non_queries=False`).
@@ -105,7 +106,7 @@ TASK = Task(
     protocols={
         "cpu": Protocol(
             vocabulary=64,
-            train=parts((32, 4), (64, 8), random_rest=False),
+            train=parts((32, 4, 3), (64, 8, 1), random_rest=False),
             tests=parts((32, 4), (64, 8), (64, 16), (128, 24), random_rest=False),
             convolution=True,
         ),

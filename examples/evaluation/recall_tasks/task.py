@@ -83,7 +83,7 @@ class Protocol:
     tests: tuple[Part, ...] = ()
     batch: int = 32
     steps: int = 400
-    learning_rates: tuple[float, ...] = (1e-3, 4e-3)
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3)
     weight_decays: tuple[float, ...] = (0.1,)
     widths: tuple[int, ...] = (64,)
     layers: int = 2
