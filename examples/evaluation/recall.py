@@ -14,7 +14,7 @@
 """What small models recall, and from how large a state: synthetic tasks, ours and their neighbours side by side.
 
     python examples/evaluation/recall.py --list                        # tasks, models, and what is there already
-    python examples/evaluation/recall.py                               # about an hour of one thread, resumed where it stopped
+    python examples/evaluation/recall.py                               # about an hour of one thread, resumed
     python examples/evaluation/recall.py --only needle '*-recall/llama' # some tasks, with all models or some
     python examples/evaluation/recall.py --report                      # tables and plot of what is there
     python examples/evaluation/recall.py --smoke --out runs/smoke      # seconds: everything runs
@@ -133,10 +133,11 @@ def _run(jobs: list[Job], size: Size, args: argparse.Namespace) -> None:
             return
         mean = mean_accuracy(result)
         accuracy = "diverged" if mean is None else f"accuracy {mean:.3f}"
+        wall, cpu = result["seconds"]["wall"], result["seconds"]["cpu"]
         print(
-            f"{number}/{len(jobs)} {Job(**result['job']).name}: {accuracy}, a guess {result['chance']:.3f}, gradient norm up "
-            f"to {result['gradient_norm_max']}, {result['seconds']['wall']:.0f} s ({result['seconds']['cpu']:.0f} s of "
-            f"CPU), {(time.time() - started) / 60:.0f} min in all",
+            f"{number}/{len(jobs)} {Job(**result['job']).name}: {accuracy}, a guess {result['chance']:.3f}, gradient norm "
+            f"up to {result['gradient_norm_max']}, {wall:.0f} s ({cpu:.0f} s of CPU), "
+            f"{(time.time() - started) / 60:.0f} min in all",
             flush=True,
         )
 

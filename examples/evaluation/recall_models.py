@@ -13,8 +13,8 @@
 # limitations under the License.
 """The models of the recall study, what reads answers from them, and the size of what they carry along a sequence.
 
-All have the vocabulary of a task, one width and depth, and as many parameters as Moneta, by the width of their MLP, like
-those of `benchmarks/models.py`.
+All have the vocabulary of a task, one width and depth, and as many parameters as Moneta, by the width of their MLP,
+like those of `benchmarks/models.py`.
 """
 
 import fnmatch
@@ -74,7 +74,7 @@ RUNG = "rung-"
 
 
 def named(pattern: str) -> list[str]:
-    """Names of models that match, with `*` and `?` as in file names; rungs of the bridge only where `rung-` is written.
+    """Names of models that match, with `*` and `?` as in file names, those of rungs where `rung-` is written.
 
     Raises:
         `ValueError`: for a pattern that matches none.
@@ -86,7 +86,7 @@ def named(pattern: str) -> list[str]:
     found = fnmatch.filter(names, pattern)
     if not found:
         raise ValueError(
-            f"{pattern!r} names no model; there are {', '.join(MODELS)}, and {RUNG} with the name of a rung of bridge.py."
+            f"{pattern!r} names no model; there are {', '.join(MODELS)}, and {RUNG} with a rung of bridge.py."
         )
     return found
 
@@ -123,10 +123,10 @@ def _matrix_config(shape: ModelShape, intermediate_size: int) -> MirasConfig:
 
 
 def start_gates_as_published(model: nn.Module) -> None:
-    """Gives Gated DeltaNet the time steps that its authors start from (arXiv 2412.06464), log-uniform from 0.001 to 0.1.
+    """Gives Gated DeltaNet its authors' first time steps (arXiv 2412.06464), log-uniform from 0.001 to 0.1.
 
-    Transformers starts all of them at 1.3, where nearly every head forgets within a token: a language model's few hundred
-    heads hold some that do not, and the few of these models hardly ever one.
+    Transformers starts all of them at 1.3, where nearly every head forgets within a token: a language model's few
+    hundred heads hold some that do not, and the few of these models hardly ever one.
     """
     for layer in model.model.layers:
         bias = layer.linear_attn.dt_bias
@@ -207,9 +207,9 @@ def positions(length: int, width: int) -> Tensor:
 def state_size(model: nn.Module, arguments: Callable[[Tensor], dict[str, Any]], length: int) -> dict[str, int] | None:
     """Numbers that the first layer carries for one sequence after `length` tokens.
 
-    `memory` is what it recalls from: keys and values, the state of a recurrence, or the weights of a memory. `carried` is all
-    it needs for the next token: the last inputs of convolutions, those of `add_convolutions` as well, and what waits in an
-    unfinished chunk. `None` for a rung of the bridge, which has no cache.
+    `memory` is what it recalls from: keys and values, the state of a recurrence, or the weights of a memory. `carried`
+    is all it needs for the next token: the last inputs of convolutions, those of `add_convolutions` as well, and what
+    waits in an unfinished chunk. `None` for a rung of the bridge, which has no cache.
 
     Raises:
         `TypeError`: for a cache that is not known here.

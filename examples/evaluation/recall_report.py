@@ -60,9 +60,9 @@ def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry a task, model and width, in the tasks' and models' order.
 
     Of the grid of learning rates and weight decays the point is taken whose mean validation accuracy over seeds is
-    highest, one where a seed diverged being the lowest of all; what is said of it is measured on the tests. `spread` is the
-    largest less the smallest mean accuracy over its seeds. `scaled` puts a guess at 0. `at_edge` says that
-    the best learning rate is an end of those tried, so that a better one may lie outside.
+    highest, one where a seed diverged being the lowest of all; what is said of it is measured on the tests. `spread`
+    is the largest less the smallest mean accuracy over its seeds. `scaled` puts a guess at 0. `at_edge` says that the
+    best learning rate is an end of those tried, so that a better one may lie outside.
     """
     groups: dict[tuple, dict[tuple[float, float], list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
@@ -191,9 +191,9 @@ def checks(entries: list[dict[str, Any]], size: Size) -> Iterator[str]:
                 yield f"| {task} | | | | | {WITHOUT[task]} |"
         return
     yield (
-        f"Nothing has been published at size {size.name}, so no figure here can be held against one: sizes differ between "
-        f"harnesses by more than models do. What can be said is whether a neighbour learns the task, {LEARNED:g} of its first "
-        "test, without which its line says nothing about the others:"
+        f"Nothing has been published at size {size.name}, so no figure here can be held against one. What can be said is "
+        f"whether a neighbour learns a task, {LEARNED:g} of its first test, without which its line says nothing about the "
+        "others:"
     )
     yield ""
     for task in tasks:
@@ -207,8 +207,9 @@ def checks(entries: list[dict[str, Any]], size: Size) -> Iterator[str]:
 
 
 def plot(entries: list[dict[str, Any]]):
-    """Two pictures a task: mean accuracy against the numbers a layer recalls from, and accuracy test by test; returns the
-    figure."""
+    """Two pictures a task, mean accuracy against the numbers a layer recalls from, and accuracy test by test.
+
+    Returns the figure."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
@@ -253,9 +254,9 @@ def write_report(folder: Path, size: Size) -> list[str]:
     lines = [
         f"Accuracy of {len(results)} trainings at size {size.name}, {'bfloat16' if size.bf16 else 'float32'}, heads of "
         f"{size.head_dim}, chunks of {size.chunk}: of every model the learning rate and weight decay that are best on the "
-        "validation set, on the test set. *Memory* is the numbers that a layer recalls from for one sequence, *carried* all "
-        "that it keeps for the next token; a Llama's are those after the shortest and the longest test. *Scaled* puts a guess at 0; (edge) marks a best learning rate at the end of those "
-        "tried.",
+        "validation set, on the test set. *Memory* is the numbers that a layer recalls from for one sequence, *carried* "
+        "all that it keeps for the next token; a Llama's are those after the shortest and the longest test. *Scaled* puts "
+        "a guess at 0; (edge) marks a best learning rate at the end of those tried.",
     ]
     for name in dict.fromkeys(entry["task"] for entry in entries):
         of_task = [entry for entry in entries if entry["task"] == name]
@@ -264,8 +265,9 @@ def write_report(folder: Path, size: Size) -> list[str]:
             "",
             f"## {name}: {TASKS[name].says}",
             "",
-            f"{protocol.vocabulary} tokens, trained on {', '.join(part.name for part in protocol.train)}, {protocol.steps:,} "
-            f"steps of {protocol.batch} sequences, {protocol.layers} layers; a guess scores {of_task[0]['chance']:.3f}.",
+            f"{protocol.vocabulary} tokens, trained on {', '.join(part.name for part in protocol.train)}, "
+            f"{protocol.steps:,} steps of {protocol.batch} sequences, {protocol.layers} layers; a guess scores "
+            f"{of_task[0]['chance']:.3f}.",
             "",
             *table(of_task),
         ]

@@ -106,7 +106,8 @@ DEFAULT_PAIRS = [(name, model) for name, task in TASKS.items() if task.default f
 class TrainingSet:
     """Batches of a task by number: the same for every model, made when they are asked for.
 
-    With `distinct_batches` there are as many, in a new order every epoch, and a batch stays together; each is made once.
+    With `distinct_batches` there are as many, in a new order every epoch, and a batch stays together; each is made
+    once.
     """
 
     def __init__(self, task: Task, protocol: Protocol, seed: int):

@@ -16,8 +16,8 @@
 Random tokens, and at the end one that stands for all of them. An MLP reads what the model says there with a position's
 sines and cosines added, and must give the token of that position; `recall_models.py` has it.
 
-**Published protocol**: 16 tokens, length 32, see `mad.py` for the training. There the last token, which is always the same, is
-asked for, too: a published accuracy p is (32 p - 1) / 31 here.
+**Published protocol**: 16 tokens, length 32, see `mad.py` for the training. There the last token, which is always the
+same, is asked for, too: a published accuracy p is (32 p - 1) / 31 here.
 """
 
 import numpy as np

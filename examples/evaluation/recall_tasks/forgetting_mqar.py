@@ -11,13 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""MQAR whose keys are reassigned, so that the newest value counts (`forgetting_mqar` of repository HazyResearch/zoology).
+"""MQAR whose keys are reassigned, so that the newest value counts (`forgetting_mqar` of repository
+HazyResearch/zoology).
 
-As in `mqar.py`, but after the pairs some of the keys come again with other values. A query asks for the last value that its
-key was given. Memories that only add up hold both values; retention, or a step that replaces, is what the task asks for.
+As in `mqar.py`, but after the pairs some of the keys come again with other values. A query asks for the last value
+that its key was given. Memories that only add up hold both values; retention, or a step that replaces, is what the
+task asks for.
 
-**Published protocol**: that of MQAR with 4 keys reassigned, trained on 64/4, 128/9, 256/16, 256/25 and 256/36 and tested on
-64/4, 64/9, 128/16, 256/36, 512/64, 1024/144 and 2048/256. No figures have been published with it.
+**Published protocol**: that of MQAR with 4 keys reassigned, trained on 64/4, 128/9, 256/16, 256/25 and 256/36 and
+tested on 64/4, 64/9, 128/16, 256/36, 512/64, 1024/144 and 2048/256. No figures have been published with it.
 """
 
 from .mqar import PUBLISHED_RATES, mqar, parts

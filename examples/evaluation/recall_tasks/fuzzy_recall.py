@@ -14,9 +14,9 @@
 """MAD's fuzzy in-context recall (arXiv 2403.17844): keys and values are one to three tokens long.
 
 The last token pads at the left. Of the others the first half makes keys and the rest values: sequences of one to three
-different tokens, drawn anew for each pair, with a map of the sequence's own from keys to values. A key that the sequence
-had before is followed by its value, whose every token a test asks for. The last pair has been shown before. In a test all keys
-are three tokens long; training has all lengths, and all next tokens as targets, pads aside.
+different tokens, drawn anew for each pair, with a map of the sequence's own from keys to values. A key that the
+sequence had before is followed by its value, whose every token a test asks for. The last pair has been shown before.
+In a test all keys are three tokens long; training has all lengths, and all next tokens as targets, pads aside.
 
 A pair that is asked for at the end always stands in the sequence; in the published generator it is left out when its
 place is drawn behind the sequence's end, and then nothing can answer.

@@ -13,10 +13,10 @@
 # limitations under the License.
 """What MAD's six tasks have in common: their training (arXiv 2403.17844; repository athms/mad-lab).
 
-**Published protocol**: width 128; mixer, SwiGLU, mixer, SwiGLU; 12,800 training sequences (256 for memorisation), 200 epochs of
-batches of 128, 1,280 test sequences; AdamW, cosine, the best of learning rates 1e-4, 5e-4, 1e-3 and weight decays 0, 0.1;
-recurrent states of 4,096 numbers. MAD's score of a task is a mean over variations of difficulty; what is here is the baseline
-of each, as in the tables that are compared with.
+**Published protocol**: width 128; mixer, SwiGLU, mixer, SwiGLU; 12,800 training sequences (256 for memorisation), 200
+epochs of batches of 128, 1,280 test sequences; AdamW, cosine, the best of learning rates 1e-4, 5e-4, 1e-3 and weight
+decays 0, 0.1; recurrent states of 4,096 numbers. MAD's score of a task is a mean over variations of difficulty; what
+is here is the baseline of each, as in the tables that are compared with.
 """
 
 from .task import Part, Protocol

@@ -13,8 +13,8 @@
 # limitations under the License.
 """MAD's memorisation (arXiv 2403.17844): one map from keys to values for all sequences, to be learned by the weights.
 
-A sequence is a key, the last token of the vocabulary, a key, that token again, and so on; at each of these tokens the value
-of the key before is asked for. Nothing in the sequence tells it.
+A sequence is a key, the last token of the vocabulary, a key, that token again, and so on; at each of these tokens the
+value of the key before is asked for. Nothing in the sequence tells it.
 
 **Published protocol**: 256 tokens, length 32, 256 training sequences, see `mad.py` for the training.
 """

@@ -13,11 +13,12 @@
 # limitations under the License.
 """Modular arithmetic without brackets (arXiv 2411.12537, on the data of xLSTM, repository NX-AI/xlstm).
 
-`3 * 4 - 2 + 1 =`, with numbers below the modulus and products before sums; at the sign of equality the result modulo their
-number is asked for. Tokens are 0 for padding, 1 to 4 for `+ - * =`, and the numbers after them.
+`3 * 4 - 2 + 1 =`, with numbers below the modulus and products before sums; at the sign of equality the result modulo
+their number is asked for. Tokens are 0 for padding, 1 to 4 for `+ - * =`, and the numbers after them.
 
-**Published protocol and figures**: see `state_tracking.py`, 10 tokens, so modulo 5; scaled accuracy beyond the training length
-of a Transformer 0.031, of mLSTM 0.040, of DeltaNet 0.314 with steps up to 1 and 0.971 with steps up to 2.
+**Published protocol and figures**: see `state_tracking.py`, 10 tokens, so modulo 5; scaled accuracy beyond the
+training length of a Transformer 0.031, of mLSTM 0.040, of DeltaNet 0.314 with steps up to 1 and 0.971 with steps up to
+2.
 """
 
 import numpy as np
@@ -32,8 +33,8 @@ PLUS, MINUS, TIMES, EQUALS, ZERO = 1, 2, 3, 4, 5
 def modular_arithmetic(
     rng: np.random.Generator, count: int, vocabulary: int, training: bool, *, shortest: int, longest: int
 ) -> Examples:
-    """`count` sequences, with their answer of an odd length from `shortest` to `longest`, each as likely, and of at least
-    one number; padded at the right.
+    """`count` sequences, with their answer of an odd length from `shortest` to `longest`, each as likely, and of at
+    least one number; padded at the right.
 
     Raises:
         `ValueError`: for bounds without an odd length between.

@@ -13,12 +13,13 @@
 # limitations under the License.
 """A single needle: one value in a long text is to be recalled, up to eight times the training length.
 
-A needle of a key and a value stands somewhere in random tokens, the last token is the key again, and its value is asked
-for. Keys are tokens 0 to V/4 - 1, one of them in a sequence; values and the text around are all other tokens, so that
-nothing but the key before it marks the value. All places are as likely. It is the retrieval of one number by its key
-that RULER (arXiv 2404.06654) calls S-NIAH, without a language around it: there are no figures to compare with.
+A needle of a key and a value stands somewhere in random tokens, the last token is the key again, and its value is
+asked for. Keys are tokens 0 to V/4 - 1, one of them in a sequence; values and the text around are all other tokens, so
+that nothing but the key before it marks the value. All places are as likely. It is the retrieval of one number by its
+key that RULER (arXiv 2404.06654) calls S-NIAH, without a language around it: there are no figures to compare with.
 
-**Protocol**: trained at one length, tested at once, twice, four and eight times that length, with the convolutions of MQAR.
+**Protocol**: trained at one length, tested at once, twice, four and eight times that length, with the convolutions of
+MQAR.
 """
 
 import numpy as np

@@ -13,11 +13,11 @@
 # limitations under the License.
 """Parity (arXiv 2411.12537, on the data of xLSTM, repository NX-AI/xlstm): whether the ones of a sequence are even.
 
-Tokens are 0 for padding, 1 for a zero and 2 for a one; at the last bit the answer is asked for, 1 for an even number of
-ones and 2 for an odd one. A state that is only ever scaled by positive numbers cannot keep it.
+Tokens are 0 for padding, 1 for a zero and 2 for a one; at the last bit the answer is asked for, 1 for an even number
+of ones and 2 for an odd one. A state that is only ever scaled by positive numbers cannot keep it.
 
-**Published protocol and figures**: see `state_tracking.py`; scaled accuracy beyond the training length of a Transformer
-0.022, of mLSTM 0.087, of DeltaNet 0.017 with steps up to 1 and 1.000 with steps up to 2.
+**Published protocol and figures**: see `state_tracking.py`; scaled accuracy beyond the training length of a
+Transformer 0.022, of mLSTM 0.087, of DeltaNet 0.017 with steps up to 1 and 1.000 with steps up to 2.
 """
 
 import numpy as np

@@ -13,10 +13,10 @@
 # limitations under the License.
 """What parity and modular arithmetic have in common: their training (arXiv 2411.12537).
 
-**Published protocol**: sequences of 3 to 40 tokens in training and of 40 to 256 in tests, the answer included, which is asked
-for at the token before it; accuracy is scaled so that a guess is 0. The configuration of parity in the authors'
-repository has 20,000 steps of 256 new sequences, a learning rate of 1e-3 after a warm-up, cosine, and 8,192 test
-sequences.
+**Published protocol**: sequences of 3 to 40 tokens in training and of 40 to 256 in tests, the answer included, which
+is asked for at the token before it; accuracy is scaled so that a guess is 0. The configuration of parity in the
+authors' repository has 20,000 steps of 256 new sequences, a learning rate of 1e-3 after a warm-up, cosine, and 8,192
+test sequences.
 """
 
 from .task import Part, Protocol
