@@ -175,6 +175,7 @@ def run_job(
     rung = RUNGS[job.rung]
     with torch.device(device):
         model, arguments = build_model(rung.point, size.shape, job.seed)
+    model.to(device)  # those of `benchmarks/models.py` choose their own
 
     def precision():
         return torch.autocast(device, torch.bfloat16) if size.bf16 else nullcontext()

@@ -58,7 +58,7 @@ SIZES = {
     size.name: size
     for size in (
         Size("cpu", head_dim=16),
-        Size("full", head_dim=64, seeds=3, bf16=True, intervals=200),
+        Size("full", head_dim=32, seeds=3, bf16=True, intervals=200),
         Size("smoke", head_dim=16, chunk=4, intervals=3),
     )
 }
@@ -191,6 +191,7 @@ def run_job(
         if protocol.convolution:
             add_convolutions(model)
         reader = (StateReader if task.reads_last_state else Reader)(model, arguments)
+    reader.to(device)  # models of `benchmarks/models.py` choose their own
     batches = TrainingSet(task, protocol, job.seed)
 
     def precision() -> AbstractContextManager:

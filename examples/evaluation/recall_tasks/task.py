@@ -137,7 +137,7 @@ def without_replacement(rng: np.random.Generator, count: int, low: int, high: in
         raise ValueError(
             f"`chosen` must be at most {high - low}, the numbers from {low} to below {high}, got {chosen}."
         )
-    return low + rng.random((count, high - low)).argsort(axis=1)[:, :chosen]
+    return low + np.stack([rng.choice(high - low, chosen, replace=False) for _ in range(count)])
 
 
 def seen_before(keys: np.ndarray) -> np.ndarray:
