@@ -36,6 +36,7 @@ TASK = Task(
             vocabulary=64,
             train=parts((32, 4), reassigned=2, random_rest=False),
             tests=parts((32, 4), (64, 4), (64, 8), reassigned=2, random_rest=False),
+            steps=800,
             convolution=True,
         ),
         "full": Protocol(

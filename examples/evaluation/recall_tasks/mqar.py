@@ -108,6 +108,7 @@ TASK = Task(
             vocabulary=64,
             train=parts((32, 4, 3), (64, 8, 1), random_rest=False),
             tests=parts((32, 4), (64, 8), (64, 16), (128, 24), random_rest=False),
+            steps=800,
             convolution=True,
         ),
         "full": Protocol(
