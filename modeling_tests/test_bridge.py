@@ -34,9 +34,10 @@ import bridge  # noqa: E402
 from bridge_models import UnitStepMLP, build_model, change, our_config  # noqa: E402
 from bridge_points import PATH, RUNGS, Point  # noqa: E402
 from bridge_report import read_results, summarise, table  # noqa: E402
-from bridge_training import SIZES, Job, jobs_of, optimizer_and_schedule  # noqa: E402
+from bridge_training import SIZES, Job, jobs_of  # noqa: E402
 from models import ModelShape  # noqa: E402
 from safetensors.torch import load_model  # noqa: E402
+from study import optimizer_and_schedule  # noqa: E402
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet  # noqa: E402
 
 from miras_hf import MirasForCausalLM, YaadConfig, YaadForCausalLM  # noqa: E402

@@ -29,8 +29,7 @@ import argparse
 import fnmatch
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 
@@ -40,7 +39,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "examples"), st
 import torch  # noqa: E402
 from bridge_points import RUNGS  # noqa: E402
 from bridge_report import write_report  # noqa: E402
-from bridge_training import SIZES, Job, Size, jobs_of, prepare_data, quiet, run_job  # noqa: E402
+from bridge_training import SIZES, Job, Size, jobs_of, prepare_data, run_job  # noqa: E402
+from study import quiet, run_all  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,11 +100,6 @@ def jobs_for(args: argparse.Namespace, size: Size) -> list[Job]:
     return [Job(name, rate, seed) for name in rungs for rate in rates for seed in seeds[name]]
 
 
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    quiet()
-
-
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     size = SIZES[args.size]
@@ -141,16 +136,8 @@ def _run(jobs: list[Job], size: Size, args: argparse.Namespace) -> None:
             flush=True,
         )
 
-    if args.workers == 1 or not jobs:
-        for number, job in enumerate(jobs, 1):
-            say(number, run_job(job, size, args.out, args.device, args.keep_weights))
-        return
-    # forked processes would share PyTorch's locked threads
-    context = get_context("spawn")
-    with ProcessPoolExecutor(min(args.workers, len(jobs)), mp_context=context, initializer=_start_worker) as pool:
-        futures = [pool.submit(run_job, job, size, args.out, args.device, args.keep_weights) for job in jobs]
-        for number, future in enumerate(as_completed(futures), 1):
-            say(number, future.result())
+    run = partial(run_job, size=size, folder=args.out, device=args.device, keep_weights=args.keep_weights)
+    run_all(jobs, run, say, args.workers)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge_points import PATH, RUNGS, Point
-from bridge_training import Size, write_json
+from bridge_training import Size
+from study import write_json
 
 
 def read_results(folder: Path, size: Size) -> list[dict[str, Any]]:

@@ -11,9 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Data and training of the studies: the text of `pretrain.py`, its optimiser, and one JSON a run."""
+"""Data and trainings of the bridge: the text of `pretrain.py`, and one JSON a run."""
 
-import json
 import math
 import platform
 import time
@@ -24,19 +23,17 @@ from typing import Any
 
 import pretrain
 import torch
-import transformers
 from bridge_models import build_model
 from bridge_points import ENDS, RUNGS
 from models import ModelShape
 from provenance import command_line, machine
 from safetensors.torch import save_model
+from study import number, train, write_json
 from torch import Tensor, nn
-from transformers import Trainer, get_cosine_schedule_with_warmup
 
 from miras_hf.callbacks import measure_memories
-from miras_hf.files import atomic_write, write_text
+from miras_hf.files import atomic_write
 from miras_hf.modeling_miras import MirasMixer
-from miras_hf.weight_decay import exempt_from_trainer
 
 
 @dataclass(frozen=True)
@@ -157,23 +154,6 @@ def prepare_data(folder: Path, size: Size) -> dict[str, Tensor]:
     return found["rows"]
 
 
-def optimizer_and_schedule(model: nn.Module, learning_rate: float, steps: int):
-    """AdamW and the schedule of `pretrain.py`, with the weight decay that Trainer gives each parameter there."""
-    defaults = {f.name: f.default for f in pretrain.PretrainingArguments.__dataclass_fields__.values()}
-    exempt_from_trainer()
-    decayed = set(Trainer.get_decay_parameter_names(None, model))
-    groups = [
-        {
-            "params": [p for n, p in model.named_parameters() if p.requires_grad and (n in decayed) == decays],
-            "weight_decay": defaults["weight_decay"] if decays else 0.0,
-        }
-        for decays in (True, False)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, defaults["adam_beta2"]))
-    warmup = math.ceil(defaults["warmup_steps"] * steps)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-
-
 @torch.no_grad()
 def validate(model: nn.Module, rows: Tensor, arguments, precision, at_once: int) -> float:
     """Mean loss in nats over the rows."""
@@ -195,36 +175,26 @@ def run_job(
     rung = RUNGS[job.rung]
     with torch.device(device):
         model, arguments = build_model(rung.point, size.shape, job.seed)
-    optimizer, schedule = optimizer_and_schedule(model, job.learning_rate, size.steps)
+    model.to(device)  # those of `benchmarks/models.py` choose their own
 
     def precision():
         return torch.autocast(device, torch.bfloat16) if size.bf16 else nullcontext()
 
     # a seed's order is the same for every rung
     order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(job.seed)).to(device)
-    every = max(1, size.steps // intervals)
-    train, gradients, validation = [], [], []
-    model.train()
-    for step in range(1, size.steps + 1):
+    validation = []
+
+    def loss_at(step: int) -> Tensor:
         ids = rows["train"][order[(step - 1) * size.rows : step * size.rows]]
         with precision():
-            loss = model(ids, labels=ids, **arguments(ids)).loss
-        loss.backward()
-        gradients.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        train.append(loss.detach())
-        if step % every == 0 and not math.isfinite(train[-1].item()):
-            break
+            return model(ids, labels=ids, **arguments(ids)).loss
+
+    def after_step(step: int) -> None:
         if step in (size.steps // 2, size.steps):
             validation.append([step, validate(model, rows["validation"], arguments, precision, max(2, size.rows))])
-    train, gradients = torch.stack(train).tolist(), torch.stack(gradients).tolist()
-    reached = len(train) == size.steps and math.isfinite(validation[-1][1])
 
-    def of_intervals(values: list[float], reduce) -> list[list[float | None]]:
-        parts = [(i + len(values[i : i + every]), values[i : i + every]) for i in range(0, len(values), every)]
-        return [[last, _number(reduce(part))] for last, part in parts]
+    course = train(model, loss_at, job.learning_rate, size.steps, intervals=intervals, after_step=after_step)
+    reached = course.reached and math.isfinite(validation[-1][1])
 
     result = {
         "job": asdict(job),
@@ -236,13 +206,11 @@ def run_job(
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "intermediate_size": model.config.intermediate_size,
         "validation": validation[-1][1] if reached else None,
-        "validation_by_step": [[step, _number(value)] for step, value in validation],
+        "validation_by_step": [[step, number(value)] for step, value in validation],
         "diverged": not reached,
-        "train": of_intervals(train, lambda part: sum(part) / len(part)),
-        "gradient_norm": of_intervals(gradients, max),
-        "gradient_norm_max": _number(max(gradients, key=lambda g: g if math.isfinite(g) else math.inf)),
+        **course.summary(),
         "memories": memories_after(model, rows["validation"][:2], arguments),
-        "tokens": size.context * size.rows * len(train),
+        "tokens": size.context * size.rows * len(course.losses),
         "data": pretrain.data_name(pretrain.DataArguments())["name"],
         "command": command_line(),
         "machine": machine(torch.get_num_threads(), packages=("torch", "transformers", "miras-hf")),
@@ -260,24 +228,6 @@ def memories_after(model: nn.Module, ids: Tensor, arguments) -> dict[str, dict[s
         return {}
     found = measure_memories(model, {"input_ids": ids, **arguments(ids)})
     return {
-        str(layer): {name: _number(value.mean().item()) for name, value in statistics._asdict().items()}
+        str(layer): {name: number(value.mean().item()) for name, value in statistics._asdict().items()}
         for layer, statistics in found.items()
     }
-
-
-def _number(value: float) -> float | None:
-    """JSON has no word for what is not a number."""
-    return value if math.isfinite(value) else None
-
-
-def write_json(file: Path, content: Any) -> None:
-    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def quiet() -> None:
-    """Progress of a study is its own lines."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    import datasets
-
-    datasets.disable_progress_bars()

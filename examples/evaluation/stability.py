@@ -38,10 +38,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from bridge_training import write_json  # noqa: E402
 from pretrain import stdlib_files  # noqa: E402
 from probe import of_checkpoint  # noqa: E402
 from provenance import command_line, machine  # noqa: E402
+from study import write_json  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 

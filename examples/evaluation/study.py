@@ -1,0 +1,208 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What studies share: jobs that run one by one or side by side, the loop that trains, and files of results.
+
+Trainer has its own place for the loss and the order of data. Here every model of a study must see the same batches,
+whatever it is, and the norm of every step's gradients is part of the result: so the loop is written out.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pretrain
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import Trainer, get_cosine_schedule_with_warmup
+
+from miras_hf.files import atomic_write, write_text
+from miras_hf.weight_decay import exempt_from_trainer
+
+
+class OutOfTime(Exception):
+    """A training stopped before its end and was saved, see `train`."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """Losses and gradient norms of a training, step by step.
+
+    Args:
+        losses, gradient_norms (`list` of `float`): one a step; the norms before clipping.
+        every (`int`): steps of an interval.
+        reached (`bool`): whether all steps were made, and none led to a loss that is no number.
+        seconds (`dict`): `wall` and `cpu`, of all the processes that it took.
+    """
+
+    losses: list[float]
+    gradient_norms: list[float]
+    every: int
+    reached: bool
+    seconds: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """What a result's JSON says of it: means and largest norms of intervals, with the last step of each."""
+
+        def mean(part: list[float]) -> float:
+            return sum(part) / len(part)
+
+        return {
+            "train": self._of_intervals(self.losses, mean),
+            "gradient_norm": self._of_intervals(self.gradient_norms, max),
+            "gradient_norm_max": number(max(self.gradient_norms, key=lambda g: g if math.isfinite(g) else math.inf)),
+        }
+
+    def _of_intervals(self, values: list[float], reduce: Callable[[list[float]], float]) -> list[list[float | None]]:
+        starts = range(0, len(values), self.every)
+        parts = [values[i : i + self.every] for i in starts]
+        return [[i + len(part), number(reduce(part))] for i, part in zip(starts, parts, strict=True)]
+
+
+def optimizer_and_schedule(model: nn.Module, learning_rate: float, steps: int, weight_decay: float | None = None):
+    """AdamW and the schedule of `pretrain.py`, with the weight decay that Trainer gives each parameter there, or
+    another one."""
+    defaults = {f.name: f.default for f in pretrain.PretrainingArguments.__dataclass_fields__.values()}
+    exempt_from_trainer()
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    weight_decay = defaults["weight_decay"] if weight_decay is None else weight_decay
+    groups = [
+        {
+            "params": [p for n, p in model.named_parameters() if p.requires_grad and (n in decayed) == decays],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, defaults["adam_beta2"]))
+    warmup = math.ceil(defaults["warmup_steps"] * steps)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+
+
+def train(
+    model: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    learning_rate: float,
+    steps: int,
+    *,
+    weight_decay: float | None = None,
+    intervals: int = 20,
+    after_step: Callable[[int], None] = lambda step: None,
+    unfinished: Path | None = None,
+    deadline: float = math.inf,
+) -> Course:
+    """
+    Trains a model until its last step, or until an interval ends with a loss that is no number.
+
+    Args:
+        loss_at (`Callable`): the loss of step 1, 2, ..., whose batch must depend on the step alone.
+        intervals (`int`): into how many the steps are divided.
+        after_step (`Callable`): called with the number of each step that was made.
+        unfinished (`Path`, *optional*): where a training goes on, if that file is there, and is saved at the deadline.
+        deadline (`float`): as `time.time()`; looked at when an interval ends.
+
+    Raises:
+        `OutOfTime`: at the deadline, with the training saved in `unfinished`, from which the same call goes on as if it
+            had never stopped.
+    """
+    optimizer, schedule = optimizer_and_schedule(model, learning_rate, steps, weight_decay)
+    every = max(1, steps // intervals)
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
+    before = {"wall": 0.0, "cpu": 0.0}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if unfinished is not None and unfinished.exists():
+        saved = torch.load(unfinished, map_location=next(model.parameters()).device)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        losses, norms, before = list(saved["losses"]), list(saved["norms"]), saved["seconds"]
+    wall, cpu = time.perf_counter(), time.process_time()
+
+    def seconds() -> dict[str, float]:
+        return {
+            "wall": before["wall"] + time.perf_counter() - wall,
+            "cpu": before["cpu"] + time.process_time() - cpu,
+        }
+
+    model.train()
+    for step in range(len(losses) + 1, steps + 1):
+        loss = loss_at(step)
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+        if step % every == 0 and not math.isfinite(losses[-1].item()):
+            break
+        after_step(step)
+        if unfinished is not None and step % every == 0 and step < steps and time.time() >= deadline:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            with atomic_write(unfinished) as file:
+                torch.save(
+                    state | {"losses": torch.stack(losses), "norms": torch.stack(norms), "seconds": seconds()}, file
+                )
+            raise OutOfTime(f"{unfinished} holds step {step} of {steps}.")
+    values = torch.stack(losses).tolist()
+    reached = len(values) == steps and math.isfinite(values[-1])
+    return Course(values, torch.stack(norms).tolist(), every, reached, seconds())
+
+
+def run_all(jobs: Sequence[Any], run: Callable[[Any], Any], say: Callable[[int, Any], None], workers: int) -> None:
+    """Runs the jobs one after the other, or in processes of one thread each; says what each returned, with how many
+    have."""
+    if workers == 1 or not jobs:
+        for done, job in enumerate(jobs, 1):
+            say(done, run(job))
+        return
+    # forked processes would share PyTorch's locked threads
+    context = get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_start_worker) as pool:
+        futures = [pool.submit(run, job) for job in jobs]
+        for done, future in enumerate(as_completed(futures), 1):
+            say(done, future.result())
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    quiet()
+
+
+def number(value: float) -> float | None:
+    """JSON has no word for what is not a number."""
+    return value if math.isfinite(value) else None
+
+
+def write_json(file: Path, content: Any) -> None:
+    write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def markdown(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A table's lines."""
+    titles = list(titles)
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def quiet() -> None:
+    """Progress of a study is its own lines."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    import datasets
+
+    datasets.disable_progress_bars()
