@@ -105,12 +105,14 @@ def test_without_decay_a_matrix_at_chunks_of_one_is_the_delta_rule(theirs):
     assert gaps["matrix-1"] < 1e-4 and gaps["matrix-4"] > 1e-2, gaps
 
 
-def test_yaad_is_the_shipped_model():
+def test_yaad_is_the_model_that_was_shipped_first():
     model, _ = build_model(RUNGS["yaad"].point, SHAPE, seed=3)
     torch.manual_seed(3)
-    shipped = YaadForCausalLM(
-        YaadConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
-    ).eval()
+    fields = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    fields |= {"attentional_bias": "huber_mixture", "eta_max": 0.09 / 8, "initial_memory_scale": 1.0}
+    fields |= {"value_norm": False, "output_norm_eps": None, "conv_initializer_range": None}
+    fields |= {"min_half_life": 32.0, "max_half_life": 32768.0}
+    shipped = YaadForCausalLM(YaadConfig(**fields)).eval()
     ids = torch.randint(0, 64, (2, 90))
     assert model.config.intermediate_size == shipped.config.intermediate_size
     torch.testing.assert_close(model.eval()(ids, use_cache=False).logits, shipped(ids).logits)

@@ -55,7 +55,12 @@ def our_config(point: Point, shape: ModelShape, intermediate_size: int) -> Miras
         "retention": point.retention,
         "chunk_size": point.chunk,
         "gate_granularity": point.granularity,
-        "eta_max": point.eta_max if point.write else NO_WRITE,
+        "eta_max": _eta_max(point, shape) if point.write else NO_WRITE,
+        # every other field that the library has changed since, as it was; `change` and `Around` do what a point says of it
+        "value_norm": False,
+        "output_norm_eps": None,
+        "conv_initializer_range": None,
+        "initial_memory_scale": 1.0,
         "use_rope": point.rope,
         "decay_target": point.decay_target,
     }
@@ -64,6 +69,14 @@ def our_config(point: Point, shape: ModelShape, intermediate_size: int) -> Miras
     if not point.caps:
         values |= {"residual_clip": _NO_CAP, "weight_cap": None, "min_log_alpha": -160.0 / point.chunk}
     return MirasConfig(**values)
+
+
+def _eta_max(point: Point, shape: ModelShape) -> float:
+    """The largest step, by default that of the first Yaad."""
+    if point.eta_max is not None:
+        return point.eta_max
+    step = 0.09 * min(1.0, 64 / point.chunk)
+    return step / math.sqrt(shape.width // shape.heads) if point.loss == "huber_mixture" else step
 
 
 class DeltaRule(nn.Module):

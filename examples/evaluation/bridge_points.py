@@ -14,8 +14,8 @@
 """The rungs of the bridge: from Gated DeltaNet's layer to Yaad's, one change at a time.
 
 A rung is a `Point`, the settings of a layer, and the rung that it differs from. Those of `PATH` lead in single changes
-from Gated DeltaNet to Yaad as shipped; the others are single changes beside it, or the shipped model with one thing
-changed back. A table of costs is all that follows from them: a rung's loss less its parent's.
+from Gated DeltaNet to Yaad as it was first shipped (the study changed the defaults since); the others are single changes
+beside it, or that model with one thing changed back. A table of costs is all that follows from them: a rung's loss less its parent's.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +24,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Point:
-    """What stands at one place of the bridge; the defaults are those of Yaad as shipped.
+    """What stands at one place of the bridge; the defaults, and what is called shipped, are those of the first Yaad.
 
     Args:
         model (`str`): `"bridge"` for the layers below in our shell, or a whole model of Transformers, `"llama"` or
@@ -225,6 +225,7 @@ def _fill() -> None:
     _add("eps-conv", "store-eps", "convolutions start uniform in +-0.5", conv_std=None)
     _add("eps-yaad", "store-eps", "Huber loss of the norm", loss="huber_norm")
     _add("eps-random", "store-eps", "second layer as shipped", last_layer=1.0)
+    _add("eps-tiny", "store-eps", "second layer ten times smaller", last_layer=0.01)
     fixed = _add("store-fixed", "store", "the initial memory is not trained", train_initial=False)
     _add("fixed-residual", fixed, "the read without its query", read_residual=False)
     _add("fixed-random", fixed, "second layer as shipped", last_layer=1.0)
@@ -248,7 +249,7 @@ def _fill() -> None:
         _add("mlp-shipped-eta", "mlp-plain-values", "steps as shipped", eta_max=None, eta_start=1 / 3),
         _add("mlp-64", "mlp-shipped-eta", "chunks of 64", chunk=64),
         _add("mlp-with-rope", "mlp-64", "rotary embedding", rope=True),
-        _add("yaad", "mlp-with-rope", "convolutions start uniform in +-0.5: Yaad as shipped", conv_std=None),
+        _add("yaad", "mlp-with-rope", "convolutions start uniform in +-0.5: the first Yaad", conv_std=None),
     )
     _add("yaad-no-write", "yaad", "no writes", write=False)
     _add("yaad-l2", "yaad", "l2 loss", loss="l2")
