@@ -162,6 +162,11 @@ def train(args: Arguments, story: Story, folder: Path) -> None:
         memory_architecture="matrix",
         eta_max=1.0,
         min_half_life=2048.0,
+        max_half_life=32768.0,
+        # values, and what the norm after the memory makes of small reads, as this was tried out
+        value_norm=False,
+        output_norm_eps=None,
+        conv_initializer_range=None,
         # where in the text something was said does not matter
         use_rope=False,
         chunk_size=16,

@@ -31,6 +31,7 @@ from miras_hf.modeling_miras import MirasRetentionGate, MirasStepGate
 # What memories write and what they forget each moves the logits by a third and more: large weights, many chunks, and half
 # of what was written gone after 2 to 64 tokens.
 SENSITIVE = {"initializer_range": 0.3, "chunk_size": 4, "min_half_life": 2.0, "max_half_life": 64.0}
+SENSITIVE["output_norm_eps"] = 1e-6  # small reads count as much as large ones
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

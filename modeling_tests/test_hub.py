@@ -283,7 +283,7 @@ def test_cards_are_valid_and_complete(family, head, record):
     model = getattr(miras_hf, family + head)(FAMILIES[family.lower()](**SIZE))
     card = model_card(model, record, name="me/x")
     check_card(card)
-    choices = {"Moneta": "`lp`, p = 3.0", "Yaad": "`huber_mixture`", "Memora": "`kl`"}
+    choices = {"Moneta": "`lp`, p = 3.0", "Yaad": "`huber_norm`", "Memora": "`kl`"}
     for words in (choices[family], "No pretrained weights", "behrouz2025miras", "`chunk_size` (4)"):
         assert words in card.text, words
     state = 4 * sum(p.numel() for name, p in model.named_parameters() if "initial_state" in name)

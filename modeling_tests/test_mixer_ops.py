@@ -45,6 +45,7 @@ CASES = {
     "convolution of packs": convolution(7, torch.tensor([[0, 1, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5]])),
     "convolution of short packs": convolution(2, torch.tensor([[0, 0], [0, 1]])),
     "l2 norm": ((leaf(2, 5, 3, 4),), l2norm),
+    "l2 norm of a length": ((leaf(2, 5, 3, 4),), lambda x: l2norm(x, length=2.0)),
     "step": ((leaf(2, 5, 3),), lambda u: scaled_sigmoid(u, 0.09)),
     "retention of channels": ((leaf(2, 5, 3, 4), leaf(3, 1)), lambda u, a: negative_softplus(u, a.exp())),
     "retention of heads": ((leaf(2, 5, 3), leaf(3)), lambda u, a: negative_softplus(u, a.exp())),
@@ -135,6 +136,10 @@ def test_what_a_mixer_keeps():
 
 NORMS = {
     "l2 norm": (l2norm, lambda x: x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()),
+    "l2 norm of a length": (
+        lambda x: l2norm(x, length=3.0),
+        lambda x: 3.0 * x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt(),
+    ),
     "rms norm": (
         lambda x: rms_norm(x, torch.ones(x.shape[-1]), 1e-6),
         lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt(),

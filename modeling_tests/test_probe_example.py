@@ -68,7 +68,9 @@ def test_a_checkpoint_is_probed_on_a_text(folder, tmp_path, capsys):
         model(ids, use_cache=False)
     for layer, values in seen.items():
         found = report["layers"][str(layer)]
-        rms = values.unflatten(-1, (2, 16)).square().mean((0, 1, 3)).sqrt()
+        values = values.unflatten(-1, (2, 16))
+        values = 4.0 * values / (values.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        rms = values.square().mean((0, 1, 3)).sqrt()
         assert found["value_rms"] == pytest.approx(rms.mean().item(), rel=1e-4)
         assert found["recall_60"] is not None and found["recall_200"] is None
         # sixteen channels of two heads, in order; the differences of eleven chunks after the first

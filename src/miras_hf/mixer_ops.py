@@ -18,7 +18,7 @@ memory does. Here each piece keeps its inputs, or its result where that is kept 
 `y_bar` the adjoint of y, r the inverse norm, per head, and products channel by channel:
 
     convolution   u_t = sum_s w_s x_{t-s},  y = silu(u)      x_bar_t = sum_s w_s u_bar_{t+s},  w_s_bar = sum_t u_bar_t x_{t-s}
-    l2 norm       y = r x,  r = (x . x + eps)^(-1/2)         x_bar = r (y_bar - y (y . y_bar))
+    l2 norm       y = s r x,  r = (x . x + eps)^(-1/2)       x_bar = s r (y_bar - y (y . y_bar) / s^2)
     gated norm    y = w n silu(g),  n = r x                  n_bar = y_bar w silu(g),  x_bar = r (n_bar - n mean(n n_bar))
     step          y = m sigmoid(u)                           u_bar = y_bar y (1 - y / m)
     retention     y = -a softplus(u)                         u_bar = -y_bar a (1 - exp(y / a)),  a_bar = y . y_bar / a
@@ -135,21 +135,21 @@ def _scale_of_squares(x: Tensor, squares: Tensor) -> Tensor | None:
     return torch.where(largest > LARGEST_SQUARED, largest, 1.0)
 
 
-def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x over its l2 norm along the last axis."""
-    return _L2Norm.apply(x, eps)[0] if _by_hand() else _l2norm(x, eps)[0]
+def l2norm(x: Tensor, eps: float = 1e-6, length: float = 1.0) -> Tensor:
+    """x over its l2 norm along the last axis, times `length`."""
+    return _L2Norm.apply(x, eps, length)[0] if _by_hand() else _l2norm(x, eps, length)[0]
 
 
-def _l2norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The result and the inverse norm."""
+def _l2norm(x: Tensor, eps: float, length: float) -> tuple[Tensor, Tensor]:
+    """The result and its factor, the length over the norm."""
     total = (x * x).sum(dim=-1, keepdim=True)
     scale = _scale_of_squares(x, total)
     if scale is None:
-        inverse = torch.rsqrt(total + eps)
-        return x * inverse, inverse
+        factor = length * torch.rsqrt(total + eps)
+        return x * factor, factor
     x = x / scale
-    inverse = torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + eps / scale.square())
-    return x * inverse, inverse / scale
+    factor = length * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + eps / scale.square())
+    return x * factor, factor / scale
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -165,27 +165,28 @@ def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class _L2Norm(torch.autograd.Function):
-    """The inverse norm is a result, too, so that the adjoint is differentiable in terms of the two."""
+    """The factor is a result, too, so that the adjoint is differentiable in terms of the two."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, eps: float, length: float) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        y, inverse = _l2norm(x, eps)
-        ctx.save_for_backward(y, inverse)
-        return y, inverse
+        y, factor = _l2norm(x, eps, length)
+        ctx.length = length
+        ctx.save_for_backward(y, factor)
+        return y, factor
 
     @staticmethod
-    def backward(ctx, y_bar: Tensor | None, inverse_bar: Tensor | None) -> tuple[Tensor | None, None]:
-        y, inverse = ctx.saved_tensors
+    def backward(ctx, y_bar: Tensor | None, factor_bar: Tensor | None) -> tuple[Tensor | None, None, None]:
+        y, factor = ctx.saved_tensors
         x_bar = None
         if y_bar is not None:
-            along = (y * y_bar).sum(dim=-1, keepdim=True)
+            along = (y * y_bar).sum(dim=-1, keepdim=True) / ctx.length**2
             x_bar = torch.addcmul(y_bar, y, along, value=-1.0)
-            x_bar = x_bar * inverse if torch.is_grad_enabled() else x_bar.mul_(inverse)
-        if inverse_bar is not None:  # of slope -r^3 x
-            bent = -inverse_bar * inverse.square() * y
+            x_bar = x_bar * factor if torch.is_grad_enabled() else x_bar.mul_(factor)
+        if factor_bar is not None:  # of slope -r^3 x, r the factor over the length
+            bent = -factor_bar * (factor / ctx.length).square() * y
             x_bar = bent if x_bar is None else x_bar + bent
-        return x_bar, None
+        return x_bar, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

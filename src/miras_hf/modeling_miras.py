@@ -468,7 +468,7 @@ class MirasMixer(nn.Module):
             if rotary[0] is not None:
                 q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
             if self.value_norm:
-                v = (l2norm(v.float()) * self.head_dim**0.5).to(v.dtype)
+                v = l2norm(v.float(), length=self.head_dim**0.5).to(v.dtype)
             memory, state, companions = self.memory(
                 l2norm(q.float()),
                 l2norm(k.float()),
