@@ -142,6 +142,8 @@ def wrong_calls(function):
                 part = getattr(value, field)
                 if field == "eta_max":
                     found = [("none", None), ("text", "x"), ("tensor", torch.ones(2))]
+                elif field == "value_norm":
+                    found = [("none", None), ("number", 1), ("text", "x"), ("tensor", torch.tensor(True))]
                 else:
                     found = [("none", None), *(wrong_tuples(part) if isinstance(part, tuple) else wrong_tensors(part))]
                 faults += [(f"{field}: {fault}", value._replace(**{field: wrong})) for fault, wrong in found]

@@ -45,6 +45,8 @@ SIZE = {
     "num_attention_heads": 1,
     "chunk_size": 16,
     "initializer_range": 0.1,
+    # at 0.02 steps of AdamW make 1e-4 of the loss out of what rounding leaves between two backends
+    "conv_initializer_range": None,
     "pad_token_id": 0,
 }
 
