@@ -174,19 +174,21 @@ def test_streams_are_read_like_datasets(many_rows, tmp_path):
 
 
 def test_bf16_learns_as_float32_does(padded, many_rows, tmp_path):
+    # from where steps of AdamW do not make a multiple of what bfloat16 rounds
+    start = {"value_norm": False, "output_norm_eps": None, "conv_initializer_range": None, "eta_max": 4.5e-3}
+    start |= {"min_half_life": 32.0, "max_half_life": 32768.0}
     arguments = {"max_steps": 12, "learning_rate": 1e-2, "train_sampling_strategy": "sequential"}
-    plain = losses(train(make_model(), padded, many_rows, tmp_path, **arguments))
-    model = make_model()
+    plain = losses(train(make_model(**start), padded, many_rows, tmp_path, **arguments))
+    model = make_model(**start)
     with never_writing(model):
         unwritten = losses(train(model, padded, many_rows, tmp_path, **arguments))
-    trainer = train(make_model(), padded, many_rows, tmp_path, bf16=True, **arguments)
+    trainer = train(make_model(**start), padded, many_rows, tmp_path, bf16=True, **arguments)
     found = losses(trainer)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
     assert found != plain and found[-1] < found[0] - 0.5
     # tighter than the third of what the memory is worth
-    worth = np.abs(np.subtract(unwritten, plain)).mean()
-    assert worth > 0.06
-    assert np.abs(np.subtract(found, plain)).mean() < min(worth / 3, 0.02)
+    assert np.abs(np.subtract(unwritten, plain)).mean() > 0.03
+    assert np.abs(np.subtract(found, plain)).mean() < 0.01
 
 
 def test_compiled_training_is_one_graph_with_the_same_losses(many_rows, tmp_path):
