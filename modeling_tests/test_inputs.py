@@ -379,3 +379,19 @@ def test_what_generate_consumes_reaches_no_forward(model, ids):
     """`generate()` hands its `tokenizer` on to every step, which knows no such keyword."""
     expected = model.generate(ids, max_new_tokens=3, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False, tokenizer=object()), expected)
+
+
+@pytest.mark.parametrize("family", ["Moneta", "Yaad", "Memora"])
+def test_gradients_of_spikes_are_numbers_over_a_long_text(family):
+    torch.manual_seed(0)
+    config = getattr(miras_hf, f"{family}Config")(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, chunk_size=16
+    )
+    model = getattr(miras_hf, f"{family}ForCausalLM")(config)
+    embeds = torch.randn(1, 2048, 32)
+    embeds[0, 100] *= 1e30
+    embeds[0, 900, 3] = 1e30
+    embeds.requires_grad_()
+    model(inputs_embeds=embeds, labels=torch.zeros(1, 2048, dtype=torch.long), use_cache=False).loss.backward()
+    found = [embeds.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+    assert len(found) > 20 and all(x.isfinite().all() and x.abs().amax() > 0 for x in found)
