@@ -33,8 +33,6 @@ REPORTS = ROOT / "kernels" / "reports"
 NAMES = ("default", "sm_80", "sm_90", "sm_100")
 # of the newest Triton that was tried, and of the one that a machine with a GPU may have
 HELD = {"3.9.0": NAMES, "3.6.0": ("sm_90",)}
-# Triton 3.6's report of the backward kernels is not complete: `compile_report.py sm_90 --missing` goes on with it
-KERNELS_OF = {"3.9.0": KERNELS, "3.6.0": ("mlp_forward", "mlp_decode", "matrix_forward", "matrix_decode")}
 PAIRS = [(version, name) for version, names in HELD.items() for name in names]
 SLOW = pytest.mark.slow
 SHAPE = ("head_dim", "chunk_size", "precision")
@@ -63,7 +61,7 @@ def test_every_shipped_configuration_is_in_its_report(version, name):
         (program["kernel"], *(program[part] for part in SHAPE), json.dumps(program["launch"]))
         for program in report(name, version)["programs"]
     }
-    for kernel in KERNELS_OF[version]:
+    for kernel in KERNELS:
         for entry in entries(name)[kernel]:
             if entry["launch"] is None:  # nothing fits, nothing ships
                 continue
@@ -88,7 +86,7 @@ def test_reports_fit_into_shared_memory(version, name):
 def test_the_main_shape_uses_its_generation_s_matrix_units(version, name):
     units = {"sm_90": "wgmma", "sm_100": "tcgen05"}[name]
     main = [p for p in report(name, version)["programs"] if tuple(p[part] for part in SHAPE) == (64, 64, "bf16")]
-    assert {p["kernel"] for p in main} >= set(KERNELS_OF[version])
+    assert {p["kernel"] for p in main} >= set(KERNELS)
     assert all(program["counts"][units] > 0 for program in main)
 
 
@@ -97,12 +95,11 @@ def test_programs_are_not_worse_than_reported(name):
     version = importlib.metadata.version("triton")
     if name not in HELD.get(version, NAMES):
         pytest.skip(f"there is no report of Triton {version} for {name}")
-    kernels = KERNELS_OF.get(version, KERNELS)
     few = () if os.environ.get("MIRAS_COMPILE_ALL") == "1" else ("--few",)
-    done = check(name, *few, *(word for kernel in kernels for word in ("--kernel", kernel)))
+    done = check(name, *few)
     assert done.returncode == 0, done.stderr
     # one at least for each forward kernel, and for the other kernels of one file
-    assert done.stdout.count("as reported") >= (len(kernels) if name == "sm_90" else 2), done.stdout
+    assert done.stdout.count("as reported") >= (len(KERNELS) if name == "sm_90" else 2), done.stdout
 
 
 # As both versions print what they make of a program for Hopper; of the second, whose wait was put off, the shared memory
