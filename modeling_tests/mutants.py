@@ -33,7 +33,7 @@ from torch import Tensor
 import miras_hf.backend
 import miras_hf.memory
 from miras_hf.memory import MemoryState, initial_memory_state
-from miras_hf.memory.rule import MemoryInputs, bound_inputs
+from miras_hf.memory.inputs import MemoryInputs, bound_inputs
 from miras_hf.modeling_miras import MirasMixer
 from miras_hf.sequences import Sequences
 
@@ -87,8 +87,7 @@ def ignores_cache() -> None:
             kwargs["initial_state"] = _forgotten(kwargs["initial_state"], kwargs)
         if kwargs.get("state") is not None:
             state = kwargs["state"]
-            for mine, start in zip(_tensors(state), _tensors(_forgotten(state, kwargs)), strict=True):
-                mine.copy_(start)
+            state.map(Tensor.copy_, _forgotten(state, kwargs))
             kwargs["weights"] = None
 
     _of_every_call(forget)
@@ -98,10 +97,6 @@ def _forgotten(state: MemoryState, kwargs: dict) -> MemoryState:
     rows, gate_dim = len(state.count), state.eta.shape[-1]
     start = initial_memory_state(kwargs["rule"], kwargs["parameters"], rows, gate_dim, state.dual[0].dtype)
     return start._replace(count=state.count)
-
-
-def _tensors(state: MemoryState) -> list[Tensor]:
-    return [*state.dual, *state.inputs, *state.gradients, state.eta, state.log_decay, state.count]
 
 
 def ignores_mask() -> None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from memory_cases import MODELS, Case, gradients, make_case, rule_of, state_tensors
 
 from miras_hf.memory import KL, MemoryParameters, MirasRule, chunk_miras
-from miras_hf.memory.rule import KEY_CAP, VALUE_CAP
+from miras_hf.memory.inputs import KEY_CAP, VALUE_CAP
 
 
 HEAD_DIM = 16

@@ -197,7 +197,7 @@ class MemoryBackend:
 
     def _resident(self, state: MemoryState, parameters: MemoryParameters) -> tuple[MemoryState, tuple[Tensor, ...]]:
         flat, companions = resident_state(_flat(state), choices=self.choices, initial=parameters.initial)
-        return _unflat(flat, len(parameters.initial)), companions
+        return MemoryState.of_leaves(flat), companions
 
     def _by_kernel(
         self, q, k, v, eta, log_alpha, delta, parameters, cu_seqlens, initial_state, output_final_state, mask
@@ -220,7 +220,7 @@ class MemoryBackend:
             cu_seqlens=cu_seqlens,
             mask=mask,
         )
-        return y, _unflat(final, len(parameters.initial)) if output_final_state else None
+        return y, MemoryState.of_leaves(final) if output_final_state else None
 
 
 class _ChunkStart:
@@ -238,12 +238,7 @@ class _ChunkStart:
 
 
 def _flat(state: MemoryState) -> tuple[Tensor, ...]:
-    return *state.dual, *state.inputs, *state.gradients, *state[3:]
-
-
-def _unflat(tensors: tuple[Tensor, ...], layers: int) -> MemoryState:
-    parts = (tuple(tensors[i * layers : (i + 1) * layers]) for i in range(3))
-    return MemoryState(*parts, *tensors[3 * layers :])
+    return tuple(state.leaves())
 
 
 # in a compiled model too: said while the graph is traced

@@ -382,9 +382,8 @@ class StaticMirasLayer(MirasLayer):
 def _tensors(memory: tuple | None, conv_tail: Tensor | None, companions: Any) -> list[Tensor]:
     if memory is None or conv_tail is None:
         return []
-    dual, inputs, gradients, *rest = memory
     companions = companions if isinstance(companions, tuple) else ()
-    return [*dual, *inputs, *gradients, *rest, conv_tail, *companions]
+    return [*MemoryState(*memory).leaves(), conv_tail, *companions]
 
 
 def _contiguous_copy(t: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .memory.rule import compute_dtype
+from .memory.state import compute_dtype
 from .memory.vjp import by_formulas, can_look_at, differentiable_vjp
 
 

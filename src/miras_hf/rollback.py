@@ -258,13 +258,7 @@ class Recording:
         def emptied(slots: Tensor) -> Tensor:
             return torch.where(kept, slots, 0.0)
 
-        return state._replace(
-            inputs=tuple(map(emptied, state.inputs)),
-            gradients=tuple(map(emptied, state.gradients)),
-            eta=emptied(state.eta),
-            log_decay=emptied(state.log_decay),
-            count=torch.full_like(state.count, target),
-        ), conv_tail
+        return state.map_slots(emptied)._replace(count=torch.full_like(state.count, target)), conv_tail
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Recording":
         """The recording with `function` applied to every tensor; all have the rows first."""

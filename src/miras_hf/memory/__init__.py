@@ -19,7 +19,8 @@ from .chunk import chunk_miras
 from .learning import LEARNING_ALGORITHMS, GradientDescent
 from .recurrent import recurrent_miras
 from .retention import KL, RETENTION_GATES, ChunkWeights, Decay, Lq, LqMirror, RetentionGate
-from .rule import MemoryParameters, MemoryState, MirasRule, initial_memory_state
+from .rule import MirasRule
+from .state import MemoryParameters, MemoryState, initial_memory_state
 from .step import step_miras, step_miras_
 
 

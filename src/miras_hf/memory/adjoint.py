@@ -66,10 +66,11 @@ from torch.nn.functional import pad
 
 from .architecture import Factors
 from .attentional_bias import AttentionalBias
+from .inputs import MemoryInputs, bound_inputs, hold_broken
 from .layout import merge_chunks
 from .learning import Gates
 from .retention import ChunkWeights, LinkedChunk, link_by_autograd
-from .rule import MemoryInputs, MirasRule, bound_inputs, hold_broken
+from .rule import MirasRule
 from .vjp import bound_adjoint, by_autograd, can_look_at, differentiable_vjp
 
 

@@ -18,6 +18,7 @@ they come from one forward and backward pass of the memory over the chunk's keys
 as products with rank-one factors. Numbers equal those of the recurrent reference to rounding.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -29,19 +30,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .adjoint import ReadGroup, has_adjoint
 from .architecture import Factors
+from .inputs import MemoryInputs, bound_inputs, check_inputs, hold_broken, without_autocast
 from .layout import ChunkLayout, build_layout, check_layout_arguments, merge_chunks
-from .rule import (
-    MemoryInputs,
-    MemoryParameters,
-    MemoryState,
-    MirasRule,
-    bound_inputs,
-    check_inputs,
-    check_state,
-    hold_broken,
-    starting_dual,
-    without_autocast,
-)
+from .rule import MirasRule
+from .state import MemoryParameters, MemoryState, check_state, initial_memory_state, per_row, starting_dual
 from .vjp import by_formulas, in_transform, with_bounded_adjoint
 
 
@@ -111,7 +103,7 @@ def chunk_miras(
         check_state(initial_state, rule, heads, head_dim, rows, x.eta.shape[-1])
         phase = initial_state.count % rule.chunk_size
     layout = build_layout(batch, tokens, rule.chunk_size, q.device, cu_seqlens=cu_seqlens, mask=mask, phase=phase)
-    memory = _Memory.build(rule, parameters, initial_state, layout, heads, x.q.dtype, output_final_state)
+    memory = _Memory.build(rule, parameters, initial_state, layout, x, output_final_state)
 
     steps = len(layout.active)
     # `torch.func` has no hooks on saved tensors, and so no recomputation
@@ -138,7 +130,7 @@ def chunk_miras(
         if by_hand and memory.is_plain(first, last):
             y, states = memory.read_group_by_hand(first, last, group, states, keep)
             if captured is not None and last == layout.full_steps:
-                captured = states, captured[1]
+                captured = captured._replace(dual=states)
         elif recompute and len(groups) > 1:  # a single group would be computed twice for nothing
             y, states, captured = checkpoint(
                 memory.read_group,
@@ -154,7 +146,7 @@ def chunk_miras(
             y, states, captured = memory.read_group(first, last, group, states, captured)
         outputs.append(y)
     y = layout.from_groups(outputs, heads) if outputs else x.q
-    final_state = memory.final_state(captured, x.eta.shape[-1]) if output_final_state else None
+    final_state = None if captured is None else memory.final_state(captured)
     return y.to(q.dtype), final_state
 
 
@@ -181,52 +173,32 @@ class _Memory:
     start: tuple[Tensor, ...]
     base: tuple[Tensor | None, ...]
     norm: tuple[Tensor, Tensor]  # [rows * heads, 1, head_dim]
-    earlier: MemoryState | None  # the initial state's factors, rows and heads merged
-    captured: tuple | None  # final dual states and factors so far
+    earlier: MemoryState | None  # the initial state
+    captured: MemoryState | None  # the final state so far
 
     @staticmethod
-    def build(rule, parameters: MemoryParameters, state, layout: ChunkLayout, heads, dtype, capture: bool):
-        rows = layout.rows
-
-        def per_row(p: Tensor) -> Tensor:  # [heads, ...] to [rows * heads, ...]
-            return p.to(dtype).expand(rows, *p.shape).reshape(rows * heads, *p.shape[1:])
-
-        def merged(t: Tensor) -> Tensor:  # [rows, heads, ...] to [rows * heads, ...]
-            t = t if layout.order is None else t.index_select(0, layout.order)
-            return t.to(dtype).flatten(0, 1)
-
-        initial = tuple(per_row(a) for a in parameters.initial)
-        toward_init = rule.decay_target == "init"
-        earlier = None
-        if state is None:
-            # a copy: who decodes on writes into the final state, which before the first chunk's end is this one
-            start = tuple(torch.zeros_like(a) if toward_init else a.clone() for a in initial)
+    def build(
+        rule: MirasRule, parameters: MemoryParameters, state, layout: ChunkLayout, x: MemoryInputs, capture: bool
+    ) -> "_Memory":
+        rows, heads, dtype = layout.rows, x.q.shape[2], x.q.dtype
+        base, earlier, captured = parameters.base(rule, rows, dtype), None, None
+        if state is not None:
+            earlier = state._replace(dual=starting_dual(rule, parameters, state)).merged(dtype, layout.order)
+            start = earlier.dual
         else:
-            start = tuple(merged(d) for d in starting_dual(rule, parameters, state))
-            earlier = MemoryState(
-                dual=(),
-                inputs=tuple(merged(t) for t in state.inputs),
-                gradients=tuple(merged(t) for t in state.gradients),
-                eta=merged(state.eta),
-                log_decay=merged(state.log_decay),
-                count=state.count if layout.order is None else state.count.index_select(0, layout.order),
+            # a copy: who decodes on writes into the final state, which before the first chunk's end is this one
+            start = tuple(
+                torch.zeros_like(b) if b is not None else per_row(a, rows, dtype).clone()
+                for a, b in zip(parameters.initial, base, strict=True)
             )
-        return _Memory(
-            rule=rule,
-            layout=layout,
-            heads=heads,
-            start=start,
-            base=initial if toward_init else (None,) * len(initial),
-            norm=tuple(per_row(p).unsqueeze(1) for p in (parameters.norm_weight, parameters.norm_bias)),
-            earlier=earlier,
-            captured=(start, None) if capture else None,
-        )
+        if capture:
+            empty = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], dtype)
+            captured = empty.merged(dtype)._replace(dual=start)
+        return _Memory(rule, layout, heads, start, base, parameters.norm(rows, dtype), earlier, captured)
 
     def tensors(self) -> list[Tensor]:
-        tensors = [*self.start, *self.norm, *(b for b in self.base if b is not None)]
-        if self.earlier is not None:
-            tensors += [*self.earlier.inputs, *self.earlier.gradients, self.earlier.eta, self.earlier.log_decay]
-        return tensors
+        earlier = [] if self.earlier is None else self.earlier.leaves()
+        return [*self.start, *self.norm, *(b for b in self.base if b is not None), *earlier]
 
     def special_borders(self) -> set[int]:
         """Where groups end besides: after a chunk that a state has begun, before the chunk that the new state begins."""
@@ -264,7 +236,6 @@ class _Memory:
         rule, heads = self.rule, self.heads
         # here, where it is recomputed: copies of the whole length would be kept
         x, broken = hold_broken(bound_inputs(x.map(merge_chunks), rule))
-        axes = rule.architecture.gate_axes
         eta, log_decay = x.eta, x.log_alpha.cumsum(-2)
         if first == 0 and self.earlier is not None:
             eta, log_decay = self._with_earlier_gates(eta, log_decay)
@@ -285,28 +256,12 @@ class _Memory:
             if norm[0].shape[0] != sizes[i]:
                 base = tuple(None if b is None else b[: sizes[i]] for b in base)
                 norm = tuple(p[: sizes[i]] for p in norm)
-            weights = [
-                rule.retention.at_chunk_start(s, b, rule.hidden_axis(layer))
-                for layer, (s, b) in enumerate(zip(states, base, strict=True))
-            ]
-            factors = rule.architecture.write(
-                tuple(w.weight for w in weights),
-                k[i],
-                lambda m, v=v[i], delta=delta[i]: rule.attentional_bias.residual(m - v, delta),
-                *norm,
-            )
+            weights = rule.weights(states, base)
+            factors = rule.write(weights, k[i], v[i], delta[i], norm)
             if step == 0 and self.earlier is not None:
                 factors = self._with_earlier_factors(factors)
-            now = gates_of_step[i]
-
-            def linear(layer: int, h: Tensor, weights=weights, factors=factors, now=now) -> Tensor:
-                return rule.algorithm.read(axes[layer], weights[layer], factors[layer], h, now)
-
-            outputs.append(rule.architecture.read(linear, q[i], *norm))
-            states = tuple(
-                with_bounded_adjoint(rule.algorithm.fold(axis, s, f, now))
-                for axis, s, f in zip(axes, states, factors, strict=True)
-            )
+            outputs.append(rule.read(weights, factors, q[i], gates_of_step[i], norm))
+            states = tuple(map(with_bounded_adjoint, rule.fold(states, factors, gates_of_step[i])))
             if captured is not None:
                 captured = self._capture(step, captured, states, factors, eta[i], log_decay[i])
         return torch.cat(outputs), states, captured
@@ -331,58 +286,34 @@ class _Memory:
         rows = factors[0].inputs.shape[0]
         earlier = self._earlier_slots(rows)
         return tuple(
-            Factors(torch.where(earlier, i[:rows], f.inputs), torch.where(earlier, g[:rows], f.gradients))
-            for f, i, g in zip(factors, self.earlier.inputs, self.earlier.gradients, strict=True)
+            Factors(*(torch.where(earlier, before[:rows], new) for before, new in zip(f, of_call, strict=True)))
+            for f, of_call in zip(self.earlier.factors, factors, strict=True)
         )
 
     # -- the state after the last token -----------------------------------------------------------------------------
 
-    def _capture(self, step: int, captured, states, factors, eta, log_decay):
+    def _capture(self, step: int, captured: MemoryState, states, factors, eta, log_decay) -> MemoryState:
         """Keeps what the final state needs of this step: rows end at different steps, the others go on."""
-        dual, partial = captured
-        fresh = [t for f in factors for t in f] + [eta, log_decay]
+        inputs, gradients = zip(*factors, strict=True)
+        now = MemoryState(states, inputs, gradients, eta, log_decay, captured.count)
         full_steps = self.layout.full_steps
         if full_steps is not None:
-            return states if step + 1 == full_steps else dual, fresh if step == full_steps else partial
+            captured = captured._replace(dual=states) if step + 1 == full_steps else captured
+            return now._replace(dual=captured.dual) if step == full_steps else captured
         ends = (self.layout.used // self.rule.chunk_size).repeat_interleave(self.heads).view(-1, 1, 1)
 
         def keep(when: Tensor, new: Tensor, old: Tensor) -> Tensor:
             rows = new.shape[0]
             return torch.cat((torch.where(when[:rows], new, old[:rows]), old[rows:]))
 
-        dual = tuple(keep(ends == step + 1, s, d) for s, d in zip(states, dual, strict=True))
-        if partial is None:
-            total = self.layout.rows * self.heads
-            partial = [t.new_zeros(total, *t.shape[1:]) for t in fresh]
-        return dual, [keep(ends == step, new, old) for new, old in zip(fresh, partial, strict=True)]
+        dual = tuple(keep(ends == step + 1, s, d) for s, d in zip(states, captured.dual, strict=True))
+        return now.map_slots(functools.partial(keep, ends == step), captured)._replace(dual=dual)
 
-    def final_state(self, captured, gate_dim: int) -> MemoryState:
-        rule, layout = self.rule, self.layout
-        dual, partial = captured
-        shapes = rule.architecture.weight_shapes(self.norm[0].shape[-1])
-        if partial is None:
-            like, total = self.norm[0], layout.rows * self.heads
-            widths = [width for shape in shapes for width in shape] + [gate_dim, gate_dim]
-            partial = [like.new_zeros(total, rule.chunk_size, width) for width in widths]
-
-        taken = (layout.used % rule.chunk_size).repeat_interleave(self.heads).view(-1, 1, 1)
-        filled = torch.arange(rule.chunk_size, device=taken.device).view(1, -1, 1) < taken
-        inverse = None if layout.order is None else torch.argsort(layout.order)
-
-        def rows_first(t: Tensor) -> Tensor:
-            t = t.unflatten(0, (layout.rows, self.heads))
-            return t if inverse is None else t.index_select(0, inverse)
-
-        partial = [rows_first(torch.where(filled, t, 0.0)) for t in partial]
-        earlier = None if self.earlier is None else self.earlier.count
-        phase = 0 if earlier is None else earlier % rule.chunk_size
-        count = layout.used - phase + (0 if earlier is None else earlier)
-        layers = range(len(shapes))
-        return MemoryState(
-            dual=tuple(rows_first(d) for d in dual),
-            inputs=tuple(partial[2 * i] for i in layers),
-            gradients=tuple(partial[2 * i + 1] for i in layers),
-            eta=partial[-2],
-            log_decay=partial[-1],
-            count=count if inverse is None else count.index_select(0, inverse),
-        )
+    def final_state(self, captured: MemoryState) -> MemoryState:
+        layout, size = self.layout, self.rule.chunk_size
+        taken = (layout.used % size).repeat_interleave(self.heads).view(-1, 1, 1)
+        filled = torch.arange(size, device=taken.device).view(1, -1, 1) < taken
+        # the slots used are those of this call's tokens, behind those of the chunk that was begun before
+        count = layout.used if self.earlier is None else layout.used + self.earlier.count // size * size
+        state = captured.map_slots(lambda t: torch.where(filled, t, 0.0))._replace(count=count)
+        return state.parted(self.heads, layout.order)

@@ -14,25 +14,18 @@
 """What a memory does while it reads a text, in a few numbers: for people who watch it train, not for training."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .architecture import Factors
 from .chunk import chunk_miras
+from .inputs import MemoryInputs, bound_inputs, check_inputs, tokens_first, without_autocast
 from .layout import check_layout_arguments
-from .rule import (
-    MemoryInputs,
-    MemoryParameters,
-    MemoryState,
-    MirasRule,
-    bound_inputs,
-    check_inputs,
-    initial_memory_state,
-    starting_dual,
-    without_autocast,
-)
+from .retention import ChunkWeights
+from .rule import MirasRule
+from .state import MemoryParameters, MemoryState, initial_memory_state
 
 
 class MemoryStatistics(NamedTuple):
@@ -84,7 +77,7 @@ def memory_statistics(
         `ValueError`: for arguments that do not fit, and if there is no real token.
     """
     x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters), rule)
-    batch, tokens, heads, head_dim = q.shape
+    batch, tokens, heads, _ = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, mask)
     x, live = real_rows(x, cu_seqlens, mask)
     count = live.sum()
@@ -94,31 +87,24 @@ def memory_statistics(
     def mean(values: Tensor) -> Tensor:  # [rows, tokens, heads, c] to [heads]
         return torch.where(live[..., None, None], values, 0.0).mean(-1).sum((0, 1)) / count
 
-    norm = [p.to(x.q.dtype).view(1, heads, 1, head_dim) for p in (parameters.norm_weight, parameters.norm_bias)]
-    state = initial_memory_state(rule, parameters, live.shape[0], x.eta.shape[-1], x.q.dtype)
-    initial = linked_weights(rule, parameters, starting_dual(rule, parameters, state))
-    losses: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for start in range(0, live.shape[1], rule.chunk_size):
-        chunk = x.map(lambda t, start=start: t[:, start : start + rule.chunk_size])
-        weights = linked_weights(rule, parameters, starting_dual(rule, parameters, state))
-        for found, at in zip(losses, (weights, initial), strict=True):
-            found.append(_inner_loss(rule, at, chunk, norm))
-        _, state = chunk_miras(
-            *chunk,
-            rule=rule,
-            parameters=parameters,
-            initial_state=state,
-            output_final_state=True,
-            mask=live[:, start : start + rule.chunk_size],
-        )
+    norm = parameters.norm(live.shape[0], x.q.dtype)
+    initial, losses, initial_losses = None, [], []
+    for chunk, weights, state in chunks(x, live, rule, parameters):
+        initial = weights if initial is None else initial
+        for found, at in ((losses, weights), (initial_losses, initial)):
+            error = rule.recall(at, chunk.k, norm) - chunk.v
+            found.append(tokens_first(rule.attentional_bias.loss(error, chunk.delta), heads))
 
-    weights = linked_weights(rule, parameters, _folded(rule, parameters, state))
-    squares = sum(w.square().sum((-2, -1)).mean(0) for w in weights)
+    # the writes that wait in a chunk not yet full: slots not taken have no step, and the decay of the last one taken
+    gates = rule.algorithm.chunk_gates(state.eta, state.log_decay.cummin(-2).values)
+    duals = rule.fold(state.dual, state.factors, gates)
+    weights = [w.weight for w in rule.weights(duals, parameters.base(rule, live.shape[0], x.q.dtype))]
+    squares = sum(w.square().sum((-2, -1)).view(-1, heads).mean(0) for w in weights)
     # a mean over tokens, then the rate's half-life, then over channels: the order in which they mean something
     rate = -torch.where(live[..., None, None], x.log_alpha, 0.0).sum((0, 1)) / count
     return MemoryStatistics(
-        inner_loss=mean(torch.cat(losses[0], dim=1)),
-        inner_loss_initial=mean(torch.cat(losses[1], dim=1)),
+        inner_loss=mean(torch.cat(losses, dim=1)),
+        inner_loss_initial=mean(torch.cat(initial_losses, dim=1)),
         write_strength=mean(x.eta),
         retention=mean(x.log_alpha.exp()),
         half_life=math.log(2.0) / rate.log().mean(-1).exp(),
@@ -140,40 +126,33 @@ def real_rows(x: MemoryInputs, cu_seqlens: Tensor | None, mask: Tensor | None) -
         return x, torch.ones(batch, tokens, dtype=torch.bool, device=device)
     order = torch.argsort(~mask, dim=-1, stable=True)
     live = torch.arange(tokens, device=device) < mask.sum(-1, keepdim=True)
-    return x.map(lambda t: t.gather(1, order[..., None, None].expand_as(t))), live
+    # what a pad holds may be no number, which products with zeros would hand to others
+    return x.map(
+        lambda t: torch.where(live[..., None, None], t.gather(1, order[..., None, None].expand_as(t)), 0.0)
+    ), live
 
 
-def linked_weights(rule: MirasRule, parameters: MemoryParameters, dual: tuple[Tensor, ...]) -> list[Tensor]:
-    """The weights `[rows, heads, in, out]` under the link, where a chunk's gradients are taken."""
-    weights = []
-    for layer, (of_state, initial) in enumerate(zip(dual, parameters.initial, strict=True)):
-        base = initial.to(of_state.dtype).expand_as(of_state) if rule.decay_target == "init" else None
-        weights.append(rule.retention.at_chunk_start(of_state, base, rule.hidden_axis(layer)).weight)
-    return weights
+def chunks(
+    x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: MemoryParameters
+) -> Iterator[tuple[MemoryInputs, tuple[ChunkWeights, ...], MemoryState]]:
+    """Reads `real_rows` chunk by chunk: its tokens, the weights at its start and the state after it, all with rows and
+    heads in one axis."""
+    rows, size, dtype = live.shape[0], rule.chunk_size, x.q.dtype
+    base = parameters.base(rule, rows, dtype)
+    state = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], dtype)
+    for start in range(0, live.shape[1], size):
+        chunk = x.map(lambda t, start=start: t[:, start : start + size])
+        weights = rule.weights(state.merged(dtype).dual, base)
+        state = state_after(chunk, live[:, start : start + size], state, rule, parameters)
+        yield chunk.merged(), weights, state.merged(dtype)
 
 
-def _inner_loss(rule: MirasRule, weights: list[Tensor], x: MemoryInputs, norm: list[Tensor]) -> Tensor:
-    """`[rows, tokens, heads, 1]`."""
-    k, v = x.k.transpose(1, 2), x.v.transpose(1, 2)
-    delta = None if x.delta is None else x.delta.transpose(1, 2)
-    recalled = rule.architecture.read(lambda layer, h: h @ weights[layer], k, *norm)
-    return rule.attentional_bias.loss(recalled - v, delta).transpose(1, 2)
-
-
-def _folded(rule: MirasRule, parameters: MemoryParameters, state: MemoryState) -> tuple[Tensor, ...]:
-    """The dual state with the writes that wait in a chunk not yet full."""
-    # slots not yet taken have no step, and the decay of the last one taken
-    gates = rule.algorithm.chunk_gates(state.eta.flatten(0, 1), state.log_decay.cummin(-2).values.flatten(0, 1))
-    rows_and_heads = state.eta.shape[:2]
-    return tuple(
-        rule.algorithm.fold(axis, dual.flatten(0, 1), Factors(i.flatten(0, 1), g.flatten(0, 1)), gates).unflatten(
-            0, rows_and_heads
-        )
-        for axis, dual, i, g in zip(
-            rule.architecture.gate_axes,
-            starting_dual(rule, parameters, state),
-            state.inputs,
-            state.gradients,
-            strict=True,
-        )
-    )
+def state_after(
+    x: MemoryInputs, live: Tensor, state: MemoryState, rule: MirasRule, parameters: MemoryParameters
+) -> MemoryState:
+    """The state that reading makes of another."""
+    after = chunk_miras(*x, rule=rule, parameters=parameters, initial_state=state, output_final_state=True, mask=live)[
+        1
+    ]
+    assert after is not None
+    return after

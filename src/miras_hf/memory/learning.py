@@ -36,7 +36,7 @@ class Gates(NamedTuple):
         decay (`torch.Tensor` of shape `[..., queries, c]`): B_t of the tokens that read.
         query (`torch.Tensor` of shape `[..., queries, c]`, *optional*): B_t over a common reference decay.
         key (`torch.Tensor` of shape `[..., tokens, c]`): eta_i times that reference over B_i.
-        causal (`bool`): whether token t reads the writes up to its own only.
+        sees (`str`): the writes that token t reads: `"all"`, `"past"` up to its own, or its `"own"` alone.
         fold (`torch.Tensor` of shape `[..., tokens, c]`, *optional*): eta_i B_C / B_i, for the chunk's end.
         total (`torch.Tensor` of shape `[..., 1, c]`, *optional*): B_C.
     """
@@ -44,7 +44,7 @@ class Gates(NamedTuple):
     decay: Tensor
     query: Tensor | None
     key: Tensor
-    causal: bool
+    sees: str
     fold: Tensor | None = None
     total: Tensor | None = None
 
@@ -94,7 +94,7 @@ class GradientDescent(Companions):
         half = torch.exp(reference)
         # not eta / query: the derivative of the quotient would square a factor that may be exp(80)
         key = eta * torch.exp(reference - log_decay)
-        return Gates(query * half, query, key, True, key * half, half * half)
+        return Gates(query * half, query, key, "past", key * half, half * half)
 
     def chunk_gates_with_vjp(self, eta: Tensor, log_decay: Tensor) -> tuple[Gates, Callable[[Gates], tuple]]:
         gates = self.chunk_gates(eta, log_decay)
@@ -117,7 +117,11 @@ class GradientDescent(Companions):
 
     def step_gates(self, eta: Tensor, log_decay: Tensor, log_decay_now: Tensor) -> Gates:
         """Gates of one token `[..., 1, c]` that reads the tokens `[..., chunk_size, c]` of its chunk so far."""
-        return Gates(torch.exp(log_decay_now), None, eta * torch.exp(log_decay_now - log_decay), False)
+        return Gates(torch.exp(log_decay_now), None, eta * torch.exp(log_decay_now - log_decay), "all")
+
+    def own_gates(self, eta: Tensor) -> Gates:
+        """Gates of tokens `[..., tokens, c]` of which each reads its own write alone, before anything decays."""
+        return Gates(torch.ones_like(eta), None, eta, "own")
 
     def read(self, gate_axis: str, weights: ChunkWeights, factors: Factors, x: Tensor, gates: Gates) -> Tensor:
         """`x_t W_t` of one layer, all of shape `[rows, tokens, features]`.
@@ -131,12 +135,12 @@ class GradientDescent(Companions):
         if gate_axis == "input":
             if weights.scale is not None:
                 x = x * weights.scale
-            scores = _scores(x if gates.query is None else x * gates.query, inputs * gates.key, gates.causal)
+            scores = _scores(x if gates.query is None else x * gates.query, inputs * gates.key, gates.sees)
             z = torch.bmm(scores, gradients)
             if weights.decaying is not None:
                 z = _plus_product(z, x * gates.decay, weights.decaying)
             return z if weights.constant is None else _plus_product(z, x, weights.constant)
-        scores = _scores(x, inputs, gates.causal)
+        scores = _scores(x, inputs, gates.sees)
         z = torch.bmm(scores, gradients * gates.key)
         if gates.query is not None:
             z = z * gates.query
@@ -157,7 +161,7 @@ class GradientDescent(Companions):
         inputs, gradients = factors
         scaled = x if weights.scale is None else x * weights.scale
         of_query, decayed, keys = scaled * gates.query, scaled * gates.decay, inputs * gates.key
-        scores = _scores(of_query, keys, True)
+        scores = _scores(of_query, keys, "past")
         z = torch.bmm(scores, gradients)
         if weights.decaying is not None:
             z.baddbmm_(decayed, weights.decaying)
@@ -188,7 +192,7 @@ class GradientDescent(Companions):
                     decay=decay_bar,
                     query=summed_like(query_bar.mul_(scaled), gates.query),
                     key=summed_like(keys_bar.mul_(inputs), gates.key),
-                    causal=True,
+                    sees="past",
                 ),
             )
 
@@ -197,7 +201,7 @@ class GradientDescent(Companions):
     def _read_on_output(self, weights: ChunkWeights, factors: Factors, x: Tensor, gates: Gates):
         inputs, gradients = factors
         keys = gradients * gates.key
-        scores = _scores(x, inputs, True)
+        scores = _scores(x, inputs, "past")
         written = torch.bmm(scores, keys)
         z = written * gates.query
         kept = None if weights.decaying is None else torch.bmm(x, weights.decaying)
@@ -231,7 +235,7 @@ class GradientDescent(Companions):
                     decay=decay_bar,
                     query=summed_like(z_bar * written, gates.query),
                     key=summed_like(keys_bar.mul_(gradients), gates.key),
-                    causal=True,
+                    sees="past",
                 ),
             )
 
@@ -260,7 +264,7 @@ class GradientDescent(Companions):
             factors_bar = Factors(torch.bmm((gradients * gates.fold).neg_(), bar.mT), folded_bar * gates.fold)
             state_bar, fold_bar = bar * gates.total, folded_bar.mul_(gradients)
         gates_bar = Gates(
-            None, None, None, True, summed_like(fold_bar, gates.fold), summed_like(total_bar, gates.total)
+            None, None, None, "past", summed_like(fold_bar, gates.fold), summed_like(total_bar, gates.total)
         )
         return state_bar, factors_bar, gates_bar
 
@@ -270,10 +274,12 @@ def _plus_product(z: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor
     return torch.baddbmm(z, a, b, alpha=alpha) if in_transform() else z.baddbmm_(a, b, alpha=alpha)
 
 
-def _scores(x: Tensor, keys: Tensor, causal: bool) -> Tensor:
-    """`-x_t . keys_i`, of i <= t only if causal: what token t sees of the writes, which go against the gradient."""
+def _scores(x: Tensor, keys: Tensor, sees: str) -> Tensor:
+    """`-x_t . keys_i` of the i that token t sees of the writes, which go against the gradient."""
+    if sees == "own":
+        return torch.diag_embed((x * keys).sum(-1)).neg_()
     scores = torch.bmm(x, keys.mT)
-    return (scores.tril_() if causal else scores).neg_()
+    return (scores.tril_() if sees == "past" else scores).neg_()
 
 
 LEARNING_ALGORITHMS: dict[str, type] = {"gradient_descent": GradientDescent}

@@ -25,19 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunk import chunk_miras
-from .diagnostics import linked_weights, real_rows
+from .diagnostics import chunks, real_rows, state_after
+from .inputs import MemoryInputs, bound_inputs, check_inputs, tokens_first, without_autocast
 from .layout import check_layout_arguments
-from .rule import (
-    MemoryInputs,
-    MemoryParameters,
-    MemoryState,
-    MirasRule,
-    bound_inputs,
-    check_inputs,
-    initial_memory_state,
-    starting_dual,
-    without_autocast,
-)
+from .rule import MirasRule
+from .state import MemoryParameters, initial_memory_state
 
 
 LAGS = (0, 8, 60, 200, 1000)
@@ -149,8 +141,7 @@ def probe_memory(
     def read(queries: Tensor) -> Tensor:
         return chunk_miras(queries, *x[1:], rule=rule, parameters=parameters, mask=live)[0]
 
-    at_start = _reads_at_start(x, rule, parameters)
-    errors, writes = _writes(x, live, rule, parameters)
+    at_start, errors, writes = _recalled_and_written(x, live, rule, parameters)
     lengths = live.sum(-1)
     # the token half a row away, for what values have in common
     token = torch.arange(live.shape[1], device=live.device)
@@ -200,69 +191,24 @@ def summary(probe: MemoryProbe, lags: Sequence[int] = LAGS) -> dict[str, float]:
     return numbers
 
 
-def _norm(parameters: MemoryParameters, dtype: torch.dtype) -> list[Tensor]:
-    return [p.to(dtype)[None, :, None] for p in (parameters.norm_weight, parameters.norm_bias)]
-
-
-def _reads_at_start(x: MemoryInputs, rule: MirasRule, parameters: MemoryParameters) -> Tensor:
-    """What the initial memory returns for the keys, `[rows, tokens, heads, head_dim]`."""
-    state = initial_memory_state(rule, parameters, x.k.shape[0], x.eta.shape[-1], x.k.dtype)
-    weights = linked_weights(rule, parameters, starting_dual(rule, parameters, state))
-    k = x.k.transpose(1, 2)
-    return rule.architecture.read(lambda layer, h: h @ weights[layer], k, *_norm(parameters, k.dtype)).transpose(1, 2)
-
-
-def _writes(x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: MemoryParameters) -> tuple[Tensor, Tensor]:
-    """Errors `v - M(k)` at each chunk's start, and each token's write, both `[rows, tokens, heads, head_dim]`."""
-    architecture, norm = rule.architecture, _norm(parameters, x.k.dtype)
-    state = initial_memory_state(rule, parameters, live.shape[0], x.eta.shape[-1], x.k.dtype)
-    errors, writes = [], []
-    for start in range(0, live.shape[1], rule.chunk_size):
-        chunk = x.map(lambda t, start=start: t[:, start : start + rule.chunk_size])
-        k, v, eta = (t.transpose(1, 2) for t in (chunk.k, chunk.v, chunk.eta))
-        delta = None if chunk.delta is None else chunk.delta.transpose(1, 2)
-        weights = [
-            rule.retention.at_chunk_start(dual, base, rule.hidden_axis(layer))
-            for layer, (dual, base) in enumerate(_duals(rule, parameters, state))
-        ]
-
-        def residual(prediction: Tensor, v: Tensor = v, delta: Tensor | None = delta) -> Tensor:
-            return rule.attentional_bias.residual(prediction - v, delta)
-
-        factors = architecture.write(tuple(w.weight for w in weights), k, residual, *norm)
-
-        def linear(layer: int, h: Tensor, weights=weights, factors=factors, eta=eta) -> Tensor:
-            """A layer under the token's own write: `h W - (h . input) gradient`, the step on the gates' axis."""
-            linked = factors[layer] if weights[layer].writes is None else weights[layer].writes(factors[layer])
-            if architecture.gate_axes[layer] == "input":
-                written = (h * linked.inputs * eta).sum(-1, keepdim=True) * linked.gradients
-            else:
-                written = (h * linked.inputs).sum(-1, keepdim=True) * linked.gradients * eta
-            scale = weights[layer].scale
-            return h @ weights[layer].weight - (written if scale is None else written * scale)
-
-        before = architecture.read(lambda layer, h, weights=weights: h @ weights[layer].weight, k, *norm)
-        errors.append((v - before).transpose(1, 2))
-        writes.append((architecture.read(linear, k, *norm) - before).transpose(1, 2))
-        state = _after(chunk, live[:, start : start + rule.chunk_size], state, rule, parameters)
-    return torch.cat(errors, dim=1), torch.cat(writes, dim=1)
-
-
-def _duals(rule: MirasRule, parameters: MemoryParameters, state: MemoryState) -> list[tuple[Tensor, Tensor | None]]:
-    """Dual states and what they are deviations from, `None` for nothing."""
-    return [
-        (dual, initial.to(dual.dtype).expand_as(dual) if rule.decay_target == "init" else None)
-        for dual, initial in zip(starting_dual(rule, parameters, state), parameters.initial, strict=True)
-    ]
-
-
-def _after(
-    chunk: MemoryInputs, live: Tensor, state: MemoryState, rule: MirasRule, parameters: MemoryParameters
-) -> MemoryState:
-    _, state = chunk_miras(
-        *chunk, rule=rule, parameters=parameters, initial_state=state, output_final_state=True, mask=live
-    )
-    return state
+def _recalled_and_written(
+    x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: MemoryParameters
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the initial memory returns for the keys, errors `v - M(k)` at each chunk's start, and each token's write, all
+    `[rows, tokens, heads, head_dim]`."""
+    norm, initial, found = parameters.norm(live.shape[0], x.k.dtype), None, []
+    for chunk, weights, _ in chunks(x, live, rule, parameters):
+        initial = weights if initial is None else initial
+        factors = rule.write(weights, chunk.k, chunk.v, chunk.delta, norm)
+        # with and without the step in one way: what does not come from the write is the same to the last bit
+        before, after = (
+            rule.read(weights, factors, chunk.k, rule.algorithm.own_gates(eta), norm)
+            for eta in (torch.zeros_like(chunk.eta), chunk.eta)
+        )
+        found.append((rule.recall(initial, chunk.k, norm), chunk.v - before, after - before))
+    at_start, errors, writes = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    heads = x.k.shape[2]
+    return tokens_first(at_start, heads), tokens_first(errors, heads), tokens_first(writes, heads)
 
 
 def _log_growth(x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: MemoryParameters) -> Tensor:
@@ -282,7 +228,7 @@ def _log_growth(x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: Memo
     for start in range(0, chunks * size, size):
         chunk = x.map(lambda t, start=start: t[:, start : start + size])
         if difference is None:
-            state = _after(chunk, live[:, :size], state, rule, parameters)
+            state = state_after(chunk, live[:, :size], state, rule, parameters)
             difference = [torch.randn(d.shape, generator=generator, dtype=d.dtype).to(d.device) for d in state.dual]
             difference = _resized(difference)[0]
             continue
@@ -292,7 +238,7 @@ def _log_growth(x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: Memo
             dual=tuple(torch.cat((d, d + e)) for d, e in zip(state.dual, difference, strict=True)),
         )
         mask = live.new_ones(2 * rows, size)
-        both = _after(chunk.map(lambda t: torch.cat((t, t))), mask, both, rule, parameters)
+        both = state_after(chunk.map(lambda t: torch.cat((t, t))), mask, both, rule, parameters)
         state = both.map(lambda t: t[:rows])
         difference, factor = _resized([d[rows:] - d[:rows] for d in both.dual])
         growth.append(factor.log().clamp(min=SMALLEST_GROWTH).mean(0))

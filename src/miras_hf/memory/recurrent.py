@@ -19,19 +19,10 @@ This is the contract of every other form. Equations (5), (8), (28) of arXiv 2504
 import torch
 from torch import Tensor
 
+from .inputs import MemoryInputs, bound_inputs, check_inputs, without_autocast
 from .layout import check_layout_arguments
-from .rule import (
-    MemoryInputs,
-    MemoryParameters,
-    MemoryState,
-    MirasRule,
-    bound_inputs,
-    check_inputs,
-    check_state,
-    initial_memory_state,
-    starting_dual,
-    without_autocast,
-)
+from .rule import MirasRule
+from .state import MemoryParameters, MemoryState, check_state, initial_memory_state, starting_dual
 from .vjp import in_transform
 
 
@@ -89,13 +80,7 @@ def recurrent_miras(
         y, states = y.detach(), [one.map(Tensor.detach) for one in states]
     if not output_final_state:
         return y, None
-    return y, MemoryState(*(_concatenated(parts) for parts in zip(*states, strict=True)))
-
-
-def _concatenated(parts):
-    if isinstance(parts[0], tuple):
-        return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
-    return torch.cat(parts)
+    return y, MemoryState.map(states[0], lambda *parts: torch.cat(parts), *states[1:])
 
 
 def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, parameters, mask, exact: bool):

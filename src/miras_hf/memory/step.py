@@ -20,26 +20,15 @@ dual state when the row's chunk ends. Equal to the chunk-parallel form to roundi
 cache wants; without gradients.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .architecture import Factors
-from .learning import Gates
+from .inputs import bound_inputs, check_inputs, tokens_first, without_autocast
 from .retention import ChunkWeights
-from .rule import (
-    MemoryInputs,
-    MemoryParameters,
-    MemoryState,
-    MirasRule,
-    bound_inputs,
-    check_inputs,
-    check_state,
-    initial_memory_state,
-    starting_dual,
-    without_autocast,
-)
+from .rule import MirasRule
+from .state import MemoryParameters, MemoryState, check_state, initial_memory_state, starting_dual
 from .vjp import by_formulas, in_transform
 
 
@@ -76,53 +65,34 @@ def step_miras(
     else:
         check_state(initial_state, rule, heads, head_dim, rows, gate_dim)
         state = initial_state
-    call = _Step.build(rule, parameters, x)
+    x, norm = bound_inputs(x, rule).merged(), parameters.norm(rows, x.q.dtype)
 
     # the token takes the next slot of its row's chunk
-    phase = state.count % rule.chunk_size
+    phase = (state.count % rule.chunk_size).view(-1, 1)
     slots = torch.arange(rule.chunk_size, device=phase.device)
-    here = slots.view(1, -1) == phase.view(-1, 1)
-    if mask is not None:
-        here = here & mask
-    here = here.repeat_interleave(heads, dim=0).unsqueeze(-1)  # [rows * heads, chunk_size, 1]
-    dual = tuple(call.merged(d) for d in starting_dual(rule, parameters, state))
-    weights = call.weights(dual)
-    factors = tuple(
-        Factors(torch.where(here, f.inputs, call.merged(i)), torch.where(here, f.gradients, call.merged(g)))
-        for f, i, g in zip(call.write(weights), state.inputs, state.gradients, strict=True)
-    )
-    before = call.merged(state.log_decay)
-    last = (slots.view(1, -1) == phase.view(-1, 1) - 1).repeat_interleave(heads, dim=0).unsqueeze(-1)
-    now = torch.where(last, before, 0.0).sum(-2, keepdim=True) + call.x.log_alpha
-    log_decay = torch.where(here, now, before)
-    eta_slots = torch.where(here, call.x.eta, call.merged(state.eta))
-    y = call.read(weights, factors, eta_slots, log_decay, now, mask).to(q.dtype)
+    here = slots == phase if mask is None else (slots == phase) & mask
+    here, last = (where.repeat_interleave(heads, dim=0).unsqueeze(-1) for where in (here, slots == phase - 1))
+    state = state._replace(dual=starting_dual(rule, parameters, state)).merged(x.q.dtype)
+    weights = rule.weights(state.dual, parameters.base(rule, rows, x.q.dtype))
+    log_decay = torch.where(last, state.log_decay, 0.0).sum(-2, keepdim=True) + x.log_alpha
+    inputs, gradients = zip(*rule.write(weights, x.k, x.v, x.delta, norm), strict=True)
+    token = MemoryState((), inputs, gradients, x.eta, log_decay, state.count)
+    state = state.map_slots(lambda old, new: torch.where(here, new, old), token)
+    y = _read(rule, weights, state, x.q, log_decay, norm, mask, heads).to(q.dtype)
     if not output_final_state:
         return y, None
 
-    count = state.count + (1 if mask is None else mask[:, 0].long())
-    ended = count % rule.chunk_size == 0
+    state = state._replace(count=state.count + (1 if mask is None else mask[:, 0].long()))
+    ended = state.count % rule.chunk_size == 0
     if mask is not None:
         ended = ended & mask[:, 0]
     # the fold costs a pass over the whole state; a traced graph takes it always, since it cannot branch on the phase
     if by_formulas() or bool(ended.any()):
         ended = ended.repeat_interleave(heads).view(-1, 1, 1)
-        folded = call.fold(dual, factors, eta_slots, log_decay)
-        dual = tuple(torch.where(ended, new_d, d) for new_d, d in zip(folded, dual, strict=True))
-        factors = tuple(Factors(*(torch.where(ended, 0.0, t) for t in f)) for f in factors)
-        eta_slots, log_decay = (torch.where(ended, 0.0, t) for t in (eta_slots, log_decay))
-
-    def rows_first(t: Tensor) -> Tensor:
-        return t.unflatten(0, (rows, heads))
-
-    return y, MemoryState(
-        dual=tuple(rows_first(d) for d in dual),
-        inputs=tuple(rows_first(f.inputs) for f in factors),
-        gradients=tuple(rows_first(f.gradients) for f in factors),
-        eta=rows_first(eta_slots),
-        log_decay=rows_first(log_decay),
-        count=count,
-    )
+        folded = zip(_folded(rule, state), state.dual, strict=True)
+        state = state.map_slots(lambda t: torch.where(ended, 0.0, t))
+        state = state._replace(dual=tuple(torch.where(ended, new, d) for new, d in folded))
+    return y, state.parted(heads)
 
 
 @without_autocast
@@ -138,14 +108,14 @@ def step_miras_(
     rule: MirasRule,
     parameters: MemoryParameters,
     state: MemoryState,
-    weights: list[ChunkWeights] | None = None,
+    weights: Sequence[ChunkWeights] | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, list[ChunkWeights] | None]:
+) -> tuple[Tensor, Sequence[ChunkWeights] | None]:
     """`step_miras` in place: the tensors of `state` are the new state afterwards.
 
     Args:
         state (`MemoryState`): contiguous, in the dtype of computation, as `chunk_miras` and `step_miras` return it.
-        weights (`list` of `ChunkWeights`, *optional*):
+        weights (sequence of `ChunkWeights`, *optional*):
             What the last call for this state returned; `None` if anything else has changed the state since.
 
     Returns:
@@ -163,31 +133,31 @@ def step_miras_(
     rows, _, heads, head_dim = q.shape
     _check_step(q, mask)
     check_state(state, rule, heads, head_dim, rows, x.eta.shape[-1])
-    tensors = [*state.dual, *state.inputs, *state.gradients, state.eta, state.log_decay]
-    if any(t.dtype != x.q.dtype or not t.is_contiguous() for t in tensors):
-        raise ValueError(f"`state` must be contiguous and in {x.q.dtype} to be updated in place.")
-    call = _Step.build(rule, parameters, x)
+    dtype = x.q.dtype
+    if any(t.dtype != dtype or not t.is_contiguous() for t in state.leaves()[:-1]):
+        raise ValueError(f"`state` must be contiguous and in {dtype} to be updated in place.")
+    x, norm = bound_inputs(x, rule).merged(), parameters.norm(rows, dtype)
     compiling = by_formulas()
     if weights is None:
         if rule.decay_target != "init":  # rows that have not read anything
             for d, new in zip(state.dual, starting_dual(rule, parameters, state), strict=True):
                 d.copy_(new)
-        weights = call.weights(tuple(d.flatten(0, 1) for d in state.dual))
+        weights = rule.weights(state.merged(dtype).dual, parameters.base(rule, rows, dtype))
 
     phase = state.count % rule.chunk_size
     row = torch.arange(rows, device=phase.device)
     since = torch.where((phase > 0).view(-1, 1, 1), state.log_decay[row, :, phase - 1], 0.0)
-    now = since.flatten(0, 1).unsqueeze(1) + call.x.log_alpha
-    written = [t for f in call.write(weights) for t in f] + [call.x.eta, now]
-    slots = [t for pair in zip(state.inputs, state.gradients, strict=True) for t in pair]
-    for slot, token in zip([*slots, state.eta, state.log_decay], written, strict=True):
+    log_decay = since.flatten(0, 1).unsqueeze(1) + x.log_alpha
+    inputs, gradients = zip(*rule.write(weights, x.k, x.v, x.delta, norm), strict=True)
+
+    def take(slots: Tensor, token: Tensor) -> Tensor:
         token = token.view(rows, heads, -1)
-        slot[row, :, phase] = token if mask is None else torch.where(mask.unsqueeze(-1), token, slot[row, :, phase])
-    factors = tuple(
-        Factors(i.flatten(0, 1), g.flatten(0, 1)) for i, g in zip(state.inputs, state.gradients, strict=True)
-    )
-    eta_slots, log_decay = state.eta.flatten(0, 1), state.log_decay.flatten(0, 1)
-    y = call.read(weights, factors, eta_slots, log_decay, now, mask).to(q.dtype)
+        slots[row, :, phase] = token if mask is None else torch.where(mask.unsqueeze(-1), token, slots[row, :, phase])
+        return slots
+
+    state.map_slots(take, MemoryState((), inputs, gradients, x.eta, log_decay, state.count))
+    merged = state.merged(dtype)
+    y = _read(rule, weights, merged, x.q, log_decay, norm, mask, heads).to(q.dtype)
 
     state.count.add_(1 if mask is None else mask[:, 0].long())
     ended = state.count % rule.chunk_size == 0
@@ -195,11 +165,9 @@ def step_miras_(
         ended = ended & mask[:, 0]
     if compiling or bool(ended.any()):
         ended = ended.view(-1, 1, 1, 1)
-        folded = call.fold(tuple(d.flatten(0, 1) for d in state.dual), factors, eta_slots, log_decay)
-        for d, new in zip(state.dual, folded, strict=True):
+        for d, new in zip(state.dual, _folded(rule, merged), strict=True):
             d.copy_(torch.where(ended, new.view_as(d), d))
-        for t in tensors[len(state.dual) :]:
-            t.masked_fill_(ended, 0.0)
+        state.map_slots(lambda t: t.masked_fill_(ended, 0.0))
         weights = None
     return y, None if compiling else weights
 
@@ -213,63 +181,15 @@ def _check_step(q: Tensor, mask: Tensor | None) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Step:
-    """The parts of a step, rows and heads merged into one axis."""
-
-    rule: MirasRule
-    x: MemoryInputs
-    rows: int
-    initial: tuple[Tensor, ...]
-    norm: tuple[Tensor, Tensor]  # [rows * heads, 1, head_dim]
-
-    @staticmethod
-    def build(rule: MirasRule, parameters: MemoryParameters, x: MemoryInputs) -> "_Step":
-        x, rows = bound_inputs(x, rule), x.q.shape[0]
-        return _Step(
-            rule=rule,
-            x=x.map(lambda t: t.transpose(1, 2).flatten(0, 1)),
-            rows=rows,
-            initial=parameters.initial,
-            norm=tuple(
-                _per_row(p, rows, x.q.dtype).unsqueeze(1) for p in (parameters.norm_weight, parameters.norm_bias)
-            ),
-        )
-
-    def merged(self, t: Tensor) -> Tensor:
-        return t.to(self.x.q.dtype).flatten(0, 1)
-
-    def weights(self, dual: tuple[Tensor, ...]) -> list[ChunkWeights]:
-        rule, dtype = self.rule, self.x.q.dtype
-        bases = [_per_row(a, self.rows, dtype) if rule.decay_target == "init" else None for a in self.initial]
-        return [
-            rule.retention.at_chunk_start(d, b, rule.hidden_axis(i))
-            for i, (d, b) in enumerate(zip(dual, bases, strict=True))
-        ]
-
-    def write(self, weights: list[ChunkWeights]) -> tuple[Factors, ...]:
-        v, delta, bias = self.x.v, self.x.delta, self.rule.attentional_bias
-        used = tuple(w.weight for w in weights)
-        return self.rule.architecture.write(used, self.x.k, lambda m: bias.residual(m - v, delta), *self.norm)
-
-    def read(self, weights, factors, eta_slots, log_decay, now, mask: Tensor | None) -> Tensor:
-        architecture, algorithm = self.rule.architecture, self.rule.algorithm
-        gates: Gates = algorithm.step_gates(eta_slots, log_decay, now)
-        axes = architecture.gate_axes
-        y = architecture.read(
-            lambda layer, h: algorithm.read(axes[layer], weights[layer], factors[layer], h, gates),
-            self.x.q,
-            *self.norm,
-        )
-        y = y.unflatten(0, (self.rows, -1)).transpose(1, 2)
-        return y if mask is None else torch.where(mask[..., None, None], y, 0.0)
-
-    def fold(self, dual, factors, eta_slots, log_decay) -> list[Tensor]:
-        algorithm, axes = self.rule.algorithm, self.rule.architecture.gate_axes
-        whole = algorithm.chunk_gates(eta_slots, log_decay)
-        return [algorithm.fold(axes[i], d, f, whole) for i, (d, f) in enumerate(zip(dual, factors, strict=True))]
+def _read(
+    rule: MirasRule, weights, state: MemoryState, q: Tensor, log_decay: Tensor, norm, mask, heads: int
+) -> Tensor:
+    """What the tokens read that have taken their slots of a merged state, `[rows, 1, heads, head_dim]`."""
+    gates = rule.algorithm.step_gates(state.eta, state.log_decay, log_decay)
+    y = tokens_first(rule.read(weights, state.factors, q, gates, norm), heads)
+    return y if mask is None else torch.where(mask[..., None, None], y, 0.0)
 
 
-def _per_row(p: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """`[heads, ...]` to `[rows * heads, ...]`."""
-    return p.to(dtype).expand(rows, *p.shape).reshape(rows * p.shape[0], *p.shape[1:])
+def _folded(rule: MirasRule, state: MemoryState) -> tuple[Tensor, ...]:
+    """The dual of a merged state with what waits in its slots, as if its rows' chunks had ended."""
+    return rule.fold(state.dual, state.factors, rule.algorithm.chunk_gates(state.eta, state.log_decay))
