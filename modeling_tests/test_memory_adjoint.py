@@ -11,14 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The adjoint of the chunk loop: companions against autograd of their forwards, choices without, and its bound.
+"""The adjoint of the chunk loop: derivatives against autograd of their forwards, choices without, and its bound.
 
 That its gradients are those of the reference is what `test_memory_forms.py` and the files on layouts and states test;
-here is what they cannot see: which path was taken, every companion alone, and what the design space's users add.
+here is what they cannot see: which path was taken, every derivative alone, and what the design space's users add.
 """
 
 import dataclasses
 import math
+import sys
 import weakref
 
 import pytest
@@ -56,8 +57,8 @@ from miras_hf.memory import (
     recurrent_miras,
 )
 from miras_hf.memory.adjoint import has_adjoint
-from miras_hf.memory.retention import ChunkWeights, link_by_autograd
-from miras_hf.memory.vjp import LARGEST_STATE_ADJOINT
+from miras_hf.memory.retention import ChunkWeights
+from miras_hf.memory.vjp import DERIVATIVES, LARGEST_STATE_ADJOINT, added, find_derivative, with_vjp
 
 
 def normal(*shape, seed=0):
@@ -180,7 +181,7 @@ def gradients_twice(y, case) -> dict[str, torch.Tensor]:
     return dict(zip(leaves, found, strict=True))
 
 
-# -- companions of the library's choices -----------------------------------------------------------------------------------
+# -- derivatives of the library's choices ----------------------------------------------------------------------------------
 
 BIASES = {
     "l2": L2(),
@@ -197,7 +198,7 @@ BIASES = {
 
 
 @pytest.mark.parametrize("name", BIASES)
-def test_companions_of_residuals(name):
+def test_derivatives_of_residuals(name):
     bias, errors = BIASES[name], normal(3, 40, 8).requires_grad_()
     delta = None
     if bias.delta_granularity is not None:
@@ -205,10 +206,10 @@ def test_companions_of_residuals(name):
         if bias.delta_granularity == "head":
             delta = delta[..., :1] * math.sqrt(8)
         delta.requires_grad_()
-    for forward, companion in ((bias.residual, bias.residual_with_vjp), (bias.gradient, bias.gradient_with_vjp)):
+    for forward in (bias.residual, bias.gradient):
         expected = forward(errors, delta)
         with torch.no_grad():
-            residual, vjp = companion(errors, delta)
+            residual, vjp = find_derivative(forward)(errors, delta)
             found = vjp(normal(3, 40, 8, seed=2))
         leaves = [errors] if delta is None else [errors, delta]
         wanted = torch.autograd.grad(expected, leaves, normal(3, 40, 8, seed=2), materialize_grads=True)
@@ -236,7 +237,7 @@ GATES = {
 @pytest.mark.parametrize("with_base", [True, False])
 @pytest.mark.parametrize("hidden_axis, shape", [(-1, (3, 6, 10)), (-2, (3, 10, 6))])
 @pytest.mark.parametrize("name", GATES)
-def test_companions_of_links(name, hidden_axis, shape, with_base):
+def test_derivatives_of_links(name, hidden_axis, shape, with_base):
     """The weights, what the link does to writes, and the adjoints of both; a gate without falls back to autograd."""
     gate = GATES[name]
     state, base = 0.3 * normal(*shape), normal(*shape, seed=1) if with_base else None
@@ -248,35 +249,29 @@ def test_companions_of_links(name, hidden_axis, shape, with_base):
     # by autograd, from end to end
     leaves = [x.clone().requires_grad_() for x in (state, *([base] if with_base else []), *factors)]
     weights = gate.at_chunk_start(leaves[0], leaves[1] if with_base else None, hidden_axis)
-    seen = Factors(*leaves[-2:])
-    mapped = weights.writes(seen) if weights.writes is not None else seen
+    mapped = gate.writes(weights, Factors(*leaves[-2:]), hidden_axis)
     expected = torch.autograd.grad(loss([*weights[:4], *mapped]), leaves, materialize_grads=True)
 
-    # by companion
-    if gate.at_chunk_start_with_vjp is None:
-        linked = link_by_autograd(gate, state, base, hidden_axis)
-    else:
-        linked = gate.at_chunk_start_with_vjp(state, base, hidden_axis)
+    # by derivatives
+    linked, linked_vjp = with_vjp(gate.at_chunk_start, state, base, hidden_axis)
     with torch.no_grad():
-        for got, want in zip(linked.weights[:4], weights[:4], strict=True):
+        for got, want in zip(linked, weights, strict=True):
             assert (got is None) == (want is None)
             if got is not None:
                 torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-14)
-        plain = Factors(*factors)
         bars = [None if part is None else normal(*part.shape, seed=10 + i) for i, part in enumerate(weights[:4])]
         written = Factors(*(normal(*part.shape, seed=14 + i) for i, part in enumerate(mapped)))
-        if linked.writes_with_vjp is not None:
-            again, writes_vjp = linked.writes_with_vjp(plain)
-            torch.testing.assert_close(again[0], mapped[0].detach(), rtol=1e-12, atol=1e-14)
-            written = writes_vjp(written)
-        of_state, of_base = linked.vjp(ChunkWeights(*bars))
+        again, writes_vjp = find_derivative(gate.writes)(linked, Factors(*factors), hidden_axis)
+        torch.testing.assert_close(again[0], mapped[0].detach(), rtol=1e-12, atol=1e-14)
+        by_writes, written, _ = writes_vjp(written)
+        of_state, of_base, _ = linked_vjp(added(ChunkWeights(*bars), by_writes))
     found = [of_state, *([of_base] if with_base else []), *written]
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("gate_dim", [1, 6])
-def test_companion_of_the_gates(gate_dim):
+def test_derivative_of_the_gates(gate_dim):
     eta, steps = normal(3, 5, gate_dim).abs(), -0.5 * normal(3, 5, gate_dim, seed=1).abs()
     leaves = [eta.requires_grad_(), steps.cumsum(-2).requires_grad_()]
     algorithm = GradientDescent()
@@ -285,7 +280,7 @@ def test_companion_of_the_gates(gate_dim):
     bars = [normal(*x.shape, seed=2 + i) for i, x in enumerate(tensors)]
     wanted = torch.autograd.grad(tensors, leaves, bars)
     with torch.no_grad():
-        gates, vjp = algorithm.chunk_gates_with_vjp(*leaves)
+        gates, vjp = find_derivative(algorithm.chunk_gates)(*leaves)
         remaining = iter(bars)
         found = vjp(type(gates)(*(next(remaining) if isinstance(x, torch.Tensor) else x for x in gates)))
     for got, want in zip(
@@ -310,7 +305,7 @@ class PseudoHuber(AttentionalBias):
 
 @dataclasses.dataclass(frozen=True)
 class Doubled(L2):
-    """A choice of the library with a forward of one's own: the companion of the old forward must not serve."""
+    """A choice of the library with a forward of one's own: the derivative of the old forward must not serve."""
 
     def gradient(self, error, delta=None):
         return 2 * error
@@ -333,11 +328,7 @@ class Sigmoid(RetentionGate):
         dual = state if base is None else base + state
         weight = self.link(dual, hidden_axis)
         slope = (0.25 - weight.square()).mean((-2, -1), keepdim=True)
-
-        def writes(factors):
-            return factors._replace(gradients=slope * factors.gradients)
-
-        return ChunkWeights(weight, constant=weight, writes=writes, writes_matrix=lambda matrix: slope * matrix)
+        return ChunkWeights(weight, constant=weight, columns=slope.expand_as(weight[..., :1, :]))
 
     def inverse(self, weight, hidden_axis):
         return torch.logit(weight + 0.5)
@@ -372,9 +363,47 @@ OWN = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Damped(MirasRule):
+    """A rule with a step of one's own: the derivative of the cell must not serve."""
+
+    def write(self, weights, k, v, delta, norm):
+        return tuple(f._replace(gradients=f.gradients * 0.5) for f in super().write(weights, k, v, delta, norm))
+
+
+@pytest.mark.parametrize("name", ["yaad", "moneta_mirror", "memora", "matrix"])
+def test_a_rule_with_a_step_of_its_own(name):
+    """Half the gradients are half the step of the rule that it changes."""
+    rule = rule_of(name)
+    case = make_case(rule, tokens=12)
+    half = case._replace(inputs=case.inputs | {"eta": 0.5 * case.inputs["eta"]})
+    expected = values_and_gradients(half, chunk_miras, final_state=False)
+    damped = Damped(**{field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)})
+    found = values_and_gradients(case._replace(rule=damped), chunk_miras, final_state=False)
+    assert_same(found, expected | {"grad.eta": 0.5 * expected["grad.eta"]}, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "methods", [(f, *others) for f, (_, others) in DERIVATIVES.items()], ids=lambda m: m[0].__qualname__
+)
+def test_no_derivative_serves_what_it_does_not_know(methods):
+    """Of every derivative: it is found for the class it was written for, and for no class that overrides its formulas."""
+    module = sys.modules[methods[0].__module__]
+    owner = getattr(module, methods[0].__qualname__.split(".")[0])
+    name = methods[0].__name__
+    assert find_derivative(getattr(owner(), name)) is not None
+    for method in methods:
+
+        def own(self, *args, method=method):
+            return method(self, *args)
+
+        changed = type("Changed", (owner,), {method.__name__: own})
+        assert find_derivative(getattr(changed(), name)) is None
+
+
 @pytest.mark.parametrize("form", [name for name in FORMS if name != "recurrent"])
 @pytest.mark.parametrize("name", OWN)
-def test_choices_without_companions(name, form, monkeypatch):
+def test_choices_without_derivatives(name, form, monkeypatch):
     rule, by_hand = OWN[name]
     assert has_adjoint(rule) == by_hand
     case = make_case(rule, tokens=13)

@@ -96,15 +96,16 @@ def test_gates_are_averaged_over_tokens_and_channels():
     torch.testing.assert_close(found.half_life, half_lives.log().mean(-1).exp())
 
 
+@pytest.mark.parametrize("pad", [0.7, math.nan])
 @pytest.mark.parametrize("gates", ["channel", "head"])
-def test_pads_and_packs_change_nothing(gates):
+def test_pads_and_packs_change_nothing(gates, pad):
     case = make_case(rule_of("yaad"), batch=1, tokens=13, gates=gates)
     rows = [case.tokens(0, 6), case.tokens(6, 13)]
     packed = case(memory_statistics, cu_seqlens=torch.tensor([0, 6, 13], dtype=torch.int32))
 
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, [0, 1, 4]], mask[1, [2, 8]] = False, False
-    padded = {name: torch.full((2, 9, *x.shape[2:]), 0.7, dtype=x.dtype) for name, x in case.inputs.items()}
+    padded = {name: torch.full((2, 9, *x.shape[2:]), pad, dtype=x.dtype) for name, x in case.inputs.items()}
     for name, x in padded.items():
         for row in range(2):
             x[row, mask[row]] = rows[row].inputs[name][0]

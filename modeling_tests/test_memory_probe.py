@@ -151,12 +151,13 @@ def test_a_difference_that_decays_alone_shrinks_by_the_decay():
     torch.testing.assert_close(found.log_growth, torch.full((3, 2), -4 * rate, dtype=torch.float64))
 
 
-def test_pads_and_packs_change_nothing():
+@pytest.mark.parametrize("pad", [0.7, math.nan])
+def test_pads_and_packs_change_nothing(pad):
     case = make_case(rule_of("yaad"), batch=1, tokens=13)
     packed = case(probe_memory, lags=LAGS, cu_seqlens=torch.tensor([0, 6, 13], dtype=torch.int32))
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, [0, 1, 4]], mask[1, [2, 8]] = False, False
-    padded = {name: torch.full((2, 9, *x.shape[2:]), 0.7, dtype=x.dtype) for name, x in case.inputs.items()}
+    padded = {name: torch.full((2, 9, *x.shape[2:]), pad, dtype=x.dtype) for name, x in case.inputs.items()}
     for name, x in padded.items():
         for row, (start, stop) in enumerate(((0, 6), (6, 13))):
             x[row, mask[row]] = case.inputs[name][0, start:stop]

@@ -49,10 +49,9 @@ Of the layer norm, with `P g = g - mean(g) - n mean(n g)`, symmetric, the backwa
 
 the last term because 1/std itself, a factor of dz2, moves with z2.
 
-Links other than the identity and losses bring their own adjoints; see the companions beside their forwards. A bias or
-a retention gate without companions is differentiated by autograd, on its own, inside this backward pass; with an
-architecture or an algorithm without companions the whole group is, recomputed by `torch.utils.checkpoint`. So are, in
-training only, chunks that go on from the middle of a chunk or leave a begun chunk to the final state, and everything
+Links other than the identity and losses have derivatives of their own, all of them in `adjoints/`. A bias or a retention
+gate without is differentiated by autograd, on its own, inside this backward pass; with an architecture or an algorithm
+without, the whole group is, recomputed by `torch.utils.checkpoint`. So are, in training only, chunks that go on from the middle of a chunk or leave a begun chunk to the final state, and everything
 under `torch.compile`, which fuses what is slow in eager mode. Under `create_graph`, for second derivatives, the group is
 differentiated by autograd; inside transforms of `torch.func`, forward mode and traces the whole call is.
 """
@@ -64,24 +63,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from . import adjoints  # noqa: F401 - it registers the derivatives
 from .architecture import Factors
-from .attentional_bias import AttentionalBias
 from .inputs import MemoryInputs, bound_inputs, hold_broken
 from .layout import merge_chunks
 from .learning import Gates
-from .retention import ChunkWeights, LinkedChunk, link_by_autograd
+from .retention import ChunkWeights
 from .rule import MirasRule
-from .vjp import bound_adjoint, by_autograd, can_look_at, differentiable_vjp
+from .vjp import added, bound_adjoint, can_look_at, differentiable_vjp, find_derivative, with_vjp
 
 
 def has_adjoint(rule: MirasRule) -> bool:
-    """Whether architecture and algorithm bring their companions; bias and retention gate do without."""
-    names = ("read_with_vjp", "write_with_vjp"), ("chunk_gates_with_vjp", "read_with_vjp", "fold_vjp")
-    return all(
-        getattr(choice, name, None) is not None
-        for choice, companions in zip((rule.architecture, rule.algorithm), names, strict=True)
-        for name in companions
-    )
+    """Whether architecture and algorithm have derivatives; bias and retention gate do without."""
+    architecture, algorithm = rule.architecture, rule.algorithm
+    methods = architecture.read, architecture.write, algorithm.chunk_gates, algorithm.read, algorithm.fold
+    return all(find_derivative(method) is not None for method in methods)
 
 
 class ReadGroup(torch.autograd.Function):
@@ -145,10 +141,10 @@ class _Chunk(NamedTuple):
     """What the adjoint of a chunk needs of its forward."""
 
     states: tuple[Tensor, ...]
-    linked: list[LinkedChunk]
+    weights: tuple[ChunkWeights, ...]
     factors: tuple[Factors, ...]
+    weights_vjp: Callable
     write_vjp: Callable
-    error_bars: list  # filled by the write's vjp: the adjoints of the error and of delta
     read_vjp: Callable | None  # None: the chunk is to be read once more
 
 
@@ -171,7 +167,7 @@ def _run(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm,
         for b, u in zip(_bounded(x), _bounded(unbounded), strict=True)
     ]
     x, broken = hold_broken(x)
-    all_gates, gates_vjp = rule.algorithm.chunk_gates_with_vjp(x.eta, x.log_alpha.cumsum(-2))
+    all_gates, gates_vjp = with_vjp(rule.algorithm.chunk_gates, x.eta, x.log_alpha.cumsum(-2))
     if broken is not None:
         all_gates = all_gates.broken_from(broken)
     gates = all_gates.split(sizes)
@@ -182,17 +178,13 @@ def _run(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm,
     for i, rows in enumerate(sizes):
         states = tuple(s[:rows] for s in states)
         base_here, norm_here = _first_rows(rows, base, norm)
-        chunk = _write(rule, k[i], v[i], delta[i], states, base_here, norm_here)
-        if reads:
-            y, read_vjp = _read(rule, chunk, q[i], gates[i], norm_here)
-            outputs.append(y)
-            chunk = chunk._replace(read_vjp=read_vjp)
-        chunks.append(chunk)
+        weights, weights_vjp = with_vjp(rule.weights, states, base_here)
+        factors, write_vjp = with_vjp(rule.write, weights, k[i], v[i], delta[i], norm_here)
+        y, read_vjp = with_vjp(rule.read, weights, factors, q[i], gates[i], norm_here) if reads else (None, None)
+        outputs.append(y)
+        chunks.append(_Chunk(states, weights, factors, weights_vjp, write_vjp, read_vjp))
         if reads or i + 1 < len(sizes):
-            states = tuple(
-                rule.algorithm.fold(axis, s, f, gates[i])
-                for axis, s, f in zip(rule.architecture.gate_axes, states, chunk.factors, strict=True)
-            )
+            states = rule.fold(states, factors, gates[i])
     return torch.cat(outputs) if reads else None, states, _Tape(x, uncut, gates, gates_vjp, chunks)
 
 
@@ -204,8 +196,6 @@ def _bounded(x: MemoryInputs) -> tuple[Tensor, ...]:
 def _group_adjoint(
     rule: MirasRule, sizes: list[int], tape: _Tape, pieces: MemoryInputs, states, base, norm, y_bar, state_bars
 ):
-    axes, algorithm = rule.architecture.gate_axes, rule.algorithm
-    layers = range(len(axes))
     x, uncut, gates, gates_vjp, chunks = tape
     q, y_bars = (t.split(sizes) for t in (x.q, y_bar))
     total = states[0].shape[0]
@@ -216,48 +206,36 @@ def _group_adjoint(
     for i in reversed(range(len(sizes))):
         rows, chunk = sizes[i], chunks.pop()
         _, norm_here = _first_rows(rows, base, norm)
-        read_vjp = chunk.read_vjp or _read(rule, chunk, q[i], gates[i], norm_here)[1]
-        q_bar, read_norm_bars, weights_bars, factors_bars, gates_bars = read_vjp(y_bars[i])
+        read_vjp = chunk.read_vjp
+        if read_vjp is None:
+            _, read_vjp = with_vjp(rule.read, chunk.weights, chunk.factors, q[i], gates[i], norm_here)
+        weights_bar, factors_bar, q_bar, gates_bar, norm_by_read = read_vjp(y_bars[i])
 
-        new_state_bars = []
-        for layer in layers:
-            state_bar = state_bars[layer]
-            if state_bar is not None:
-                state_bar = _with_ended_rows(bound_adjoint(state_bar), rows)
-                state_bar, bars, gates_bar = algorithm.fold_vjp(
-                    axes[layer], chunk.states[layer], chunk.factors[layer], gates[i], state_bar
-                )
-                gates_bars.append(gates_bar)
-                for bar, more in zip(factors_bars[layer], bars, strict=True):
-                    bar.add_(more)
-            new_state_bars.append(state_bar)
+        state_bars = tuple(None if bar is None else _with_ended_rows(bound_adjoint(bar), rows) for bar in state_bars)
+        _, fold_vjp = with_vjp(rule.fold, chunk.states, chunk.factors, gates[i])
+        state_bars, factors_by_fold, gates_by_fold = fold_vjp(state_bars)
+        gates_bar = added(gates_bar, gates_by_fold)
 
-        of_weights, k_bar, *write_norm_bars = chunk.write_vjp(tuple(factors_bars))
-        error_bar, delta_bar = chunk.error_bars
-        for layer in layers:
-            bars = weights_bars[layer]._replace(weight=of_weights[layer])
-            state_bar, base_bar = chunk.linked[layer].vjp(bars)
-            new_state_bars[layer] = _sum([new_state_bars[layer], state_bar])
-            if base_bar is not None:
-                base_bars[layer][:rows].add_(base_bar)
-        for norm_bar, *bars in zip(norm_bars, read_norm_bars, write_norm_bars, strict=True):
-            for bar in bars:
-                if bar is not None:
-                    norm_bar[:rows].add_(bar)
-        state_bars = new_state_bars
-        bars_of_step.append(
-            (q_bar, k_bar, error_bar, delta_bar, [_sum(field) for field in zip(*gates_bars, strict=True)])
-        )
+        factors_bar = added(factors_bar, factors_by_fold)
+        weights_by_write, k_bar, v_bar, delta_bar, norm_by_write = chunk.write_vjp(factors_bar)
+
+        states_by_weights, base_bar = chunk.weights_vjp(added(weights_bar, weights_by_write))
+        state_bars = added(state_bars, states_by_weights)
+        of_chunk = (*base_bar, *norm_by_read, *norm_by_write)
+        for whole, bar in zip((*base_bars, *norm_bars, *norm_bars), of_chunk, strict=True):
+            if bar is not None:
+                whole[:rows].add_(bar)
+        bars_of_step.append((q_bar, k_bar, v_bar, delta_bar, gates_bar))
 
     bars_of_step.reverse()
-    q_bar, k_bar, error_bar, delta_bar, gates_bars = zip(*bars_of_step, strict=True)
+    q_bar, k_bar, v_bar, delta_bar, gates_bars = zip(*bars_of_step, strict=True)
     gates_bar = Gates(
         *(_joined(*field) for field in zip(zip(*gates_bars, strict=True), zip(*gates, strict=True), strict=True))
     )
     eta_bar, log_decay_bar = gates_vjp(gates_bar)
-    delta_bar = None if x.delta is None else torch.cat(delta_bar)
+    delta_bar = None if x.delta is None else _joined(delta_bar, x.delta.split(sizes))
     log_alpha_bar = log_decay_bar.flip(-2).cumsum(-2).flip(-2)
-    bars = torch.cat(q_bar), torch.cat(k_bar), torch.cat(error_bar).neg_(), log_alpha_bar
+    bars = torch.cat(q_bar), torch.cat(k_bar), torch.cat(v_bar), log_alpha_bar
     # what was cut has no gradient
     q_bar, k_bar, v_bar, log_alpha_bar = (
         bar if where is None else bar.mul_(where) for bar, where in zip(bars, uncut, strict=True)
@@ -268,70 +246,6 @@ def _group_adjoint(
     return *of_inputs, *state_bars, *base_bars, *norm_bars
 
 
-def _write(rule: MirasRule, k, v, delta, states, base, norm) -> _Chunk:
-    gate, error_bars = rule.retention, []
-    linked = []
-    for layer, (s, b) in enumerate(zip(states, base, strict=True)):
-        if gate.at_chunk_start_with_vjp is None:
-            linked.append(link_by_autograd(gate, s, b, rule.hidden_axis(layer)))
-        else:
-            linked.append(gate.at_chunk_start_with_vjp(s, b, rule.hidden_axis(layer)))
-
-    def residual(prediction: Tensor):
-        r, residual_vjp = _residual(rule.attentional_bias, prediction - v, delta)
-
-        def vjp(bar: Tensor) -> Tensor:
-            error_bars.extend(residual_vjp(bar))
-            return error_bars[0]
-
-        return r, vjp
-
-    weights = tuple(link.weights.weight for link in linked)
-    factors, write_vjp = rule.architecture.write_with_vjp(weights, k, residual, *norm)
-    return _Chunk(states, linked, factors, write_vjp, error_bars, None)
-
-
-def _residual(bias: AttentionalBias, error: Tensor, delta: Tensor | None):
-    if bias.residual_with_vjp is not None and bias.gradient_with_vjp is not None:
-        return bias.residual_with_vjp(error, delta)
-    (r,), vjp = by_autograd(lambda error, delta: (bias.residual(error, delta),), error, delta)
-    return r, vjp
-
-
-def _read(rule: MirasRule, chunk: _Chunk, q: Tensor, gates: Gates, norm):
-    """The chunk's outputs, and their vjp.
-
-    It returns adjoints of q and the norm, layer by layer of weights and factors, and one `Gates` per layer.
-    """
-    layers = range(len(chunk.factors))
-    weights_bars: list[ChunkWeights | None] = [None for _ in layers]
-    factors_bars: list[Factors | None] = [None for _ in layers]
-    gates_bars: list[Gates] = []
-
-    def linear(layer: int, h: Tensor):
-        weights, writes_with_vjp, _ = chunk.linked[layer]
-        factors, writes_vjp = chunk.factors[layer], None
-        if writes_with_vjp is not None:
-            factors, writes_vjp = writes_with_vjp(factors)
-        z, linear_vjp = rule.algorithm.read_with_vjp(rule.architecture.gate_axes[layer], weights, factors, h, gates)
-
-        def vjp(z_bar: Tensor) -> Tensor:
-            h_bar, weights_bars[layer], bars, gates_bar = linear_vjp(z_bar)
-            factors_bars[layer] = bars if writes_vjp is None else writes_vjp(bars)
-            gates_bars.append(gates_bar)
-            return h_bar
-
-        return z, vjp
-
-    y, read_vjp = rule.architecture.read_with_vjp(linear, q, *norm)
-
-    def vjp(y_bar: Tensor):
-        q_bar, *norm_bars = read_vjp(y_bar)
-        return q_bar, norm_bars, weights_bars, factors_bars, gates_bars
-
-    return y, vjp
-
-
 def _first_rows(rows: int, base, norm):
     return tuple(None if b is None else b[:rows] for b in base), tuple(p[:rows] for p in norm)
 
@@ -340,15 +254,6 @@ def _with_ended_rows(bar: Tensor, rows: int) -> Tensor:
     """A state's adjoint with zeros for the rows that have ended since: rows are ordered by length."""
     missing = rows - bar.shape[0]
     return pad(bar, (0, 0, 0, 0, 0, missing)) if missing else bar
-
-
-def _sum(bars):
-    """The sum of adjoints of which None are zero; may write into the first."""
-    total = None
-    for bar in bars:
-        if isinstance(bar, Tensor):
-            total = bar if total is None else total.add_(bar)
-    return total
 
 
 def _joined(bars, values):

@@ -24,14 +24,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .gelu import gelu, gelu_and_slope, gelu_slope_curvature
-from .vjp import Companions, differentiated_by_autograd
+from .gelu import gelu, gelu_and_slope
+from .vjp import differentiated_by_autograd
 
 
 Linear = Callable[[int, Tensor], Tensor]
 Residual = Callable[[Tensor], Tensor]
-WithVjp = Callable[..., tuple[Tensor, Callable[[Tensor], Tensor]]]
-"""`Linear` or `Residual`, returning besides the map from its result's adjoint to its last argument's."""
 
 
 class Factors(NamedTuple):
@@ -47,7 +45,7 @@ class Factors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MLPMemory(Companions):
+class MLPMemory:
     """`M(W; x) = x + LN(gelu(x W1) W2)`, `W1: d x n`, `W2: n x d`, `n = expansion * d`, gelu in its tanh form.
 
     The layer norm's affine belongs to the outer model: it is learned in training and not changed by what is read.
@@ -70,11 +68,6 @@ class MLPMemory(Companions):
     gate_axes: ClassVar[tuple[str, ...]] = ("input", "output")
     """Where each weight has the `head_dim` axis that channel gates live on; the other axis is the hidden one."""
 
-    companions: ClassVar[dict[str, tuple[str, ...]]] = {
-        "read_with_vjp": ("read", "_normalise"),
-        "write_with_vjp": ("write", "_normalise"),
-    }
-
     has_norm: ClassVar[bool] = True
     """Whether the layer norm's affine is used."""
 
@@ -85,7 +78,7 @@ class MLPMemory(Companions):
     def read(self, linear: Linear, x: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
         """`M(x)` for `x` of shape `[..., tokens, head_dim]`."""
         hidden = gelu(linear(0, x))
-        normed, *_ = self._normalise(linear(1, hidden))
+        normed, *_ = self.normalise(linear(1, hidden))
         return x + torch.addcmul(norm_bias, normed, norm_weight)
 
     def write(
@@ -96,70 +89,13 @@ class MLPMemory(Companions):
         z1 = k @ w1
         hidden, slope = gelu_and_slope(z1)
         z2 = hidden @ w2
-        normed, *statistics = self._normalise(z2)
+        normed, *statistics = self.normalise(z2)
         grad = residual(k + torch.addcmul(norm_bias, normed, norm_weight)) * norm_weight
-        dz2 = _normalise_vjp(grad, z2, *statistics)
+        dz2 = normalise_vjp(grad, z2, *statistics)
         dz1 = (dz2 @ w2.mT) * slope
         return Factors(k, dz1), Factors(hidden, dz2)
 
-    def read_with_vjp(
-        self, linear: WithVjp, x: Tensor, norm_weight: Tensor, norm_bias: Tensor
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-        """`vjp` returns the adjoints of x, of the norm's weight and of its bias, for each row alone."""
-        z1, first_vjp = linear(0, x)
-        hidden, slope = gelu_and_slope(z1)
-        z2, second_vjp = linear(1, hidden)
-        normed, *statistics = self._normalise(z2)
-
-        def vjp(y_bar: Tensor):
-            z2_bar = _normalise_vjp(y_bar * norm_weight, z2, *statistics)
-            z1_bar = second_vjp(z2_bar).mul_(slope)
-            x_bar = first_vjp(z1_bar).add_(y_bar)
-            return x_bar, (y_bar * normed).sum(-2, keepdim=True), y_bar.sum(-2, keepdim=True)
-
-        return x + torch.addcmul(norm_bias, normed, norm_weight), vjp
-
-    def write_with_vjp(
-        self, weights: tuple[Tensor, ...], k: Tensor, residual: WithVjp, norm_weight: Tensor, norm_bias: Tensor
-    ) -> tuple[tuple[Factors, ...], Callable]:
-        """`vjp` takes the factors' adjoints to those of the weights, of k, and of the norm's weight and bias."""
-        w1, w2 = weights
-        hidden, slope, curvature = gelu_slope_curvature(torch.bmm(k, w1))
-        z2 = torch.bmm(hidden, w2)
-        normed, *statistics = self._normalise(z2)
-        r, residual_vjp = residual(k + torch.addcmul(norm_bias, normed, norm_weight))
-        grad = r * norm_weight
-        dz2 = _normalise_vjp(grad, z2, *statistics)
-        dhidden = torch.bmm(dz2, w2.mT)
-        dz1 = dhidden * slope
-        bent = curvature.mul_(dhidden)  # all that is left of both: gelu''(z1) dhidden
-
-        def vjp(bars: tuple[Factors, ...]):
-            (k_bar, dz1_bar), (hidden_bar, dz2_bar) = bars
-            # dz1 = (dz2 w2^T) gelu'(z1)
-            dhidden_bar = dz1_bar * slope
-            dz2_bar = torch.baddbmm(dz2_bar, dhidden_bar, w2)
-            w2_bar = torch.bmm(dhidden_bar.mT, dz2)
-            # dz2 = inverse_std P grad, P g = g - mean(g) - normed mean(g normed): P is symmetric
-            grad_bar = _normalise_vjp(dz2_bar, z2, *statistics)
-            prediction_bar = residual_vjp(grad_bar * norm_weight)
-            # P has normed twice, the prediction once; inverse_std stands before P, and in normed
-            scale = statistics[-1] / z2.shape[-1]
-            normed_bar = prediction_bar * norm_weight
-            normed_bar.addcmul_(dz2_bar, _row_dot(grad, normed) * scale, value=-1.0)
-            normed_bar.addcmul_(grad, _row_dot(dz2_bar, normed) * scale, value=-1.0)
-            z2_bar = _normalise_vjp(normed_bar, z2, *statistics)
-            z2_bar.addcmul_(normed, _row_dot(dz2_bar, dz2) * scale, value=-1.0)
-            hidden_bar = torch.baddbmm(hidden_bar, z2_bar, w2.mT)
-            w2_bar.baddbmm_(hidden.mT, z2_bar)
-            z1_bar = hidden_bar.mul_(slope).addcmul_(dz1_bar, bent)
-            k_bar = torch.baddbmm(k_bar, z1_bar, w1.mT).add_(prediction_bar)
-            weight_bar = (grad_bar * r).addcmul_(prediction_bar, normed).sum(-2, keepdim=True)
-            return (torch.bmm(k.mT, z1_bar), w2_bar), k_bar, weight_bar, prediction_bar.sum(-2, keepdim=True)
-
-        return (Factors(k, dz1), Factors(hidden, dz2)), vjp
-
-    def _normalise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def normalise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The layer norm without its affine, which is each head's own, and the mean and 1/std of every row."""
         if differentiated_by_autograd():
             # PyTorch's own takes mean and 1/std for constants in its third derivative, which a memory's second one meets
@@ -170,11 +106,11 @@ class MLPMemory(Companions):
         return torch.native_layer_norm(z, z.shape[-1:], None, None, self.norm_eps)
 
 
-def _normalise_vjp(bar: Tensor, z: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
+def normalise_vjp(bar: Tensor, z: Tensor, mean: Tensor, inverse_std: Tensor) -> Tensor:
     """`inverse_std * (bar - mean(bar) - normed * mean(bar * normed))`."""
     if differentiated_by_autograd():
         normed = (z - mean) * inverse_std
-        along = _row_dot(bar, normed) / z.shape[-1]
+        along = row_dot(bar, normed) / z.shape[-1]
         return inverse_std * (bar - bar.mean(-1, keepdim=True) - normed * along)
     only_input = [True, False, False]
     return torch.ops.aten.native_layer_norm_backward(bar, z, z.shape[-1:], mean, inverse_std, None, None, only_input)[
@@ -182,22 +118,18 @@ def _normalise_vjp(bar: Tensor, z: Tensor, mean: Tensor, inverse_std: Tensor) ->
     ]
 
 
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
-class MatrixMemory(Companions):
+class MatrixMemory:
     """`M(W; x) = x W`, `W: d x d`: the linear memory of the paper's ablation and of linear attention models.
 
     It has no layer norm: `norm_weight` and `norm_bias` are not used.
     """
 
     gate_axes: ClassVar[tuple[str, ...]] = ("input",)
-    companions: ClassVar[dict[str, tuple[str, ...]]] = {
-        "read_with_vjp": ("read",),
-        "write_with_vjp": ("write",),
-    }
     has_norm: ClassVar[bool] = False
 
     def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
@@ -210,22 +142,6 @@ class MatrixMemory(Companions):
         self, weights: tuple[Tensor, ...], k: Tensor, residual: Residual, norm_weight: Tensor, norm_bias: Tensor
     ) -> tuple[Factors, ...]:
         return (Factors(k, residual(k @ weights[0])),)
-
-    def read_with_vjp(self, linear: WithVjp, x: Tensor, norm_weight: Tensor, norm_bias: Tensor):
-        y, linear_vjp = linear(0, x)
-        return y, lambda y_bar: (linear_vjp(y_bar), None, None)
-
-    def write_with_vjp(
-        self, weights: tuple[Tensor, ...], k: Tensor, residual: WithVjp, norm_weight: Tensor, norm_bias: Tensor
-    ):
-        r, residual_vjp = residual(torch.bmm(k, weights[0]))
-
-        def vjp(bars: tuple[Factors, ...]):
-            prediction_bar = residual_vjp(bars[0].gradients)
-            k_bar = torch.baddbmm(bars[0].inputs, prediction_bar, weights[0].mT)
-            return (torch.bmm(k.mT, prediction_bar),), k_bar, None, None
-
-        return (Factors(k, r),), vjp
 
 
 MEMORY_ARCHITECTURES: dict[str, type] = {"mlp": MLPMemory, "matrix": MatrixMemory}

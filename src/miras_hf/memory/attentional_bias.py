@@ -18,45 +18,25 @@ which the memory's architecture carries back to its weights. Equations are those
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .vjp import Companions, by_autograd, summed_like
 
-
-ErrorVjp = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""From the residual's adjoint to those of the error and of delta."""
-
-
-def _norm(x: Tensor) -> Tensor:
+def norm(x: Tensor) -> Tensor:
     # the tiny term keeps the derivative of the root finite at an error of exactly zero
     return (x.square().sum(-1, keepdim=True) + 1e-24).sqrt()
 
 
-def _shortened(x: Tensor, limit: Tensor | float) -> Tensor:
+def shortened(x: Tensor, limit: Tensor | float) -> Tensor:
     """`x min(1, limit / ||x||)`."""
-    return x * (limit / _norm(x)).clamp(max=1.0)
-
-
-def _shortened_with_vjp(x: Tensor, limit: Tensor | float) -> tuple[Tensor, ErrorVjp]:
-    """The second adjoint is that of the limit."""
-    norm = _norm(x)
-    factor = (limit / norm).clamp(max=1.0)
-
-    def vjp(bar: Tensor) -> tuple[Tensor, Tensor]:
-        # below one, the factor limit / ||x|| grows with the limit and falls with ||x||
-        along = torch.where(factor < 1.0, (bar * x).sum(-1, keepdim=True) / norm, 0.0)
-        return (bar * factor).addcmul_(x, along * factor / norm, value=-1.0), along
-
-    return x * factor, vjp
+    return x * (limit / norm(x)).clamp(max=1.0)
 
 
 @dataclass(frozen=True)
-class AttentionalBias(Companions):
+class AttentionalBias:
     """Base class: a loss on the error, its gradient, and the guard that bounds one token's write.
 
     Args:
@@ -73,12 +53,6 @@ class AttentionalBias(Companions):
     delta_granularity: ClassVar[str | None] = None
     """`None` for a loss without threshold, `"head"` for one threshold a head, `"channel"` for one a channel."""
 
-    companions: ClassVar[dict[str, tuple[str, ...]]] = {
-        "gradient_with_vjp": ("gradient",),
-        "residual_with_vjp": ("residual",),
-    }
-    gradient_with_vjp: ClassVar[Callable[..., tuple[Tensor, ErrorVjp]] | None] = None
-
     def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         """The loss `[..., 1]` of errors `[..., head_dim]`, summed over channels, without the guard."""
         raise NotImplementedError
@@ -90,15 +64,7 @@ class AttentionalBias(Companions):
     def residual(self, error: Tensor, delta: Tensor | None = None) -> Tensor:
         """The gradient, its norm clipped: what the memory writes."""
         gradient = self.gradient(error, delta)
-        return _shortened(gradient, self.residual_clip * math.sqrt(error.shape[-1]))
-
-    def residual_with_vjp(self, error: Tensor, delta: Any = None) -> tuple[Tensor, ErrorVjp]:
-        if self.gradient_with_vjp is None:
-            (gradient,), gradient_vjp = by_autograd(lambda *x: (self.gradient(*x),), error, delta)
-        else:
-            gradient, gradient_vjp = self.gradient_with_vjp(error, delta)
-        residual, clip_vjp = _shortened_with_vjp(gradient, self.residual_clip * math.sqrt(error.shape[-1]))
-        return residual, lambda bar: gradient_vjp(clip_vjp(bar)[0])
+        return shortened(gradient, self.residual_clip * math.sqrt(error.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -110,9 +76,6 @@ class L2(AttentionalBias):
 
     def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
         return error
-
-    def gradient_with_vjp(self, error: Tensor, delta: Any = None) -> tuple[Tensor, ErrorVjp]:
-        return error, lambda bar: (bar, None)
 
 
 @dataclass(frozen=True)
@@ -156,24 +119,6 @@ class Lp(AttentionalBias):
             return self.power * sign * squared
         return self.power * sign * squared.pow((self.power - 1.0) / 2.0)
 
-    def gradient_with_vjp(self, error: Tensor, delta: Any = None) -> tuple[Tensor, ErrorVjp]:
-        p, a = self.power, self.sharpness
-        cut = error.clamp(-self.error_cap, self.error_cap)
-        squared = cut.square() + self.smoothing
-        signed = p * (torch.sign(cut) if self.sign == "exact" else torch.tanh(a * cut))
-        if p != 3.0:
-            signed = signed * squared.pow((p - 3.0) / 2.0)
-        gradient = signed * squared
-
-        def vjp(bar: Tensor) -> tuple[Tensor, None]:
-            # of p sign(e) |e|^(p-1): p sign(e) |e|^(p-3) (p-1) e, and where the sign is smooth p sign'(e) |e|^(p-1)
-            slope = signed * cut * (p - 1.0)
-            if self.sign != "exact":
-                slope = slope + p * a * (1.0 - torch.tanh(a * cut).square()) * squared.pow((p - 1.0) / 2.0)
-            return bar * slope * (error.abs() <= self.error_cap), None
-
-        return gradient, vjp
-
 
 @dataclass(frozen=True)
 class HuberCoordinate(AttentionalBias):
@@ -188,13 +133,6 @@ class HuberCoordinate(AttentionalBias):
     def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
         return torch.maximum(torch.minimum(error, delta), -delta)
 
-    def gradient_with_vjp(self, error: Tensor, delta: Any = None) -> tuple[Tensor, ErrorVjp]:
-        def vjp(bar: Tensor) -> tuple[Tensor, Tensor]:
-            inside = bar * (error.abs() <= delta)
-            return inside, summed_like((bar - inside).mul_(error.sign()), delta)
-
-        return self.gradient(error, delta), vjp
-
 
 @dataclass(frozen=True)
 class HuberNorm(AttentionalBias):
@@ -203,14 +141,11 @@ class HuberNorm(AttentionalBias):
     delta_granularity: ClassVar[str | None] = "head"
 
     def loss(self, error: Tensor, delta: Any = None) -> Tensor:
-        size = _norm(error)
+        size = norm(error)
         return torch.where(size <= delta, 0.5 * size.square(), delta * (size - 0.5 * delta))
 
     def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
-        return _shortened(error, delta)
-
-    def gradient_with_vjp(self, error: Tensor, delta: Any = None) -> tuple[Tensor, ErrorVjp]:
-        return _shortened_with_vjp(error, delta)
+        return shortened(error, delta)
 
 
 @dataclass(frozen=True)
@@ -224,27 +159,18 @@ class HuberMixture(AttentionalBias):
 
     def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         return torch.where(
-            _norm(error) <= delta,
+            norm(error) <= delta,
             0.5 * error.square().sum(-1, keepdim=True),
             delta * error.abs().sum(-1, keepdim=True),
         )
 
     def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
-        return self._mixture(error, torch.sign(error), _norm(error) <= delta, delta)
+        return mixture(error, torch.sign(error), norm(error) <= delta, delta)
 
-    @staticmethod
-    def _mixture(error: Tensor, sign: Tensor, inside: Tensor, delta: Tensor) -> Tensor:
-        # chosen among the factors, one number a token each, not among the products
-        return (error * inside).addcmul(sign, torch.where(inside, 0.0, delta))
 
-    def gradient_with_vjp(self, error: Tensor, delta: Any = None) -> tuple[Tensor, ErrorVjp]:
-        inside, sign = _norm(error) <= delta, torch.sign(error)
-
-        def vjp(bar: Tensor) -> tuple[Tensor, Tensor]:
-            of_delta = (bar * sign).sum(-1, keepdim=True)
-            return bar * inside, torch.where(inside, 0.0, of_delta)
-
-        return self._mixture(error, sign, inside, delta), vjp
+def mixture(error: Tensor, sign: Tensor, inside: Tensor, delta: Tensor) -> Tensor:
+    # chosen among the factors, one number a token each, not among the products
+    return (error * inside).addcmul(sign, torch.where(inside, 0.0, delta))
 
 
 ATTENTIONAL_BIASES: dict[str, type[AttentionalBias]] = {

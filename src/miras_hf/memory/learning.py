@@ -17,16 +17,15 @@ An algorithm answers two questions, both in matrix products over the tokens of a
 memory return at every token's own time (`read`), and what is its state when the chunk is over (`fold`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .architecture import Factors
 from .retention import ChunkWeights
-from .vjp import Companions, in_transform, summed_like
+from .vjp import in_transform
 
 
 class Gates(NamedTuple):
@@ -71,14 +70,8 @@ class Gates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GradientDescent(Companions):
+class GradientDescent:
     """One step on each token's own gradient: `A_t = alpha_t o A_{t-1} - eta_t o g_t`."""
-
-    companions: ClassVar[dict[str, tuple[str, ...]]] = {
-        "chunk_gates_with_vjp": ("chunk_gates",),
-        "read_with_vjp": ("read",),
-        "fold_vjp": ("fold",),
-    }
 
     def chunk_gates(self, eta: Tensor, log_decay: Tensor) -> Gates:
         """Gates of whole chunks.
@@ -96,25 +89,6 @@ class GradientDescent(Companions):
         key = eta * torch.exp(reference - log_decay)
         return Gates(query * half, query, key, "past", key * half, half * half)
 
-    def chunk_gates_with_vjp(self, eta: Tensor, log_decay: Tensor) -> tuple[Gates, Callable[[Gates], tuple]]:
-        gates = self.chunk_gates(eta, log_decay)
-        query, key = gates.query, gates.key
-        half = torch.exp(0.5 * log_decay[..., -1:, :])
-
-        def vjp(bar: Gates) -> tuple[Tensor, Tensor]:
-            key_bar = torch.addcmul(bar.key, bar.fold, half)
-            query_bar = torch.addcmul(bar.query, bar.decay, half)
-            half_bar = torch.addcmul(bar.decay * query, bar.fold, key).sum(-2, keepdim=True)
-            half_bar.addcmul_(bar.total, half, value=2.0)
-            eta_bar = key_bar / query
-            # query is an exponential, key its inverse
-            log_decay_bar = (query_bar * query).addcmul_(key_bar, key, value=-1.0)
-            reference_bar = half_bar.mul_(half).sub_(log_decay_bar.sum(-2, keepdim=True))
-            log_decay_bar[..., -1:, :].add_(reference_bar, alpha=0.5)
-            return eta_bar, log_decay_bar
-
-        return gates, vjp
-
     def step_gates(self, eta: Tensor, log_decay: Tensor, log_decay_now: Tensor) -> Gates:
         """Gates of one token `[..., 1, c]` that reads the tokens `[..., chunk_size, c]` of its chunk so far."""
         return Gates(torch.exp(log_decay_now), None, eta * torch.exp(log_decay_now - log_decay), "all")
@@ -130,17 +104,19 @@ class GradientDescent(Companions):
 
             input:   (x_t B_t) W - sum_{i<=t} [(x_t B_t) . (x_i eta_i / B_i)] dz_i
             output:  B_t (x_t W) - B_t sum_{i<=t} (x_t . x_i) (dz_i eta_i / B_i)
+
+        Factors are those that the link has made of the chunk's.
         """
-        inputs, gradients = factors if weights.writes is None else weights.writes(factors)
+        inputs, gradients = factors
         if gate_axis == "input":
             if weights.scale is not None:
                 x = x * weights.scale
-            scores = _scores(x if gates.query is None else x * gates.query, inputs * gates.key, gates.sees)
+            scores = scores_of(x if gates.query is None else x * gates.query, inputs * gates.key, gates.sees)
             z = torch.bmm(scores, gradients)
             if weights.decaying is not None:
                 z = _plus_product(z, x * gates.decay, weights.decaying)
             return z if weights.constant is None else _plus_product(z, x, weights.constant)
-        scores = _scores(x, inputs, gates.sees)
+        scores = scores_of(x, inputs, gates.sees)
         z = torch.bmm(scores, gradients * gates.key)
         if gates.query is not None:
             z = z * gates.query
@@ -150,97 +126,6 @@ class GradientDescent(Companions):
             z = _plus_product(z, x, weights.constant)
         return z if weights.scale is None else z * weights.scale
 
-    def read_with_vjp(
-        self, gate_axis: str, weights: ChunkWeights, factors: Factors, x: Tensor, gates: Gates
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ChunkWeights, Factors, Gates]]]:
-        """`read` of whole chunks, `factors` being what `weights.writes` has made of the chunk's."""
-        companion = self._read_on_input if gate_axis == "input" else self._read_on_output
-        return companion(weights, factors, x, gates)
-
-    def _read_on_input(self, weights: ChunkWeights, factors: Factors, x: Tensor, gates: Gates):
-        inputs, gradients = factors
-        scaled = x if weights.scale is None else x * weights.scale
-        of_query, decayed, keys = scaled * gates.query, scaled * gates.decay, inputs * gates.key
-        scores = _scores(of_query, keys, "past")
-        z = torch.bmm(scores, gradients)
-        if weights.decaying is not None:
-            z.baddbmm_(decayed, weights.decaying)
-        if weights.constant is not None:
-            z.baddbmm_(scaled, weights.constant)
-
-        def vjp(z_bar: Tensor):
-            scores_bar = torch.bmm(z_bar, gradients.mT).tril_().neg_()
-            query_bar, keys_bar = torch.bmm(scores_bar, keys), torch.bmm(scores_bar.mT, of_query)
-            x_bar = query_bar * gates.query
-            decay_bar = decaying_bar = constant_bar = scale_bar = None
-            if weights.decaying is not None:
-                decayed_bar = torch.bmm(z_bar, weights.decaying.mT)
-                decaying_bar = torch.bmm(decayed.mT, z_bar)
-                x_bar.addcmul_(decayed_bar, gates.decay)
-                decay_bar = summed_like(decayed_bar.mul_(scaled), gates.decay)
-            if weights.constant is not None:
-                x_bar.baddbmm_(z_bar, weights.constant.mT)
-                constant_bar = torch.bmm(scaled.mT, z_bar)
-            if weights.scale is not None:
-                scale_bar = (x_bar * x).sum((-2, -1), keepdim=True)
-                x_bar.mul_(weights.scale)
-            return (
-                x_bar,
-                ChunkWeights(None, constant_bar, decaying_bar, scale_bar),
-                Factors(keys_bar * gates.key, torch.bmm(scores.mT, z_bar)),
-                Gates(
-                    decay=decay_bar,
-                    query=summed_like(query_bar.mul_(scaled), gates.query),
-                    key=summed_like(keys_bar.mul_(inputs), gates.key),
-                    sees="past",
-                ),
-            )
-
-        return z, vjp
-
-    def _read_on_output(self, weights: ChunkWeights, factors: Factors, x: Tensor, gates: Gates):
-        inputs, gradients = factors
-        keys = gradients * gates.key
-        scores = _scores(x, inputs, "past")
-        written = torch.bmm(scores, keys)
-        z = written * gates.query
-        kept = None if weights.decaying is None else torch.bmm(x, weights.decaying)
-        if kept is not None:
-            z.addcmul_(kept, gates.decay)
-        if weights.constant is not None:
-            z.baddbmm_(x, weights.constant)
-
-        def vjp(z_bar: Tensor):
-            decay_bar = decaying_bar = constant_bar = scale_bar = None
-            if weights.scale is not None:
-                scale_bar = (z_bar * z).sum((-2, -1), keepdim=True)
-                z_bar = z_bar * weights.scale
-            written_bar = z_bar * gates.query
-            scores_bar = torch.bmm(written_bar, keys.mT).tril_().neg_()
-            keys_bar = torch.bmm(scores.mT, written_bar)
-            x_bar = torch.bmm(scores_bar, inputs)
-            if kept is not None:
-                kept_bar = z_bar * gates.decay
-                x_bar.baddbmm_(kept_bar, weights.decaying.mT)
-                decaying_bar = torch.bmm(x.mT, kept_bar)
-                decay_bar = summed_like(z_bar * kept, gates.decay)
-            if weights.constant is not None:
-                x_bar.baddbmm_(z_bar, weights.constant.mT)
-                constant_bar = torch.bmm(x.mT, z_bar)
-            return (
-                x_bar,
-                ChunkWeights(None, constant_bar, decaying_bar, scale_bar),
-                Factors(torch.bmm(scores_bar.mT, x), keys_bar * gates.key),
-                Gates(
-                    decay=decay_bar,
-                    query=summed_like(z_bar * written, gates.query),
-                    key=summed_like(keys_bar.mul_(gradients), gates.key),
-                    sees="past",
-                ),
-            )
-
-        return z if weights.scale is None else z * weights.scale, vjp
-
     def fold(self, gate_axis: str, state: Tensor, factors: Factors, gates: Gates) -> Tensor:
         """The dual state after the chunk: `B_C o state - sum_i (B_C / B_i) eta_i o g_i`."""
         inputs, gradients = factors
@@ -248,33 +133,13 @@ class GradientDescent(Companions):
             return _plus_product(state * gates.total.mT, (inputs * gates.fold).mT, gradients, alpha=-1)
         return _plus_product(state * gates.total, inputs.mT, gradients * gates.fold, alpha=-1)
 
-    def fold_vjp(
-        self, gate_axis: str, state: Tensor, factors: Factors, gates: Gates, bar: Tensor
-    ) -> tuple[Tensor, Factors, Gates]:
-        """Adjoints of `fold`'s arguments; it keeps nothing of its forward."""
-        inputs, gradients = factors
-        if gate_axis == "input":
-            total_bar = (bar * state).sum(-1, keepdim=True).mT
-            folded_bar = torch.bmm(gradients, bar.mT).neg_()
-            factors_bar = Factors(folded_bar * gates.fold, torch.bmm((inputs * gates.fold).neg_(), bar))
-            state_bar, fold_bar = bar * gates.total.mT, folded_bar.mul_(inputs)
-        else:
-            total_bar = (bar * state).sum(-2, keepdim=True)
-            folded_bar = torch.bmm(inputs, bar).neg_()
-            factors_bar = Factors(torch.bmm((gradients * gates.fold).neg_(), bar.mT), folded_bar * gates.fold)
-            state_bar, fold_bar = bar * gates.total, folded_bar.mul_(gradients)
-        gates_bar = Gates(
-            None, None, None, "past", summed_like(fold_bar, gates.fold), summed_like(total_bar, gates.total)
-        )
-        return state_bar, factors_bar, gates_bar
-
 
 def _plus_product(z: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """`z + alpha a b`; may write into z, but not where `torch.func.vmap` batches the factors and not z."""
     return torch.baddbmm(z, a, b, alpha=alpha) if in_transform() else z.baddbmm_(a, b, alpha=alpha)
 
 
-def _scores(x: Tensor, keys: Tensor, sees: str) -> Tensor:
+def scores_of(x: Tensor, keys: Tensor, sees: str) -> Tensor:
     """`-x_t . keys_i` of the i that token t sees of the writes, which go against the gradient."""
     if sees == "own":
         return torch.diag_embed((x * keys).sum(-1)).neg_()

@@ -151,7 +151,7 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
                 dual = duals_t[layer] if anchor is None else anchor + duals_t[layer]
                 return h @ rule.retention.link(dual, rule.hidden_axis(layer))
             w = weights[layer]
-            total = writes_t[layer] if w.writes_matrix is None else w.writes_matrix(writes_t[layer])
+            total = rule.retention.writes_matrix(w, writes_t[layer], rule.hidden_axis(layer))
             if w.decaying is not None:
                 total = total + gate(since_t.exp(), layer) * w.decaying
             if w.constant is not None:

@@ -24,15 +24,14 @@ read uses the link linearised there, `ChunkWeights`, so that a chunk stays a han
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .architecture import Factors
-from .vjp import Companions, by_autograd, can_look_at, gradients
+from .vjp import can_look_at
 
 
 class ChunkWeights(NamedTuple):
@@ -47,77 +46,26 @@ class ChunkWeights(NamedTuple):
         constant (`torch.Tensor`, *optional*): the part of the read that does not decay.
         decaying (`torch.Tensor`, *optional*): the part that decays with B_t.
         scale (`torch.Tensor` of shape `[..., 1, 1]`, *optional*): a factor on the whole read; `None` means one.
-        writes (`Callable`, *optional*): the linearised link on rank-one factors; `None` means the identity.
-        writes_matrix (`Callable`, *optional*): the same map on a full `[..., in, out]` matrix (the reference's form).
+        rows, columns (`torch.Tensor` of shapes `[..., in, 1]` and `[..., 1, out]`, *optional*):
+            Factors on the writes, see `RetentionGate.writes`; `None` means one.
     """
 
     weight: Tensor
     constant: Tensor | None = None
     decaying: Tensor | None = None
     scale: Tensor | None = None
-    writes: Callable[[Factors], Factors] | None = None
-    writes_matrix: Callable[[Tensor], Tensor] | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
 
-class LinkedChunk(NamedTuple):
-    """What `at_chunk_start_with_vjp` returns.
-
-    Args:
-        weights (`ChunkWeights`): the chunk's weights.
-        writes_with_vjp (`Callable`, *optional*): `weights.writes`, returning besides the map from its result's adjoint
-            to its argument's.
-        vjp (`Callable`): from the adjoints of the weights' tensors, as a `ChunkWeights`, to those of the state and of
-            the base. To be called last: the linearised link may depend on the state, too.
-    """
-
-    weights: ChunkWeights
-    writes_with_vjp: Callable[[Factors], tuple[Factors, Callable[[Factors], Factors]]] | None
-    vjp: Callable[[ChunkWeights], tuple[Tensor | None, Tensor | None]]
-
-
-def link_by_autograd(gate: "RetentionGate", state: Tensor, base: Tensor | None, hidden_axis: int) -> LinkedChunk:
-    """`at_chunk_start_with_vjp` of any gate."""
-    with torch.enable_grad():
-        leaves = (state.detach().requires_grad_(), None if base is None else base.detach().requires_grad_())
-        weights = gate.at_chunk_start(*leaves, hidden_axis)
-    tensors = weights[:4]
-    met: list[tuple[Tensor, Tensor]] = []
-
-    def writes_with_vjp(factors: Factors):
-        with torch.enable_grad():
-            seen = Factors(*(f.detach().requires_grad_() for f in factors))
-            mapped = weights.writes(seen)
-
-        def vjp(bars: Factors) -> Factors:
-            met.extend(zip(mapped, bars, strict=True))
-            return Factors(*gradients(zip(mapped, bars, strict=True), seen, retain_graph=True))
-
-        return Factors(*(m.detach() for m in mapped)), vjp
-
-    def vjp(bars: ChunkWeights):
-        return gradients([*met, *zip(tensors, bars[:4], strict=True)], leaves)
-
-    return LinkedChunk(
-        ChunkWeights(*(None if t is None else t.detach() for t in tensors), weights.writes),
-        None if weights.writes is None else writes_with_vjp,
-        vjp,
-    )
-
-
-def _rms(x: Tensor) -> Tensor:
+def rms(x: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     return norm.clamp(min=1e-12) / math.sqrt(x.shape[-2] * x.shape[-1])
 
 
 @dataclass(frozen=True)
-class RetentionGate(Companions):
+class RetentionGate:
     """Base class of the links."""
-
-    companions: ClassVar[dict[str, tuple[str, ...]]] = {
-        "at_chunk_start_with_vjp": ("at_chunk_start", "link"),
-        "scale_with_vjp": ("scale", "norm", "free_scale"),
-    }
-    at_chunk_start_with_vjp: ClassVar[Callable | None] = None
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
         """`W = phi(A)`, shape `[..., in, out]`, norms and simplices taken over each weight of each head alone."""
@@ -133,6 +81,18 @@ class RetentionGate(Companions):
             hidden_axis (`int`): -1 or -2, the axis of this weight that is the memory's hidden axis.
         """
         raise NotImplementedError
+
+    def writes(self, weights: ChunkWeights, factors: Factors, hidden_axis: int) -> Factors:
+        """The linearised link on a chunk's writes in rank-one form; here what rows and columns of the weights are
+        multiplied with."""
+        inputs, gradients = factors
+        inputs = inputs if weights.rows is None else inputs * weights.rows.mT
+        return Factors(inputs, gradients if weights.columns is None else gradients * weights.columns)
+
+    def writes_matrix(self, weights: ChunkWeights, matrix: Tensor, hidden_axis: int) -> Tensor:
+        """`writes` on a matrix `[..., in, out]`: the reference's form."""
+        matrix = matrix if weights.rows is None else matrix * weights.rows
+        return matrix if weights.columns is None else matrix * weights.columns
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         """A dual state with `phi(A) = weight`: how an initial memory of a given scale is made."""
@@ -157,7 +117,7 @@ class FrozenScale(RetentionGate):
         """`[..., 1, 1]`, or None for one."""
         if self.weight_cap is None:
             return None
-        scale = (self.weight_cap / _rms(dual)).clamp(max=1.0)
+        scale = (self.weight_cap / rms(dual)).clamp(max=1.0)
         # the cap is rarely met, and to multiply by one costs more than to look
         return None if can_look_at(scale) and bool((scale == 1.0).all()) else scale
 
@@ -169,39 +129,6 @@ class FrozenScale(RetentionGate):
         dual = state if base is None else base + state
         scale = self.scale(dual)
         return ChunkWeights(dual if scale is None else scale * dual, constant=base, decaying=state, scale=scale)
-
-    def at_chunk_start_with_vjp(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> LinkedChunk:
-        dual = state if base is None else base + state
-        if self.scale_with_vjp is None:
-            (scale,), scale_vjp = by_autograd(lambda dual: (self.scale(dual),), dual)
-        else:
-            scale, scale_vjp = self.scale_with_vjp(dual)
-
-        def vjp(bars: ChunkWeights):
-            if scale is None:
-                dual_bar = bars.weight
-            else:
-                scale_bar = (bars.weight * dual).sum((-2, -1), keepdim=True).add_(bars.scale)
-                dual_bar = scale_vjp(scale_bar)[0].addcmul_(bars.weight, scale)
-            state_bar = bars.decaying.add_(dual_bar)
-            return state_bar, None if base is None else dual_bar.add_(bars.constant)
-
-        weight = dual if scale is None else scale * dual
-        return LinkedChunk(ChunkWeights(weight, constant=base, decaying=state, scale=scale), None, vjp)
-
-    def scale_with_vjp(self, dual: Tensor) -> tuple[Tensor | None, Callable[[Tensor], tuple[Tensor]] | None]:
-        """The scalar, and the map from its adjoint to the dual's."""
-        scale = self.scale(dual)
-        if scale is None:
-            return None, None
-        # below one it is cap / rms(A), of slope -scale^3 / (cap^2 size) A
-        size = dual.shape[-2] * dual.shape[-1]
-
-        def vjp(bar: Tensor) -> tuple[Tensor]:
-            rate = torch.where(scale < 1.0, bar * scale**3, 0.0) * (-1.0 / (self.weight_cap**2 * size))
-            return (dual * rate,)
-
-        return scale, vjp
 
 
 @dataclass(frozen=True)
@@ -273,34 +200,7 @@ class Lq(FrozenScale):
         scale = self.free_scale(self.norm(dual))
         if self.weight_cap is None:
             return scale
-        return torch.minimum(scale, self.weight_cap / _rms(dual))
-
-    def scale_with_vjp(self, dual: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]]]:
-        q = self.power
-        norm = self.norm(dual)
-        free = self.free_scale(norm)
-        capped = None if self.weight_cap is None else self.weight_cap / _rms(dual)
-        scale = free if capped is None else torch.minimum(free, capped)
-
-        def vjp(bar: Tensor) -> tuple[Tensor]:
-            # free = N^-(q-2), of slope -(q-2) free (|A| / N)^(q-2) / N^2 A where it is not held
-            moves = (norm > self.norm_floor) & (free < LARGEST_LQ_SCALE)
-            moves = moves if capped is None else moves & (free <= capped)
-            rate = torch.where(moves, bar * free / norm.square(), 0.0) * (2.0 - q)
-            if q == 4.0:  # no pass for the quotient
-                dual_bar = dual.square().mul_(rate / norm.square())
-            else:
-                dual_bar = (dual / norm).abs_().pow_(q - 2.0).mul_(rate)
-            if capped is not None:
-                size = dual.shape[-2] * dual.shape[-1]
-                cubed = (
-                    capped.clamp(max=1e9) ** 3
-                )  # above, the dual state has all but gone out, and the cube overflows
-                rate = torch.where(capped < free, bar * cubed, 0.0) * (-1.0 / (self.weight_cap**2 * size))
-                dual_bar.add_(rate)
-            return (dual_bar.mul_(dual),)
-
-        return scale, vjp
+        return torch.minimum(scale, self.weight_cap / rms(dual))
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         if self.power == 3.0:  # phi keeps no scale at q = 3: every A of this direction has the same image
@@ -325,7 +225,7 @@ class LqMirror(Lq):
         """
         powered = _power(dual / self.norm(dual), self.power - 2.0)
         mapped = dual * powered
-        return powered, mapped, None if self.weight_cap is None else (self.weight_cap / _rms(mapped)).clamp(max=1.0)
+        return powered, mapped, None if self.weight_cap is None else (self.weight_cap / rms(mapped)).clamp(max=1.0)
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
         _, mapped, scale = self._scaled_power(dual)
@@ -335,21 +235,13 @@ class LqMirror(Lq):
         dual = state if base is None else base + state
         powered, weight, scale = self._scaled_power(dual)
         constant = None if base is None else self.link(base, hidden_axis)
-        rows = powered.mean(-1)  # [..., in]
-        columns = powered.mean(-2)  # [..., out]
+        rows, columns = powered.mean(-1, keepdim=True), powered.mean(-2, keepdim=True)
         # the quotient first: it is bounded by the number of columns even where all of it goes under
-        columns = (columns / rows.mean(-1, keepdim=True).clamp(min=1e-30)) * (self.power - 1.0)
+        columns = (columns / rows.mean(-2, keepdim=True).clamp(min=1e-30)) * (self.power - 1.0)
         if scale is not None:
-            weight, columns = scale * weight, columns * scale[..., 0]
-
-        def writes(factors: Factors) -> Factors:
-            return Factors(factors.inputs * rows.unsqueeze(-2), factors.gradients * columns.unsqueeze(-2))
-
-        def writes_matrix(matrix: Tensor) -> Tensor:
-            return matrix * rows.unsqueeze(-1) * columns.unsqueeze(-2)
-
+            weight, columns = scale * weight, columns * scale
         decaying = weight if constant is None else weight - constant
-        return ChunkWeights(weight, constant, decaying, None, writes, writes_matrix)
+        return ChunkWeights(weight, constant, decaying, None, rows, columns)
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         root = weight.sign() * weight.abs().pow(1.0 / (self.power - 1.0))
@@ -382,44 +274,32 @@ class KL(RetentionGate):
         size = dual.shape[hidden_axis]
         return self.mass * size / math.sqrt(dual.shape[-2]), size
 
+    def slope(self, dual: Tensor, hidden_axis: int) -> float:
+        """Of the softmax at the uniform distribution."""
+        mass, size = self.simplex(dual, hidden_axis)
+        return mass / size
+
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
         return self.simplex(dual, hidden_axis)[0] * torch.softmax(dual, dim=hidden_axis)
 
     def at_chunk_start(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> ChunkWeights:
         dual = state if base is None else base + state
         weight = self.link(dual, hidden_axis)
-        mass, size = self.simplex(dual, hidden_axis)
-        slope = mass / size
+        return ChunkWeights(weight, constant=weight)
 
-        def writes(factors: Factors) -> Factors:
-            inputs, gradients = factors
-            if hidden_axis == -1:
-                return Factors(inputs, slope * (gradients - gradients.mean(-1, keepdim=True)))
-            return Factors(slope * (inputs - inputs.mean(-1, keepdim=True)), gradients)
+    def writes(self, weights: ChunkWeights, factors: Factors, hidden_axis: int) -> Factors:
+        inputs, gradients = factors
+        slope = self.slope(weights.weight, hidden_axis)
+        if hidden_axis == -1:
+            return Factors(inputs, slope * (gradients - gradients.mean(-1, keepdim=True)))
+        return Factors(slope * (inputs - inputs.mean(-1, keepdim=True)), gradients)
 
-        def writes_matrix(matrix: Tensor) -> Tensor:
-            return slope * (matrix - matrix.mean(hidden_axis, keepdim=True))
-
-        return ChunkWeights(weight, constant=weight, writes=writes, writes_matrix=writes_matrix)
-
-    def at_chunk_start_with_vjp(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> LinkedChunk:
-        weights = self.at_chunk_start(state, base, hidden_axis)
-        weight, (mass, _) = weights.weight, self.simplex(state, hidden_axis)
-
-        def vjp(bars: ChunkWeights):
-            # c softmax(A) along an axis: W o (bar - sum(bar o W) / c)
-            bar = bars.weight + bars.constant
-            inner = (bar * weight).sum(hidden_axis, keepdim=True).div_(mass)
-            dual_bar = bar.sub_(inner).mul_(weight)
-            return dual_bar, None if base is None else dual_bar
-
-        # centring is symmetric: the map on the writes is its own adjoint
-        return LinkedChunk(weights, lambda factors: (weights.writes(factors), weights.writes), vjp)
+    def writes_matrix(self, weights: ChunkWeights, matrix: Tensor, hidden_axis: int) -> Tensor:
+        return self.slope(matrix, hidden_axis) * (matrix - matrix.mean(hidden_axis, keepdim=True))
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         # to first order: the deviations of c softmax(A) from its mean are (c/n) A
-        mass, size = self.simplex(weight, hidden_axis)
-        return weight * (size / mass)
+        return weight / self.slope(weight, hidden_axis)
 
 
 RETENTION_GATES: dict[str, type[RetentionGate]] = {"decay": Decay, "lq": Lq, "lq_mirror": LqMirror, "kl": KL}

@@ -102,7 +102,8 @@ class MirasRule:
         axes = self.architecture.gate_axes
 
         def linear(layer: int, x: Tensor) -> Tensor:
-            return self.algorithm.read(axes[layer], weights[layer], factors[layer], x, gates)
+            written = self.retention.writes(weights[layer], factors[layer], self.hidden_axis(layer))
+            return self.algorithm.read(axes[layer], weights[layer], written, x, gates)
 
         return self.architecture.read(linear, q, *norm)
 

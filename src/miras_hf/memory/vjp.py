@@ -11,58 +11,100 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Vector-Jacobian products beside the forward methods of the four choices.
+"""Vector-Jacobian products of functions that are written elsewhere: the registry, and autograd for what it lacks.
 
-A method `f` of a choice may have a companion `f_with_vjp`: the same arguments, the same result, and besides a function
-`vjp` that takes the adjoints of the result (the gradients of the outer loss with respect to it) to the adjoints of the
-arguments. A companion keeps exactly what its `vjp` needs, and runs outside autograd.
+A derivative is a function of its own, registered for the forward function that it belongs to (`adjoints/`). It takes the
+same arguments and returns the same result, and besides a function `vjp` that takes the adjoint of the result (the
+gradient of the outer loss with respect to it) to the adjoints of the arguments, one each. It keeps exactly what its
+`vjp` needs, and runs outside autograd.
 
-Companions are optional. What has none is differentiated by autograd, so that a new choice is a forward method and
-nothing else. A subclass with a forward of its own loses the companion written for the forward it replaces.
+Derivatives are optional. A forward function without one is differentiated by autograd, so that a new choice is a
+forward method and nothing else. So is a method that a subclass overrides: it is another function, and the registry does
+not know it.
 """
 
+import functools
 from collections.abc import Callable
-from typing import ClassVar
+from types import FunctionType, MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
-class Companions:
-    """Base class of the choices: keeps forwards and companions together under inheritance."""
-
-    companions: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """For every companion the methods it differentiates."""
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        for companion, forwards in cls.companions.items():
-            if companion not in vars(cls) and any(forward in vars(cls) for forward in forwards):
-                setattr(cls, companion, None)
+DERIVATIVES: dict[Callable, tuple[Callable, tuple[FunctionType, ...]]] = {}
 
 
-def by_autograd(function: Callable, *inputs: Tensor | None) -> tuple[tuple[Tensor | None, ...], Callable]:
-    """`function(*inputs)`, a tuple of tensors or None, and its vjp, which returns an adjoint or None per input."""
+def derivative_of(*methods: FunctionType) -> Callable[[Callable], Callable]:
+    """Registers a derivative for the first method, and names the other methods of the class whose formulas it knows."""
+
+    def register(derivative: Callable) -> Callable:
+        DERIVATIVES[methods[0]] = derivative, methods[1:]
+        return derivative
+
+    return register
+
+
+def find_derivative(method: Callable) -> Callable | None:
+    """The derivative that belongs to a bound method, as a function of its arguments, or `None`.
+
+    There is none where a class has overridden the method, or one of those that the derivative has been written for.
+    """
+    derivative, others = DERIVATIVES.get(getattr(method, "__func__", method), (None, ()))
+    if derivative is None:
+        return None
+    choice = cast(MethodType, method).__self__
+    if any(getattr(type(choice), other.__name__) is not other for other in others):
+        return None
+    return functools.partial(derivative, choice)
+
+
+def with_vjp(method: Callable, *inputs: Any) -> tuple[Any, Callable]:
+    """`method(*inputs)` and its vjp, by the method's derivative or by autograd."""
+    return (find_derivative(method) or functools.partial(by_autograd, method))(*inputs)
+
+
+def by_autograd(function: Callable, *inputs: Any) -> tuple[Any, Callable]:
+    """`function(*inputs)` and its vjp; inputs and result are tensors or trees of them, of which some may be None.
+
+    The adjoints of what is no tensor or has no part in the result are None.
+    """
+    leaves, inputs_spec = tree_flatten(inputs)
     with torch.enable_grad():
-        leaves = tuple(None if x is None else x.detach().requires_grad_() for x in inputs)
-        outputs = function(*leaves)
+        leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in leaves]
+        outputs, spec = tree_flatten(function(*tree_unflatten(leaves, inputs_spec)))
 
-    def vjp(*bars: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients(zip(outputs, bars, strict=True), leaves)
+    def vjp(bar: Any) -> tuple[Any, ...]:
+        pairs = zip(outputs, tree_leaves(bar), strict=True)
+        return tree_unflatten(gradients(pairs, leaves), inputs_spec)
 
-    return tuple(None if y is None else y.detach() for y in outputs), vjp
+    return tree_unflatten([y.detach() if isinstance(y, Tensor) else y for y in outputs], spec), vjp
 
 
 def gradients(outputs_and_bars, leaves, **options) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad`, `options` its own, where outputs, their adjoints and leaves may be None."""
-    pairs = [(y, b) for y, b in outputs_and_bars if y is not None and b is not None and y.requires_grad]
-    present = [x for x in leaves if x is not None]
+    """`torch.autograd.grad`, `options` its own, where outputs, their adjoints and leaves may be something else, which
+    has none."""
+    pairs = [(y, b) for y, b in outputs_and_bars if isinstance(b, Tensor) and y.requires_grad]
+    present = [x for x in leaves if isinstance(x, Tensor)]
     if not pairs or not present:
         return (None,) * len(leaves)
     outputs, bars = zip(*pairs, strict=True)
     grads = iter(torch.autograd.grad(outputs, present, bars, allow_unused=True, **options))
-    return tuple(None if x is None else next(grads) for x in leaves)
+    return tuple(next(grads) if isinstance(x, Tensor) else None for x in leaves)
+
+
+def added(bar: Any, more: Any) -> Any:
+    """The sum of two adjoints, tensors or trees of them, None being zero; may write into the first."""
+    if bar is None or more is None:
+        return more if bar is None else bar
+    if isinstance(bar, Tensor):
+        return bar.add_(more)
+    if not isinstance(bar, tuple):
+        return bar
+    parts = map(added, bar, more)
+    return type(bar)(*parts) if hasattr(bar, "_fields") else tuple(parts)
 
 
 def differentiable_vjp(function: Callable, inputs, bars) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,125 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The derivatives of what a rule makes of a chunk: those of the choices, put together as the rule does the choices."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..architecture import Factors
+from ..learning import Gates
+from ..retention import ChunkWeights
+from ..rule import MirasRule
+from ..vjp import added, derivative_of, with_vjp
+
+
+@derivative_of(MirasRule.weights)
+def weights(rule: MirasRule, states: Sequence[Tensor], base: Sequence[Tensor | None]):
+    linked = [
+        with_vjp(rule.retention.at_chunk_start, state, from_base, rule.hidden_axis(layer))
+        for layer, (state, from_base) in enumerate(zip(states, base, strict=True))
+    ]
+
+    def vjp(bars: Sequence[ChunkWeights]):
+        states_bar, base_bar, _ = zip(
+            *(link_vjp(bar) for (_, link_vjp), bar in zip(linked, bars, strict=True)), strict=True
+        )
+        return states_bar, base_bar
+
+    return tuple(of_layer for of_layer, _ in linked), vjp
+
+
+@derivative_of(MirasRule.write)
+def write(
+    rule: MirasRule,
+    weights: Sequence[ChunkWeights],
+    k: Tensor,
+    v: Tensor,
+    delta: Tensor | None,
+    norm: Sequence[Tensor],
+):
+    bars_of_residual = []
+
+    def residual(prediction: Tensor):
+        r, residual_vjp = with_vjp(rule.attentional_bias.residual, prediction - v, delta)
+
+        def vjp(bar: Tensor) -> Tensor:
+            bars_of_residual[:] = residual_vjp(bar)
+            return bars_of_residual[0]
+
+        return r, vjp
+
+    factors, write_vjp = with_vjp(rule.architecture.write, tuple(w.weight for w in weights), k, residual, *norm)
+
+    def vjp(bars: Sequence[Factors]):
+        weight_bars, k_bar, _, *norm_bar = write_vjp(bars)
+        error_bar, delta_bar = bars_of_residual
+        return tuple(map(ChunkWeights, weight_bars)), k_bar, error_bar.neg(), delta_bar, tuple(norm_bar)
+
+    return factors, vjp
+
+
+@derivative_of(MirasRule.read)
+def read(
+    rule: MirasRule,
+    weights: Sequence[ChunkWeights],
+    factors: Sequence[Factors],
+    q: Tensor,
+    gates: Gates,
+    norm: Sequence[Tensor],
+):
+    axes = rule.architecture.gate_axes
+    weights_bar, factors_bar, gates_bar = [None] * len(axes), [None] * len(axes), [None]
+
+    def linear(layer: int, x: Tensor):
+        written, writes_vjp = with_vjp(rule.retention.writes, weights[layer], factors[layer], rule.hidden_axis(layer))
+        z, linear_vjp = with_vjp(rule.algorithm.read, axes[layer], weights[layer], written, x, gates)
+
+        def vjp(z_bar: Tensor) -> Tensor:
+            _, by_read, written_bar, x_bar, of_gates = linear_vjp(z_bar)
+            by_writes, of_factors, _ = writes_vjp(written_bar)
+            weights_bar[layer] = added(weights_bar[layer], added(by_read, by_writes))
+            factors_bar[layer] = added(factors_bar[layer], of_factors)
+            gates_bar[0] = added(gates_bar[0], of_gates)
+            return x_bar
+
+        return z, vjp
+
+    y, read_vjp = with_vjp(rule.architecture.read, linear, q, *norm)
+
+    def vjp(y_bar: Tensor):
+        _, q_bar, *norm_bar = read_vjp(y_bar)
+        return tuple(weights_bar), tuple(factors_bar), q_bar, gates_bar[0], tuple(norm_bar)
+
+    return y, vjp
+
+
+@derivative_of(MirasRule.fold)
+def fold(rule: MirasRule, states: Sequence[Tensor], factors: Sequence[Factors], gates: Gates):
+    """Without the result, as that of the algorithm."""
+    axes = rule.architecture.gate_axes
+
+    def vjp(bars: Sequence[Tensor | None]):
+        states_bar, factors_bar, gates_bar = [], [], None
+        for axis, state, of_layer, bar in zip(axes, states, factors, bars, strict=True):
+            state_bar = of_factors = None
+            if bar is not None:
+                fold_vjp = with_vjp(rule.algorithm.fold, axis, state, of_layer, gates)[1]
+                _, state_bar, of_factors, of_gates = fold_vjp(bar)
+                gates_bar = added(gates_bar, of_gates)
+            states_bar.append(state_bar)
+            factors_bar.append(of_factors)
+        return tuple(states_bar), tuple(factors_bar), gates_bar
+
+    return None, vjp
