@@ -113,7 +113,8 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
         "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 2.0, "max_half_life": 64.0, "use_rope": False,
         "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5, "conv_kernel_size": 2, "output_gate_act": "relu", "output_norm_eps": 0.5, "tie_word_embeddings": True,
     }  # fmt: skip
-    # for others than the decoder: tools, tokenizers, how it is run; and one with a single value so far
+    # for others than the decoder: tools, tokenizers, how it is run; and one that asks for gates of heads, whose
+    # parameters `test_momentum.py` counts
     told = {"max_position_embeddings", "use_cache", "chunk_size_feed_forward", "pad_token_id", "bos_token_id"}
     told |= {"eos_token_id", "memory_backend", "learning_algorithm"}
     own = {field.name for field in dataclasses.fields(MirasConfig)}

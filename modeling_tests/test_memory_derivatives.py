@@ -24,7 +24,7 @@ from torch import func
 from torch.autograd import gradgradcheck
 
 import miras_hf
-from miras_hf.memory import MemoryParameters, MemoryState, chunk_miras, recurrent_miras, step_miras, step_miras_
+from miras_hf.memory import MemoryParameters, chunk_miras, recurrent_miras, step_miras, step_miras_
 
 
 def on_leaves(case, form=chunk_miras, **options):
@@ -222,9 +222,8 @@ def test_transforms_of_a_step(phase):
     expected = dict(zip(own, torch.autograd.grad(step(own, state), list(own.values())), strict=True))
     for key, other in func.grad(step)(leaves, state).items():
         torch.testing.assert_close(other, expected[key], rtol=1e-9, atol=1e-12)
-    states = MemoryState(*(tuple(map(stacked, x)) if isinstance(x, tuple) else stacked(x) for x in state[:-1]), None)
-    states = states._replace(count=torch.stack((state.count,) * 3))
-    each = [MemoryState(*(tuple(y[i] for y in x) if isinstance(x, tuple) else x[i] for x in states)) for i in range(3)]
+    states = state.map(stacked)._replace(count=torch.stack((state.count,) * 3))
+    each = [states.map(lambda x, i=i: x[i]) for i in range(3)]
     found = func.vmap(step, (None, 0))(leaves, states)
     torch.testing.assert_close(found, torch.stack([step(leaves, one) for one in each]), rtol=1e-10, atol=1e-12)
 

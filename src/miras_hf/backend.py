@@ -109,6 +109,7 @@ class MemoryBackend:
         eta: Tensor,
         log_alpha: Tensor,
         delta: Tensor | None = None,
+        log_momentum: Tensor | None = None,
         *,
         parameters: MemoryParameters,
         initial_state: MemoryState | None = None,
@@ -123,7 +124,7 @@ class MemoryBackend:
         """
         tensors = [q, k, v, eta, log_alpha, delta, *parameters.initial, *parameters[1:]]
         if initial_state is not None:
-            tensors += initial_state.dual
+            tensors += initial_state.leaves()
         needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
         arguments = {"initial_state": initial_state, "output_final_state": output_final_state, "mask": mask}
         if self._takes_kernel(v, needs_grad):
@@ -133,8 +134,8 @@ class MemoryBackend:
             return y, *self._resident(state, parameters)
         arguments |= {"rule": self.rule, "parameters": parameters}
         if q.shape[1] == 1 and initial_state is not None:
-            return *step_miras(q, k, v, eta, log_alpha, delta, **arguments), None
-        return *chunk_miras(q, k, v, eta, log_alpha, delta, cu_seqlens=cu_seqlens, **arguments), None
+            return *step_miras(q, k, v, eta, log_alpha, delta, log_momentum, **arguments), None
+        return *chunk_miras(q, k, v, eta, log_alpha, delta, log_momentum, cu_seqlens=cu_seqlens, **arguments), None
 
     def reads_in_place(self, v: Tensor) -> bool:
         """Whether `read_in_place` serves values like `v`: few tokens, and nothing to differentiate."""
@@ -154,6 +155,7 @@ class MemoryBackend:
         eta: Tensor,
         log_alpha: Tensor,
         delta: Tensor | None = None,
+        log_momentum: Tensor | None = None,
         *,
         parameters: MemoryParameters,
         state: MemoryState,
@@ -173,7 +175,7 @@ class MemoryBackend:
         if not self._takes_kernel(v, False, in_place=True):
             weights = companions.weights if isinstance(companions, _ChunkStart) else None
             arguments = {"rule": self.rule, "parameters": parameters, "state": state, "mask": mask}
-            y, weights = step_miras_(q, k, v, eta, log_alpha, delta, weights=weights, **arguments)
+            y, weights = step_miras_(q, k, v, eta, log_alpha, delta, log_momentum, weights=weights, **arguments)
             return y, state, None if weights is None else _ChunkStart(weights)
         if not isinstance(companions, tuple):
             state, companions = self._resident(state, parameters)

@@ -174,8 +174,10 @@ def measure_memories(
 
             def measure(memory: MirasMemory, args: tuple, kwargs: dict, layer: int = mixer.layer_idx) -> None:
                 parameters = MemoryParameters(memory.initial_state(), memory.norm_weight, memory.norm_bias)
-                sequences = {name: kwargs[name] for name in ("cu_seqlens", "mask")}
-                found[layer] = function(*args, rule=memory.rule, parameters=parameters, **sequences)
+                # models whose memories have no momentum say nothing of it
+                names = ("cu_seqlens", "mask", "log_momentum")
+                others = {name: kwargs[name] for name in names if name in kwargs}
+                found[layer] = function(*args, rule=memory.rule, parameters=parameters, **others)
 
             hooks.append(memory.register_forward_pre_hook(measure, with_kwargs=True))
     training = [module for module in model.modules() if module.training]

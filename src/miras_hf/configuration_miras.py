@@ -142,7 +142,8 @@ class MirasConfig(PreTrainedConfig):
         decay_target (`str`, *optional*, defaults to `"init"`):
             `"init"` decays toward the learned initial memory; `"zero"` toward zero as printed, where MLP memories
             go out or become chaotic over thousands of tokens.
-        learning_algorithm (`str`, *optional*, defaults to `"gradient_descent"`): Choice (iv).
+        learning_algorithm (`str`, *optional*, defaults to `"gradient_descent"`):
+            Choice (iv). `"momentum"` is that of Titans, data-dependent, with `gate_granularity="head"` and in PyTorch only.
         chunk_size (`int`, *optional*, defaults to 64):
             Tokens whose gradients are taken at the same weights (28). Part of the trained model.
         gate_granularity (`str`, *optional*, defaults to `"channel"`):
@@ -235,7 +236,7 @@ class MirasConfig(PreTrainedConfig):
     simplex_mass: int | float = bounded(2.0, above=0, high=1e6)
     weight_cap: int | float | None = bounded(2.0, 1e-6, 1e9)
     decay_target: Literal["init", "zero"] = "init"
-    learning_algorithm: Literal["gradient_descent"] = "gradient_descent"
+    learning_algorithm: Literal["gradient_descent", "momentum"] = "gradient_descent"
     chunk_size: int = bounded(64, 1, 4096)
     gate_granularity: Literal["channel", "head"] = "channel"
     gate_rank: int = bounded(32, 1, 2**14)
@@ -401,6 +402,10 @@ class MirasConfig(PreTrainedConfig):
                 f"`min_log_alpha` must lie between -160 / chunk_size = {-160.0 / self.chunk_size:g} and 0, "
                 f"got {self.min_log_alpha}."
             )
+        if self.learning_algorithm == "momentum" and self.gate_granularity != "head":
+            raise ValueError(
+                f"`gate_granularity` must be 'head' with `learning_algorithm='momentum'`, got {self.gate_granularity!r}."
+            )
         check_meaning(self)
 
     def check_for_model(self) -> None:
@@ -489,7 +494,9 @@ class MirasConfig(PreTrainedConfig):
         plan = {"embed_tokens": "embedding_rowwise"}
         if self.first_memory_layer is not None:
             mixer = {f"{x}_proj": "colwise" for x in "qkvg"} | {f"{x}_conv": "heads" for x in "qkv"}
-            for gate in ("eta", "alpha", "delta") if self.attentional_bias.startswith("huber") else ("eta", "alpha"):
+            gates = {"eta": True, "alpha": True, "delta": self.attentional_bias.startswith("huber")}
+            gates["momentum"] = self.learning_algorithm == "momentum"
+            for gate in (name for name, there in gates.items() if there):
                 mixer |= {gate: "heads", f"{gate}.up_proj": "colwise"}
             mixer["memory.initial_state"] = "heads"
             if self.memory_architecture == "mlp":

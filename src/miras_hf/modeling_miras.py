@@ -278,6 +278,19 @@ class MirasThresholdGate(MirasLowRankGate):
         return torch.log(torch.expm1(threshold))  # the inverse of softplus
 
 
+class MirasMomentumGate(MirasLowRankGate):
+    """Log momentum of every token and head, `log mu = -softplus(.)`, float32; it starts at one half."""
+
+    def __init__(self, config: MirasConfig):
+        super().__init__(config, "head")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return -F.softplus(self.logits(hidden_states))
+
+    def initial_bias(self) -> Tensor:
+        return torch.zeros_like(self.bias)
+
+
 def memory_rule(config: MirasConfig) -> MirasRule:
     """The point of the Miras design space that a config names."""
     architectures = {"mlp": {"expansion": config.memory_expansion, "norm_eps": config.memory_norm_eps}}
@@ -353,12 +366,14 @@ class MirasMemory(NotByParameter, nn.Module):
         in_place: bool = False,
         companions: Any = None,
         projections: Projections | None = None,
+        log_momentum: Tensor | None = None,
     ) -> tuple[Tensor, MemoryState | None, Any]:
         """Arguments and results of [`MemoryBackend`], those of its `read_in_place` if `in_place`."""
         # tensor parallelism leaves buffers whole: as many as this rank has heads
         norm = (self.norm_weight[: q.shape[2]], self.norm_bias[: q.shape[2]])
         inputs = (q, k, v, eta, log_alpha, delta)
         arguments = {"parameters": MemoryParameters(self.initial_state(), *norm), "mask": mask}
+        arguments["log_momentum"] = log_momentum
         if in_place:
             return self.backend.read_in_place(
                 *inputs, state=state, companions=companions, projections=projections, **arguments
@@ -405,6 +420,8 @@ class MirasMixer(nn.Module):
         self.alpha = MirasRetentionGate(config)
         thresholded = ATTENTIONAL_BIASES[config.attentional_bias].delta_granularity is not None
         self.delta = MirasThresholdGate(config) if thresholded else None
+        has_momentum = LEARNING_ALGORITHMS[config.learning_algorithm].has_momentum
+        self.momentum = MirasMomentumGate(config) if has_momentum else None
 
         self.memory = MirasMemory(config)
         self.g_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
@@ -469,6 +486,8 @@ class MirasMixer(nn.Module):
                 q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
             if self.value_norm:
                 v = l2norm(v.float(), length=self.head_dim**0.5).to(v.dtype)
+            if self.momentum is not None:
+                arguments["log_momentum"] = self.momentum(hidden_states)
             memory, state, companions = self.memory(
                 l2norm(q.float()),
                 l2norm(k.float()),
@@ -702,7 +721,7 @@ class MirasPreTrainedModel(PreTrainedModel):
     _is_stateful = False
     # Quantisation leaves these alone, too: they are a few percent of the weights, and what enters `up_proj` is narrower
     # than the blocks of 4-bit formats, which bitsandbytes refuses on CPUs.
-    _keep_in_fp32_modules = [r".*\.mixer\.(eta|alpha|delta)"]
+    _keep_in_fp32_modules = [r".*\.mixer\.(eta|alpha|delta|momentum)"]
     _can_record_outputs = {
         "hidden_states": MirasDecoderLayer,
         "attentions": MirasAttention,

@@ -16,7 +16,7 @@
 from .architecture import MEMORY_ARCHITECTURES, Factors, MatrixMemory, MLPMemory
 from .attentional_bias import ATTENTIONAL_BIASES, L2, AttentionalBias, HuberCoordinate, HuberMixture, HuberNorm, Lp
 from .chunk import chunk_miras
-from .learning import LEARNING_ALGORITHMS, GradientDescent
+from .learning import LEARNING_ALGORITHMS, GradientDescent, Momentum
 from .recurrent import recurrent_miras
 from .retention import KL, RETENTION_GATES, ChunkWeights, Decay, Lq, LqMirror, RetentionGate
 from .rule import MirasRule
@@ -47,6 +47,7 @@ __all__ = [
     "MemoryParameters",
     "MemoryState",
     "MirasRule",
+    "Momentum",
     "RetentionGate",
     "chunk_miras",
     "initial_memory_state",

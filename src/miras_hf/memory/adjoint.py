@@ -67,7 +67,7 @@ from . import adjoints  # noqa: F401 - it registers the derivatives
 from .architecture import Factors
 from .inputs import MemoryInputs, bound_inputs, hold_broken
 from .layout import merge_chunks
-from .learning import Gates
+from .learning import Gates, split_gates
 from .retention import ChunkWeights
 from .rule import MirasRule
 from .vjp import added, bound_adjoint, can_look_at, differentiable_vjp, find_derivative, with_vjp
@@ -170,7 +170,7 @@ def _run(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm,
     all_gates, gates_vjp = with_vjp(rule.algorithm.chunk_gates, x.eta, x.log_alpha.cumsum(-2))
     if broken is not None:
         all_gates = all_gates.broken_from(broken)
-    gates = all_gates.split(sizes)
+    gates = split_gates(all_gates, sizes)
     q, k, v = (t.split(sizes) for t in (x.q, x.k, x.v))
     delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)
 
@@ -241,7 +241,7 @@ def _group_adjoint(
         bar if where is None else bar.mul_(where) for bar, where in zip(bars, uncut, strict=True)
     )
     state_bars = [None if bar is None else _with_ended_rows(bar, total) for bar in state_bars]
-    of_inputs = (q_bar, k_bar, v_bar, eta_bar, log_alpha_bar, delta_bar)
+    of_inputs = MemoryInputs(q_bar, k_bar, v_bar, eta_bar, log_alpha_bar, delta_bar)
     of_inputs = (None if bar is None else bar.view(p.shape) for bar, p in zip(of_inputs, pieces, strict=True))
     return *of_inputs, *state_bars, *base_bars, *norm_bars
 

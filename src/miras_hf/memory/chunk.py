@@ -32,6 +32,7 @@ from .adjoint import ReadGroup, has_adjoint
 from .architecture import Factors
 from .inputs import MemoryInputs, bound_inputs, check_inputs, hold_broken, without_autocast
 from .layout import ChunkLayout, build_layout, check_layout_arguments, merge_chunks
+from .learning import split_gates
 from .rule import MirasRule
 from .state import MemoryParameters, MemoryState, check_state, initial_memory_state, per_row, starting_dual
 from .vjp import by_formulas, in_transform, with_bounded_adjoint
@@ -45,6 +46,7 @@ def chunk_miras(
     eta: Tensor,
     log_alpha: Tensor,
     delta: Tensor | None = None,
+    log_momentum: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -68,6 +70,8 @@ def chunk_miras(
         log_alpha (`torch.Tensor`, as `eta`):
             Log retention of every token, at most 0; cut at `rule.min_log_alpha`.
         delta (`torch.Tensor`, as `eta`, *optional*): threshold of the Huber biases, positive.
+        log_momentum (`torch.Tensor` of shape `[batch, tokens, heads]`, *optional*):
+            Log momentum of every token, at most 0, of `Momentum`, whose other gates are one number a head, too.
         rule (`MirasRule`): the four choices.
         parameters (`MemoryParameters`): initial memory and layer norm.
         initial_state (`MemoryState`, *optional*): where to go on from, also in the middle of a chunk.
@@ -90,7 +94,7 @@ def chunk_miras(
     Raises:
         `ValueError`: naming the argument, its value and what is allowed.
     """
-    x = check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters)
+    x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters)
     batch, tokens, heads, head_dim = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, mask)
     if chunks_per_group is not None and chunks_per_group < 1:
@@ -130,7 +134,7 @@ def chunk_miras(
         if by_hand and memory.is_plain(first, last):
             y, states = memory.read_group_by_hand(first, last, group, states, keep)
             if captured is not None and last == layout.full_steps:
-                captured = captured._replace(dual=states)
+                captured = captured.with_matrices(states)
         elif recompute and len(groups) > 1:  # a single group would be computed twice for nothing
             y, states, captured = checkpoint(
                 memory.read_group,
@@ -184,16 +188,18 @@ class _Memory:
         base, earlier, captured = parameters.base(rule, rows, dtype), None, None
         if state is not None:
             earlier = state._replace(dual=starting_dual(rule, parameters, state)).merged(dtype, layout.order)
-            start = earlier.dual
+            start = earlier.matrices
         else:
             # a copy: who decodes on writes into the final state, which before the first chunk's end is this one
             start = tuple(
                 torch.zeros_like(b) if b is not None else per_row(a, rows, dtype).clone()
                 for a, b in zip(parameters.initial, base, strict=True)
             )
+            if rule.algorithm.has_momentum:
+                start = (*start, *map(torch.zeros_like, start))
         if capture:
             empty = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], dtype)
-            captured = empty.merged(dtype)._replace(dual=start)
+            captured = empty.merged(dtype).with_matrices(start)
         return _Memory(rule, layout, heads, start, base, parameters.norm(rows, dtype), earlier, captured)
 
     def tensors(self) -> list[Tensor]:
@@ -236,16 +242,18 @@ class _Memory:
         rule, heads = self.rule, self.heads
         # here, where it is recomputed: copies of the whole length would be kept
         x, broken = hold_broken(bound_inputs(x.map(merge_chunks), rule))
-        eta, log_decay = x.eta, x.log_alpha.cumsum(-2)
+        # what is left of the state at the chunk's start, and of its momentum
+        eta, logs = x.eta, [t.cumsum(-2) for t in x.logs]
         if first == 0 and self.earlier is not None:
-            eta, log_decay = self._with_earlier_gates(eta, log_decay)
+            eta = self._with_earlier_slots(eta, self.earlier.eta)
+            logs = list(map(self._with_earlier_log, logs, self.earlier.logs))
         sizes = [rows * heads for rows in self.layout.active[first:last]]
-        gates = rule.algorithm.chunk_gates(eta, log_decay)
+        gates = rule.algorithm.chunk_gates(eta, *logs)
         if broken is not None:
             # the decay says so to the final state
-            gates, log_decay = gates.broken_from(broken), torch.where(broken, torch.nan, log_decay)
-        gates_of_step = gates.split(sizes)
-        q, k, v, eta, log_decay = (t.split(sizes) for t in (x.q, x.k, x.v, eta, log_decay))
+            gates, logs[0] = gates.broken_from(broken), torch.where(broken, torch.nan, logs[0])
+        gates_of_step = split_gates(gates, sizes)
+        q, k, v, eta, *logs = (t.split(sizes) for t in (x.q, x.k, x.v, eta, *logs))
         delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)
 
         outputs = []
@@ -263,7 +271,7 @@ class _Memory:
             outputs.append(rule.read(weights, factors, q[i], gates_of_step[i], norm))
             states = tuple(map(with_bounded_adjoint, rule.fold(states, factors, gates_of_step[i])))
             if captured is not None:
-                captured = self._capture(step, captured, states, factors, eta[i], log_decay[i])
+                captured = self._capture(step, captured, states, factors, eta[i], *(log[i] for log in logs))
         return torch.cat(outputs), states, captured
 
     # -- continuing in the middle of a chunk ------------------------------------------------------------------------
@@ -272,15 +280,19 @@ class _Memory:
         phase = (self.earlier.count % self.rule.chunk_size).repeat_interleave(self.heads)[:rows]
         return torch.arange(self.rule.chunk_size, device=phase.device).view(1, -1, 1) < phase.view(-1, 1, 1)
 
-    def _with_earlier_gates(self, eta: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_earlier_slots(self, slots: Tensor, before: Tensor) -> Tensor:
+        """With the slots of the chunks that were begun before; of tensors of chunks, in those of the first step."""
+        rows = self.layout.active[0] * self.heads
+        begun = torch.where(self._earlier_slots(rows), before[:rows], slots[:rows])
+        return torch.cat((begun, slots[rows:]))
+
+    def _with_earlier_log(self, log: Tensor, before: Tensor) -> Tensor:
+        """As `_with_earlier_slots`, and cumulative: what comes after goes on from the last slot before."""
         rows = self.layout.active[0] * self.heads
         earlier = self._earlier_slots(rows)
-        stored = self.earlier.log_decay[:rows]
         last = earlier & ~F.pad(earlier[:, 1:], (0, 0, 0, 1))  # the slot before the phase
-        since = torch.where(last, stored, 0.0).sum(-2, keepdim=True)
-        first_eta = torch.where(earlier, self.earlier.eta[:rows], eta[:rows])
-        first_log_decay = torch.where(earlier, stored, since + log_decay[:rows])
-        return torch.cat((first_eta, eta[rows:])), torch.cat((first_log_decay, log_decay[rows:]))
+        since = torch.where(last, before[:rows], 0.0).sum(-2, keepdim=True)
+        return self._with_earlier_slots(torch.cat((since + log[:rows], log[rows:])), before)
 
     def _with_earlier_factors(self, factors: tuple[Factors, ...]) -> tuple[Factors, ...]:
         rows = factors[0].inputs.shape[0]
@@ -292,22 +304,24 @@ class _Memory:
 
     # -- the state after the last token -----------------------------------------------------------------------------
 
-    def _capture(self, step: int, captured: MemoryState, states, factors, eta, log_decay) -> MemoryState:
+    def _capture(
+        self, step: int, captured: MemoryState, states, factors, eta, log_decay, *log_momentum
+    ) -> MemoryState:
         """Keeps what the final state needs of this step: rows end at different steps, the others go on."""
         inputs, gradients = zip(*factors, strict=True)
-        now = MemoryState(states, inputs, gradients, eta, log_decay, captured.count)
+        now = MemoryState((), inputs, gradients, eta, log_decay, captured.count, (), log_momentum)
         full_steps = self.layout.full_steps
         if full_steps is not None:
-            captured = captured._replace(dual=states) if step + 1 == full_steps else captured
-            return now._replace(dual=captured.dual) if step == full_steps else captured
+            captured = captured.with_matrices(states) if step + 1 == full_steps else captured
+            return now.with_matrices(captured.matrices) if step == full_steps else captured
         ends = (self.layout.used // self.rule.chunk_size).repeat_interleave(self.heads).view(-1, 1, 1)
 
         def keep(when: Tensor, new: Tensor, old: Tensor) -> Tensor:
             rows = new.shape[0]
             return torch.cat((torch.where(when[:rows], new, old[:rows]), old[rows:]))
 
-        dual = tuple(keep(ends == step + 1, s, d) for s, d in zip(states, captured.dual, strict=True))
-        return now.map_slots(functools.partial(keep, ends == step), captured)._replace(dual=dual)
+        matrices = [keep(ends == step + 1, new, old) for new, old in zip(states, captured.matrices, strict=True)]
+        return now.map_slots(functools.partial(keep, ends == step), captured).with_matrices(matrices)
 
     def final_state(self, captured: MemoryState) -> MemoryState:
         layout, size = self.layout, self.rule.chunk_size

@@ -62,6 +62,7 @@ def memory_statistics(
     eta: Tensor,
     log_alpha: Tensor,
     delta: Tensor | None = None,
+    log_momentum: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -76,7 +77,7 @@ def memory_statistics(
     Raises:
         `ValueError`: for arguments that do not fit, and if there is no real token.
     """
-    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters), rule)
+    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
     batch, tokens, heads, _ = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, mask)
     x, live = real_rows(x, cu_seqlens, mask)
@@ -96,9 +97,10 @@ def memory_statistics(
             found.append(tokens_first(rule.attentional_bias.loss(error, chunk.delta), heads))
 
     # the writes that wait in a chunk not yet full: slots not taken have no step, and the decay of the last one taken
-    gates = rule.algorithm.chunk_gates(state.eta, state.log_decay.cummin(-2).values)
-    duals = rule.fold(state.dual, state.factors, gates)
-    weights = [w.weight for w in rule.weights(duals, parameters.base(rule, live.shape[0], x.q.dtype))]
+    momentum = state.log_momentum_until(state.count % rule.chunk_size)
+    gates = rule.algorithm.chunk_gates(state.eta, state.log_decay.cummin(-2).values, *momentum)
+    folded = rule.fold(state.matrices, state.factors, gates)
+    weights = [w.weight for w in rule.weights(folded, parameters.base(rule, live.shape[0], x.q.dtype))]
     squares = sum(w.square().sum((-2, -1)).view(-1, heads).mean(0) for w in weights)
     # a mean over tokens, then the rate's half-life, then over channels: the order in which they mean something
     rate = -torch.where(live[..., None, None], x.log_alpha, 0.0).sum((0, 1)) / count
@@ -142,7 +144,7 @@ def chunks(
     state = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], dtype)
     for start in range(0, live.shape[1], size):
         chunk = x.map(lambda t, start=start: t[:, start : start + size])
-        weights = rule.weights(state.merged(dtype).dual, base)
+        weights = rule.weights(state.merged(dtype).matrices, base)
         state = state_after(chunk, live[:, start : start + size], state, rule, parameters)
         yield chunk.merged(), weights, state.merged(dtype)
 

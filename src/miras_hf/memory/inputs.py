@@ -30,6 +30,10 @@ VALUE_CAP = 1e15
 """Queries, keys and values are cut at these magnitudes, far above any sane model's, to keep products finite."""
 
 
+MIN_LOG_MOMENTUM = -80.0
+"""Where the logarithm of a token's momentum is cut: below, nothing is left."""
+
+
 def without_autocast(function):
     """Runs a form of the recurrence outside autocast: its state and products are float32 whatever surrounds it.
 
@@ -54,10 +58,16 @@ class MemoryInputs(NamedTuple):
     eta: Tensor
     log_alpha: Tensor
     delta: Tensor | None
+    log_momentum: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryInputs":
         """The inputs with `function` applied to every tensor."""
         return MemoryInputs(*(None if t is None else function(t) for t in self))
+
+    @property
+    def logs(self) -> list[Tensor]:
+        """Of what is left after a token: of the dual state, and of the momentum, if there is one."""
+        return [t for t in (self.log_alpha, self.log_momentum) if t is not None]
 
     def merged(self) -> "MemoryInputs":
         """`[rows, tokens, heads, f]` as `[rows * heads, tokens, f]`."""
@@ -76,6 +86,7 @@ def check_inputs(
     eta: Tensor,
     log_alpha: Tensor,
     delta: Tensor | None,
+    log_momentum: Tensor | None,
     rule: MirasRule,
     parameters: MemoryParameters,
 ) -> MemoryInputs:
@@ -125,7 +136,22 @@ def check_inputs(
                 f"`delta` must have shape {(batch, tokens, heads)} for {type(rule.attentional_bias).__name__}, "
                 f"got last axis {delta.shape[-1]}."
             )
-    return MemoryInputs(q.to(dtype), k.to(dtype), v.to(dtype), eta, log_alpha, delta)
+    algorithm = type(rule.algorithm).__name__
+    if not rule.algorithm.has_momentum:
+        if log_momentum is not None:
+            raise ValueError(f"`log_momentum` must be None: {algorithm} has no momentum.")
+    elif log_momentum is None:
+        raise ValueError(f"`log_momentum` is required by {algorithm}, a number per token and head.")
+    else:
+        if not log_momentum.is_floating_point():
+            raise ValueError(f"`log_momentum` must have a floating point dtype, got {log_momentum.dtype}.")
+        log_momentum = _gate("log_momentum", log_momentum, (batch, tokens, heads), head_dim).to(dtype)
+        if max(log_momentum.shape[-1], gate_dim) != 1:
+            raise ValueError(
+                f"`eta`, `log_alpha` and `log_momentum` must have shape {(batch, tokens, heads)} for {algorithm}, got last "
+                f"axes {gate_dim} and {log_momentum.shape[-1]}."
+            )
+    return MemoryInputs(q.to(dtype), k.to(dtype), v.to(dtype), eta, log_alpha, delta, log_momentum)
 
 
 def bound_inputs(x: MemoryInputs, rule: MirasRule) -> MemoryInputs:
@@ -135,6 +161,7 @@ def bound_inputs(x: MemoryInputs, rule: MirasRule) -> MemoryInputs:
         k=x.k.clamp(-KEY_CAP, KEY_CAP),
         v=x.v.clamp(-VALUE_CAP, VALUE_CAP),
         log_alpha=x.log_alpha.clamp(rule.min_log_alpha, 0.0),
+        log_momentum=None if x.log_momentum is None else x.log_momentum.clamp(MIN_LOG_MOMENTUM, 0.0),
     )
 
 

@@ -18,7 +18,7 @@ memory return at every token's own time (`read`), and what is its state when the
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,11 +47,6 @@ class Gates(NamedTuple):
     fold: Tensor | None = None
     total: Tensor | None = None
 
-    def split(self, sizes: list[int]) -> list["Gates"]:
-        """The gates of consecutive groups of rows."""
-        parts = [x.split(sizes) if isinstance(x, Tensor) else [x] * len(sizes) for x in self]
-        return [Gates(*part) for part in zip(*parts, strict=True)]
-
     def broken_from(self, broken: Tensor) -> "Gates":
         """The gates, NaN at the tokens that read a chunk which is broken, and at the end of such a chunk.
 
@@ -72,6 +67,19 @@ class Gates(NamedTuple):
 @dataclass(frozen=True)
 class GradientDescent:
     """One step on each token's own gradient: `A_t = alpha_t o A_{t-1} - eta_t o g_t`."""
+
+    has_momentum: ClassVar[bool] = False
+    """Whether a layer's state is a second matrix besides the dual state."""
+
+    def update(self, slots: tuple[Tensor, ...], step: Tensor, alpha: Tensor, *momentum: Tensor) -> tuple[Tensor, ...]:
+        """A layer's state after a token, in the reference.
+
+        Args:
+            slots (`tuple` of `torch.Tensor`): the state before the token.
+            step (`torch.Tensor`): `eta_t o g_t`.
+            alpha (`torch.Tensor`): the token's retention.
+        """
+        return (alpha * slots[0] - step,)
 
     def chunk_gates(self, eta: Tensor, log_decay: Tensor) -> Gates:
         """Gates of whole chunks.
@@ -126,12 +134,116 @@ class GradientDescent:
             z = _plus_product(z, x, weights.constant)
         return z if weights.scale is None else z * weights.scale
 
-    def fold(self, gate_axis: str, state: Tensor, factors: Factors, gates: Gates) -> Tensor:
-        """The dual state after the chunk: `B_C o state - sum_i (B_C / B_i) eta_i o g_i`."""
-        inputs, gradients = factors
+    def fold(self, gate_axis: str, slots: tuple[Tensor, ...], factors: Factors, gates: Gates) -> tuple[Tensor, ...]:
+        """A layer's state after the chunk: `B_C o state - sum_i (B_C / B_i) eta_i o g_i`."""
+        (state,), (inputs, gradients) = slots, factors
         if gate_axis == "input":
-            return _plus_product(state * gates.total.mT, (inputs * gates.fold).mT, gradients, alpha=-1)
-        return _plus_product(state * gates.total, inputs.mT, gradients * gates.fold, alpha=-1)
+            return (_plus_product(state * gates.total.mT, (inputs * gates.fold).mT, gradients, alpha=-1),)
+        return (_plus_product(state * gates.total, inputs.mT, gradients * gates.fold, alpha=-1),)
+
+
+class MomentumGates(NamedTuple):
+    """Coefficients of a chunk's tokens with momentum, one number a head; M_t the momentum left since its start.
+
+    Args:
+        decay (`torch.Tensor` of shape `[..., queries, 1]`): B_t, of the dual state at the chunk's start.
+        momentum (`torch.Tensor` of shape `[..., queries, 1]`):
+            What has come of the momentum at the chunk's start, `sum_{j<=t} (B_t / B_j) M_j`.
+        writes (`torch.Tensor` of shape `[..., queries, tokens]`):
+            What has come of a token's step, `eta_i sum_{i<=j<=t} (B_t / B_j) (M_j / M_i)`.
+        fold (`torch.Tensor` of shape `[..., tokens, 1]`): what the momentum holds of it in the end, `eta_i M_C / M_i`.
+        total (`torch.Tensor` of shape `[..., 1, 1]`): M_C.
+    """
+
+    decay: Tensor
+    momentum: Tensor
+    writes: Tensor
+    fold: Tensor
+    total: Tensor
+
+    def broken_from(self, broken: Tensor) -> "MomentumGates":
+        """As `Gates.broken_from`."""
+        decay, momentum = (torch.where(broken, torch.nan, gate) for gate in (self.decay, self.momentum))
+        return self._replace(
+            decay=decay, momentum=momentum, total=torch.where(broken[..., -1:, :], torch.nan, self.total)
+        )
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """Gradient descent with momentum, data-dependent (arXiv 2501.00663, equations (9), (10)); gates are one number a head:
+
+    S_t = mu_t S_{t-1} - eta_t g_t          A_t = alpha_t A_{t-1} + S_t
+    """
+
+    has_momentum: ClassVar[bool] = True
+
+    def update(self, slots: tuple[Tensor, ...], step: Tensor, alpha: Tensor, *momentum: Tensor) -> tuple[Tensor, ...]:
+        """As `GradientDescent.update`, with mu."""
+        (mu,), (dual, held) = momentum, slots
+        held = mu * held - step
+        return alpha * dual + held, held
+
+    def chunk_gates(self, eta: Tensor, log_decay: Tensor, log_momentum: Tensor) -> MomentumGates:
+        """As `GradientDescent.chunk_gates`, with the logarithm of M_t, cumulative inside the chunk."""
+        size = eta.shape[-2]
+        before = torch.ones(size, size, dtype=torch.bool, device=eta.device).tril()
+        # selected before the exponential, which has no gradient to lose there then
+        retained = torch.exp(torch.where(before, log_decay - log_decay.mT, -torch.inf))
+        return self._gates(eta, log_decay, log_momentum, retained, before)
+
+    def step_gates(self, eta: Tensor, log_decay: Tensor, now: Tensor, log_momentum: Tensor) -> MomentumGates:
+        """As `GradientDescent.step_gates`; slots not yet taken have no momentum, a logarithm of `NONE`."""
+        size = eta.shape[-2]
+        before = torch.ones(size, size, dtype=torch.bool, device=eta.device).tril()
+        return self._gates(eta, now, log_momentum, torch.exp(now - log_decay.mT), before)
+
+    def _gates(self, eta: Tensor, now: Tensor, log_momentum: Tensor, retained: Tensor, before: Tensor):
+        # what a token's step adds to the momentum is added to the state at every later token, and decays there
+        left = torch.exp(torch.where(before, log_momentum - log_momentum.mT, -torch.inf))
+        total = log_momentum[..., -1:, :]
+        return MomentumGates(
+            decay=torch.exp(now),
+            momentum=retained @ torch.exp(log_momentum),
+            writes=(retained @ left) * eta.mT,
+            fold=eta * torch.exp(total - log_momentum),
+            total=torch.exp(total),
+        )
+
+    def own_gates(self, eta: Tensor) -> MomentumGates:
+        """As `GradientDescent.own_gates`."""
+        one = torch.ones_like(eta)
+        return MomentumGates(one, 0.0 * one, torch.diag_embed(eta.squeeze(-1)), eta, one[..., -1:, :])
+
+    def read(self, gate_axis: str, weights: ChunkWeights, factors: Factors, x: Tensor, gates: MomentumGates) -> Tensor:
+        """As `GradientDescent.read`; for numbers of a head it is the same on both axes."""
+        inputs, gradients = factors
+        z = gates.momentum * torch.bmm(x, weights.momentum)
+        z = z - torch.bmm(torch.bmm(x, inputs.mT) * gates.writes, gradients)
+        if weights.decaying is not None:
+            z = z + gates.decay * torch.bmm(x, weights.decaying)
+        if weights.constant is not None:
+            z = z + torch.bmm(x, weights.constant)
+        return z if weights.scale is None else z * weights.scale
+
+    def fold(
+        self, gate_axis: str, slots: tuple[Tensor, ...], factors: Factors, gates: MomentumGates
+    ) -> tuple[Tensor, ...]:
+        """As `GradientDescent.fold`: the dual state and the momentum after the chunk."""
+        (dual, held), (inputs, gradients) = slots, factors
+        decay, momentum, writes = (gate[..., -1:, :] for gate in gates[:3])
+        after = decay * dual + momentum * held - (inputs * writes.mT).mT @ gradients
+        return after, gates.total * held - (inputs * gates.fold).mT @ gradients
+
+
+NONE = -1e30
+"""The logarithm of a momentum that is not there; finite, for differences of two."""
+
+
+def split_gates(gates, sizes: list[int]) -> list:
+    """The gates of consecutive groups of rows."""
+    parts = [x.split(sizes) if isinstance(x, Tensor) else [x] * len(sizes) for x in gates]
+    return [type(gates)(*part) for part in zip(*parts, strict=True)]
 
 
 def _plus_product(z: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
@@ -147,4 +259,7 @@ def scores_of(x: Tensor, keys: Tensor, sees: str) -> Tensor:
     return (scores.tril_() if sees == "past" else scores).neg_()
 
 
-LEARNING_ALGORITHMS: dict[str, type] = {"gradient_descent": GradientDescent}
+LEARNING_ALGORITHMS: dict[str, type[GradientDescent | Momentum]] = {
+    "gradient_descent": GradientDescent,
+    "momentum": Momentum,
+}

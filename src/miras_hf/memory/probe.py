@@ -108,6 +108,7 @@ def probe_memory(
     eta: Tensor,
     log_alpha: Tensor,
     delta: Tensor | None = None,
+    log_momentum: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -126,7 +127,7 @@ def probe_memory(
     """
     if any(lag < 0 for lag in lags):
         raise ValueError(f"`lags` must not be negative, got {tuple(lags)}.")
-    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters), rule)
+    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
     check_layout_arguments(*q.shape[:2], cu_seqlens, mask)
     x, live = real_rows(x, cu_seqlens, mask)
     if not live.any():

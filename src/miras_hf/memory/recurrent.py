@@ -34,6 +34,7 @@ def recurrent_miras(
     eta: Tensor,
     log_alpha: Tensor,
     delta: Tensor | None = None,
+    log_momentum: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -55,7 +56,7 @@ def recurrent_miras(
     """
     if read not in ("linearised", "exact"):
         raise ValueError(f"`read` must be 'linearised' or 'exact', got {read!r}.")
-    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters), rule)
+    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
     batch, tokens, heads, head_dim = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, mask)
     gate_dim = x.eta.shape[-1]
@@ -97,24 +98,33 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
     def fresh_chunk(dual):
         return [rule.retention.at_chunk_start(dual[i], base[i], rule.hidden_axis(i)) for i in layers]
 
-    # what has happened since the chunk's start: the decay of the base, and the decayed sum of the writes
+    # what has happened since the chunk's start: the decay of the base, and the writes as the algorithm has put them
+    # together, with its momentum
     start = list(starting_dual(rule, parameters, state))
     inputs, gradients = list(state.inputs), list(state.gradients)
     eta, log_decay, count = state.eta, state.log_decay, state.count
     slots = torch.arange(rule.chunk_size, device=count.device).view(1, 1, -1, 1)
     phase = (count % rule.chunk_size).view(rows, 1, 1, 1)
-    since = torch.where(slots == phase - 1, log_decay, 0.0).sum(-2, keepdim=True)
-    writes = []
-    for i in layers:
-        coefficient = eta * torch.exp(since - log_decay)
-        on_input = architecture.gate_axes[i] == "input"
-        left = inputs[i] * coefficient if on_input else inputs[i]
-        right = gradients[i] if on_input else gradients[i] * coefficient
-        writes.append(-left.mT @ right)
+    held_at_start, logs_held = list(state.momentum), list(state.log_momentum)
+    written = [(torch.zeros_like(d), *held) for d, *held in zip(start, *([held_at_start] if held_at_start else []))]
+    logs = [torch.zeros_like(log[..., :1, :]) for log in (log_decay, *logs_held)]
+    for slot in range(int(phase.max()) if len(phase) else 0):
+        gone = slot < phase
+        here = [log[..., slot : slot + 1, :] for log in (log_decay, *logs_held)]
+        # chosen before the exponential: of a slot not taken it may be infinite
+        since = (torch.where(gone, now - before, 0.0) for now, before in zip(here, logs, strict=True))
+        alpha, *momentum = map(torch.exp, since)
+        for i in layers:
+            step = gate(eta[..., slot : slot + 1, :], i) * (
+                inputs[i][..., slot : slot + 1, :].mT @ gradients[i][..., slot : slot + 1, :]
+            )
+            after = rule.algorithm.update(written[i], step, gate(alpha, i), *momentum)
+            written[i] = tuple(torch.where(gone, new, old) for new, old in zip(after, written[i], strict=True))
+        logs = [torch.where(gone, now, before) for now, before in zip(here, logs, strict=True)]
 
     outputs = []
     for t in range(tokens):
-        q, k, v, eta_t, log_alpha_t, delta_t = x.map(lambda of_all, t=t: of_all[:, t].unsqueeze(2))
+        q, k, v, eta_t, log_alpha_t, delta_t, log_momentum_t = x.map(lambda of_all, t=t: of_all[:, t].unsqueeze(2))
         live = torch.ones(rows, dtype=torch.bool, device=q.device) if mask is None else mask[:, t]
         live = live.view(rows, 1, 1, 1)
         weights = fresh_chunk(start)
@@ -139,10 +149,14 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         )
 
         # the dual state's recurrence, split into the decaying start and the writes since
-        since_t = since + log_alpha_t
-        writes_t = [
-            gate(log_alpha_t.exp(), i) * writes[i] - gate(eta_t.expand_as(log_alpha_t), i) * grads[i] for i in layers
+        gates_t = [log for log in (log_alpha_t, log_momentum_t) if log is not None]
+        logs_t = [before + log for before, log in zip(logs, gates_t, strict=True)]
+        since_t, momentum = logs_t[0], [log.exp() for log in gates_t[1:]]
+        written_t = [
+            rule.algorithm.update(written[i], gate(eta_t, i) * grads[i], gate(log_alpha_t.exp(), i), *momentum)
+            for i in layers
         ]
+        writes_t = [of_layer[0] for of_layer in written_t]
         duals_t = [gate(since_t.exp(), i) * start[i] + writes_t[i] for i in layers]
 
         def read(layer: int, h: Tensor, weights=weights, since_t=since_t, writes_t=writes_t, duals_t=duals_t):
@@ -166,15 +180,23 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         inputs = [torch.where(here, seen[i][0], inputs[i]) for i in layers]
         gradients = [torch.where(here, grads[len(grads) // 2 + i], gradients[i]) for i in layers]
         eta = torch.where(here, eta_t, eta)
-        log_decay = torch.where(here, since_t, log_decay)
+        log_decay, *logs_held = (
+            torch.where(here, now, log) for now, log in zip(logs_t, (log_decay, *logs_held), strict=True)
+        )
         count = count + live.view(rows)
         phase = (count % rule.chunk_size).view(rows, 1, 1, 1)
         full = live & (phase == 0)
         start = [torch.where(full, duals_t[i], start[i]) for i in layers]
-        writes = [torch.where(full, 0.0, torch.where(live, writes_t[i], writes[i])) for i in layers]
-        since = torch.where(full, 0.0, torch.where(live, since_t, since))
-        inputs, gradients = ([torch.where(full, 0.0, f) for f in fs] for fs in (inputs, gradients))
+        held_at_start = [torch.where(full, new[1], old) for new, old in zip(written_t, held_at_start, strict=False)]
+        for i in layers:
+            writes, *held = (torch.where(live, new, old) for new, old in zip(written_t[i], written[i], strict=True))
+            written[i] = torch.where(full, 0.0, writes), *held
+        logs = [torch.where(full, 0.0, torch.where(live, now, log)) for now, log in zip(logs_t, logs, strict=True)]
+        inputs, gradients, logs_held = (
+            [torch.where(full, 0.0, f) for f in fs] for fs in (inputs, gradients, logs_held)
+        )
         eta, log_decay = (torch.where(full, 0.0, f) for f in (eta, log_decay))
 
     y = torch.stack(outputs, dim=1) if outputs else x.q
-    return y, MemoryState(tuple(start), tuple(inputs), tuple(gradients), eta, log_decay, count)
+    tuples = (tuple(parts) for parts in (start, inputs, gradients))
+    return y, MemoryState(*tuples, eta, log_decay, count, tuple(held_at_start), tuple(logs_held))

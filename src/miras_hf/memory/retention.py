@@ -48,6 +48,7 @@ class ChunkWeights(NamedTuple):
         scale (`torch.Tensor` of shape `[..., 1, 1]`, *optional*): a factor on the whole read; `None` means one.
         rows, columns (`torch.Tensor` of shapes `[..., in, 1]` and `[..., 1, out]`, *optional*):
             Factors on the writes, see `RetentionGate.writes`; `None` means one.
+        momentum (`torch.Tensor`, *optional*): what the linearised link makes of the momentum at the chunk's start.
     """
 
     weight: Tensor
@@ -56,6 +57,7 @@ class ChunkWeights(NamedTuple):
     scale: Tensor | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
+    momentum: Tensor | None = None
 
 
 def rms(x: Tensor) -> Tensor:

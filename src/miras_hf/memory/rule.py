@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .architecture import Factors, MatrixMemory, MLPMemory
 from .attentional_bias import AttentionalBias, HuberMixture
-from .learning import Gates, GradientDescent
+from .learning import Gates, GradientDescent, Momentum, MomentumGates
 from .retention import ChunkWeights, Decay, RetentionGate
 
 
@@ -40,7 +40,7 @@ class MirasRule:
         architecture (`MLPMemory` or `MatrixMemory`): choice (i).
         attentional_bias (`AttentionalBias`): choice (ii).
         retention (`RetentionGate`): choice (iii).
-        algorithm (`GradientDescent`): choice (iv).
+        algorithm (`GradientDescent` or `Momentum`): choice (iv).
         chunk_size (`int`, *optional*, defaults to 64):
             Tokens whose gradients are taken at the same weights (equation (28)). Part of the trained model: the grid
             starts at a sequence's first real token, in training, prefill and decoding alike.
@@ -54,7 +54,7 @@ class MirasRule:
     architecture: MLPMemory | MatrixMemory = field(default_factory=MLPMemory)
     attentional_bias: AttentionalBias = field(default_factory=HuberMixture)
     retention: RetentionGate = field(default_factory=Decay)
-    algorithm: GradientDescent = field(default_factory=GradientDescent)
+    algorithm: GradientDescent | Momentum = field(default_factory=GradientDescent)
     chunk_size: int = 64
     decay_target: str = "init"
     min_log_alpha: float = -2.5
@@ -74,10 +74,21 @@ class MirasRule:
         return -1 if self.architecture.gate_axes[layer] == "input" else -2
 
     def weights(self, states: Sequence[Tensor], base: Sequence[Tensor | None]) -> tuple[ChunkWeights, ...]:
-        """The weights of a chunk, from the dual states at its start and what those are deviations from."""
-        return tuple(
+        """The weights of a chunk, from the states at its start and what the dual ones are deviations from.
+
+        Args:
+            states (sequence of `torch.Tensor`): the dual states, and behind them the momenta, if the algorithm has any.
+        """
+        layers = len(base)
+        weights = tuple(
             self.retention.at_chunk_start(state, from_base, self.hidden_axis(layer))
-            for layer, (state, from_base) in enumerate(zip(states, base, strict=True))
+            for layer, (state, from_base) in enumerate(zip(states[:layers], base, strict=True))
+        )
+        if not self.algorithm.has_momentum:
+            return weights
+        return tuple(
+            w._replace(momentum=self.retention.writes_matrix(w, held, self.hidden_axis(layer)))
+            for layer, (w, held) in enumerate(zip(weights, states[layers:], strict=True))
         )
 
     def write(
@@ -95,7 +106,7 @@ class MirasRule:
         weights: Sequence[ChunkWeights],
         factors: Sequence[Factors],
         q: Tensor,
-        gates: Gates,
+        gates: Gates | MomentumGates,
         norm: Sequence[Tensor],
     ) -> Tensor:
         """What the memory returns for each query, at the query's own time."""
@@ -111,9 +122,13 @@ class MirasRule:
         """What the memory returns at the chunk's start, before the chunk's writes and its decay."""
         return self.architecture.read(lambda layer, h: h @ weights[layer].weight, x, *norm)
 
-    def fold(self, states: Sequence[Tensor], factors: Sequence[Factors], gates: Gates) -> tuple[Tensor, ...]:
-        """The dual states after the chunk."""
-        return tuple(
-            self.algorithm.fold(axis, state, of_layer, gates)
-            for axis, state, of_layer in zip(self.architecture.gate_axes, states, factors, strict=True)
-        )
+    def fold(
+        self, states: Sequence[Tensor], factors: Sequence[Factors], gates: Gates | MomentumGates
+    ) -> tuple[Tensor, ...]:
+        """The states after the chunk."""
+        layers = len(factors)
+        slots = [
+            self.algorithm.fold(axis, tuple(states[layer::layers]), factors[layer], gates)
+            for layer, axis in enumerate(self.architecture.gate_axes)
+        ]
+        return tuple(state for of_kind in zip(*slots, strict=True) for state in of_kind)

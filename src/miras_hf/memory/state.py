@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Factors
+from .learning import NONE
 from .rule import MirasRule
 
 
@@ -66,6 +67,9 @@ class MemoryState(NamedTuple):
         eta (`torch.Tensor` of shape `[rows, heads, chunk_size, head_dim or 1]`): steps.
         log_decay (`torch.Tensor` of the same shape): log retention since the chunk's start, cumulative.
         count (`torch.Tensor` of shape `[rows]`, int64): real tokens read so far.
+        momentum (`tuple` of `torch.Tensor`, as `dual`): at the start of the row's chunk, of `Momentum` only.
+        log_momentum (`tuple` of one `torch.Tensor`, as `log_decay`):
+            Log momentum since the chunk's start, cumulative, of `Momentum` only.
     """
 
     dual: tuple[Tensor, ...]
@@ -74,6 +78,23 @@ class MemoryState(NamedTuple):
     eta: Tensor
     log_decay: Tensor
     count: Tensor
+    momentum: tuple[Tensor, ...] = ()
+    log_momentum: tuple[Tensor, ...] = ()
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """What a rule folds chunks into."""
+        return (*self.dual, *self.momentum)
+
+    @property
+    def logs(self) -> tuple[Tensor, ...]:
+        """Of what is left of them since the chunk's start, of `dual` and of `momentum`."""
+        return (self.log_decay, *self.log_momentum)
+
+    def with_matrices(self, matrices: Sequence[Tensor]) -> "MemoryState":
+        """The state with others in their place."""
+        layers = len(self.inputs)
+        return self._replace(dual=tuple(matrices[:layers]), momentum=tuple(matrices[layers:]))
 
     @property
     def factors(self) -> tuple[Factors, ...]:
@@ -90,8 +111,9 @@ class MemoryState(NamedTuple):
 
     def map_slots(self, function: Callable[..., Tensor], *others: "MemoryState") -> "MemoryState":
         """The state with `function` applied to what waits in the slots of a chunk that has begun."""
-        slots = (state._replace(dual=(), count=()) for state in (self, *others))
-        return MemoryState.map(next(slots), function, *slots)._replace(dual=self.dual, count=self.count)
+        slots = (state._replace(dual=(), momentum=(), count=()) for state in (self, *others))
+        mapped = MemoryState.map(next(slots), function, *slots)
+        return mapped._replace(dual=self.dual, momentum=self.momentum, count=self.count)
 
     def leaves(self) -> list[Tensor]:
         """All tensors, in the order of their names."""
@@ -99,7 +121,7 @@ class MemoryState(NamedTuple):
 
     @staticmethod
     def of_leaves(tensors: Sequence[Tensor]) -> "MemoryState":
-        """The inverse of `leaves`."""
+        """The inverse of `leaves`, for a state without momentum."""
         layers = (len(tensors) - 3) // 3
         layered = (tuple(tensors[i * layers : (i + 1) * layers]) for i in range(3))
         return MemoryState(*layered, *tensors[3 * layers :])
@@ -112,6 +134,14 @@ class MemoryState(NamedTuple):
             return t.to(dtype).flatten(0, 1) if t.is_floating_point() else t
 
         return self.map(merge)
+
+    def log_momentum_until(self, taken: Tensor) -> tuple[Tensor, ...]:
+        """`log_momentum` of a merged state, nothing in the slots past so many `[rows]`."""
+        if not self.log_momentum:
+            return ()
+        (log,) = self.log_momentum
+        taken = taken.repeat_interleave(log.shape[0] // len(taken)).view(-1, 1, 1)
+        return (torch.where(torch.arange(log.shape[-2], device=log.device).view(1, -1, 1) < taken, log, NONE),)
 
     def parted(self, heads: int, row_order: Tensor | None = None) -> "MemoryState":
         """The inverse of `merged`, but for the dtype."""
@@ -141,22 +171,25 @@ def initial_memory_state(
     def zeros(shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape, dtype=dtype if len(shape) > 1 else torch.int64, device=reference.device)
 
-    state = MemoryState.of_leaves([zeros(shape) for field in shapes.values() for shape in field])
+    fields = (tuple(map(zeros, shape)) if isinstance(shape, list) else zeros(shape) for shape in shapes.values())
+    state = MemoryState(*fields)
     if rule.decay_target == "init":
         return state
     return state._replace(dual=tuple(a.to(dtype).expand(rows, -1, -1, -1).clone() for a in parameters.initial))
 
 
-def _shapes(rule: MirasRule, rows: int, heads: int, head_dim: int, gate_dim: int) -> dict[str, list[tuple[int, ...]]]:
-    """Of the tensors of a state's fields."""
+def _shapes(rule: MirasRule, rows: int, heads: int, head_dim: int, gate_dim: int) -> dict[str, list | tuple[int, ...]]:
+    """Of the tensors of a state's fields, lists of shapes for fields that are tuples."""
     weights, slots = rule.architecture.weight_shapes(head_dim), (rows, heads, rule.chunk_size)
     return {
         "dual": [(rows, heads, *shape) for shape in weights],
         "inputs": [(*slots, fan_in) for fan_in, _ in weights],
         "gradients": [(*slots, fan_out) for _, fan_out in weights],
-        "eta": [(*slots, gate_dim)],
-        "log_decay": [(*slots, gate_dim)],
-        "count": [(rows,)],
+        "eta": (*slots, gate_dim),
+        "log_decay": (*slots, gate_dim),
+        "count": (rows,),
+        "momentum": [(rows, heads, *shape) for shape in weights if rule.algorithm.has_momentum],
+        "log_momentum": [(*slots, 1)] if rule.algorithm.has_momentum else [],
     }
 
 
@@ -176,6 +209,6 @@ def check_state(state: MemoryState, rule: MirasRule, heads: int, head_dim: int, 
     """Raises a `ValueError` if the state was not made by this rule for that many rows and gates."""
     for name, shapes in _shapes(rule, rows, heads, head_dim, gate_dim).items():
         value = getattr(state, name)
-        got = [tuple(x.shape) for x in (value if isinstance(value, tuple) else (value,))]
+        got = [tuple(x.shape) for x in value] if isinstance(value, tuple) else tuple(value.shape)
         if got != shapes:
             raise ValueError(f"`initial_state.{name}` must have shape {shapes}, got {got}: another model's state?")

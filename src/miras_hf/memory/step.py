@@ -40,6 +40,7 @@ def step_miras(
     eta: Tensor,
     log_alpha: Tensor,
     delta: Tensor | None = None,
+    log_momentum: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -56,7 +57,7 @@ def step_miras(
     Returns:
         `y` of shape `[batch, 1, heads, head_dim]`, and the new `MemoryState`.
     """
-    x = check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters)
+    x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters)
     rows, _, heads, head_dim = q.shape
     _check_step(q, mask)
     gate_dim = x.eta.shape[-1]
@@ -73,12 +74,12 @@ def step_miras(
     here = slots == phase if mask is None else (slots == phase) & mask
     here, last = (where.repeat_interleave(heads, dim=0).unsqueeze(-1) for where in (here, slots == phase - 1))
     state = state._replace(dual=starting_dual(rule, parameters, state)).merged(x.q.dtype)
-    weights = rule.weights(state.dual, parameters.base(rule, rows, x.q.dtype))
-    log_decay = torch.where(last, state.log_decay, 0.0).sum(-2, keepdim=True) + x.log_alpha
+    weights = rule.weights(state.matrices, parameters.base(rule, rows, x.q.dtype))
+    logs = [torch.where(last, t, 0.0).sum(-2, keepdim=True) + new for t, new in zip(state.logs, x.logs, strict=True)]
     inputs, gradients = zip(*rule.write(weights, x.k, x.v, x.delta, norm), strict=True)
-    token = MemoryState((), inputs, gradients, x.eta, log_decay, state.count)
+    token = MemoryState((), inputs, gradients, x.eta, logs[0], state.count, (), tuple(logs[1:]))
     state = state.map_slots(lambda old, new: torch.where(here, new, old), token)
-    y = _read(rule, weights, state, x.q, log_decay, norm, mask, heads).to(q.dtype)
+    y = _read(rule, weights, state, x.q, logs[0], norm, mask).to(q.dtype)
     if not output_final_state:
         return y, None
 
@@ -89,9 +90,9 @@ def step_miras(
     # the fold costs a pass over the whole state; a traced graph takes it always, since it cannot branch on the phase
     if by_formulas() or bool(ended.any()):
         ended = ended.repeat_interleave(heads).view(-1, 1, 1)
-        folded = zip(_folded(rule, state), state.dual, strict=True)
+        folded = zip(_folded(rule, state), state.matrices, strict=True)
+        state = state.with_matrices([torch.where(ended, new, old) for new, old in folded])
         state = state.map_slots(lambda t: torch.where(ended, 0.0, t))
-        state = state._replace(dual=tuple(torch.where(ended, new, d) for new, d in folded))
     return y, state.parted(heads)
 
 
@@ -104,6 +105,7 @@ def step_miras_(
     eta: Tensor,
     log_alpha: Tensor,
     delta: Tensor | None = None,
+    log_momentum: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -129,12 +131,12 @@ def step_miras_(
             "`step_miras_` writes into its `state` and cannot be transformed by `torch.func` or differentiated in forward "
             "mode; `step_miras` can."
         )
-    x = check_inputs(q, k, v, eta, log_alpha, delta, rule, parameters)
+    x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters)
     rows, _, heads, head_dim = q.shape
     _check_step(q, mask)
     check_state(state, rule, heads, head_dim, rows, x.eta.shape[-1])
     dtype = x.q.dtype
-    if any(t.dtype != dtype or not t.is_contiguous() for t in state.leaves()[:-1]):
+    if any(t.dtype != dtype or not t.is_contiguous() for t in state._replace(count=state.eta).leaves()):
         raise ValueError(f"`state` must be contiguous and in {dtype} to be updated in place.")
     x, norm = bound_inputs(x, rule).merged(), parameters.norm(rows, dtype)
     compiling = by_formulas()
@@ -142,12 +144,14 @@ def step_miras_(
         if rule.decay_target != "init":  # rows that have not read anything
             for d, new in zip(state.dual, starting_dual(rule, parameters, state), strict=True):
                 d.copy_(new)
-        weights = rule.weights(state.merged(dtype).dual, parameters.base(rule, rows, dtype))
+        weights = rule.weights(state.merged(dtype).matrices, parameters.base(rule, rows, dtype))
 
     phase = state.count % rule.chunk_size
     row = torch.arange(rows, device=phase.device)
-    since = torch.where((phase > 0).view(-1, 1, 1), state.log_decay[row, :, phase - 1], 0.0)
-    log_decay = since.flatten(0, 1).unsqueeze(1) + x.log_alpha
+    logs = []
+    for before, new in zip(state.logs, x.logs, strict=True):
+        since = torch.where((phase > 0).view(-1, 1, 1), before[row, :, phase - 1], 0.0)
+        logs.append(since.flatten(0, 1).unsqueeze(1) + new)
     inputs, gradients = zip(*rule.write(weights, x.k, x.v, x.delta, norm), strict=True)
 
     def take(slots: Tensor, token: Tensor) -> Tensor:
@@ -155,9 +159,9 @@ def step_miras_(
         slots[row, :, phase] = token if mask is None else torch.where(mask.unsqueeze(-1), token, slots[row, :, phase])
         return slots
 
-    state.map_slots(take, MemoryState((), inputs, gradients, x.eta, log_decay, state.count))
+    state.map_slots(take, MemoryState((), inputs, gradients, x.eta, logs[0], state.count, (), tuple(logs[1:])))
     merged = state.merged(dtype)
-    y = _read(rule, weights, merged, x.q, log_decay, norm, mask, heads).to(q.dtype)
+    y = _read(rule, weights, merged, x.q, logs[0], norm, mask).to(q.dtype)
 
     state.count.add_(1 if mask is None else mask[:, 0].long())
     ended = state.count % rule.chunk_size == 0
@@ -165,8 +169,8 @@ def step_miras_(
         ended = ended & mask[:, 0]
     if compiling or bool(ended.any()):
         ended = ended.view(-1, 1, 1, 1)
-        for d, new in zip(state.dual, _folded(rule, merged), strict=True):
-            d.copy_(torch.where(ended, new.view_as(d), d))
+        for old, new in zip(state.matrices, _folded(rule, merged), strict=True):
+            old.copy_(torch.where(ended, new.view_as(old), old))
         state.map_slots(lambda t: t.masked_fill_(ended, 0.0))
         weights = None
     return y, None if compiling else weights
@@ -181,15 +185,16 @@ def _check_step(q: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def _read(
-    rule: MirasRule, weights, state: MemoryState, q: Tensor, log_decay: Tensor, norm, mask, heads: int
-) -> Tensor:
+def _read(rule: MirasRule, weights, state: MemoryState, q: Tensor, log_decay: Tensor, norm, mask) -> Tensor:
     """What the tokens read that have taken their slots of a merged state, `[rows, 1, heads, head_dim]`."""
-    gates = rule.algorithm.step_gates(state.eta, state.log_decay, log_decay)
+    heads = q.shape[0] // state.count.shape[0]
+    momentum = state.log_momentum_until(state.count % rule.chunk_size + 1)
+    gates = rule.algorithm.step_gates(state.eta, state.log_decay, log_decay, *momentum)
     y = tokens_first(rule.read(weights, state.factors, q, gates, norm), heads)
     return y if mask is None else torch.where(mask[..., None, None], y, 0.0)
 
 
 def _folded(rule: MirasRule, state: MemoryState) -> tuple[Tensor, ...]:
-    """The dual of a merged state with what waits in its slots, as if its rows' chunks had ended."""
-    return rule.fold(state.dual, state.factors, rule.algorithm.chunk_gates(state.eta, state.log_decay))
+    """The matrices of a merged state with what waits in its slots, as if its rows' chunks had ended."""
+    gates = rule.algorithm.chunk_gates(state.eta, *state.logs)
+    return rule.fold(state.matrices, state.factors, gates)

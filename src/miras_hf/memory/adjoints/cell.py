@@ -115,8 +115,8 @@ def fold(rule: MirasRule, states: Sequence[Tensor], factors: Sequence[Factors], 
         for axis, state, of_layer, bar in zip(axes, states, factors, bars, strict=True):
             state_bar = of_factors = None
             if bar is not None:
-                fold_vjp = with_vjp(rule.algorithm.fold, axis, state, of_layer, gates)[1]
-                _, state_bar, of_factors, of_gates = fold_vjp(bar)
+                fold_vjp = with_vjp(rule.algorithm.fold, axis, (state,), of_layer, gates)[1]
+                _, (state_bar,), of_factors, of_gates = fold_vjp((bar,))
                 gates_bar = added(gates_bar, of_gates)
             states_bar.append(state_bar)
             factors_bar.append(of_factors)

@@ -141,11 +141,12 @@ def _read_on_output(weights: ChunkWeights, factors: Factors, x: Tensor, gates: G
 
 
 @derivative_of(GradientDescent.fold)
-def fold(algorithm: GradientDescent, gate_axis: str, state: Tensor, factors: Factors, gates: Gates):
+def fold(algorithm: GradientDescent, gate_axis: str, slots: tuple[Tensor, ...], factors: Factors, gates: Gates):
     """Without the result, which nobody needs here: the adjoint reads nothing of it."""
-    inputs, gradients = factors
+    (state,), (inputs, gradients) = slots, factors
 
-    def vjp(bar: Tensor) -> tuple[None, Tensor, Factors, Gates]:
+    def vjp(bars: tuple[Tensor, ...]) -> tuple[None, tuple[Tensor], Factors, Gates]:
+        (bar,) = bars
         if gate_axis == "input":
             total_bar = (bar * state).sum(-1, keepdim=True).mT
             folded_bar = torch.bmm(gradients, bar.mT).neg_()
@@ -157,6 +158,6 @@ def fold(algorithm: GradientDescent, gate_axis: str, state: Tensor, factors: Fac
             factors_bar = Factors(torch.bmm((gradients * gates.fold).neg_(), bar.mT), folded_bar * gates.fold)
             state_bar, fold_bar = bar * gates.total, folded_bar.mul_(gradients)
         fold_bar, total_bar = summed_like(fold_bar, gates.fold), summed_like(total_bar, gates.total)
-        return None, state_bar, factors_bar, Gates(None, None, None, "past", fold_bar, total_bar)
+        return None, (state_bar,), factors_bar, Gates(None, None, None, "past", fold_bar, total_bar)
 
     return None, vjp
