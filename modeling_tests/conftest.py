@@ -53,6 +53,18 @@ OF_ONE_FAMILY = (
 OTHER_FAMILIES = ("YaadModelTest", "MemoraModelTest")
 
 
+@pytest.fixture(autouse=True)
+def registered_in_one_test_alone():
+    """Choices that a test, or a document that it runs, registers are those of no other test."""
+    from miras_hf.memory.registry import CHOICES
+
+    before = {name: dict(table) for name, table in CHOICES.items()}
+    yield
+    for name, table in before.items():
+        CHOICES[name].clear()
+        CHOICES[name].update(table)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:

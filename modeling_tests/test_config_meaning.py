@@ -24,7 +24,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from miras_hf import MirasConfig, MirasForCausalLM, MonetaConfig, YaadConfig, config_meaning
-from miras_hf.config_meaning import MEANS_SOMETHING_WITH
+from miras_hf.config_meaning import means_something_with
 
 
 # far enough from the defaults to be seen in what a small model computes
@@ -80,7 +80,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", OTHER)
 def test_a_field_changes_what_is_computed_or_is_refused(name, monkeypatch):
-    about = {choice for choices in MEANS_SOMETHING_WITH[name] for choice in choices} - {name}
+    about = {choice for choices in means_something_with()[name] for choice in choices} - {name}
     about = {"attention_layers" if choice == "has_attention" else choice for choice in about} | {"retention"}
     outcomes = set()
     for values in itertools.product(*(CHOICES[choice] for choice in sorted(about))):
@@ -104,7 +104,7 @@ def test_a_field_changes_what_is_computed_or_is_refused(name, monkeypatch):
 
 def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
     # a new field is either put into the table or seen to change a model of other choices
-    assert OTHER.keys() == MEANS_SOMETHING_WITH.keys()
+    assert OTHER.keys() == means_something_with().keys()
     other = {
         "vocab_size": 17, "hidden_size": 12, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 1,
         "head_dim": 6, "hidden_act": "relu", "initializer_range": 0.1, "rms_norm_eps": 0.5, "attention_bias": True,
@@ -119,7 +119,7 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
     told |= {"eos_token_id", "memory_backend", "learning_algorithm"}
     own = {field.name for field in dataclasses.fields(MirasConfig)}
     own -= {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"chunk_size_feed_forward"}
-    assert own == other.keys() | told | MEANS_SOMETHING_WITH.keys()
+    assert own == other.keys() | told | means_something_with().keys()
     for fields in ({}, {"attentional_bias": "huber_coordinate", "retention": "kl", "memory_architecture": "matrix"}):
         default = computed(MirasConfig(**SMALL, **fields), monkeypatch)
         for name in other.keys() - fields.keys():

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from miras_hf import MirasConfig, MirasForCausalLM
-from miras_hf.memory import MemoryParameters
+from miras_hf.memory import MemoryParameters, Momentum
 from miras_hf.memory.probe import probe_memory, summary
 from miras_hf.step_size import largest_step, moment, unit_step
 
@@ -96,6 +96,19 @@ def test_chunks_of_equal_tokens_contract_at_the_first_step_of_a_matrix():
             for _ in range(20):
                 error *= 1.0 - chunk_size * share * factor
             assert (abs(error) <= 1.0 + 1e-9) == contracts
+
+
+def test_momentum_moves_as_far_in_the_end():
+    config = MirasConfig(vocab_size=8, gate_granularity="head", learning_algorithm="momentum")
+    gate = MirasForCausalLM(
+        MirasConfig.from_preset("tiny", gate_granularity="head", learning_algorithm="momentum")
+    ).model.layers[0].mixer.momentum  # fmt: skip
+    mu = gate(torch.zeros(1, 1, 128)).exp()[0, 0, :1].detach()
+    slots, step = (torch.zeros(1), torch.zeros(1)), torch.ones(1)
+    for _ in range(60):  # one write, and then nothing
+        slots = Momentum().update(slots, step, torch.ones(1), mu)
+        step = torch.zeros(1)
+    assert -slots[0].item() * config.eta_max == pytest.approx(MirasConfig(vocab_size=8).eta_max)
 
 
 def test_moments_are_those_of_a_normal():

@@ -25,43 +25,21 @@ from torch import Tensor
 from transformers.utils import logging
 
 from miras_kernels import LARGEST_CALL, Choices, Projections, decode, forward, refusal, resident_state
+from miras_kernels.choices import ATTENTIONAL_BIASES, MEMORIES, RETENTION_GATES
 
-from .memory import (
-    KL,
-    L2,
-    Decay,
-    HuberCoordinate,
-    HuberMixture,
-    HuberNorm,
-    Lp,
-    Lq,
-    LqMirror,
-    MatrixMemory,
-    MemoryParameters,
-    MemoryState,
-    MirasRule,
-    MLPMemory,
-    chunk_miras,
-    step_miras,
-    step_miras_,
-)
+from .memory import MemoryParameters, MemoryState, MirasRule, chunk_miras, step_miras, step_miras_
 from .memory.learning import GradientDescent
-from .memory.retention import ChunkWeights, FrozenScale
+from .memory.registry import CHOICES
+from .memory.retention import ChunkWeights
 
 
 logger = logging.get_logger(__name__)
 
 BACKENDS = ("auto", "triton", "pytorch")
 
-_MEMORIES = {MLPMemory: "mlp", MatrixMemory: "matrix"}
-_BIASES = {
-    L2: "l2",
-    Lp: "lp",
-    HuberCoordinate: "huber_coordinate",
-    HuberNorm: "huber_norm",
-    HuberMixture: "huber_mixture",
-}
-_GATES = {Decay: "decay", Lq: "lq", LqMirror: "lq_mirror", KL: "kl"}
+# the choices that kernels know, by the config's names, and what they call otherwise than configs do
+_KERNELS_KNOW = {"memory_architecture": MEMORIES, "attentional_bias": ATTENTIONAL_BIASES, "retention": RETENTION_GATES}
+_KERNEL_WORDS = {"memory_architecture": "memory", "memory_expansion": "expansion", "memory_norm_eps": "norm_eps"}
 
 
 class MemoryBackend:
@@ -252,43 +230,29 @@ def _say_once(message: str) -> bool:
 
 def kernel_choices(rule: MirasRule) -> tuple[Choices | None, str | None]:
     """The rule as the kernels see it, or the reason for which they do not know it."""
-    names = {"memory": _MEMORIES, "attentional_bias": _BIASES, "retention": _GATES}
+    if type(rule.algorithm) is not GradientDescent:
+        return None, f"kernels do not know {type(rule.algorithm).__name__}"
     parts = {
-        "memory": rule.architecture,
+        "memory_architecture": rule.architecture,
         "attentional_bias": rule.attentional_bias,
         "retention": rule.retention,
     }
     found = {}
-    # the classes themselves: a subclass may compute something else
-    for name, part in parts.items():
-        if type(part) not in names[name]:
+    for field, part in parts.items():
+        # the classes themselves: a subclass may compute something else
+        name = next((name for name, cls in CHOICES[field].items() if cls is type(part)), None)
+        if name not in _KERNELS_KNOW[field]:
             return None, f"kernels do not know {type(part).__name__}"
-        found[name] = names[name][type(part)]
-    if type(rule.algorithm) is not GradientDescent:
-        return None, f"kernels do not know {type(rule.algorithm).__name__}"
-    bias, gate, memory = rule.attentional_bias, rule.retention, rule.architecture
-    if isinstance(memory, MLPMemory):
-        found |= {"expansion": memory.expansion, "norm_eps": memory.norm_eps}
-    if isinstance(bias, Lp):
-        found |= {
-            "lp_power": bias.power,
-            "lp_smooth_sign": bias.sign == "tanh",
-            "lp_sharpness": bias.sharpness,
-            "lp_error_cap": bias.error_cap,
-        }
-    if isinstance(gate, KL):
-        found["simplex_mass"] = gate.mass
-    elif isinstance(gate, FrozenScale):
-        found["weight_cap"] = gate.weight_cap
-    if isinstance(gate, Lq):
-        found |= {"lq_power": gate.power, "lq_norm_floor": gate.norm_floor}
+        found |= {field: name, **part.keys()}
+    if "lp_sign" in found:
+        found["lp_smooth_sign"] = found.pop("lp_sign") == "tanh"
+    found = {_KERNEL_WORDS.get(name, name): value for name, value in found.items()}
     try:
         choices = Choices(
             **found,
             chunk_size=rule.chunk_size,
             decay_target=rule.decay_target,
             min_log_alpha=rule.min_log_alpha,
-            residual_clip=bias.residual_clip,
         )
     except ValueError as error:
         return None, str(error).removesuffix(".")

@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .config_choices import own_parameters
 from .configuration_miras import MirasConfig
 
 
@@ -44,7 +45,7 @@ def built_values(config: MirasConfig) -> dict[str, Any]:
     names = {field.name for field in fields(config)} - inherited - READ_WHEN_RUN
     if config.rope_parameters["rope_type"] == "default":
         names.discard("max_position_embeddings")
-    return {name: copy.deepcopy(getattr(config, name)) for name in sorted(names)}
+    return {name: copy.deepcopy(getattr(config, name)) for name in sorted(names | own_parameters(config).keys())}
 
 
 def check_as_built(config: MirasConfig, built: dict[str, Any]) -> None:

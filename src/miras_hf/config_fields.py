@@ -23,6 +23,8 @@ from huggingface_hub.dataclasses import validated_field
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .config_keywords import MEANINGLESS
+from .memory.declared import Parameter
+from .memory.registry import CHOICES, declared_keys
 
 
 def bounded(
@@ -32,12 +34,43 @@ def bounded(
 
     NaN is within no bounds. `None` passes: whether it may be there is the annotation's matter.
     """
-    allowed = f"above {above:g}" if low is None else f"at least {low:g}"
-    allowed = f"must be {allowed} and at most {high:g}"
+    return _field(Parameter("", default, low, high, above), default)
 
+
+def declared(key: str, **default) -> Any:
+    """A field for what choices of `miras_hf.memory` take under this name, as they declare it.
+
+    Args:
+        default (*optional*): another default than theirs.
+    """
+    found = declared_keys()[key]
+    return _field(found, default.get("default", found.default))
+
+
+def choice(field: str, default: str, part_of: tuple[str, ...] = ()) -> Any:
+    """A field for the name of one of the four choices.
+
+    Args:
+        field (`str`): its name, a key of `CHOICES`.
+        part_of (`tuple` of `str`): names of classes that other fields choose among those of one name.
+    """
+
+    def validate(name: Any) -> None:
+        names = [known for known in CHOICES[field] if known not in part_of]
+        if name not in names:
+            raise ValueError(
+                f"must be one of {', '.join(map(repr, names))}, or of your own, once it is registered "
+                f"(`miras_hf.memory.register_attentional_bias` and its like), got {name}"
+            )
+
+    return validated_field(validate, default=default)
+
+
+def _field(parameter: Parameter, default: Any) -> Any:
     def validate(value: Any) -> None:
-        if value is not None and not ((above < value if low is None else low <= value) and value <= high):
-            raise ValueError(f"{allowed}, got {value}")
+        refusal = None if value is None else parameter.refusal(value)
+        if refusal is not None:
+            raise ValueError(refusal)
 
     return validated_field(validate, default=default)
 

@@ -21,6 +21,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .memory.registry import declared_keys
+
 
 logger = logging.get_logger(__name__)
 
@@ -201,4 +203,4 @@ def _hint(name: str, known: set[str]) -> str:
 
 def _known_keywords(config: PreTrainedConfig) -> set[str]:
     # of configs derived elsewhere: other names for fields
-    return {*(field.name for field in fields(config)), *TRANSFORMERS_KEYWORDS, *config.attribute_map}
+    return {*(field.name for field in fields(config)), *declared_keys(), *TRANSFORMERS_KEYWORDS, *config.attribute_map}

@@ -22,28 +22,32 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from .memory.registry import CHOICES, declared_keys
+
 
 logger = logging.get_logger(__name__)
 
-# Each field means something where all choices of one of its lines are made; those that are not here always do.
-MEANS_SOMETHING_WITH: dict[str, tuple[dict[str, Any], ...]] = {
-    "memory_expansion": ({"memory_architecture": "mlp"},),
-    "memory_norm_eps": ({"memory_architecture": "mlp"},),
-    "lp_power": ({"attentional_bias": "lp"},),
-    "lp_sign": ({"attentional_bias": "lp"},),
-    "lp_sharpness": ({"attentional_bias": "lp", "lp_sign": "tanh"},),
-    "lp_error_cap": ({"attentional_bias": "lp"},),
-    "lq_power": ({"retention": "lq"},),
-    "lq_map": ({"retention": "lq"},),
-    "lq_norm_floor": ({"retention": "lq"},),
-    "simplex_mass": ({"retention": "kl"},),
-    "weight_cap": ({"retention": "decay"}, {"retention": "lq"}),
-    "gate_rank": ({"gate_granularity": "channel"}, {"attentional_bias": "huber_coordinate"}),
-    "num_key_value_heads": ({"has_attention": True},),
-    "attention_dropout": ({"has_attention": True},),
-    "sliding_window": ({"has_attention": True},),
-    "rope_parameters": ({"use_rope": True}, {"has_attention": True}),
-}
+Alternatives = tuple[dict[str, Any], ...]
+
+_ATTENTION: Alternatives = ({"has_attention": True},)
+
+
+def means_something_with() -> dict[str, Alternatives]:
+    """Each field means something where all choices of one of its lines are made; those that are not here always do."""
+    found: dict[str, Alternatives] = {"lq_map": ({"retention": "lq"},)}
+    for field, table in CHOICES.items():
+        for name, cls in table.items():
+            if name == "lq_mirror":  # it takes what `"lq"` does
+                continue
+            for parameter in cls.parameters().values():
+                if not all(parameter in other.parameters().values() for other in table.values()):
+                    line = {field: name, **parameter.only_with}
+                    found[parameter.key] = (*found.get(parameter.key, ()), line)
+    thresholds = (name for name, cls in CHOICES["attentional_bias"].items() if cls.delta_granularity == "channel")
+    found["gate_rank"] = ({"gate_granularity": "channel"}, *({"attentional_bias": name} for name in thresholds))
+    found["rope_parameters"] = ({"use_rope": True}, *_ATTENTION)
+    return found | dict.fromkeys(("num_key_value_heads", "attention_dropout", "sliding_window"), _ATTENTION)
+
 
 # What models did before there was a field to say so: configs and memories that were stored then lack it.
 BEFORE_THERE_WAS: dict[str, Any] = {"value_norm": False, "output_norm_eps": None}
@@ -68,10 +72,10 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
         "rope_parameters": ({"rope_type": "default", "rope_theta": PreTrainedConfig.default_theta},),
     }
     found = {}
-    for name, alternatives in MEANS_SOMETHING_WITH.items():
+    for name, alternatives in means_something_with().items():
         if any(all(getattr(config, n) == v for n, v in choices.items()) for choices in alternatives):
             continue
-        if getattr(config, name) not in (defaults[name], *derived.get(name, ())):
+        if getattr(config, name, defaults[name]) not in (defaults[name], *derived.get(name, ())):
             found[name] = defaults[name]
     return found
 
@@ -79,7 +83,7 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
 def check_meaning(config: PreTrainedConfig) -> None:
     """Raises a `ValueError` for a field that says more about a choice that is not made, naming both."""
     for name, default in meaningless(config, _defaults(type(config))).items():
-        choice = _in_words(MEANS_SOMETHING_WITH[name])
+        choice = _in_words(means_something_with()[name])
         raise ValueError(
             f"`{name}` means nothing without {choice}, got {getattr(config, name)!r}: leave it at {default!r}, or choose "
             f"{choice}."
@@ -111,10 +115,11 @@ def without_meaningless(
 
 
 def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    return {field.name: field.default for field in fields(config_class)}
+    own = {key: parameter.default for key, parameter in declared_keys().items()}
+    return own | {field.name: field.default for field in fields(config_class)}
 
 
-def _in_words(alternatives: tuple[dict[str, Any], ...]) -> str:
+def _in_words(alternatives: Alternatives) -> str:
     return " or ".join(
         " and ".join(
             "attention layers (`attention_layers` or `layer_types`)"

@@ -15,7 +15,7 @@
 
 import os
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,10 +25,20 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from .compat import CACHE_NAMES
-from .config_fields import bounded, check_dtype, check_layer_indices, check_rope_parameters, token_ids
+from .config_choices import check_own_values, own_keys, take_own_values
+from .config_fields import (
+    bounded,
+    check_dtype,
+    check_layer_indices,
+    check_rope_parameters,
+    choice,
+    declared,
+    token_ids,
+)
 from .config_keywords import check_keywords, refuse_unused, without_unknown
 from .config_meaning import check_meaning, with_later_fields, without_meaningless
 from .hub import WholeFilesOnly, auto_map, write_shim
+from .memory.registry import chosen
 from .peft import register_peft_defaults
 from .step_size import largest_step
 
@@ -76,6 +86,9 @@ PAPER: dict[str, Any] = {
 }
 
 _FLOAT32_TINY = 2.0**-126
+
+# `lq_map` says which of lq retention's two maps
+_retention = partial(choice, "retention", part_of=("lq_mirror",))
 
 
 @lru_cache
@@ -220,23 +233,23 @@ class MirasConfig(PreTrainedConfig):
     attention_layers: list[int] | None = None
     sliding_window: int = bounded(2048, 1, 2**31 - 1)
 
-    memory_architecture: Literal["mlp", "matrix"] = "mlp"
-    memory_expansion: int = bounded(4, 1, 64)
-    memory_norm_eps: float | None = bounded(None, 1e-30, 1)
-    attentional_bias: Literal["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"] = "l2"
-    lp_power: int | float = bounded(3.0, 1, 16)
-    lp_sign: Literal["exact", "tanh"] = "exact"
-    lp_sharpness: int | float = bounded(10.0, above=0, high=1e6)
-    lp_error_cap: int | float = bounded(4.0, above=0, high=1e6)
-    residual_clip: int | float = bounded(3.0, above=0, high=1e9)
-    retention: Literal["decay", "lq", "kl"] = "decay"
-    lq_power: int | float = bounded(4.0, 2, 16)
+    memory_architecture: str = choice("memory_architecture", "mlp")
+    memory_expansion: int = declared("memory_expansion")
+    memory_norm_eps: float | None = declared("memory_norm_eps", default=None)
+    attentional_bias: str = choice("attentional_bias", "l2")
+    lp_power: int | float = declared("lp_power")
+    lp_sign: str = declared("lp_sign")
+    lp_sharpness: int | float = declared("lp_sharpness")
+    lp_error_cap: int | float = declared("lp_error_cap")
+    residual_clip: int | float = declared("residual_clip")
+    retention: str = _retention("decay")
+    lq_power: int | float = declared("lq_power")
     lq_map: Literal["paper", "mirror"] = "paper"
-    lq_norm_floor: float = bounded(0.01, above=0, high=100)
-    simplex_mass: int | float = bounded(2.0, above=0, high=1e6)
-    weight_cap: int | float | None = bounded(2.0, 1e-6, 1e9)
+    lq_norm_floor: float = declared("lq_norm_floor")
+    simplex_mass: int | float = declared("simplex_mass")
+    weight_cap: int | float | None = declared("weight_cap")
     decay_target: Literal["init", "zero"] = "init"
-    learning_algorithm: Literal["gradient_descent", "momentum"] = "gradient_descent"
+    learning_algorithm: str = choice("learning_algorithm", "gradient_descent")
     chunk_size: int = bounded(64, 1, 4096)
     gate_granularity: Literal["channel", "head"] = "channel"
     gate_rank: int = bounded(32, 1, 2**14)
@@ -256,6 +269,7 @@ class MirasConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # Transformers drops some of them without a word, and would make attributes of the others
         check_keywords(self, kwargs)
+        take_own_values(self, kwargs)
         for dtype in (self.dtype, kwargs.get("torch_dtype")):
             check_dtype(dtype)
         num_labels = kwargs.get("num_labels")
@@ -272,10 +286,10 @@ class MirasConfig(PreTrainedConfig):
         if self.initial_memory_scale is None:
             small = self.memory_architecture == "mlp" and self.retention == "decay"
             self.initial_memory_scale = 0.1 if small else 1.0
-        if self.eta_max is None:
-            self.eta_max = largest_step(self)
         if self.min_log_alpha is None:
             self.min_log_alpha = max(-2.5, -160.0 / self.chunk_size)
+        if self.eta_max is None:
+            self.eta_max = largest_step(self)
         layer_types, attention_layers = kwargs.pop("layer_types", None), self.attention_layers
         if layer_types is not None:
             self.layer_types = layer_types
@@ -402,10 +416,13 @@ class MirasConfig(PreTrainedConfig):
                 f"`min_log_alpha` must lie between -160 / chunk_size = {-160.0 / self.chunk_size:g} and 0, "
                 f"got {self.min_log_alpha}."
             )
-        if self.learning_algorithm == "momentum" and self.gate_granularity != "head":
+        granularities = chosen(self, "learning_algorithm").gate_granularities
+        if self.gate_granularity not in granularities:
             raise ValueError(
-                f"`gate_granularity` must be 'head' with `learning_algorithm='momentum'`, got {self.gate_granularity!r}."
+                f"`gate_granularity` must be {' or '.join(map(repr, granularities))} with `learning_algorithm="
+                f"{self.learning_algorithm!r}`, got {self.gate_granularity!r}."
             )
+        check_own_values(self)
         check_meaning(self)
 
     def check_for_model(self) -> None:
@@ -450,7 +467,9 @@ class MirasConfig(PreTrainedConfig):
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
         # Transformers assigns them one by one when the config is made, which is too late for choices that belong together
-        own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        own = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)} | own_keys(
+            cls
+        )
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in own or name == "layer_types"}
         # a person's dictionary has no version
         stored = with_later_fields(config_dict) if "transformers_version" in config_dict else config_dict
@@ -494,12 +513,13 @@ class MirasConfig(PreTrainedConfig):
         plan = {"embed_tokens": "embedding_rowwise"}
         if self.first_memory_layer is not None:
             mixer = {f"{x}_proj": "colwise" for x in "qkvg"} | {f"{x}_conv": "heads" for x in "qkv"}
-            gates = {"eta": True, "alpha": True, "delta": self.attentional_bias.startswith("huber")}
-            gates["momentum"] = self.learning_algorithm == "momentum"
+            gates = {"eta": True, "alpha": True}
+            gates["delta"] = chosen(self, "attentional_bias").delta_granularity is not None
+            gates["momentum"] = chosen(self, "learning_algorithm").has_momentum
             for gate in (name for name, there in gates.items() if there):
                 mixer |= {gate: "heads", f"{gate}.up_proj": "colwise"}
             mixer["memory.initial_state"] = "heads"
-            if self.memory_architecture == "mlp":
+            if chosen(self, "memory_architecture").has_norm:
                 mixer["memory"] = "heads"
             mixer |= {"o_norm": "replicated_with_grad_allreduce", "o_proj": "rowwise"}
             plan |= {f"layers.*.mixer.{name}": style for name, style in mixer.items()}
@@ -528,8 +548,8 @@ class MonetaConfig(MirasConfig):
 
     model_type = "moneta"
 
-    attentional_bias: Literal["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"] = "lp"
-    retention: Literal["decay", "lq", "kl"] = "lq"
+    attentional_bias: str = choice("attentional_bias", "lp")
+    retention: str = _retention("lq")
 
 
 @strict
@@ -548,8 +568,8 @@ class YaadConfig(MirasConfig):
     model_type = "yaad"
     _printed: ClassVar[dict[str, Any]] = {"attentional_bias": "huber_mixture"}
 
-    attentional_bias: Literal["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"] = "huber_norm"
-    retention: Literal["decay", "lq", "kl"] = "decay"
+    attentional_bias: str = choice("attentional_bias", "huber_norm")
+    retention: str = _retention("decay")
 
 
 @strict
@@ -566,8 +586,8 @@ class MemoraConfig(MirasConfig):
 
     model_type = "memora"
 
-    attentional_bias: Literal["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"] = "l2"
-    retention: Literal["decay", "lq", "kl"] = "kl"
+    attentional_bias: str = choice("attentional_bias", "l2")
+    retention: str = _retention("kl")
 
 
 __all__ = ["MemoraConfig", "MirasConfig", "MonetaConfig", "YaadConfig"]

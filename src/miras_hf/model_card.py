@@ -45,6 +45,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .files import write_text
 from .hub import INSTALL
+from .memory.registry import CHOICES, choice_of
 
 
 if TYPE_CHECKING:
@@ -174,19 +175,20 @@ def _in_strings(change: Callable[[Any], Any], value: Any) -> Any:
 
 def four_choices(config: PreTrainedConfig) -> str:
     """The point of the Miras design space that a config names, as a table in Markdown."""
-    memory = f"`{config.memory_architecture}`"
-    if config.memory_architecture == "mlp":
-        memory += f", {config.memory_expansion} hidden units for each channel of a head"
-    memory += f", {config.num_attention_heads} memories of width {config.head_dim} in a layer"
-    bias = f"`{config.attentional_bias}`" + (f", p = {config.lp_power}" if config.attentional_bias == "lp" else "")
-    retention = f"`{config.retention}`"
+    made = {}
+    for field in CHOICES:
+        values = choice_of(config, field).meaningful()
+        # the power of a loss before the guard that all losses have
+        in_order = sorted(values.items(), key=lambda item: item[0].startswith("`"))
+        made[field] = ", ".join([f"`{getattr(config, field)}`", *(f"{name} = {value}" for name, value in in_order)])
     if config.retention == "lq":
-        retention += f", q = {config.lq_power}, `{config.lq_map}` map"
+        made["retention"] += f", `{config.lq_map}` map"
     rows = {
-        "memory architecture": memory,
-        "attentional bias": bias,
-        "retention": f"{retention}, decay toward `{config.decay_target}`",
-        "learning algorithm": f"`{config.learning_algorithm}`, gradients taken at the start of chunks of "
+        "memory architecture": f"{made['memory_architecture']}, {config.num_attention_heads} memories of width "
+        f"{config.head_dim} in a layer",
+        "attentional bias": made["attentional_bias"],
+        "retention": f"{made['retention']}, decay toward `{config.decay_target}`",
+        "learning algorithm": f"{made['learning_algorithm']}, gradients taken at the start of chunks of "
         f"{config.chunk_size} tokens",
     }
     return "\n".join(

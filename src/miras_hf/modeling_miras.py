@@ -60,15 +60,8 @@ from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, Mi
 from .hub import WholeFilesOnly
 from .inference_mode import is_abroad, leave_inference_mode
 from .inputs import check_cache, check_ids, check_inputs, for_losses
-from .memory import (
-    ATTENTIONAL_BIASES,
-    LEARNING_ALGORITHMS,
-    MEMORY_ARCHITECTURES,
-    RETENTION_GATES,
-    MemoryParameters,
-    MemoryState,
-    MirasRule,
-)
+from .memory import MemoryParameters, MemoryState, MirasRule
+from .memory.registry import CHOICES, choice_of, chosen
 from .mixer_ops import causal_convolution, l2norm, negative_softplus, rms_norm, scaled_sigmoid, silu_gated_rms_norm
 from .model_card import save_model_card
 from .parallel import check_distributed_config
@@ -262,12 +255,9 @@ class MirasThresholdGate(MirasLowRankGate):
     """Threshold of the Huber biases, `delta = softplus(.)`, positive, float32."""
 
     def __init__(self, config: MirasConfig):
-        granularity = ATTENTIONAL_BIASES[config.attentional_bias].delta_granularity
-        super().__init__(config, granularity)
-        # Heads start on both sides of the threshold: in the l2 branch of the mixture delta has no gradient, and in its
-        # l1 branch, which knows only the signs of errors, values have none.
-        spread = (2.0, 2.0) if granularity == "channel" else (0.25 * config.head_dim**0.5, config.head_dim**0.5)
-        self.initial = spread
+        bias = choice_of(config, "attentional_bias")
+        super().__init__(config, bias.delta_granularity)
+        self.initial = bias.initial_delta(config.head_dim)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         # the floor keeps the l1 branch from writing nothing at all
@@ -293,26 +283,8 @@ class MirasMomentumGate(MirasLowRankGate):
 
 def memory_rule(config: MirasConfig) -> MirasRule:
     """The point of the Miras design space that a config names."""
-    architectures = {"mlp": {"expansion": config.memory_expansion, "norm_eps": config.memory_norm_eps}}
-    lp = {
-        "power": float(config.lp_power),
-        "sign": config.lp_sign,
-        "sharpness": float(config.lp_sharpness),
-        "error_cap": float(config.lp_error_cap),
-    }
-    cap = {"weight_cap": config.weight_cap}
-    lq = {"power": float(config.lq_power), "norm_floor": config.lq_norm_floor, **cap}
-    retention = {"decay": cap, "lq": lq, "lq_mirror": lq, "kl": {"mass": float(config.simplex_mass)}}
-    gate = config.retention_gate
     return MirasRule(
-        architecture=MEMORY_ARCHITECTURES[config.memory_architecture](
-            **architectures.get(config.memory_architecture, {})
-        ),
-        attentional_bias=ATTENTIONAL_BIASES[config.attentional_bias](
-            residual_clip=float(config.residual_clip), **(lp if config.attentional_bias == "lp" else {})
-        ),
-        retention=RETENTION_GATES[gate](**retention[gate]),
-        algorithm=LEARNING_ALGORITHMS[config.learning_algorithm](),
+        *(choice_of(config, field) for field in CHOICES),
         chunk_size=config.chunk_size,
         decay_target=config.decay_target,
         min_log_alpha=config.min_log_alpha,
@@ -418,9 +390,9 @@ class MirasMixer(nn.Module):
 
         self.eta = MirasStepGate(config)
         self.alpha = MirasRetentionGate(config)
-        thresholded = ATTENTIONAL_BIASES[config.attentional_bias].delta_granularity is not None
+        thresholded = chosen(config, "attentional_bias").delta_granularity is not None
         self.delta = MirasThresholdGate(config) if thresholded else None
-        has_momentum = LEARNING_ALGORITHMS[config.learning_algorithm].has_momentum
+        has_momentum = chosen(config, "learning_algorithm").has_momentum
         self.momentum = MirasMomentumGate(config) if has_momentum else None
 
         self.memory = MirasMemory(config)

@@ -26,7 +26,14 @@ starts at a third of it.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+
+from .memory import KL, L2, Decay, HuberCoordinate, HuberMixture, HuberNorm, Lp, Lq, LqMirror, MatrixMemory, MLPMemory
+from .memory.attentional_bias import AttentionalBias
+from .memory.registry import choice_of, chosen
+from .memory.retention import RetentionGate
 
 
 SMALLEST, LARGEST = 1e-9, 1e3
@@ -41,17 +48,63 @@ def moment(power: float) -> float:
     return 2.0 ** (power / 2.0) * math.gamma((power + 1.0) / 2.0) / math.sqrt(math.pi)
 
 
-def loss_gain(attentional_bias: str, head_dim: int, lp_power: float, residual_clip: float) -> float:
+def loss_gain(bias: AttentionalBias, head_dim: int) -> float:
     """`<r, e> / <e, e>` for a normal error of root mean square 1."""
-    if attentional_bias == "lp":
-        size = lp_power * math.sqrt(moment(2.0 * lp_power - 2.0))
-        return lp_power * moment(lp_power) * min(1.0, residual_clip / size)
-    # thresholds of whole tokens start between a quarter and all of sqrt(head_dim), the size of such an error
-    if attentional_bias == "huber_norm":
-        return min(0.625, residual_clip)
-    if attentional_bias == "huber_mixture":
-        return moment(1.0) * min(0.625 * math.sqrt(head_dim), residual_clip)
-    return min(1.0, residual_clip)
+    clip = bias.residual_clip
+    threshold = 0.0 if bias.delta_granularity is None else sum(bias.initial_delta(head_dim)) / 2.0
+    if isinstance(bias, Lp) and type(bias) is Lp:
+        size = bias.power * math.sqrt(moment(2.0 * bias.power - 2.0))
+        return bias.power * moment(bias.power) * min(1.0, clip / size)
+    if type(bias) is HuberNorm:
+        return min(threshold / math.sqrt(head_dim), clip)
+    if type(bias) is HuberMixture:
+        return moment(1.0) * min(threshold, clip)
+    if type(bias) in (L2, HuberCoordinate):
+        return min(1.0, clip)
+    # of a loss that nobody has derived it for, by what it makes of some errors
+    generator = torch.Generator().manual_seed(0)
+    error = torch.randn(256, head_dim, generator=generator, dtype=torch.float64, device="cpu")
+    delta = None if bias.delta_granularity is None else torch.full_like(error[:, :1], threshold)
+    with torch.no_grad():
+        residual = bias.residual(error, delta)
+    return float((residual * error).sum() / error.square().sum())
+
+
+class Start(NamedTuple):
+    """A weight that a model starts from.
+
+    Args:
+        std (`float`): deviation of its entries.
+        slope (`float`): of the link, what a write is multiplied with.
+        mean (`float`): of its entries.
+    """
+
+    std: float
+    slope: float
+    mean: float = 0.0
+
+
+def start_of(gate: RetentionGate, shape: tuple[int, int], std: float, hidden_axis: int) -> Start:
+    """What a gate makes of a weight `[in, out]` that was drawn with a deviation."""
+    if isinstance(gate, Lq) and type(gate) in (Lq, LqMirror):
+        return Start(*lq_weights(shape[0] * shape[1], std, gate.power, type(gate) is LqMirror))
+    if isinstance(gate, KL) and type(gate) is KL:
+        slope = gate.mass / math.sqrt(shape[0])
+        # the variance of one entry that has the whole mass bounds it
+        spread = math.expm1(min((std / slope) ** 2, math.log(shape[hidden_axis])))
+        return Start(slope * math.sqrt(spread), slope, mean=slope)
+    if type(gate) is Decay:
+        return Start(std, 1.0)
+    # of a link that nobody has derived it for, by what it makes of some weights
+    generator = torch.Generator().manual_seed(0)
+    drawn, write = torch.randn(2, *shape, generator=generator, dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        weights = gate.at_chunk_start(gate.inverse(std * drawn, hidden_axis), None, hidden_axis)
+        written = gate.writes_matrix(weights, write, hidden_axis)
+    if weights.scale is not None:
+        written = written * weights.scale
+    slope = float((written * write).sum() / write.square().sum())
+    return Start(float(weights.weight.std()), slope, float(weights.weight.mean()))
 
 
 def lq_weights(weights: int, std: float, q: float, mirror: bool) -> tuple[float, float]:
@@ -78,45 +131,46 @@ def unit_step(config: Any) -> float:
 
     Args:
         config: with the fields of a `MirasConfig`, those of its memory resolved.
+
+    Raises:
+        `ValueError`: for a memory architecture that it has not been derived for.
     """
-    head_dim, gate, mass = config.head_dim, config.retention_gate, config.simplex_mass
-    gain = loss_gain(config.attentional_bias, head_dim, float(config.lp_power), float(config.residual_clip))
-    is_matrix = config.memory_architecture == "matrix"
-    hidden = head_dim if is_matrix else config.memory_expansion * head_dim
-    std1 = FIRST_LAYER_SCALE / math.sqrt(head_dim)
-    std2 = config.initial_memory_scale / math.sqrt(hidden)
-    slope1 = slope2 = 1.0
-    common = 0.0  # variance of what is the same for all hidden units
-    if gate in ("lq", "lq_mirror"):
-        weights, q, mirror = hidden * head_dim, float(config.lq_power), gate == "lq_mirror"
-        (std1, slope1), (std2, slope2) = (lq_weights(weights, std, q, mirror) for std in (std1, std2))
-    elif gate == "kl":
-        # weights mass / sqrt(fan_in) exp(u), u normal; the deviations of softmax are its slope times those of A
-        slope1, slope2 = mass / math.sqrt(head_dim), mass / math.sqrt(hidden)
-        common = slope1**2
-        # the variance of one entry that has the whole mass bounds it
-        std1 = slope1 * math.sqrt(math.expm1(min((FIRST_LAYER_SCALE / mass) ** 2, math.log(hidden))))
-        std2 = slope2 * math.sqrt(math.expm1(min((config.initial_memory_scale / mass) ** 2, math.log(hidden))))
-    if is_matrix:  # its one layer reads keys
-        return 1.0 / (gain * slope2)
-    # of small z, gelu(z) is z / 2 + z^2 / sqrt(2 pi), and its slope 1/2 + 2 z / sqrt(2 pi)
-    own, whole = std1**2, std1**2 + common
+    memory, gate = choice_of(config, "memory_architecture"), choice_of(config, "retention")
+    if type(memory) not in (MLPMemory, MatrixMemory):
+        raise ValueError(
+            f"`eta_max` must be given with `memory_architecture={config.memory_architecture!r}`, got None."
+        )
+    gain = loss_gain(choice_of(config, "attentional_bias"), config.head_dim)
+    shapes = memory.weight_shapes(config.head_dim)
+    scales = [FIRST_LAYER_SCALE] * (len(shapes) - 1) + [config.initial_memory_scale]
+    starts = [
+        start_of(gate, shape, scale / math.sqrt(shape[0]), -1 if axis == "input" else -2)
+        for shape, scale, axis in zip(shapes, scales, memory.gate_axes, strict=True)
+    ]
+    if type(memory) is MatrixMemory:  # its one layer reads keys
+        return 1.0 / (gain * starts[0].slope)
+    (first, last), hidden = starts, shapes[0][1]
+    # of small z, gelu(z) is z / 2 + z^2 / sqrt(2 pi), and its slope 1/2 + 2 z / sqrt(2 pi); what weights have in common
+    # is the same for all hidden units
+    own, common = first.std**2, first.mean**2
+    whole = own + common
     squares = hidden * (whole / 4.0 + 3.0 * whole**2 / (2.0 * math.pi))
     # a simplex knows deviations from its mean alone
     written = hidden * (own / 4.0 + (2.0 * common + 3.0 * own) * own / (2.0 * math.pi))
     slope_squared = 0.25 + 2.0 * whole / math.pi
-    variance = squares * std2**2 + config.memory_norm_eps
-    return variance / (gain * (written * slope2 + slope_squared * hidden * std2**2 * slope1))
+    variance = squares * last.std**2 + memory.norm_eps
+    return variance / (gain * (written * last.slope + slope_squared * hidden * last.std**2 * first.slope))
 
 
 def largest_step(config: Any) -> float:
-    """The default of `eta_max`: `unit_step`, or less where a chunk's writes along one key would overshoot.
+    """The default of `eta_max`: `unit_step` over what the learning algorithm makes of a step in the end, or less where a
+    chunk's writes along one key would overshoot.
 
     All gradients of a chunk are taken at its start. C equal tokens that write a share u each leave `|1 - C u|` of their
     error, which grows from `C u = 2` on. Steps start at a third of the largest: of a matrix memory, `C u = 2` at
     `eta_max = 6 / C` of `unit_step`. An MLP memory's layer norm meets a variance that grows with what is written, and
     its steps in units of the read shrink; chunks of up to 64 tokens need no less.
     """
-    tokens = 6.0 if config.memory_architecture == "matrix" else 64.0
-    step = unit_step(config) * min(1.0, tokens / config.chunk_size)
+    tokens = 64.0 if chosen(config, "memory_architecture").has_norm else 6.0
+    step = unit_step(config) / chosen(config, "learning_algorithm").moves * min(1.0, tokens / config.chunk_size)
     return max(SMALLEST, min(LARGEST, step))

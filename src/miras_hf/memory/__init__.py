@@ -13,11 +13,13 @@
 # limitations under the License.
 """The mathematics of Miras memories in pure PyTorch: the four choices, and one function per form of the recurrence."""
 
-from .architecture import MEMORY_ARCHITECTURES, Factors, MatrixMemory, MLPMemory
+from .architecture import MEMORY_ARCHITECTURES, Factors, MatrixMemory, MemoryArchitecture, MLPMemory
 from .attentional_bias import ATTENTIONAL_BIASES, L2, AttentionalBias, HuberCoordinate, HuberMixture, HuberNorm, Lp
 from .chunk import chunk_miras
+from .declared import parameter
 from .learning import LEARNING_ALGORITHMS, GradientDescent, Momentum
 from .recurrent import recurrent_miras
+from .registry import register_attentional_bias, register_memory_architecture, register_retention_gate
 from .retention import KL, RETENTION_GATES, ChunkWeights, Decay, Lq, LqMirror, RetentionGate
 from .rule import MirasRule
 from .state import MemoryParameters, MemoryState, initial_memory_state
@@ -44,6 +46,7 @@ __all__ = [
     "LqMirror",
     "MLPMemory",
     "MatrixMemory",
+    "MemoryArchitecture",
     "MemoryParameters",
     "MemoryState",
     "MirasRule",
@@ -51,7 +54,11 @@ __all__ = [
     "RetentionGate",
     "chunk_miras",
     "initial_memory_state",
+    "parameter",
     "recurrent_miras",
+    "register_attentional_bias",
+    "register_memory_architecture",
+    "register_retention_gate",
     "step_miras",
     "step_miras_",
 ]

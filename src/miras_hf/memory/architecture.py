@@ -24,6 +24,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .declared import Choice, parameter
 from .gelu import gelu, gelu_and_slope
 from .vjp import differentiated_by_autograd
 
@@ -45,7 +46,32 @@ class Factors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MLPMemory:
+class MemoryArchitecture(Choice):
+    """Base class: what one head's memory computes, and the gradient of a loss on that."""
+
+    gate_axes: ClassVar[tuple[str, ...]]
+    """Where each weight has the `head_dim` axis that channel gates live on; the other axis is the hidden one."""
+
+    has_norm: ClassVar[bool] = False
+    """Whether the layer norm's affine is used."""
+
+    def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
+        """Shapes `[in, out]` of the weights, layer by layer."""
+        raise NotImplementedError
+
+    def read(self, linear: Linear, x: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        """`M(x)` for `x` of shape `[..., tokens, head_dim]`."""
+        raise NotImplementedError
+
+    def write(
+        self, weights: tuple[Tensor, ...], k: Tensor, residual: Residual, norm_weight: Tensor, norm_bias: Tensor
+    ) -> tuple[Factors, ...]:
+        """The gradients of `loss(M(W; k) - v)`; `residual` maps `M(W; k)` to `dloss/dM`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MLPMemory(MemoryArchitecture):
     """`M(W; x) = x + LN(gelu(x W1) W2)`, `W1: d x n`, `W2: n x d`, `n = expansion * d`, gelu in its tanh form.
 
     The layer norm's affine belongs to the outer model: it is learned in training and not changed by what is read.
@@ -56,27 +82,17 @@ class MLPMemory:
             Epsilon of the layer norm, large against the variance it meets, which bounds `1/std` in its backward.
     """
 
-    expansion: int = 4
-    norm_eps: float = 0.1
-
-    def __post_init__(self):
-        if self.expansion < 1 or not self.norm_eps > 0:
-            raise ValueError(
-                f"`expansion` must be at least 1 and `norm_eps` positive, got {self.expansion} and {self.norm_eps}."
-            )
+    expansion: int = parameter("memory_expansion", 4, 1, 64)
+    norm_eps: float = parameter("memory_norm_eps", 0.1, 1e-30, 1)
 
     gate_axes: ClassVar[tuple[str, ...]] = ("input", "output")
-    """Where each weight has the `head_dim` axis that channel gates live on; the other axis is the hidden one."""
-
     has_norm: ClassVar[bool] = True
-    """Whether the layer norm's affine is used."""
 
     def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         hidden = self.expansion * head_dim
         return (head_dim, hidden), (hidden, head_dim)
 
     def read(self, linear: Linear, x: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-        """`M(x)` for `x` of shape `[..., tokens, head_dim]`."""
         hidden = gelu(linear(0, x))
         normed, *_ = self.normalise(linear(1, hidden))
         return x + torch.addcmul(norm_bias, normed, norm_weight)
@@ -84,7 +100,6 @@ class MLPMemory:
     def write(
         self, weights: tuple[Tensor, ...], k: Tensor, residual: Residual, norm_weight: Tensor, norm_bias: Tensor
     ) -> tuple[Factors, ...]:
-        """Forward and hand-written backward of `loss(M(W; k) - v)`; `residual` maps `M(W; k)` to `dloss/dM`."""
         w1, w2 = weights
         z1 = k @ w1
         hidden, slope = gelu_and_slope(z1)
@@ -123,14 +138,13 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MatrixMemory:
+class MatrixMemory(MemoryArchitecture):
     """`M(W; x) = x W`, `W: d x d`: the linear memory of the paper's ablation and of linear attention models.
 
     It has no layer norm: `norm_weight` and `norm_bias` are not used.
     """
 
     gate_axes: ClassVar[tuple[str, ...]] = ("input",)
-    has_norm: ClassVar[bool] = False
 
     def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         return ((head_dim, head_dim),)
@@ -144,4 +158,4 @@ class MatrixMemory:
         return (Factors(k, residual(k @ weights[0])),)
 
 
-MEMORY_ARCHITECTURES: dict[str, type] = {"mlp": MLPMemory, "matrix": MatrixMemory}
+MEMORY_ARCHITECTURES: dict[str, type[MemoryArchitecture]] = {"mlp": MLPMemory, "matrix": MatrixMemory}

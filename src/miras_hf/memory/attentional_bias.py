@@ -24,6 +24,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .declared import Choice, parameter
+
 
 def norm(x: Tensor) -> Tensor:
     # the tiny term keeps the derivative of the root finite at an error of exactly zero
@@ -36,7 +38,7 @@ def shortened(x: Tensor, limit: Tensor | float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AttentionalBias:
+class AttentionalBias(Choice):
     """Base class: a loss on the error, its gradient, and the guard that bounds one token's write.
 
     Args:
@@ -44,14 +46,18 @@ class AttentionalBias:
             Largest root mean square of the residual: `||r||_2 <= residual_clip * sqrt(head_dim)`.
     """
 
-    residual_clip: float = 3.0
-
-    def __post_init__(self):
-        if not self.residual_clip > 0:
-            raise ValueError(f"`residual_clip` must be positive, got {self.residual_clip}.")
+    residual_clip: float = parameter("residual_clip", 3.0, above=0, high=1e9)
 
     delta_granularity: ClassVar[str | None] = None
     """`None` for a loss without threshold, `"head"` for one threshold a head, `"channel"` for one a channel."""
+
+    def initial_delta(self, head_dim: int) -> tuple[float, float]:
+        """Smallest and largest threshold at the start, between which heads or channels are spread."""
+        if self.delta_granularity == "channel":
+            return 2.0, 2.0
+        # on both sides of errors of rms 1: in the l2 branch of the mixture delta has no gradient, and in its l1 branch,
+        # which knows only the signs of errors, values have none
+        return 0.25 * math.sqrt(head_dim), math.sqrt(head_dim)
 
     def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         """The loss `[..., 1]` of errors `[..., head_dim]`, summed over channels, without the guard."""
@@ -89,22 +95,12 @@ class Lp(AttentionalBias):
         sharpness (`float`, *optional*, defaults to 10.0): a of Remark 5.
     """
 
-    power: float = 3.0
-    error_cap: float = 4.0
-    sign: str = "exact"
-    sharpness: float = 10.0
+    power: float = parameter("lp_power", 3.0, 1, 16, symbol="p")
+    error_cap: float = parameter("lp_error_cap", 4.0, above=0, high=1e6)
+    sign: str = parameter("lp_sign", "exact", one_of=("exact", "tanh"))
+    sharpness: float = parameter("lp_sharpness", 10.0, above=0, high=1e6, only_with={"lp_sign": "tanh"})
 
     smoothing: ClassVar[float] = 1e-6
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.sign not in ("exact", "tanh"):
-            raise ValueError(f"`sign` must be 'exact' or 'tanh', got {self.sign!r}.")
-        if self.power < 1 or not self.error_cap > 0 or not self.sharpness > 0:
-            raise ValueError(
-                "`power` must be at least 1, `error_cap` and `sharpness` positive, got "
-                f"{self.power}, {self.error_cap} and {self.sharpness}."
-            )
 
     def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         # its derivative is `gradient` up to the smoothing, for the exact sign; that of Remark 5 has no closed form

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Factors
+from .declared import Choice
 from .retention import ChunkWeights
 from .vjp import in_transform
 
@@ -65,11 +66,17 @@ class Gates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GradientDescent:
+class GradientDescent(Choice):
     """One step on each token's own gradient: `A_t = alpha_t o A_{t-1} - eta_t o g_t`."""
 
     has_momentum: ClassVar[bool] = False
     """Whether a layer's state is a second matrix besides the dual state."""
+
+    gate_granularities: ClassVar[tuple[str, ...]] = ("channel", "head")
+    """What gates may be one number of."""
+
+    moves: ClassVar[float] = 1.0
+    """How many times its step a write moves the state by in the end, at the gates that a model starts with."""
 
     def update(self, slots: tuple[Tensor, ...], step: Tensor, alpha: Tensor, *momentum: Tensor) -> tuple[Tensor, ...]:
         """A layer's state after a token, in the reference.
@@ -170,13 +177,15 @@ class MomentumGates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(Choice):
     """Gradient descent with momentum, data-dependent (arXiv 2501.00663, equations (9), (10)); gates are one number a head:
 
     S_t = mu_t S_{t-1} - eta_t g_t          A_t = alpha_t A_{t-1} + S_t
     """
 
     has_momentum: ClassVar[bool] = True
+    gate_granularities: ClassVar[tuple[str, ...]] = ("head",)
+    moves: ClassVar[float] = 2.0  # 1 / (1 - mu), mu one half
 
     def update(self, slots: tuple[Tensor, ...], step: Tensor, alpha: Tensor, *momentum: Tensor) -> tuple[Tensor, ...]:
         """As `GradientDescent.update`, with mu."""

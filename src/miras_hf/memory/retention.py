@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Factors
+from .declared import Choice, parameter
 from .vjp import can_look_at
 
 
@@ -66,7 +67,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RetentionGate:
+class RetentionGate(Choice):
     """Base class of the links."""
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
@@ -109,11 +110,7 @@ class FrozenScale(RetentionGate):
         weight_cap (`float`, *optional*, defaults to 2.0): `rms(W)` never exceeds this, through the scalar.
     """
 
-    weight_cap: float | None = 2.0
-
-    def __post_init__(self):
-        if self.weight_cap is not None and not self.weight_cap > 0:
-            raise ValueError(f"`weight_cap` must be positive or None, got {self.weight_cap}.")
+    weight_cap: float | None = parameter("weight_cap", 2.0, 1e-6, 1e9, optional=True)
 
     def scale(self, dual: Tensor) -> Tensor | None:
         """`[..., 1, 1]`, or None for one."""
@@ -177,15 +174,8 @@ class Lq(FrozenScale):
         norm_floor (`float`, *optional*, defaults to 0.01): smallest `||A||_q` that is divided by.
     """
 
-    power: float = 4.0
-    norm_floor: float = 1e-2
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.power < 2 or not self.norm_floor > 0:
-            raise ValueError(
-                f"`power` must be at least 2 and `norm_floor` positive, got {self.power} and {self.norm_floor}."
-            )
+    power: float = parameter("lq_power", 4.0, 2, 16, symbol="q")
+    norm_floor: float = parameter("lq_norm_floor", 1e-2, above=0, high=100)
 
     def norm(self, dual: Tensor) -> Tensor:
         """`||A||_q`, or its floor."""
@@ -266,11 +256,7 @@ class KL(RetentionGate):
             from their mean by about `1 / sqrt(fan_in)`.
     """
 
-    mass: float = 2.0
-
-    def __post_init__(self):
-        if not self.mass > 0:
-            raise ValueError(f"`mass` must be positive, got {self.mass}.")
+    mass: float = parameter("simplex_mass", 2.0, above=0, high=1e6)
 
     def simplex(self, dual: Tensor, hidden_axis: int) -> tuple[float, int]:
         size = dual.shape[hidden_axis]

@@ -1,0 +1,48 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a config says about choices that are not the library's: keywords that their classes declare, and that are no fields."""
+
+from dataclasses import fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .memory.declared import Parameter
+from .memory.registry import CHOICES, chosen, declared_keys
+
+
+def own_keys(config_class: type[PreTrainedConfig]) -> set[str]:
+    """The keywords of all registered choices that are no fields of a config."""
+    return declared_keys().keys() - {field.name for field in fields(config_class)}
+
+
+def own_parameters(config: PreTrainedConfig) -> dict[str, Parameter]:
+    """Those of the choices that a config makes."""
+    own, made = own_keys(type(config)), (chosen(config, field) for field in CHOICES)
+    return {p.key: p for cls in made for p in cls.parameters().values() if p.key in own}
+
+
+def take_own_values(config: PreTrainedConfig, keywords: dict[str, Any]) -> None:
+    """Makes attributes of the keywords, or of their defaults."""
+    for key, parameter in own_parameters(config).items():
+        setattr(config, key, keywords.pop(key, parameter.default))
+    check_own_values(config)
+
+
+def check_own_values(config: PreTrainedConfig) -> None:
+    """Raises a `ValueError` for a value that is not allowed, naming its keyword."""
+    for key, parameter in own_parameters(config).items():
+        refusal = parameter.refusal(getattr(config, key))
+        if refusal is not None:
+            raise ValueError(f"`{key}` {refusal}.")
