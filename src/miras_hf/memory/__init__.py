@@ -11,7 +11,9 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The mathematics of Miras memories in pure PyTorch: the four choices, and one function per form of the recurrence."""
+"""The mathematics of Miras memories in pure PyTorch: the four choices, and one function per form of the recurrence.
+
+`naive.py` is where to begin: one head that reads one text, in forty lines."""
 
 from .architecture import MEMORY_ARCHITECTURES, Factors, MatrixMemory, MemoryArchitecture, MLPMemory
 from .attentional_bias import ATTENTIONAL_BIASES, L2, AttentionalBias, HuberCoordinate, HuberMixture, HuberNorm, Lp

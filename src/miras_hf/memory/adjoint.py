@@ -19,40 +19,15 @@ sequence keeps the states before it, and nothing else, and its adjoint runs the 
 back chunk by chunk. `x_bar` is the adjoint of x, the gradient of the outer loss with respect to it. Names are those of
 `architecture.py` and `learning.py`; products are per head.
 
-What a chunk computes, S being strictly what a token sees, `tril`, and f, F the gates at which writes are folded:
-
-    link       W = phi(A)                                                  RetentionGate.at_chunk_start
-    write      z1 = k W1,  h = gelu(z1),  z2 = h W2,  n = LN(z2)           MLPMemory.write
-               r = residual(k + gamma n + beta - v)
-               dz2 = P(gamma r) / std,   dhidden = dz2 W2^T,   dz1 = dhidden gelu'(z1)
-    read       z1 = (q B) D1 + q A0 - S dz1,    S = tril((q B) (k eta / B)^T)         GradientDescent.read
-               z2 = B (h D2) + h A0 - B S U,    S = tril(h H^T),   U = dz2 eta / B
-    fold       A' = B_C A - (k f)^T dz1,   f = eta B_C / B                 GradientDescent.fold
-
-The reads feed nobody but the output, and the state's adjoint comes from the next chunk's, so a chunk goes back in the
-order read, fold, write, link.
-
-Every product goes back as two, `z = x W` as `x_bar = z_bar W^T`, `W_bar = x^T z_bar`, and the causal one as
-
-    z = -S dz,  S = tril(x K^T):   S_bar = -tril(z_bar dz^T),  dz_bar = -S^T z_bar,  x_bar = S_bar K,  K_bar = S_bar^T x
-    A' = B_C A - (k f)^T dz:       A_bar = B_C A'_bar,  (k f)_bar = -dz A'_bar^T,  dz_bar = -(k f) A'_bar
-
-The write is a backward pass itself, and its adjoint meets two derivatives of second order. Of the gelu:
-
-    dz1 = dhidden gelu'(z1):       dhidden_bar = dz1_bar gelu'(z1),    z1_bar gets dz1_bar dhidden gelu''(z1)
-
-Of the layer norm, with `P g = g - mean(g) - n mean(n g)`, symmetric, the backward of `n = LN(z2)` being `P / std`:
-
-    dz2 = P g / std:   g_bar = P(dz2_bar) / std
-                       n_bar = -(dz2_bar mean(n g) + g mean(n dz2_bar)) / std,  besides gamma m_bar of the prediction m
-                       z2_bar = (P(n_bar) - n mean(dz2_bar dz2)) / std
-
-the last term because 1/std itself, a factor of dz2, moves with z2.
+What goes back to what is derived in `kernels/README.md`, "The backward pass"; kernels and this file are two forms of it.
+The reads of a chunk feed nobody but the output, and the state's adjoint comes from the next chunk's, so a chunk goes back
+in the order read, fold, write, link: `adjoints/learning.py` has the first two, `adjoints/architecture.py` the write, in
+which the derivatives of second order are met, `adjoints/retention.py` the link, and `adjoints/cell.py` puts them together.
 
 Links other than the identity and losses have derivatives of their own, all of them in `adjoints/`. A bias or a retention
 gate without is differentiated by autograd, on its own, inside this backward pass; with an architecture or an algorithm
-without, the whole group is, recomputed by `torch.utils.checkpoint`. So are, in training only, chunks that go on from the middle of a chunk or leave a begun chunk to the final state, and everything
-under `torch.compile`, which fuses what is slow in eager mode. Under `create_graph`, for second derivatives, the group is
+without, the whole group is, recomputed by `torch.utils.checkpoint`. So are, in training only, chunks that go on from
+the middle of a chunk or leave a begun chunk to the final state, and everything under `torch.compile`, which fuses what is slow in eager mode. Under `create_graph`, for second derivatives, the group is
 differentiated by autograd; inside transforms of `torch.func`, forward mode and traces the whole call is.
 """
 

@@ -1,0 +1,73 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The memory of one head that reads one text, as the paper says it: read this first.
+
+Every other form computes the same for many heads, rows and packs at once, goes on from any token, and is tested against
+`recurrent.py`, which is tested against this.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .rule import MirasRule
+
+
+def naive_miras(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    delta: Tensor | None = None,
+    mu: Tensor | None = None,
+    *,
+    rule: MirasRule,
+    initial: Sequence[Tensor],
+    norm: Sequence[Tensor],
+) -> Tensor:
+    """What a memory returns for each query, after it has learned that token's key and value.
+
+    Args:
+        q, k, v (`torch.Tensor` of shape `[tokens, head_dim]`): queries, keys, values.
+        eta, alpha (`torch.Tensor` of shape `[tokens, head_dim or 1]`): step and retention of every token.
+        delta (`torch.Tensor` of shape `[tokens, head_dim or 1]`, *optional*): threshold of the Huber biases.
+        mu (`torch.Tensor` of shape `[tokens, 1]`, *optional*): momentum, with `rule.algorithm=Momentum()`.
+        rule (`MirasRule`): the four choices.
+        initial (sequence of `torch.Tensor` of shape `[in, out]`): the initial dual state, layer by layer.
+        norm (two `torch.Tensor` of shape `[head_dim]`): affine of an MLP memory's layer norm.
+
+    Returns:
+        `y` of shape `[tokens, head_dim]`.
+    """
+    memory, axes = rule.architecture, rule.architecture.gate_axes
+    layers, link = range(len(initial)), rule.retention.link
+    base = [a if rule.decay_target == "init" else torch.zeros_like(a) for a in initial]
+    dual, momentum = list(initial), [torch.zeros_like(a) for a in initial]
+    outputs = []
+    for t in range(len(q)):
+        if t % rule.chunk_size == 0:  # (28): all gradients of a chunk are taken at its first token's weights
+            start = [link(dual[i], rule.hidden_axis(i)) for i in layers]
+            start = [w if w.requires_grad else w.detach().requires_grad_() for w in start]
+        prediction = memory.read(lambda i, x, start=start: x @ start[i], k[t : t + 1], *norm)
+        residual = rule.attentional_bias.residual(prediction - v[t], None if delta is None else delta[t])
+        gradients = torch.autograd.grad(prediction, start, residual, create_graph=True, retain_graph=True)
+        for i in layers:
+            step, keep = (x[t].unsqueeze(-1 if axes[i] == "input" else 0) for x in (eta, alpha))
+            momentum[i] = -step * gradients[i] if mu is None else mu[t] * momentum[i] - step * gradients[i]
+            dual[i] = base[i] + keep * (dual[i] - base[i]) + momentum[i]
+        now = [link(dual[i], rule.hidden_axis(i)) for i in layers]
+        outputs.append(memory.read(lambda i, x, now=now: x @ now[i], q[t : t + 1], *norm))
+    return torch.cat(outputs)
