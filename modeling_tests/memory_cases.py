@@ -27,7 +27,9 @@ from torch import Tensor
 from miras_hf.memory import (
     KL,
     L2,
+    Bregman,
     Decay,
+    ElasticNet,
     HuberCoordinate,
     HuberMixture,
     HuberNorm,
@@ -39,6 +41,7 @@ from miras_hf.memory import (
     MemoryState,
     MirasRule,
     MLPMemory,
+    Robust,
     chunk_miras,
     recurrent_miras,
     step_miras,
@@ -72,6 +75,12 @@ RULES = {
     ),
 }
 
+# choices that the three models do not make and kernels do not know
+OTHER_RULES = {
+    "bounded": MirasRule(attentional_bias=Robust(), retention=Bregman()),
+    "sparse": MirasRule(attentional_bias=L2(), retention=ElasticNet(threshold=0.1), decay_target="zero"),
+}
+
 # eta and log_alpha, each with one number per channel or per head
 GATES = {
     "channel": ("channel", "channel"),
@@ -83,7 +92,7 @@ GATES = {
 
 def rule_of(name: str, **changes) -> MirasRule:
     """A rule by name with a chunk of 4 tokens, or what `changes` say."""
-    return dataclasses.replace(RULES[name], **{"chunk_size": 4, **changes})
+    return dataclasses.replace({**RULES, **OTHER_RULES}[name], **{"chunk_size": 4, **changes})
 
 
 def step_size(rule: MirasRule) -> float:

@@ -39,6 +39,8 @@ OTHER = {
     "lq_map": "mirror",
     "lq_norm_floor": 90.0,
     "simplex_mass": 0.1,
+    "bregman_bound": 1e-2,
+    "elastic_net_threshold": 3.0,
     "weight_cap": 1e-2,
     "gate_rank": 2,
     "num_key_value_heads": 1,
@@ -47,8 +49,8 @@ OTHER = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 3.0},
 }
 CHOICES = {
-    "attentional_bias": ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture"],
-    "retention": ["decay", "lq", "kl"],
+    "attentional_bias": ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture", "robust"],
+    "retention": ["decay", "lq", "kl", "bregman", "elastic_net"],
     "memory_architecture": ["mlp", "matrix"],
     "lp_sign": ["exact", "tanh"],
     "gate_granularity": ["channel", "head"],
@@ -131,7 +133,8 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
 def test_the_message_names_every_choice():
     for fields, words in {
         "lp_sharpness=3.0 attentional_bias=lp": "`attentional_bias='lp'` and `lp_sign='tanh'`, got 3.0: leave it at 10.0",
-        "weight_cap=3.0 retention=kl": "`retention='decay'` or `retention='lq'`, got 3.0: leave it at 2.0",
+        "weight_cap=3.0 retention=kl": "`retention='decay'` or `retention='lq'` or `retention='bregman'` or "
+        "`retention='elastic_net'`, got 3.0: leave it at 2.0",
         "sliding_window=8": "attention layers .`attention_layers` or `layer_types`., got 8: leave it at 2048",
     }.items():
         values = dict(field.split("=") for field in fields.split())

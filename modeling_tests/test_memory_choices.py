@@ -23,7 +23,9 @@ from memory_cases import make_case, relative_error
 from miras_hf.memory import (
     KL,
     L2,
+    Bregman,
     Decay,
+    ElasticNet,
     Factors,
     HuberCoordinate,
     HuberMixture,
@@ -34,6 +36,7 @@ from miras_hf.memory import (
     MatrixMemory,
     MirasRule,
     MLPMemory,
+    Robust,
     chunk_miras,
 )
 from miras_hf.memory.retention import ChunkWeights
@@ -49,9 +52,11 @@ BIASES = {
     "huber_coordinate": HuberCoordinate(),
     "huber_norm": HuberNorm(),
     "huber_mixture": HuberMixture(),
+    "robust": Robust(),
 }
 SCALED_LINKS = {"decay": Decay(), "lq": Lq(), "lq_5": Lq(power=5.0)}
-LINKS = {**SCALED_LINKS, "mirror": LqMirror(), "mirror_3": LqMirror(power=3.0), "kl": KL()}
+ELEMENTWISE = {"bregman": Bregman(bound=4.0), "elastic_net": ElasticNet(threshold=0.2)}
+LINKS = {**SCALED_LINKS, **ELEMENTWISE, "mirror": LqMirror(), "mirror_3": LqMirror(power=3.0), "kl": KL()}
 SHAPES = {-1: (6, 10), -2: (10, 6)}  # the hidden axis is the longer one
 
 

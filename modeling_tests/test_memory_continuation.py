@@ -22,6 +22,7 @@ from memory_cases import (
     FORMS,
     MODELS,
     OTHER_FORMS,
+    OTHER_RULES,
     RULES,
     assert_same,
     gradients,
@@ -181,7 +182,7 @@ def test_initial_states_are_not_written_to(form):
 
 
 @pytest.mark.parametrize("keeps_weights", [True, False])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [*RULES, *OTHER_RULES])
 def test_steps_in_place(name, keeps_weights):
     """As a cache decodes: into the tensors of the state, rows at phases of their own, some without a token now and then."""
     case = make_case(rule_of(name), batch=3, tokens=17)

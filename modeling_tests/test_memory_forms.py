@@ -22,6 +22,7 @@ from memory_cases import (
     GATES,
     MODELS,
     OTHER_FORMS,
+    OTHER_RULES,
     RULES,
     Case,
     assert_same,
@@ -62,7 +63,7 @@ def read(name: str, gates: str, call: str, form) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("form", OTHER_FORMS)
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [*RULES, *OTHER_RULES])
 def test_forms_agree(name, call, form):
     """Values, final states and all gradients; 13 tokens are three chunks of 4 and one token."""
     assert_same(read(name, "channel", call, FORMS[form]), reference(name, "channel", call), 1e-9)

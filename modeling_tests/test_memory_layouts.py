@@ -25,6 +25,7 @@ import torch
 from memory_cases import (
     FORMS,
     MODELS,
+    OTHER_RULES,
     Case,
     assert_same,
     make_case,
@@ -103,7 +104,7 @@ def test_packed_is_one_by_one(name, pack, form, final_state):
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunk", "chunk_groups_of_1"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *OTHER_RULES])
 def test_packs_go_on_from_states(name, form):
     """Every sequence at its own phase, some without a token in one of the calls."""
     case = make_case(rule_of(name), batch=1, tokens=42, heads=1)
@@ -194,7 +195,7 @@ def test_masked_is_without_pads(name, pads, form, final_state):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *OTHER_RULES])
 def test_masked_calls_go_on_from_states(name, form):
     """Two masked calls: the rows reach the second at phases of their own, and all end where reading alone ends."""
     case = masked_case(name)

@@ -15,7 +15,7 @@
 
 import pytest
 import torch
-from memory_cases import RULES, assert_same, gradients, make_case, rule_of
+from memory_cases import OTHER_RULES, RULES, assert_same, gradients, make_case, rule_of
 
 from miras_hf.memory import Momentum, recurrent_miras
 from miras_hf.memory.naive import naive_miras
@@ -47,7 +47,7 @@ def naive(case):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [*RULES, *OTHER_RULES])
 def test_the_reference_says_the_same(name, chunk_size):
     case = make_case(rule_of(name, chunk_size=chunk_size), tokens=9, heads=2, batch=2).requires_grad()
     found, expected = {"y": naive(case)}, {"y": case(recurrent_miras, read="exact")[0]}

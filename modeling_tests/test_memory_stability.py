@@ -22,7 +22,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from memory_cases import MODELS, Case, gradients, make_case, rule_of, state_tensors
+from memory_cases import MODELS, OTHER_RULES, Case, gradients, make_case, rule_of, state_tensors
 
 from miras_hf.memory import KL, MemoryParameters, MirasRule, chunk_miras
 from miras_hf.memory.inputs import KEY_CAP, VALUE_CAP
@@ -30,7 +30,7 @@ from miras_hf.memory.inputs import KEY_CAP, VALUE_CAP
 
 HEAD_DIM = 16
 RETENTIONS = (0.9, 0.99, 0.9999)
-STEPS = {"moneta": 1.5e-3, "yaad": 0.03, "memora": 0.07}
+STEPS = {"moneta": 1.5e-3, "yaad": 0.03, "memora": 0.07, "bounded": 0.03, "sparse": 0.03}
 
 
 def random_tensors(*shapes: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
@@ -117,7 +117,7 @@ def assert_finite(tensors: dict[str, torch.Tensor], rows) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_size", [16, 64])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *OTHER_RULES])
 def test_adversarial_streams(name, chunk_size, dtype):
     """8192 tokens: outputs finite, weights within their cap, dual states within bounds of the initial one.
 
@@ -143,7 +143,7 @@ def test_adversarial_streams(name, chunk_size, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_size", [16, 64])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *OTHER_RULES])
 def test_gradients_of_adversarial_streams(name, chunk_size, dtype):
     """Finite for all inputs and parameters; recomputed groups included."""
     tokens = 1024 if dtype == torch.float32 else 256

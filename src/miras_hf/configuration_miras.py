@@ -135,7 +135,8 @@ class MirasConfig(PreTrainedConfig):
         memory_norm_eps (`float`, *optional*):
             Epsilon of the memory's layer norm, which bounds its backward; `None` for 0.1, or 0.01 with KL retention.
         attentional_bias (`str`, *optional*, defaults to `"l2"`):
-            Choice (ii). `"l2"`, `"lp"` (11), `"huber_coordinate"` (14), `"huber_norm"` (15), `"huber_mixture"` (16).
+            Choice (ii). `"l2"`, `"lp"` (11), `"huber_coordinate"` (14), `"huber_norm"` (15), `"huber_mixture"` (16),
+            `"robust"` (17), or one that is registered (`miras_hf.memory.register_attentional_bias`).
             The mixture jumps at its threshold: errors close to it amplify rounding, so that with steps well above the
             default, forms that sum in another order (decoding, kernels) drift apart over hundreds of tokens.
         lp_power (`float`, *optional*, defaults to 3.0): p.
@@ -143,7 +144,9 @@ class MirasConfig(PreTrainedConfig):
         lp_sharpness (`float`, *optional*, defaults to 10.0): Sharpness of the smooth sign.
         lp_error_cap (`float`, *optional*, defaults to 4.0): Magnitude at which the error is cut before the power.
         residual_clip (`float`, *optional*, defaults to 3.0): Largest root mean square of a token's residual.
-        retention (`str`, *optional*, defaults to `"decay"`): Choice (iii). `"decay"` (26), `"lq"` (24), `"kl"` (27).
+        retention (`str`, *optional*, defaults to `"decay"`):
+            Choice (iii). `"decay"` (26), `"lq"` (24), `"kl"` (27), `"bregman"` (variant 5, bounded weights),
+            `"elastic_net"` (23), or one that is registered.
         lq_power (`float`, *optional*, defaults to 4.0): q.
         lq_map (`str`, *optional*, defaults to `"paper"`):
             `"paper"`: `A / ||A||_q^(q-2)` as printed; `"mirror"`: `sign(A)|A|^(q-1) / ||A||_q^(q-2)`, the mirror map
@@ -151,6 +154,9 @@ class MirasConfig(PreTrainedConfig):
         lq_norm_floor (`float`, *optional*, defaults to 0.01): Smallest norm that is divided by.
         simplex_mass (`float`, *optional*, defaults to 2.0):
             KL retention: weights are `c softmax(A)` with `c = simplex_mass * hidden / sqrt(fan_in)`.
+        bregman_bound (`float`, *optional*, defaults to 1.0): Bregman retention: magnitude that no weight reaches.
+        elastic_net_threshold (`float`, *optional*, defaults to 0.03):
+            Elastic net retention: states far below it have weights of nearly zero.
         weight_cap (`float`, *optional*, defaults to 2.0): Largest root mean square of a head's weights; `None` for no cap.
         decay_target (`str`, *optional*, defaults to `"init"`):
             `"init"` decays toward the learned initial memory; `"zero"` toward zero as printed, where MLP memories
@@ -247,6 +253,8 @@ class MirasConfig(PreTrainedConfig):
     lq_map: Literal["paper", "mirror"] = "paper"
     lq_norm_floor: float = declared("lq_norm_floor")
     simplex_mass: int | float = declared("simplex_mass")
+    bregman_bound: int | float = declared("bregman_bound")
+    elastic_net_threshold: int | float = declared("elastic_net_threshold")
     weight_cap: int | float | None = declared("weight_cap")
     decay_target: Literal["init", "zero"] = "init"
     learning_algorithm: str = choice("learning_algorithm", "gradient_descent")

@@ -16,13 +16,22 @@
 `naive.py` is where to begin: one head that reads one text, in forty lines."""
 
 from .architecture import MEMORY_ARCHITECTURES, Factors, MatrixMemory, MemoryArchitecture, MLPMemory
-from .attentional_bias import ATTENTIONAL_BIASES, L2, AttentionalBias, HuberCoordinate, HuberMixture, HuberNorm, Lp
+from .attentional_bias import (
+    ATTENTIONAL_BIASES,
+    L2,
+    AttentionalBias,
+    HuberCoordinate,
+    HuberMixture,
+    HuberNorm,
+    Lp,
+    Robust,
+)
 from .chunk import chunk_miras
 from .declared import parameter
 from .learning import LEARNING_ALGORITHMS, GradientDescent, Momentum
 from .recurrent import recurrent_miras
 from .registry import register_attentional_bias, register_memory_architecture, register_retention_gate
-from .retention import KL, RETENTION_GATES, ChunkWeights, Decay, Lq, LqMirror, RetentionGate
+from .retention import KL, RETENTION_GATES, Bregman, ChunkWeights, Decay, ElasticNet, Lq, LqMirror, RetentionGate
 from .rule import MirasRule
 from .state import MemoryParameters, MemoryState, initial_memory_state
 from .step import step_miras, step_miras_
@@ -36,8 +45,10 @@ __all__ = [
     "MEMORY_ARCHITECTURES",
     "RETENTION_GATES",
     "AttentionalBias",
+    "Bregman",
     "ChunkWeights",
     "Decay",
+    "ElasticNet",
     "Factors",
     "GradientDescent",
     "HuberCoordinate",
@@ -54,6 +65,7 @@ __all__ = [
     "MirasRule",
     "Momentum",
     "RetentionGate",
+    "Robust",
     "chunk_miras",
     "initial_memory_state",
     "parameter",

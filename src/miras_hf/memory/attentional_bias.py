@@ -164,6 +164,27 @@ class HuberMixture(AttentionalBias):
         return mixture(error, torch.sign(error), norm(error) <= delta, delta)
 
 
+@dataclass(frozen=True)
+class Robust(AttentionalBias):
+    """Equation (17), robust to values that are off by up to delta: `||e||^2 / 2 + delta ||e|| + delta^2 / 2`.
+
+    Its gradient `e + delta e / ||e||` turns around within a small distance of the error zero, which is where a memory
+    comes to that works; under the root stands `smoothing`, so that it does not jump there. Delta is one number per head.
+    """
+
+    delta_granularity: ClassVar[str | None] = "head"
+    smoothing: ClassVar[float] = 1e-4
+
+    def size(self, error: Tensor) -> Tensor:
+        return (error.square().sum(-1, keepdim=True) + self.smoothing).sqrt()
+
+    def loss(self, error: Tensor, delta: Any = None) -> Tensor:
+        return 0.5 * error.square().sum(-1, keepdim=True) + delta * self.size(error) + 0.5 * delta**2
+
+    def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
+        return error * (1.0 + delta / self.size(error))
+
+
 def mixture(error: Tensor, sign: Tensor, inside: Tensor, delta: Tensor) -> Tensor:
     # chosen among the factors, one number a token each, not among the products
     return (error * inside).addcmul(sign, torch.where(inside, 0.0, delta))
@@ -175,4 +196,5 @@ ATTENTIONAL_BIASES: dict[str, type[AttentionalBias]] = {
     "huber_coordinate": HuberCoordinate,
     "huber_norm": HuberNorm,
     "huber_mixture": HuberMixture,
+    "robust": Robust,
 }

@@ -17,8 +17,9 @@ Everything else follows from that: how a config is checked and stored, how a rul
 and what cards and documents say.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
@@ -29,7 +30,8 @@ class Parameter:
     Args:
         key (`str`): the config's name for it.
         default (`float`, `int` or `str`): what it is unless given.
-        low, high, above (`float`, *optional*): `low <= value <= high`, or `above < value <= high`.
+        low, above (`float`, *optional*): `low <= value`, or `above < value`.
+        high (`float`, *optional*): largest value of a config, whose models compute in float32.
         one_of (`tuple` of `str`, *optional*): the words that are allowed.
         optional (`bool`): whether it may be `None`, for nothing.
         only_with (`dict`): values of other keys of the choice without which it means nothing.
@@ -52,10 +54,11 @@ class Parameter:
         if self.one_of is not None:
             return f"one of {', '.join(map(repr, self.one_of))}"
         least = f"above {self.above:g}" if self.low is None else f"at least {self.low:g}"
-        return f"{least} and at most {self.high:g}" + (", or None" if self.optional else "")
+        most = "" if self.high == math.inf else f" and at most {self.high:g}"
+        return least + most + (", or None" if self.optional else "")
 
     def refusal(self, value: Any) -> str | None:
-        """Why a value is not allowed, `None` if it is. NaN is within no bounds."""
+        """Why a config must not have a value, `None` if it may. NaN is within no bounds."""
         if self.one_of is not None:
             fits = value in self.one_of
         elif value is None:
@@ -63,6 +66,10 @@ class Parameter:
         else:
             fits = (self.above < value if self.low is None else self.low <= value) and value <= self.high
         return None if fits else f"must be {self.allowed}, got {value}"
+
+    def without_limit(self) -> "Parameter":
+        """For the mathematics, which float64 follows further than float32."""
+        return self if self.high is None else replace(self, high=math.inf)
 
     def read(self, value: Any) -> Any:
         """A config's value, which may be an integer where the choice takes any number."""
@@ -84,7 +91,7 @@ class Choice:
 
     def __post_init__(self):
         for name, declared in self.parameters().items():
-            refusal = declared.refusal(getattr(self, name))
+            refusal = declared.without_limit().refusal(getattr(self, name))
             if refusal is not None:
                 raise ValueError(f"`{name}` {refusal}.")
 

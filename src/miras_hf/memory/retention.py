@@ -290,4 +290,103 @@ class KL(RetentionGate):
         return weight / self.slope(weight, hidden_axis)
 
 
-RETENTION_GATES: dict[str, type[RetentionGate]] = {"decay": Decay, "lq": Lq, "lq_mirror": LqMirror, "kl": KL}
+@dataclass(frozen=True)
+class Elementwise(RetentionGate):
+    """Base class of links that map every entry by itself, `W = s f(A)`, f odd and increasing, s the weights' cap.
+
+    Between two chunk starts the base of a read goes from `f(A_c)` to `f(A_0)` as the state decays. The Jacobian on the
+    writes, `f'(A_c)`, enters as its best rank-one factorisation, as `LqMirror`'s does.
+
+    Args:
+        weight_cap (`float`, *optional*, defaults to 2.0): `rms(W)` never exceeds this.
+    """
+
+    weight_cap: float | None = parameter("weight_cap", 2.0, 1e-6, 1e9, optional=True)
+
+    def function(self, dual: Tensor) -> Tensor:
+        """`f(A)`."""
+        raise NotImplementedError
+
+    def slope(self, dual: Tensor) -> Tensor:
+        """`f'(A)`, within 0 and 1."""
+        raise NotImplementedError
+
+    def _capped(self, dual: Tensor) -> tuple[Tensor, Tensor | None]:
+        mapped = self.function(dual)
+        scale = None if self.weight_cap is None else (self.weight_cap / rms(mapped)).clamp(max=1.0)
+        return mapped if scale is None else scale * mapped, scale
+
+    def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
+        return self._capped(dual)[0]
+
+    def at_chunk_start(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> ChunkWeights:
+        dual = state if base is None else base + state
+        weight, scale = self._capped(dual)
+        constant = None if base is None else self.link(base, hidden_axis)
+        slope = self.slope(dual)
+        rows, columns = slope.mean(-1, keepdim=True), slope.mean(-2, keepdim=True)
+        columns = columns / rows.mean(-2, keepdim=True).clamp(min=1e-30)
+        columns = columns if scale is None else columns * scale
+        return ChunkWeights(weight, constant, weight if constant is None else weight - constant, None, rows, columns)
+
+
+@dataclass(frozen=True)
+class Bregman(Elementwise):
+    """Bregman retention with the sigmoid (variant 5): a memory whose weights stay within bounds, `W = c tanh(A / c)`.
+
+    The paper's weights, `sigmoid(A)`, lie between 0 and 1; these are the affine image `c (2 sigmoid(2 A / c) - 1)`, so that
+    reads may be negative, with slope 1 at zero.
+
+    Args:
+        bound (`float`, *optional*, defaults to 1.0): c.
+    """
+
+    bound: float = parameter("bregman_bound", 1.0, 1e-3, 1e6, symbol="c")
+
+    def function(self, dual: Tensor) -> Tensor:
+        return self.bound * torch.tanh(dual / self.bound)
+
+    def slope(self, dual: Tensor) -> Tensor:
+        return 1.0 - torch.tanh(dual / self.bound).square()
+
+    def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
+        return self.bound * torch.atanh((weight / self.bound).clamp(-0.999, 0.999))
+
+
+@dataclass(frozen=True)
+class ElasticNet(Elementwise):
+    """Elastic net retention in its second form, equation (23): the accumulator, soft-thresholded: small weights are zero.
+
+    The threshold is smooth, `W = A - gamma tanh(A / gamma)`, which is `A - gamma sign(A)` for large A and `A^3 / (3 gamma^2)`
+    for small.
+
+    Args:
+        threshold (`float`, *optional*, defaults to 0.03): gamma.
+    """
+
+    threshold: float = parameter("elastic_net_threshold", 0.03, 1e-6, 1e3, symbol="gamma")
+
+    def function(self, dual: Tensor) -> Tensor:
+        return dual - self.threshold * torch.tanh(dual / self.threshold)
+
+    def slope(self, dual: Tensor) -> Tensor:
+        return torch.tanh(dual / self.threshold).square()
+
+    def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
+        # Newton's steps from the right, where the map is convex, come down to the root
+        size, gamma = weight.abs(), self.threshold
+        found = size + gamma
+        for _ in range(60):
+            squashed = torch.tanh(found / gamma)
+            found = found - (found - gamma * squashed - size) / squashed.square().clamp(min=1e-12)
+        return torch.sign(weight) * found.clamp(min=0.0)
+
+
+RETENTION_GATES: dict[str, type[RetentionGate]] = {
+    "decay": Decay,
+    "lq": Lq,
+    "lq_mirror": LqMirror,
+    "kl": KL,
+    "bregman": Bregman,
+    "elastic_net": ElasticNet,
+}
