@@ -23,7 +23,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from miras_hf import MirasConfig, MirasForCausalLM, YaadConfig
+from miras_hf import MirasConfig, MirasForCausalLM, YaadConfig, load_memory, save_memory
 from miras_hf.backend import kernel_choices
 from miras_hf.memory import (
     ATTENTIONAL_BIASES,
@@ -251,3 +251,24 @@ def test_the_documents_table_is_what_classes_declare():
         for row, names in declared.items()
     }
     assert {(key, default, allowed): names for key, names, default, allowed in rows} == declared
+
+
+def test_a_memory_of_an_own_loss_is_saved_with_its_name(tmp_path):
+    register_attentional_bias("student_t")(StudentT)
+    ids = torch.arange(9)[None]
+    models = {}
+    for name, fields in {
+        "own": {"attentional_bias": "student_t", "eta_max": 0.1},
+        "other value": {"attentional_bias": "student_t", "eta_max": 0.1, "student_t_freedom": 9.0},
+        "l2": {"eta_max": 0.1},
+    }.items():
+        torch.manual_seed(0)
+        models[name] = MirasForCausalLM(MirasConfig(**SIZES, **fields)).eval()
+        save_memory(models[name](ids, use_cache=True).past_key_values, tmp_path / name, models[name])
+    load_memory(tmp_path / "own", models["own"])
+    with pytest.raises(ValueError, match=r"`student_t_freedom` \(9.0 there, 3.0 here\)"):
+        load_memory(tmp_path / "other value", models["own"])
+    with pytest.raises(ValueError, match=r"`attentional_bias` \('l2' there, 'student_t' here\)"):
+        load_memory(tmp_path / "l2", models["own"])
+    with pytest.raises(ValueError, match=r"`attentional_bias` \('student_t' there, 'l2' here\)"):
+        load_memory(tmp_path / "own", models["l2"])

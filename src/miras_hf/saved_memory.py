@@ -32,6 +32,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from .built_config import check_as_built
 from .cache import MirasLayer
+from .config_choices import own_parameters
 from .config_meaning import with_later_fields, without_meaningless
 from .configuration_miras import ATTENTION_LAYER, MirasConfig
 from .memory import MemoryParameters, MemoryState, initial_memory_state
@@ -217,7 +218,7 @@ def load_memory(
 def config_fingerprint(config: MirasConfig) -> dict[str, Any]:
     """The fields of a Miras config that decide what a memory means, as JSON gives them back."""
     own, inherited = ({field.name for field in fields(kind)} for kind in (type(config), PreTrainedConfig))
-    names = sorted(own - inherited - NEUTRAL_FIELDS)
+    names = sorted(own - inherited - NEUTRAL_FIELDS | own_parameters(config).keys())
     values = {"model_type": config.model_type, **{name: getattr(config, name) for name in names}}
     return json.loads(json.dumps(values))
 
@@ -357,9 +358,9 @@ def _check_model(path: str | os.PathLike, header: Header, decoder: MirasModel, c
     # any other field younger than the file means, at its default, what was computed before it was there
     default = config_fingerprint(type(decoder.config)()) | there
     differing = [
-        f"`{name}` ({default[name]!r} there, {value!r} here)"
+        f"`{name}` ({default.get(name)!r} there, {value!r} here)"
         for name, value in here.items()
-        if not _same(default[name], value)
+        if name not in default or not _same(default[name], value)
     ]
     if differing or set(there) - set(here):
         differing += [f"`{name}` ({there[name]!r} there, unknown here)" for name in sorted(set(there) - set(here))]
