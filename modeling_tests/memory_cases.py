@@ -29,6 +29,7 @@ from miras_hf.memory import (
     L2,
     Bregman,
     Decay,
+    Dot,
     ElasticNet,
     HuberCoordinate,
     HuberMixture,
@@ -78,6 +79,7 @@ RULES = {
 # choices that the three models do not make and kernels do not know
 OTHER_RULES = {
     "bounded": MirasRule(attentional_bias=Robust(), retention=Bregman()),
+    "hebbian": MirasRule(architecture=MatrixMemory(), attentional_bias=Dot(), retention=Decay(), decay_target="zero"),
     "sparse": MirasRule(attentional_bias=L2(), retention=ElasticNet(threshold=0.1), decay_target="zero"),
 }
 

@@ -49,7 +49,7 @@ OTHER = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 3.0},
 }
 CHOICES = {
-    "attentional_bias": ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture", "robust"],
+    "attentional_bias": ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture", "robust", "dot"],
     "retention": ["decay", "lq", "kl", "bregman", "elastic_net"],
     "memory_architecture": ["mlp", "matrix"],
     "lp_sign": ["exact", "tanh"],

@@ -25,6 +25,7 @@ from miras_hf.memory import (
     L2,
     Bregman,
     Decay,
+    Dot,
     ElasticNet,
     Factors,
     HuberCoordinate,
@@ -131,6 +132,23 @@ def test_residual_has_finite_derivatives_everywhere(name):
     leaves = [errors] if delta is None else [errors, delta]
     for gradient in torch.autograd.grad(residual.sum(), leaves):
         assert gradient.isfinite().all()
+
+
+def test_dot_product_is_linear_attention():
+    """`y_t = sum_i (q_t . k_i) eta_i v_i`, decayed from i to t, whatever is read."""
+    rule = MirasRule(MatrixMemory(), Dot(residual_clip=1e9), Decay(weight_cap=None), chunk_size=4, decay_target="zero")
+    case = make_case(rule, tokens=11, gates="head")
+    case = case._replace(parameters=case.parameters._replace(initial=(torch.zeros(2, 8, 8, dtype=torch.float64),)))
+    q, k, v, eta, log_alpha = (case.inputs[name] for name in ("q", "k", "v", "eta", "log_alpha"))
+    since = log_alpha.cumsum(1)
+    decay = (since[:, :, None] - since[:, None]).exp()
+    causal = torch.ones(11, 11, dtype=torch.float64).tril()
+    scores = torch.einsum("bthd,bihd->btih", q, k) * decay * eta[:, None] * causal[None, :, :, None]
+    y, _ = case(chunk_miras)
+    assert relative_error(y, torch.einsum("btih,bihd->bthd", scores, v)) < 1e-12
+    prediction, value = normal(5, 8, seed=2).requires_grad_(), normal(5, 8, seed=3)
+    (expected,) = torch.autograd.grad(Dot().loss_at(prediction, value).sum(), prediction)
+    assert torch.equal(Dot().gradient(Dot().error(prediction, value)), expected)
 
 
 # -- retention gates ------------------------------------------------------------------------------------------------------

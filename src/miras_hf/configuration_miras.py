@@ -135,7 +135,7 @@ class MirasConfig(PreTrainedConfig):
         memory_norm_eps (`float`, *optional*):
             Epsilon of the memory's layer norm, which bounds its backward; `None` for 0.1, or 0.01 with KL retention.
         attentional_bias (`str`, *optional*, defaults to `"l2"`):
-            Choice (ii). `"l2"`, `"lp"` (11), `"huber_coordinate"` (14), `"huber_norm"` (15), `"huber_mixture"` (16),
+            Choice (ii). `"l2"`, `"dot"` (8), `"lp"` (11), `"huber_coordinate"` (14), `"huber_norm"` (15), `"huber_mixture"` (16),
             `"robust"` (17), or one that is registered (`miras_hf.memory.register_attentional_bias`).
             The mixture jumps at its threshold: errors close to it amplify rounding, so that with steps well above the
             default, forms that sum in another order (decoding, kernels) drift apart over hundreds of tokens.

@@ -30,7 +30,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .memory import KL, L2, Decay, HuberCoordinate, HuberMixture, HuberNorm, Lp, Lq, LqMirror, MatrixMemory, MLPMemory
+from .memory import (
+    KL,
+    L2,
+    Decay,
+    Dot,
+    HuberCoordinate,
+    HuberMixture,
+    HuberNorm,
+    Lp,
+    Lq,
+    LqMirror,
+    MatrixMemory,
+    MLPMemory,
+)
 from .memory.attentional_bias import AttentionalBias
 from .memory.registry import choice_of, chosen
 from .memory.retention import RetentionGate
@@ -59,7 +72,7 @@ def loss_gain(bias: AttentionalBias, head_dim: int) -> float:
         return min(threshold / math.sqrt(head_dim), clip)
     if type(bias) is HuberMixture:
         return moment(1.0) * min(threshold, clip)
-    if type(bias) in (L2, HuberCoordinate):
+    if type(bias) in (L2, Dot, HuberCoordinate):
         return min(1.0, clip)
     # of a loss that nobody has derived it for, by what it makes of some errors
     generator = torch.Generator().manual_seed(0)

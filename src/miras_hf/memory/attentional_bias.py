@@ -13,7 +13,7 @@
 # limitations under the License.
 """Choice (ii) of Miras: the attentional bias, the inner loss a memory minimises on each (key, value) pair.
 
-An attentional bias sees the error `e = M(W; k) - v` of one token and one head and gives the residual `r = dloss/de`,
+An attentional bias sees the error `e = M(W; k) - v` of one token and one head and gives the residual `r = dloss/dM`,
 which the memory's architecture carries back to its weights. Equations are those of arXiv 2504.13173.
 """
 
@@ -59,6 +59,14 @@ class AttentionalBias(Choice):
         # which knows only the signs of errors, values have none
         return 0.25 * math.sqrt(head_dim), math.sqrt(head_dim)
 
+    def error(self, prediction: Tensor, value: Tensor) -> Tensor:
+        """What the gradient is a function of."""
+        return prediction - value
+
+    def loss_at(self, prediction: Tensor, value: Tensor, delta: Any = None) -> Tensor:
+        """The loss `[..., 1]` of what the memory returns for a key whose value is another."""
+        return self.loss(self.error(prediction, value), delta)
+
     def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         """The loss `[..., 1]` of errors `[..., head_dim]`, summed over channels, without the guard."""
         raise NotImplementedError
@@ -79,6 +87,20 @@ class L2(AttentionalBias):
 
     def loss(self, error: Tensor, delta: Any = None) -> Tensor:
         return 0.5 * error.square().sum(-1, keepdim=True)
+
+    def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
+        return error
+
+
+@dataclass(frozen=True)
+class Dot(AttentionalBias):
+    """Equation (8), the Hebbian loss `-<M(k), v>`: `r = -v`, whatever the memory returns already."""
+
+    def error(self, prediction: Tensor, value: Tensor) -> Tensor:
+        return -value
+
+    def loss_at(self, prediction: Tensor, value: Tensor, delta: Any = None) -> Tensor:
+        return -(prediction * value).sum(-1, keepdim=True)
 
     def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
         return error
@@ -192,6 +214,7 @@ def mixture(error: Tensor, sign: Tensor, inside: Tensor, delta: Tensor) -> Tenso
 
 ATTENTIONAL_BIASES: dict[str, type[AttentionalBias]] = {
     "l2": L2,
+    "dot": Dot,
     "lp": Lp,
     "huber_coordinate": HuberCoordinate,
     "huber_norm": HuberNorm,

@@ -93,8 +93,8 @@ def memory_statistics(
     for chunk, weights, state in chunks(x, live, rule, parameters):
         initial = weights if initial is None else initial
         for found, at in ((losses, weights), (initial_losses, initial)):
-            error = rule.recall(at, chunk.k, norm) - chunk.v
-            found.append(tokens_first(rule.attentional_bias.loss(error, chunk.delta), heads))
+            prediction = rule.recall(at, chunk.k, norm)
+            found.append(tokens_first(rule.attentional_bias.loss_at(prediction, chunk.v, chunk.delta), heads))
 
     # the writes that wait in a chunk not yet full: slots not taken have no step, and the decay of the last one taken
     momentum = state.log_momentum_until(state.count % rule.chunk_size)

@@ -62,7 +62,8 @@ def naive_miras(
             start = [link(dual[i], rule.hidden_axis(i)) for i in layers]
             start = [w if w.requires_grad else w.detach().requires_grad_() for w in start]
         prediction = memory.read(lambda i, x, start=start: x @ start[i], k[t : t + 1], *norm)
-        residual = rule.attentional_bias.residual(prediction - v[t], None if delta is None else delta[t])
+        error = rule.attentional_bias.error(prediction, v[t : t + 1])
+        residual = rule.attentional_bias.residual(error, None if delta is None else delta[t])
         gradients = torch.autograd.grad(prediction, start, residual, create_graph=True, retain_graph=True)
         for i in layers:
             step, keep = (x[t].unsqueeze(-1 if axes[i] == "input" else 0) for x in (eta, alpha))

@@ -143,7 +143,7 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
             return seen[-1][1]
 
         prediction = architecture.read(linear, k, *norm)
-        residual = rule.attentional_bias.residual(prediction - v, delta_t)
+        residual = rule.attentional_bias.residual(rule.attentional_bias.error(prediction, v), delta_t)
         grads = torch.autograd.grad(
             prediction, [*at_start, *(z for _, z in seen)], grad_outputs=residual, create_graph=True
         )

@@ -95,9 +95,10 @@ class MirasRule:
         self, weights: Sequence[ChunkWeights], k: Tensor, v: Tensor, delta: Tensor | None, norm: Sequence[Tensor]
     ) -> tuple[Factors, ...]:
         """The gradients of the tokens' losses at the chunk's start."""
+        bias = self.attentional_bias
 
         def residual(prediction: Tensor) -> Tensor:
-            return self.attentional_bias.residual(prediction - v, delta)
+            return bias.residual(bias.error(prediction, v), delta)
 
         return self.architecture.write(tuple(w.weight for w in weights), k, residual, *norm)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..attentional_bias import (
     L2,
     AttentionalBias,
+    Dot,
     HuberCoordinate,
     HuberMixture,
     HuberNorm,
@@ -33,6 +34,16 @@ from ..vjp import derivative_of, summed_like, with_vjp
 
 
 WithErrorVjp = tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]
+
+
+@derivative_of(AttentionalBias.error)
+def error(bias: AttentionalBias, prediction: Tensor, value: Tensor):
+    return prediction - value, lambda bar: (bar, bar.neg())
+
+
+@derivative_of(Dot.error)
+def dot_error(bias: Dot, prediction: Tensor, value: Tensor):
+    return value.neg(), lambda bar: (None, bar.neg())
 
 
 @derivative_of(AttentionalBias.residual)
@@ -56,7 +67,8 @@ def _shortened(x: Tensor, limit: Tensor | float) -> tuple[Tensor, Callable[[Tens
 
 
 @derivative_of(L2.gradient)
-def l2(bias: L2, error: Tensor, delta: None) -> WithErrorVjp:
+@derivative_of(Dot.gradient)
+def l2(bias: L2 | Dot, error: Tensor, delta: None) -> WithErrorVjp:
     return error, lambda bar: (bar, None)
 
 

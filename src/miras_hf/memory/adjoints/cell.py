@@ -15,6 +15,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..architecture import Factors
@@ -52,11 +53,14 @@ def write(
     bars_of_residual = []
 
     def residual(prediction: Tensor):
-        r, residual_vjp = with_vjp(rule.attentional_bias.residual, prediction - v, delta)
+        error, error_vjp = with_vjp(rule.attentional_bias.error, prediction, v)
+        r, residual_vjp = with_vjp(rule.attentional_bias.residual, error, delta)
 
         def vjp(bar: Tensor) -> Tensor:
-            bars_of_residual[:] = residual_vjp(bar)
-            return bars_of_residual[0]
+            error_bar, delta_bar = residual_vjp(bar)
+            prediction_bar, v_bar = error_vjp(error_bar)
+            bars_of_residual[:] = v_bar, delta_bar
+            return torch.zeros_like(v) if prediction_bar is None else prediction_bar
 
         return r, vjp
 
@@ -64,8 +68,8 @@ def write(
 
     def vjp(bars: Sequence[Factors]):
         weight_bars, k_bar, _, *norm_bar = write_vjp(bars)
-        error_bar, delta_bar = bars_of_residual
-        return tuple(map(ChunkWeights, weight_bars)), k_bar, error_bar.neg(), delta_bar, tuple(norm_bar)
+        v_bar, delta_bar = bars_of_residual
+        return tuple(map(ChunkWeights, weight_bars)), k_bar, v_bar, delta_bar, tuple(norm_bar)
 
     return factors, vjp
 
