@@ -279,7 +279,8 @@ def test_gradients_are_of_a_random_adjoint_and_do_not_add_up():
 
 
 def test_warm_up_knows_its_jobs_without_touching_the_device(monkeypatch):
-    from variants import MOST, changed, configured, shape_of
+    from launches import MOST, changed
+    from variants import configured, shape_of
     from warm_up import jobs
 
     def touched(*args, **kwargs):
