@@ -111,9 +111,10 @@ def _programs() -> Iterator[tuple[str, Call]]:
         return ", ".join([f"{memory} {family} {head_dim} {kind}", *words]), call
 
     def models(head_dim) -> Iterator[tuple[str, Call]]:
-        # trained in float32 with bfloat16 inputs, and read in bfloat16
         for family, kind in product(MODELS, KINDS):
             yield program(family, kind, (head_dim, 64, "bf16"), **({} if kind == "training" else NARROW))
+        for family in MODELS:  # under autocast, where convolutions in float32 stand before the memory
+            yield program(family, "training", (head_dim, 64, "tf32x3"))
 
     for family, kind in product(FAMILIES, KINDS):
         yield program(family, kind)

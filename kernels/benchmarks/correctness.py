@@ -24,6 +24,7 @@ from functools import partial
 import compilations
 import faults
 import memory_alone  # noqa: F401
+import rounded_interpreter  # noqa: F401
 import torch
 from cases import CASES, FLOAT32, Case
 from comparison import PARAMETER, STATE, TOKENS, Allowed, Comparison
@@ -236,13 +237,14 @@ def compared_decode(case: Case, allowed: Callable[[str], Allowed], singly: bool 
         state, companions = resident_state(tuple(x.clone() for x in flat(start)), **chosen)
         tail, given = projections.conv_tail.clone(), []
         for piece in pieces:
-            at = {name: getattr(projections, name)[:, piece] for name in ("cos", "sin")}
+            # tensors of their own, aligned as those of a model: a view's address may ask for another binary
+            at = {name: getattr(projections, name)[:, piece].clone() for name in ("cos", "sin")}
             y = decode(
-                *(None if x is None else x[:, piece] for x in raw),
+                *(None if x is None else x[:, piece].clone() for x in raw),
                 state=state,
                 companions=companions,
                 projections=projections._replace(conv_tail=tail, **at),
-                mask=mask[:, piece] if case.masked else None,
+                mask=mask[:, piece].clone() if case.masked else None,
                 **arguments,
             )
             given.append(y)

@@ -60,7 +60,7 @@ def jobs(device: str, quick: bool) -> dict[str, Callable[[], dict]]:
     for part in CASES:
         cases = sorted(CASES[part](device, quick), key=lambda case: order[case.kind])
         if quick:
-            cases = [case for case in cases if case.model == "matrix" and case.kind == "forward"]
+            cases = [case for case in cases if case.model == "matrix" and case.kind == "forward" and case.packed]
         for case in cases:
             one = shrunk(case)
             found.setdefault(str(one), partial(check, one))
