@@ -299,14 +299,13 @@ def test_what_is_allowed_in_bfloat16_passes_right_numbers_and_finds_a_tile(head_
             assert found.row().get("outcome") == outcome, (kind, name, found.row())
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_what_is_allowed_of_decoding_passes_right_numbers_and_finds_wrong_ones(head_dim):
+def test_what_is_allowed_of_decoding_passes_right_numbers_and_finds_wrong_ones():
     import roundings
     from cases import Case
     from comparison import TOKENS, Comparison
     from paths import Shape
 
-    case = Case("decode", "matrix", Shape(2, 3, 1, head_dim, 16, device="cpu"))
+    case = Case("decode", "matrix", Shape(1, 2, 1, 128, 16, device="cpu"))
     right = roundings.of_decode(case)
     assert all(
         right.errors_of[name][kind] <= getattr(case.allowed(name), kind)
@@ -316,7 +315,7 @@ def test_what_is_allowed_of_decoding_passes_right_numbers_and_finds_wrong_ones(h
     # outputs are in bfloat16: some 0.0017 of their norm, whatever is right
     assert 0.0008 < right.errors_of["y"]["norm"] < 0.004
     draw = torch.Generator().manual_seed(0)
-    expected = torch.randn(2, 3, 1, head_dim, generator=draw)
+    expected = torch.randn(1, 2, 1, 128, generator=draw)
     found = Comparison(16)
     found.add("y", expected + 0.02 * torch.randn(expected.shape, generator=draw), expected, case.allowed("y"), TOKENS)
     assert found.row()["outcome"] == "wrong"
