@@ -99,7 +99,7 @@ def roundings() -> dict[str, dict[str, dict[str, float]]]:
 
 ROUNDINGS = Path(__file__).with_name("roundings.json")
 """Errors in bfloat16 of results that are right, by case and result; `roundings.py` measures them."""
-HEADROOM = {"largest": 4.0, "norm": 2.0, "block": 4.0}
+HEADROOM = {"largest": 4.0, "norm": 3.0, "block": 4.0}
 """How many times further off a device may be, which adds in another order: in what are extremes there of more heads."""
 # KL's reads are small differences of its weights. The largest error is what tests of one precision allow everywhere.
 ALLOWED = {
