@@ -71,10 +71,13 @@ class Call:
     head_dim: int = 64
     precision: str = "bf16"
     channel_gates: bool = True
-    continues: bool = False  # in the middle of a chunk, keeping the state after the last token
-    keeps: bool = False  # from the start, keeping the state after the last token
+    continues: bool = False  # from a state in the middle of a chunk
+    keeps: bool = False  # the state after the last token
     masked: bool = False
     save_every: int = 0
+    narrow: bool = False  # parameters in bfloat16, as a bfloat16 model has them
+    several: bool = False  # tokens at once, of decoding
+    variant: int = 0  # which of `launches.changed`; 0 is the configured launch
 
     def at(self, kernel: str, head_dim: int, chunk_size: int, precision: str) -> "Call":
         """The same for another kernel, whose name begins with the memory it is for, and another shape."""
@@ -86,7 +89,7 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
     """The call, ready to be made, on random inputs; `tokens` is rounded up to whole chunks."""
     choices, head_dim = call.choices, call.head_dim
     decodes = call.kernel.endswith("_decode")
-    tokens = 1 if decodes else -(-tokens // choices.chunk_size) * choices.chunk_size
+    tokens = (9 if call.several else 1) if decodes else -(-tokens // choices.chunk_size) * choices.chunk_size
     dtype = torch.bfloat16 if call.precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
 
@@ -103,14 +106,15 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
         per_channel = call.channel_gates and choices.attentional_bias == "huber_coordinate"
         delta = normal(*(gate if per_channel else gate[:3])).exp()
     shapes = choices.weight_shapes(head_dim)
+    stored = torch.bfloat16 if call.narrow else torch.float32
     arguments = {
         "choices": choices,
-        "initial": tuple(normal(heads, *shape) / shape[0] ** 0.5 for shape in shapes),
+        "initial": tuple((normal(heads, *shape) / shape[0] ** 0.5).to(stored) for shape in shapes),
         "precision": call.precision,
     }
     if choices.memory == "mlp":
-        arguments["norm_weight"] = torch.ones(heads, head_dim, device=device)
-        arguments["norm_bias"] = torch.zeros(heads, head_dim, device=device)
+        arguments["norm_weight"] = torch.ones(heads, head_dim, device=device, dtype=stored)
+        arguments["norm_bias"] = torch.zeros(heads, head_dim, device=device, dtype=stored)
     if call.masked:
         arguments["mask"] = torch.arange(tokens, device=device).expand(batch, tokens) >= 3
     if call.continues or decodes:
@@ -132,7 +136,7 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
         )
         arguments |= {"state": state, "companions": companions, "projections": projections}
         return lambda: decoding.decode(q, k, v, eta, log_alpha, delta, **arguments)
-    arguments |= {"output_final_state": call.continues or call.keeps, "save_every": call.save_every}
+    arguments |= {"output_final_state": call.keeps, "save_every": call.save_every}
     if not call.kernel.endswith("_backward"):
         return lambda: ops.forward(q, k, v, eta, log_alpha, delta, **arguments)
 

@@ -41,7 +41,7 @@ LARGE = [(64, 64), (128, 64)]
 CALLS = [
     Call(Choices(attentional_bias="lp", retention="lq")),
     Call(Choices(attentional_bias="l2", retention="kl")),
-    Call(Choices(attentional_bias="huber_mixture", retention="decay"), continues=True),
+    Call(Choices(attentional_bias="huber_mixture", retention="decay"), continues=True, keeps=True),
 ]
 
 # Cycles that a tile takes whatever its size: about ten dependent products of some 200 cycles. Not measured: a guess that

@@ -41,9 +41,11 @@ REPORTS = Path(__file__).parent / "reports"
 # Each link, each loss, both granularities of gates and of thresholds, each thing that a call may ask for, once.
 CALLS = {
     "moneta": Call(Choices(attentional_bias="lp", retention="lq")),
-    "yaad": Call(Choices(attentional_bias="huber_mixture", retention="decay"), continues=True),
+    "yaad": Call(Choices(attentional_bias="huber_mixture", retention="decay"), continues=True, keeps=True),
     "memora": Call(Choices(attentional_bias="l2", retention="kl")),
-    "mirror": Call(Choices(attentional_bias="huber_coordinate", retention="lq_mirror"), continues=True, masked=True),
+    "mirror": Call(
+        Choices(attentional_bias="huber_coordinate", retention="lq_mirror"), continues=True, keeps=True, masked=True
+    ),
     "head gates": Call(
         Choices(attentional_bias="huber_norm", retention="decay", decay_target="zero"),
         channel_gates=False,

@@ -38,18 +38,24 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import triton
 from ahead_of_time import CAPABILITIES, Call, compiling, run
+from launches import MOST, changed, launching
 from triton import knobs
 from triton.compiler import compiler
 from triton.runtime.cache import triton_key
 
-from miras_kernels.choices import Choices
+from miras_kernels.choices import CHUNK_SIZES, HEAD_DIMS, Choices
+from miras_kernels.configuration import launch_configuration
+from miras_kernels.ops import chunks_between_starts
 
 
 # the memories of the models, with the losses and retention gates they are named after, and the matrix memory of the GPU script
@@ -59,33 +65,108 @@ FAMILIES = {
     "memora": Choices(attentional_bias="l2", retention="kl", norm_eps=0.01),
     "matrix": Choices(memory="matrix", attentional_bias="l2", retention="decay"),
 }
-# both kernels of training, the forward pass without gradients, of a prompt, and of a prompt that goes on, and decoding
-KINDS = {
-    "training": {"kernel": "{}_backward"},
-    "forward": {"kernel": "{}_forward"},
-    "prompt": {"kernel": "{}_forward", "keeps": True},
-    "decode": {"kernel": "{}_decode"},
-    "continued": {"kernel": "{}_forward", "continues": True},
+# what whole models are by default: Yaad has not the loss that its paper prints
+MODELS = {
+    "Yaad": replace(FAMILIES["yaad"], attentional_bias="huber_norm"),
+    "Moneta": FAMILIES["moneta"],
+    "Memora": FAMILIES["memora"],
 }
+# both kernels of training, the forward pass of a prompt, of a prompt that goes on, and without a state, and decoding of a
+# token and of several
+KINDS = {
+    "training": ("backward", {}),
+    "prompt": ("forward", {"keeps": True}),
+    "decode": ("decode", {}),
+    "continued": ("forward", {"continues": True, "keeps": True}),
+    "forward": ("forward", {}),
+    "several": ("decode", {"several": True}),
+}
+# kinds of calls that the GPU script checks at every shape, and times with other launches
+CHECKED = ("training", "prompt", "decode", "several")
+TIMED = ("training", "prompt", "decode")
+HEAD_GATES, MASKED = {"channel_gates": False}, {"masked": True}
+CONTINUES, NARROW = {"continues": True}, {"narrow": True}
+# what it asks of calls beside, at the main shape: packs launch what rows do
+ASKED = (
+    ("yaad", CHECKED, HEAD_GATES | MASKED | CONTINUES),
+    ("memora", ("training", "prompt"), CONTINUES),
+    ("moneta", CHECKED, HEAD_GATES | MASKED),
+    ("matrix", ("training", "prompt"), HEAD_GATES | CONTINUES),
+    ("memora", ("prompt", "decode", "several"), NARROW),
+)
+MAIN, WIDE = (64, 64, "bf16"), (128, 64, "bf16")
 INDEX = "precompiled.json"
 
 
-def _programs() -> dict[str, Call]:
-    found = {}
-    for head_dim in (64, 128):
-        for memory in ("mlp", "matrix"):
-            for family, choices in FAMILIES.items():
-                if family == "matrix" and memory != family:
-                    continue
-                for kind, options in KINDS.items():
-                    call = Call(choices, **{k: v for k, v in options.items() if k != "kernel"})
-                    kernel = options["kernel"].format(memory)
-                    found[f"{memory} {family} {head_dim} {kind}"] = call.at(kernel, head_dim, 64, "bf16")
-    return found
+def _programs() -> Iterator[tuple[str, Call]]:
+    def program(family, kind, shape=MAIN, memory=None, **asked) -> tuple[str, Call]:
+        choices = (FAMILIES | MODELS)[family]
+        memory = memory or choices.memory
+        part, options = KINDS[kind]
+        call = Call(choices, **options | asked).at(f"{memory}_{part}", *shape)
+        head_dim, chunk_size, precision = shape
+        words = [] if (chunk_size, precision) == MAIN[1:] else [f"C {chunk_size}, {precision}"]
+        words += [word for word in ("masked", "continues", "narrow") if word in asked]
+        words += ["head gates"] * (not call.channel_gates) + [f"variant {call.variant}"] * (call.variant > 0)
+        return ", ".join([f"{memory} {family} {head_dim} {kind}", *words]), call
+
+    def models(head_dim) -> Iterator[tuple[str, Call]]:
+        for family, kind in product(MODELS, KINDS):
+            yield program(family, kind, (head_dim, 64, "bf16"), **({} if kind == "training" else NARROW))
+        for family in MODELS:  # under autocast, where convolutions in float32 stand before the memory
+            yield program(family, "training", (head_dim, 64, "tf32x3"))
+
+    for family, kind in product(FAMILIES, KINDS):
+        yield program(family, kind)
+    for family, kinds, asked in ASKED:
+        yield from (program(family, kind, **asked) for kind in kinds)
+    for kind, variant in product(TIMED, range(1, MOST)):
+        yield program("yaad", kind, variant=variant)
+    for family, kind in product(FAMILIES, KINDS):
+        yield program(family, kind, WIDE)
+    for head_dim, chunk_size, kind in product(HEAD_DIMS, CHUNK_SIZES, CHECKED):
+        yield program("yaad", kind, (head_dim, chunk_size, "bf16"))
+    for head_dim, precision, family, kind in product((64, 128), ("tf32x3", "ieee", "tf32"), FAMILIES, CHECKED):
+        yield program(family, kind, (head_dim, 64, precision))
+    for head_dim in (48, 64):  # of the presets 170m and 340m
+        yield from models(head_dim)
+    for head_dim in (96, 128):
+        yield from models(head_dim)
+    # they may have a matrix memory, too
+    for shape, family, kind in product((MAIN, WIDE), FAMILIES, KINDS):
+        yield program(family, kind, shape, memory="matrix")
 
 
-# what a GPU will launch, in the order in which it is worth having
-PROGRAMS = _programs()
+# what a GPU will launch, in the order of the GPU script's steps, and then other models
+PROGRAMS: dict[str, Call] = {}
+for _name, _call in _programs():
+    PROGRAMS.setdefault(_name, _call)
+
+
+def launch(call: Call, name: str) -> list:
+    """Compiles what a call launches on devices of the configuration file `name`.
+
+    Returns:
+        The binaries of its launches; none where no launch fits into the devices' shared memory.
+    """
+    choices, kernels = call.choices, [call.kernel]
+    if call.kernel.endswith("_backward"):
+        kernels.append(f"{choices.memory}_forward")
+    shape = {"head_dim": call.head_dim, "chunk_size": choices.chunk_size, "precision": call.precision}
+    try:
+        configured, *_ = [launch_configuration(kernel, device=name, **shape) for kernel in kernels]
+    except ValueError:
+        return []
+    variants = changed(configured) if call.variant else [configured]
+    if call.variant >= len(variants):
+        return []
+    # a backward pass may go over groups of chunks, of which only the first can begin in the middle of one
+    group = chunks_between_starts(choices, call.head_dim, 2 if call.precision == "bf16" else 4)
+    # a forward pass by itself is one without gradients
+    gradients = nullcontext() if call.kernel.endswith("_backward") else torch.no_grad()
+    with compiling(name) as binaries, gradients, launching(call.kernel, variants[call.variant]):
+        run(call, tokens=(group + 1) * choices.chunk_size)()
+    return binaries
 
 
 def precompile(name: str, programs: dict[str, Call], out: Path, seconds: float = float("inf")) -> list[str]:
@@ -127,9 +208,7 @@ def precompile(name: str, programs: dict[str, Call], out: Path, seconds: float =
                 left.append(what)
                 continue
             started = time.monotonic()
-            # a forward pass by itself is one without gradients
-            with compiling(name) as binaries, nullcontext() if call.kernel.endswith("_backward") else torch.no_grad():
-                run(call)()
+            binaries = launch(call, name)
             for binary in binaries:
                 key = keys[binary.hash]
                 held = index["binaries"].setdefault(_folder(key), {"rest": key.removeprefix(triton_key())})

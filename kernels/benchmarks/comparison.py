@@ -30,6 +30,9 @@ class Allowed:
     def times(self, factor: float) -> "Allowed":
         return Allowed(self.largest * factor, self.norm * factor, self.block * factor)
 
+    def at_least(self, other: "Allowed") -> "Allowed":
+        return Allowed(*(max(getattr(x, kind) for x in (self, other)) for kind in ("largest", "norm", "block")))
+
 
 class Comparison:
     """Collects named tensors and what is wrong with them, for one row."""
@@ -37,6 +40,7 @@ class Comparison:
     def __init__(self, chunk_size: int):
         self.chunk_size = chunk_size
         self.errors: dict[str, float] = {"largest": 0.0, "norm": 0.0, "block": 0.0}
+        self.errors_of: dict[str, dict[str, float]] = {}
         self.complaints: list[str] = []
 
     def add(self, name: str, got: Tensor | None, expected: Tensor, allowed: Allowed, axes: tuple[int, ...]) -> None:
@@ -68,6 +72,7 @@ class Comparison:
             "norm": (difference.norm() / expected.norm().clamp(min=1e-30)).item(),
             "block": blocks.max().item(),
         }
+        self.errors_of[name] = found
         for kind, value in found.items():
             self.errors[kind] = max(self.errors[kind], value)
             if not value <= getattr(allowed, kind):

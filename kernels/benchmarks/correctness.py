@@ -18,21 +18,23 @@ Whatever is compared must be finite, and equal to the last bit when the call is 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import compilations
 import faults
 import memory_alone  # noqa: F401
+import rounded_interpreter  # noqa: F401
 import torch
-from cases import CASES, Case
-from comparison import PARAMETER, STATE, TOKENS, Comparison
+from cases import CASES, FLOAT32, Case
+from comparison import PARAMETER, STATE, TOKENS, Allowed, Comparison
+from outcomes import NotChecked
 from paths import kernel_arguments, make_inputs, make_rule
 from projected import finished, make_projected, wide
 from record import begin
 from torch import Tensor
 
-from miras_hf.memory import MemoryState, chunk_miras
+from miras_hf.memory import MemoryParameters, MemoryState, chunk_miras
 from miras_kernels import Projections, decode, forward, resident_state
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     if args.device == "cuda":
         compilations.follow(record.facts)
     for case in CASES[args.part](args.device, args.quick):
-        record.check(str(case), partial(CHECKS[case.kind], case))
+        record.check(str(case), partial(check, case))
 
 
 @contextlib.contextmanager
@@ -65,6 +67,7 @@ class Prepared:
         shape = case.shape
         self.case, self.rule = case, make_rule(case.model, shape.chunk_size)
         self.inputs, self.parameters = make_inputs(case.model, shape, case.gates)
+        self.parameters = stored(self.parameters, case)
         self.arguments = kernel_arguments(self.rule, self.parameters) | {"precision": case.precision}
         self.where: dict[str, Tensor] = {}
         draw = torch.Generator().manual_seed(2)
@@ -89,6 +92,40 @@ class Prepared:
             output_final_state=True,
             **self.where,
         )
+
+    def differentiated(self) -> tuple[list[str], list[tuple[int, ...]]]:
+        """Names of what gradients are taken of, and along which axes blocks of them lie."""
+        layers = len(self.parameters.initial)
+        names = [*INPUTS, *(f"A{i}" for i in range(layers)), "norm weight", "norm bias"]
+        names += [f"state {i}" for i in range(len(flat(self.state)) - 1)]
+        return names, [TOKENS] * 6 + [PARAMETER] * (layers + 2) + [STATE] * (len(names) - 8 - layers)
+
+    def gradients(self, read: Callable, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+        """Of all that is differentiated, for a fixed random adjoint; `None` where there is none.
+
+        Args:
+            read (`Callable`): from inputs, parameters and the state to outputs.
+            dtype (`torch.dtype`, *optional*): of all leaves, their own by default.
+        """
+        parameters = self.parameters
+        tensors = [*self.inputs, *parameters.initial, *parameters[1:], *flat(self.state)[:-1]]
+        leaves = [None if x is None else x.to(dtype or x.dtype).detach().requires_grad_() for x in tensors]
+        end = 6 + len(parameters.initial)
+        memory = type(parameters)(tuple(leaves[6:end]), *leaves[end : end + 2])
+        state = None
+        if self.state is not None:
+            state = unflat([*leaves[end + 2 :], self.state.count], len(parameters.initial))
+        y = read(leaves[:6], memory, state)
+        draw = torch.Generator(y.device).manual_seed(5)
+        y_bar = torch.randn(y.shape, generator=draw, device=y.device).to(self.inputs[0].dtype).to(y.dtype)
+        given = iter(torch.autograd.grad(y, [x for x in leaves if x is not None], y_bar, allow_unused=True))
+        return [None if x is None else next(given) for x in leaves]
+
+
+def stored(parameters: MemoryParameters, case: Case) -> MemoryParameters:
+    """The parameters as the case's model has them."""
+    dtype = torch.bfloat16 if case.narrow else torch.float32
+    return MemoryParameters(tuple(a.to(dtype) for a in parameters.initial), *(p.to(dtype) for p in parameters[1:]))
 
 
 def after_prompt(case: Case, rule, parameters, rows: int) -> MemoryState:
@@ -132,11 +169,9 @@ def check_forward(case: Case) -> dict:
         for name, one, other in zip(names_of_outputs(got), first, got, strict=True):
             found.equal(name, one, other, repeat)
     y, state = prepared.expected()
-    wanted, allowed = [y, *flat(state)], case.allowed()
-    found.add("y", first[0], y, allowed, TOKENS)
-    for name, one, other in zip(names_of_outputs(first)[1:-1], first[1:-1], wanted[1:-1], strict=True):
-        # gradients of begun chunks are differences of reads
-        found.add(name, one, other, allowed.times(3.0), STATE)
+    wanted = [y, *flat(state)]
+    for name, one, other in zip(names_of_outputs(first)[:-1], first[:-1], wanted[:-1], strict=True):
+        found.add(name, one, other, case.allowed(name), TOKENS if name == "y" else STATE)
     if not torch.equal(first[-1], wanted[-1]):
         found.complaints.append(f"count is {first[-1].tolist()}, expected {wanted[-1].tolist()}")
     return found.row()
@@ -149,34 +184,17 @@ def names_of_outputs(got: list[Tensor]) -> list[str]:
 def check_backward(case: Case) -> dict:
     """Gradients of every input, of the initial memory, the norm, and the state that the call goes on from."""
     prepared, found = Prepared(case), Comparison(case.shape.chunk_size)
-    parameters = prepared.parameters
-    tensors = [*prepared.inputs, *parameters.initial, *parameters[1:], *flat(prepared.state)[:-1]]
-    names = [*INPUTS, *(f"A{i}" for i in range(len(parameters.initial))), "norm weight", "norm bias"]
-    names += [f"state {i}" for i in range(len(tensors) - len(names))]
-    layers = len(parameters.initial)
-    kinds = [TOKENS] * 6 + [PARAMETER] * (layers + 2) + [STATE] * (len(names) - 8 - layers)
 
-    def gradients(double: bool) -> list[Tensor | None]:
-        leaves = [None if x is None else (x.double() if double else x).detach().requires_grad_() for x in tensors]
-        memory = type(parameters)(tuple(leaves[6 : 6 + layers]), *leaves[6 + layers : 8 + layers])
-        state = None
-        if prepared.state is not None:
-            state = unflat([*leaves[8 + layers :], prepared.state.count], layers)
-        if double:
-            y, _ = prepared.expected(leaves[:6], memory, state)
-        else:
-            arguments = kernel_arguments(prepared.rule, memory) | {"precision": case.precision}
-            y, _, _ = forward(*leaves[:6], state=tuple(flat(state)) or None, **arguments, **prepared.where)
-        draw = torch.Generator(y.device).manual_seed(5)
-        y_bar = torch.randn(y.shape, generator=draw, device=y.device).to(prepared.inputs[0].dtype).to(y.dtype)
-        given = iter(torch.autograd.grad(y, [x for x in leaves if x is not None], y_bar, allow_unused=True))
-        return [None if x is None else next(given) for x in leaves]
+    def by_kernel(inputs, memory, state):
+        arguments = kernel_arguments(prepared.rule, memory) | {"precision": case.precision}
+        return forward(*inputs, state=tuple(flat(state)) or None, **arguments, **prepared.where)[0]
 
-    expected = gradients(double=True)
+    names, kinds = prepared.differentiated()
+    expected = prepared.gradients(lambda *given: prepared.expected(*given)[0], torch.float64)
     first: list[Tensor | None] = []
     for repeat in range(case.repeats):
         with fresh_memory_is_nan(), faults.launches(str(case)):
-            got = gradients(double=False)
+            got = prepared.gradients(by_kernel)
         first = first or got
         for name, one, other in zip(names, first, got, strict=True):
             if one is not None and other is not None:
@@ -186,8 +204,8 @@ def check_backward(case: Case) -> dict:
             if one is not None and one.any():
                 found.complaints.append(f"gradient of {name}: there is none, and some is given")
             continue
-        name = f"gradient of {name}"
-        found.add(name, one if one is None else faults.spoilt(name, one, str(case)), other, case.allowed(), kind)
+        allowed, name = case.allowed(name), f"gradient of {name}"
+        found.add(name, one if one is None else faults.spoilt(name, one, str(case)), other, allowed, kind)
     return found.row()
 
 
@@ -196,32 +214,47 @@ def unflat(tensors: list[Tensor], layers: int) -> MemoryState:
     return MemoryState(*parts, *tensors[3 * layers :])
 
 
-@torch.no_grad()
 def check_decode(case: Case) -> dict:
     """Tokens from the projections on, one call over a chunk's end, each row at a phase of its own; and the state after."""
+    return compared_decode(case, case.allowed).row()
+
+
+@torch.no_grad()
+def compared_decode(case: Case, allowed: Callable[[str], Allowed], singly: bool = True) -> Comparison:
+    """The comparison of `check_decode`; with `singly` also of the same tokens one call each."""
     shape = case.shape
     found, rule = Comparison(shape.chunk_size), make_rule(case.model, shape.chunk_size)
     raw, projections, parameters = make_projected(case.model, shape, case.gates)
+    parameters = stored(parameters, case)
     start = after_prompt(case, rule, parameters, shape.batch)
     mask = torch.ones(shape.batch, shape.tokens, dtype=torch.bool, device=shape.device)
     if case.masked:
         mask[0, 1] = mask[-1, ::2] = False
     arguments = kernel_arguments(rule, parameters) | {"precision": case.precision}
     chosen = {"choices": arguments["choices"], "initial": arguments["initial"]}
-    first: list[Tensor] = []
-    for repeat in range(case.repeats):
+
+    def decoded(pieces: list[slice]) -> list[Tensor]:
         state, companions = resident_state(tuple(x.clone() for x in flat(start)), **chosen)
-        tail = projections.conv_tail.clone()
-        with fresh_memory_is_nan():
+        tail, given = projections.conv_tail.clone(), []
+        for piece in pieces:
+            # tensors of their own, aligned as those of a model: a view's address may ask for another binary
+            at = {name: getattr(projections, name)[:, piece].clone() for name in ("cos", "sin")}
             y = decode(
-                *raw,
+                *(None if x is None else x[:, piece].clone() for x in raw),
                 state=state,
                 companions=companions,
-                projections=projections._replace(conv_tail=tail),
-                mask=mask if case.masked else None,
+                projections=projections._replace(conv_tail=tail, **at),
+                mask=mask[:, piece].clone() if case.masked else None,
                 **arguments,
             )
-        got = [faults.spoilt("y", y, str(case), repeat), *state[:-1], state[-1], *companions, tail]
+            given.append(y)
+        return [torch.cat(given, 1), *state, *companions, tail]
+
+    first: list[Tensor] = []
+    for repeat in range(case.repeats):
+        with fresh_memory_is_nan():
+            got = decoded([slice(None)])
+        got[0] = faults.spoilt("y", got[0], str(case), repeat)
         first = first or got
         for i, (one, other) in enumerate(zip(first, got, strict=True)):
             found.equal(f"result {i}", one, other, repeat)
@@ -233,18 +266,23 @@ def check_decode(case: Case) -> dict:
         mask=mask,
         output_final_state=True,
     )
-    wanted, allowed = flat(after), case.allowed()
-    found.add("y", first[0], expected, allowed, TOKENS)
-    for i, (one, other) in enumerate(zip(first[1:], wanted[:-1], strict=False)):
-        found.add(f"state {i}", one, other, allowed.times(3.0), STATE)
+    wanted = flat(after)
+    results = {"": first}
+    if singly:  # a single token has a binary of its own, the one that models decode with
+        with fresh_memory_is_nan():
+            results[" one by one"] = decoded([slice(t, t + 1) for t in range(shape.tokens)])
+    for words, got in results.items():
+        found.add("y" + words, got[0], expected, allowed("y"), TOKENS)
+        for i, (one, other) in enumerate(zip(got[1:], wanted[:-1], strict=False)):
+            found.add(f"state {i}{words}", one, other, allowed(f"state {i}"), STATE)
     if not torch.equal(first[len(wanted)], wanted[-1]):
         found.complaints.append(f"count is {first[len(wanted)].tolist()}, expected {wanted[-1].tolist()}")
     _, fresh = resident_state(tuple(first[1 : 1 + len(wanted)]), **chosen)
     for i, (one, other) in enumerate(zip(first[1 + len(wanted) : -1], fresh, strict=True)):
         # what the kernel has kept is what would be made anew
-        found.add(f"companion {i}", one, other, allowed, STATE)
+        found.add(f"companion {i}", one, other, FLOAT32, STATE)
     check_tail(found, first[-1], raw, projections, mask)
-    return found.row()
+    return found
 
 
 def check_tail(found: Comparison, tail: Tensor, raw: list, projections: Projections, mask: Tensor) -> None:
@@ -256,6 +294,20 @@ def check_tail(found: Comparison, tail: Tensor, raw: list, projections: Projecti
 
 
 CHECKS = {"forward": check_forward, "backward": check_backward, "decode": check_decode}
+
+
+def check(case: Case) -> dict:
+    """A case's row.
+
+    Raises:
+        `NotChecked`: if the device has too little shared memory for any launch, which the kernels say.
+    """
+    try:
+        return CHECKS[case.kind](case)
+    except ValueError as error:
+        if "No launch of `" in str(error):
+            raise NotChecked(str(error)) from error
+        raise
 
 
 def report(rows: list[dict]) -> list[str]:

@@ -100,7 +100,10 @@ class Record:
         return True
 
     def write(self) -> None:
-        lines = self.report(self.rows) if self.report else []
+        try:
+            lines = self.report(self.rows) if self.report else []
+        except Exception as error:  # a table that is not drawn must not cost the rows that are still to come
+            lines = [f"The report was not drawn: {type(error).__name__}: {error}"]
         found = {"rows": self.rows, "facts": self.facts, "report": lines, "doing": self.doing}
         # whole or not at all: another process reads it at any time
         partial = self.path.with_suffix(".partial")

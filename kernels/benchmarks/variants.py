@@ -25,7 +25,7 @@ import torch
 from clock import per_call
 from comparison import Allowed
 from decoding import decode_call
-from launches import launching
+from launches import changed, launching
 from outcomes import WRONG, NotChecked
 from paths import PATHS, Shape
 from record import begin
@@ -35,8 +35,6 @@ from miras_kernels.configuration import launch_configuration
 
 
 KERNELS = ("mlp_forward", "mlp_backward", "mlp_decode")
-MOST = 7
-"""How many launches `changed` gives at most, the configured one among them."""
 QUICK = {"mlp_forward": 2, "mlp_backward": 0, "mlp_decode": 1}
 """Launches of each that a quick run looks at: in the interpreter they are all the same."""
 # of a result whose sums run in another order and whose operands round differently
@@ -62,14 +60,6 @@ def shape_of(kernel: str, quick: bool, device: str) -> Shape:
 def configured(kernel: str, shape: Shape) -> dict[str, int]:
     where = {"head_dim": shape.head_dim, "chunk_size": shape.chunk_size, "precision": "bf16"}
     return launch_configuration(kernel, device=torch.device(shape.device), **where)
-
-
-def changed(launch: dict[str, int]) -> list[dict[str, int]]:
-    """The launch, and it with another number of stages or warps, other tiles, and two things at once where it may pay."""
-    other_warps = 4 if launch["num_warps"] == 8 else 8
-    changes = [{"num_stages": 2}, {"num_warps": other_warps}, {"TN": 2 * launch["TN"]}, {"TN": launch["TN"] // 2}]
-    changes += [{"TN": 2 * launch["TN"], "num_stages": 2}, {"num_warps": other_warps, "TN": launch["TN"] // 2}]
-    return [launch, *(launch | change for change in changes if change.get("TN", 16) >= 16)]
 
 
 def words(launch: dict[str, int]) -> str:
@@ -134,7 +124,8 @@ def report(rows: list[dict]) -> list[str]:
         if "ms" in row:
             times = [f"{row['ms']:.4f} ({row['low']:.4f}-{row['high']:.4f})"]
             times += [f"{row['ms'] / shipped[row['kernel']]:.2f}" if row["kernel"] in shipped else ""]
-            times += [f"{row['differs']:.1e}"]
+            # what is no number has been made a word
+            times += [f"{row['differs']:.1e}" if isinstance(row["differs"], float) else row["differs"]]
         lines.append("| " + " | ".join([row["what"], *times, row["outcome"]]) + " |")
     return lines
 

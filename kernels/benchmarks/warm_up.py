@@ -35,7 +35,8 @@ import memory_alone  # noqa: F401
 import torch
 import variants
 from cases import CASES, Case
-from correctness import CHECKS
+from correctness import check
+from launches import MOST, changed
 from outcomes import NOT_CHECKED, WRONG, NotChecked
 from paths import small
 from record import Record, begin
@@ -59,7 +60,7 @@ def jobs(device: str, quick: bool) -> dict[str, Callable[[], dict]]:
     for part in CASES:
         cases = sorted(CASES[part](device, quick), key=lambda case: order[case.kind])
         if quick:
-            cases = [case for case in cases if case.model == "matrix" and case.kind == "forward"]
+            cases = [case for case in cases if case.model == "matrix" and case.kind == "forward" and case.packed]
         for case in cases:
             one = shrunk(case)
             found.setdefault(str(one), partial(check, one))
@@ -82,21 +83,17 @@ def variant_jobs(device: str, quick: bool) -> dict[str, Callable[[], dict]]:
     return {
         f"{kernel}, variant {number}": partial(take_variant, kernel, number, device)
         for kernel in ("mlp_backward", "mlp_forward", "mlp_decode")
-        for number in range(1, variants.MOST)
+        for number in range(1, MOST)
     }
 
 
 def take_variant(kernel: str, number: int, device: str) -> dict:
     shape = small(variants.shape_of(kernel, False, device))
-    launches = variants.changed(variants.configured(kernel, shape))
+    launches = changed(variants.configured(kernel, shape))
     if number >= len(launches):
         return {"launch": None}
     at = replace(shape, tokens=1) if kernel == "mlp_decode" else shape
     return {"launch": launches[number], **variants.once(kernel, at, launches[number])}
-
-
-def check(case: Case) -> dict:
-    return CHECKS[case.kind](case)
 
 
 def run(record: Record, wanted: dict[str, Callable[[], dict]], workers: int) -> None:

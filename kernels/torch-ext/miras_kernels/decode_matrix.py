@@ -35,8 +35,9 @@ from .pieces import (
 )
 
 
-# a single token, the usual call, has a binary of its own: without the loop over tokens nothing is spilled
-@triton.jit(do_not_specialize=["H", "ROTARY_TOKENS"])
+# a single token, the usual call, has a binary of its own: without the loop over tokens nothing is spilled. All others share
+# one
+@triton.jit(do_not_specialize=["H", "ROTARY_TOKENS"], do_not_specialize_on_alignment=["T"])
 def matrix_decode_kernel(
     q,
     k,
