@@ -103,7 +103,7 @@ class UnitStepMLP(MLPMemory):
     def write(self, weights, k, residual, norm_weight, norm_bias):
         first, second = super().write(weights, k, residual, norm_weight, norm_bias)
         z2 = second.inputs @ weights[1]
-        *_, inverse_std = self._normalise(z2)
+        *_, inverse_std = self.normalise(z2)
         gain = second.inputs.square().sum(-1, keepdim=True) * (inverse_std * norm_weight).square().mean(
             -1, keepdim=True
         )
