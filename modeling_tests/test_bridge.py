@@ -33,11 +33,11 @@ sys.path[:0] = [str(STUDY), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import bridge  # noqa: E402
 from bridge_models import UnitStepMLP, build_model, change, our_config  # noqa: E402
 from bridge_points import PATH, RUNGS, Point  # noqa: E402
-from bridge_report import read_results, summarise, table  # noqa: E402
+from bridge_report import at_the_rungs_point, summarise, table  # noqa: E402
 from bridge_training import SIZES, Job, jobs_of  # noqa: E402
 from models import ModelShape  # noqa: E402
 from safetensors.torch import load_model  # noqa: E402
-from study import optimizer_and_schedule  # noqa: E402
+from study import optimizer_and_schedule, read_results  # noqa: E402
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet  # noqa: E402
 
 from miras_hf import MirasForCausalLM, YaadConfig, YaadForCausalLM  # noqa: E402
@@ -346,8 +346,9 @@ def test_trainings_from_before_a_setting_count(tmp_path):
     assert point.pop("retention") == "decay"
     result = {"job": {"rung": "yaad", "learning_rate": 0.1, "seed": 0}, "point": point, "size": {"name": size.name}}
     (tmp_path / "yaad-lr0.1-seed0.json").write_text(json.dumps(result))
-    assert [found["job"] for found in read_results(tmp_path, size)] == [result["job"]]
+    of_rungs = size.name, at_the_rungs_point, "at another point than the rung's"
+    assert [found["job"] for found in read_results(tmp_path, *of_rungs)] == [result["job"]]
     result["point"]["loss"] = "l2"
     (tmp_path / "yaad-lr0.1-seed0.json").write_text(json.dumps(result))
     with pytest.raises(ValueError, match="trained at another point"):
-        read_results(tmp_path, size)
+        read_results(tmp_path, *of_rungs)
