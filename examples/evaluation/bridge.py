@@ -36,7 +36,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "examples"), st
 
 from bridge_points import ENDS, RUNGS  # noqa: E402
 from bridge_report import write_report  # noqa: E402
-from bridge_training import SIZES, jobs_of, loss_in_words, matching, prepare_data, run_job  # noqa: E402
+from bridge_training import SIZES, in_words, jobs_of, loss_in_words, matching, prepare_data, run_job  # noqa: E402
 from study import add_arguments, parse_arguments, run_study  # noqa: E402
 
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         args,
         jobs,
         partial(run_job, size=size, folder=args.out, device=args.device, keep_weights=args.keep_weights),
-        groups={job.rung: f"{RUNGS[job.rung].says} (against {RUNGS[job.rung].parent})" for job in jobs},
+        groups={job.rung: in_words(RUNGS[job.rung]) for job in jobs},
         group_of=lambda job: job.rung,
         outcome=loss_in_words,
         report=lambda: write_report(args.out, size),

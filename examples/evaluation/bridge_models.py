@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from bridge_points import Point
+from bridge_points import NO_WRITE, Point
 from models import ModelShape, build, fitted
 from torch import Tensor, nn
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
@@ -35,8 +35,6 @@ from miras_hf.mixer_ops import rms_norm
 from miras_hf.modeling_miras import MirasMixer
 
 
-NO_WRITE = 1e-9
-"""Steps that leave the initial memory as it is, as far as float32 can tell."""
 _NO_CAP = 1e9
 
 
@@ -84,7 +82,9 @@ class DeltaRule(nn.Module):
 
     def version(self, known) -> None:
         # asked for by mixers that go on from a cache
-        raise ValueError("`use_cache` must be False: the delta rule of the bridge is trained and measured, not decoded.")
+        raise ValueError(
+            "`use_cache` must be False: the delta rule of the bridge is trained and measured, not decoded."
+        )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, log_alpha: Tensor, delta: None, **_) -> tuple:
         scaled = q * math.sqrt(q.shape[-1])  # it divides them by this

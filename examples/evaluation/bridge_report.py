@@ -113,15 +113,16 @@ def plot(entries: list[dict[str, Any]]):
     figure = Figure(
         figsize=(8, 1.2 + 0.24 * sum(entry["best"] is not None for entry in entries)), layout="constrained"
     )
-    plot_losses(figure.subplots(), entries, "the path")
+    plot_losses(figure.subplots(), entries, "the path", connected=True)
     return figure
 
 
-def plot_losses(ax: Any, entries: list[dict[str, Any]], thick: str) -> None:
+def plot_losses(ax: Any, entries: list[dict[str, Any]], thick: str, connected: bool = False) -> None:
     """The picture of `plot` on axes.
 
     Args:
         thick (`str`): what rungs with thick bars are called.
+        connected (`bool`): whether a line leads from one of them to the next.
     """
     shown = [entry for entry in entries if entry["best"] is not None]
     rates = sorted({rate for entry in shown for rate in entry["by_rate"]})
@@ -134,7 +135,7 @@ def plot_losses(ax: Any, entries: list[dict[str, Any]], thick: str) -> None:
         ax.plot([entry["best"] - half, entry["best"] + half], [y, y], color="0.3", linewidth=width)
         ax.plot([entry["best"]] * 2, [y - 0.35, y + 0.35], color="0.1", linewidth=width)
     path = [(entry["best"], y) for y, entry in enumerate(shown) if entry["on_path"]]
-    if path:
+    if path and connected:
         ax.plot(*zip(*path, strict=True), color="0.6", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(shown)), [entry["rung"] for entry in shown], fontsize=7)
     ax.set_ylim(len(shown) - 0.5, -0.5)

@@ -138,6 +138,11 @@ def matching(only: Sequence[str] | None, rungs: Mapping[str, Any]) -> list[str]:
     return [name for name in rungs if any(fnmatch.fnmatch(name, pattern) for pattern in only)]
 
 
+def in_words(rung: Any) -> str:
+    """What a rung is, and what it stands against."""
+    return rung.says if rung.parent is None else f"{rung.says} (against {rung.parent})"
+
+
 def prepare_data(folder: Path, size: Size) -> dict[str, Tensor]:
     """Rows of ids, `train` and `validation`, `[rows, context]`: made by the functions of `pretrain.py` once, and kept in
     the folder.
