@@ -116,7 +116,7 @@ class UnitStepMLP(MLPMemory):
 
 
 class _NotInPlace:
-    """Of a memory whose inputs are changed on the way: a kernel that reads projections would pass the change by."""
+    """Of a memory whose inputs are changed on the way: a kernel that reads projections would miss the change."""
 
     @staticmethod
     def reads_in_place(v: Tensor) -> bool:

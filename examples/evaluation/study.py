@@ -297,6 +297,15 @@ def number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def without_nan(value: Any) -> Any:
+    """`number` of all numbers in lists and dicts."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
+    return number(value) if isinstance(value, float) else value
+
+
 def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
