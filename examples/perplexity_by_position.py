@@ -29,11 +29,13 @@ import glob
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, set_seed
+from transformers.cache_utils import Cache
 
 import miras_hf
 from miras_hf.compat import CACHE_NAME
@@ -61,22 +63,35 @@ def longest_texts(args: Arguments) -> list[str]:
 
 
 @torch.inference_mode()
-def losses_of(model, ids: torch.Tensor, piece: int) -> torch.Tensor:
-    """Nats of every token but the first, `[tokens - 1]`, float32; `ids` is `[tokens]`."""
-    cache, losses = DynamicCache(config=model.config), []
+def losses_of(
+    model,
+    ids: torch.Tensor,
+    piece: int,
+    cache: Cache | None = None,
+    after_piece: Callable[[int, Cache], None] = lambda tokens, cache: None,
+) -> torch.Tensor:
+    """Nats of every token but the first, `[tokens - 1]`, float32; `ids` is `[tokens]`.
+
+    A `cache` that has read something is gone on from. `after_piece` is called with the tokens read so far, and the cache.
+    """
+    cache, losses = DynamicCache(config=model.config) if cache is None else cache, []
     for start in range(0, len(ids) - 1, piece):
         inputs, targets = ids[start : start + piece], ids[start + 1 : start + piece + 1]
+        inputs = inputs[: len(targets)]
         output = model(input_ids=inputs[None], use_cache=True, **{CACHE_NAME: cache})
-        logits = output.logits[0, : len(targets)].float()
-        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+        losses.append(torch.nn.functional.cross_entropy(output.logits[0].float(), targets, reduction="none"))
+        after_piece(start + len(inputs), cache)
     return torch.cat(losses).cpu()
+
+
+def edges_of(positions: int, buckets: int) -> list[int]:
+    """Where buckets end that are equally wide on a log scale, 0 first."""
+    return sorted({round(positions ** (i / buckets)) for i in range(buckets + 1)} | {0})
 
 
 def bucketed(losses: torch.Tensor, buckets: int) -> list[dict[str, float]]:
     """Mean and standard error of `[documents, positions]` in buckets of positions, equally wide on a log scale."""
-    positions = losses.shape[1]
-    edges = sorted({round(positions ** (i / buckets)) for i in range(buckets + 1)} | {0})
-    rows = []
+    edges, rows = edges_of(losses.shape[1], buckets), []
     for first, last in zip(edges, edges[1:]):
         means = losses[:, first:last].mean(-1)
         error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else float("nan")

@@ -33,14 +33,16 @@ sys.path[:0] = [str(STUDY), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 import bridge  # noqa: E402
 from bridge_models import UnitStepMLP, build_model, change, our_config  # noqa: E402
 from bridge_points import PATH, RUNGS, Point  # noqa: E402
-from bridge_report import read_results, summarise, table  # noqa: E402
+from bridge_report import at_the_rungs_point, summarise, table  # noqa: E402
 from bridge_training import SIZES, Job, jobs_of  # noqa: E402
 from models import ModelShape  # noqa: E402
 from safetensors.torch import load_model  # noqa: E402
-from study import optimizer_and_schedule  # noqa: E402
+from study import optimizer_and_schedule, read_results  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet  # noqa: E402
 
 from miras_hf import MirasForCausalLM, YaadConfig, YaadForCausalLM  # noqa: E402
+from miras_hf.compat import CACHE_NAME  # noqa: E402
 from miras_hf.memory import L2, Decay, MemoryParameters, MirasRule, chunk_miras  # noqa: E402
 
 
@@ -203,9 +205,21 @@ def test_points_refuse_what_they_cannot_be():
         Point(retention="kl", last_layer=0.1)
     with pytest.raises(ValueError, match="--only 'mpl' names no rung"):
         bridge.chosen(["mpl"])
-    model, _ = build_model(RUNGS["mlp"].point, SHAPE, seed=0)
+    model, _ = build_model(RUNGS["delta"].point, SHAPE, seed=0)
     with pytest.raises(ValueError, match="`use_cache` must be False"):
         model.eval()(torch.zeros(1, 3, dtype=torch.long), use_cache=True)
+
+
+@pytest.mark.parametrize("name", ["eps-residual", "mlp-unit-0.3", "matrix"])
+def test_pieces_and_single_tokens_go_on_from_the_cache_as_one_call(name):
+    """What a point changes around its memory is changed in every call, those of one token included."""
+    model, _ = build_model(replace(RUNGS[name].point, chunk=8), SHAPE, seed=0)
+    ids = torch.randint(0, 64, (1, 21), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache(config=model.eval().config)
+    with torch.no_grad():
+        whole = model(ids).logits
+        parts = [model(part, use_cache=True, **{CACHE_NAME: cache}).logits for part in ids.split([11, 1, 1, 8], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_models_of_all_rungs_have_the_same_size():
@@ -346,8 +360,9 @@ def test_trainings_from_before_a_setting_count(tmp_path):
     assert point.pop("retention") == "decay"
     result = {"job": {"rung": "yaad", "learning_rate": 0.1, "seed": 0}, "point": point, "size": {"name": size.name}}
     (tmp_path / "yaad-lr0.1-seed0.json").write_text(json.dumps(result))
-    assert [found["job"] for found in read_results(tmp_path, size)] == [result["job"]]
+    of_rungs = size.name, at_the_rungs_point, "at another point than the rung's"
+    assert [found["job"] for found in read_results(tmp_path, *of_rungs)] == [result["job"]]
     result["point"]["loss"] = "l2"
     (tmp_path / "yaad-lr0.1-seed0.json").write_text(json.dumps(result))
     with pytest.raises(ValueError, match="trained at another point"):
-        read_results(tmp_path, size)
+        read_results(tmp_path, *of_rungs)

@@ -149,7 +149,8 @@ def test_states_have_the_sizes_that_their_equations_have():
     model, arguments = build_model("llama", SHAPE, seed=0)
     add_convolutions(model)
     assert state_size(model, arguments, 12) == {"memory": 768, "carried": 768 + 2 * 32}
-    assert state_size(*build_model("rung-mlp", SHAPE, seed=0), 12) is None
+    assert state_size(*build_model("rung-mlp", SHAPE, seed=0), 12)["memory"] == expected["yaad"]
+    assert state_size(*build_model("rung-delta", SHAPE, seed=0), 12) is None
 
 
 @pytest.mark.parametrize("name", ["llama", "gated-deltanet", "moneta", "mamba2", "rung-delta"])

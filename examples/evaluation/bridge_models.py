@@ -15,7 +15,7 @@
 
 Everything but the layer is the same for all points: embedding, RMS norms, SwiGLU MLP (as wide as makes the parameters
 equal), output. What the library has no switch for is done to a model that it has built: starts of parameters, and
-`Around`, a module around each memory. Such a model trains and is measured; it does not decode.
+`OfPoint`, a module around each memory. Such a model trains, is measured, and goes on from a cache.
 """
 
 import math
@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from bridge_points import Point
+from bridge_points import NO_WRITE, Point
 from models import ModelShape, build, fitted
 from torch import Tensor, nn
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
@@ -35,8 +35,6 @@ from miras_hf.mixer_ops import rms_norm
 from miras_hf.modeling_miras import MirasMixer
 
 
-NO_WRITE = 1e-9
-"""Steps that leave the initial memory as it is, as far as float32 can tell."""
 _NO_CAP = 1e9
 
 
@@ -56,7 +54,7 @@ def our_config(point: Point, shape: ModelShape, intermediate_size: int) -> Miras
         "chunk_size": point.chunk,
         "gate_granularity": point.granularity,
         "eta_max": _eta_max(point, shape) if point.write else NO_WRITE,
-        # every other field that the library has changed since, as it was; `change` and `Around` do what a point says of it
+        # every other field that the library has changed since, as it was; `change` and `OfPoint` do what a point says of it
         "value_norm": False,
         "output_norm_eps": None,
         "conv_initializer_range": None,
@@ -80,7 +78,13 @@ def _eta_max(point: Point, shape: ModelShape) -> float:
 
 
 class DeltaRule(nn.Module):
-    """The gated delta rule of Transformers in the place of a memory, without queries' scale."""
+    """The gated delta rule of Transformers in the place of a memory, without queries' scale. It keeps no state."""
+
+    def version(self, known) -> None:
+        # asked for by mixers that go on from a cache
+        raise ValueError(
+            "`use_cache` must be False: the delta rule of the bridge is trained and measured, not decoded."
+        )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, log_alpha: Tensor, delta: None, **_) -> tuple:
         scaled = q * math.sqrt(q.shape[-1])  # it divides them by this
@@ -103,7 +107,7 @@ class UnitStepMLP(MLPMemory):
     def write(self, weights, k, residual, norm_weight, norm_bias):
         first, second = super().write(weights, k, residual, norm_weight, norm_bias)
         z2 = second.inputs @ weights[1]
-        *_, inverse_std = self._normalise(z2)
+        *_, inverse_std = self.normalise(z2)
         gain = second.inputs.square().sum(-1, keepdim=True) * (inverse_std * norm_weight).square().mean(
             -1, keepdim=True
         )
@@ -111,19 +115,50 @@ class UnitStepMLP(MLPMemory):
         return Factors(first.inputs, first.gradients * unit), Factors(second.inputs, second.gradients * unit)
 
 
-class Around(nn.Module):
-    """A memory with what a point changes at its inputs and outputs.
+class _NotInPlace:
+    """Of a memory whose inputs are changed on the way: a kernel that reads projections would miss the change."""
 
-    Its `memory` is trained, and found by hooks, as if it stood alone.
+    @staticmethod
+    def reads_in_place(v: Tensor) -> bool:
+        return False
+
+
+class Around(nn.Module):
+    """Base class of what changes the inputs and outputs of a memory.
+
+    Its `memory` is trained, found by hooks, and kept in caches and files, as if it stood alone.
     """
 
-    def __init__(self, memory: nn.Module, point: Point, norm_eps: float):
+    def __init__(self, memory: nn.Module):
         super().__init__()
-        self.memory, self.point, self.norm_eps = memory, point, norm_eps
+        self.memory, self.backend = memory, _NotInPlace
 
-    def version(self, known) -> None:
-        # asked for by mixers that go on from a cache
-        raise ValueError("`use_cache` must be False: models of the bridge are trained and measured, not decoded.")
+    def version(self, known: Any) -> Any:
+        return self.memory.version(known)
+
+    @property
+    def rule(self) -> Any:
+        return self.memory.rule
+
+    @property
+    def initial_state(self) -> nn.ParameterList:
+        return self.memory.initial_state
+
+    @property
+    def norm_weight(self) -> Tensor:
+        return self.memory.norm_weight
+
+    @property
+    def norm_bias(self) -> Tensor:
+        return self.memory.norm_bias
+
+
+class OfPoint(Around):
+    """A memory with what a point changes at its inputs and outputs."""
+
+    def __init__(self, memory: nn.Module, point: Point, norm_eps: float):
+        super().__init__(memory)
+        self.point, self.norm_eps = point, norm_eps
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, **arguments) -> tuple:
         if self.point.value_norm:
@@ -162,7 +197,7 @@ def change(model: MirasForCausalLM, point: Point) -> MirasForCausalLM:
                 last.requires_grad_(False)
             if point.step == "unit":
                 _with_unit_steps(memory)
-        mixer.memory = Around(memory, point, model.config.rms_norm_eps)
+        mixer.memory = OfPoint(memory, point, model.config.rms_norm_eps)
     return model
 
 
@@ -189,6 +224,22 @@ def build_model(point: Point, shape: ModelShape, seed: int) -> tuple[nn.Module, 
     def built(config: MirasConfig) -> MirasForCausalLM:
         return change(MirasForCausalLM(config), point)
 
+    return built_to_size(built, lambda size: our_config(point, shape, size), shape, seed)
+
+
+def built_to_size(
+    built: Callable[[MirasConfig], MirasForCausalLM],
+    config_of: Callable[[int], MirasConfig],
+    shape: ModelShape,
+    seed: int,
+) -> tuple[nn.Module, Callable[[Tensor], dict[str, Any]]]:
+    """A new model with as many trained parameters as all others, and what its forward takes besides ids: nothing.
+
+    Args:
+        built (`Callable`): the model of a config.
+        config_of (`Callable`): the config of an MLP so wide.
+    """
+
     class Counted:
         """What is trained of a model: the zeros that a matrix memory starts from are not."""
 
@@ -199,7 +250,7 @@ def build_model(point: Point, shape: ModelShape, seed: int) -> tuple[nn.Module, 
             return self.model.num_parameters(only_trainable=True)
 
     step = 64 if shape.width >= 512 else 8  # as the neighbours in `benchmarks/models.py`
-    config = fitted(Counted, lambda size: our_config(point, shape, size), shape, step)
+    config = fitted(Counted, config_of, shape, step)
     config.use_cache = False
     torch.manual_seed(seed)
     return built(config), lambda input_ids: {}

@@ -22,6 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
+NO_WRITE = 1e-9
+"""Steps that leave the initial memory as it is, as far as float32 can tell."""
+
+
 @dataclass(frozen=True)
 class Point:
     """What stands at one place of the bridge; the defaults, and what is called shipped, are those of the first Yaad.

@@ -13,39 +13,33 @@
 # limitations under the License.
 """The bridge's table and plot, of the trainings that a folder holds."""
 
-import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bridge_points import PATH, RUNGS, Point
 from bridge_training import Size
-from study import write_json
+from study import markdown, plain, read_results, write_report_files
 
 
-def read_results(folder: Path, size: Size) -> list[dict[str, Any]]:
-    """The trainings in a folder, of rungs that there are now.
-
-    Raises:
-        `ValueError`: for a training of another size, or of a point that its rung no longer names.
-    """
-    results, defaults = [], json.loads(json.dumps(Point().as_dict()))
-    for file in sorted(folder.glob("*-lr*-seed*.json")):
-        result = json.loads(file.read_text())
-        rung = RUNGS.get(result["job"]["rung"])
-        if result["size"]["name"] != size.name:
-            raise ValueError(f"{file} is of size {result['size']['name']!r}, and this report of {size.name!r}.")
-        # settings that there were not yet had their defaults
-        if rung is None or json.loads(json.dumps(rung.point.as_dict())) != defaults | result["point"]:
-            raise ValueError(f"{file} was trained at another point than the rung's: move it away or run it again.")
-        results.append(result)
-    return results
+def at_the_rungs_point(result: dict[str, Any]) -> bool:
+    """Whether a training is of the point that its rung names today; settings that there were not yet had their
+    defaults."""
+    rung = RUNGS.get(result["job"]["rung"])
+    return rung is not None and plain(rung.point.as_dict()) == plain(Point().as_dict()) | result["point"]
 
 
-def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(
+    results: Iterable[dict[str, Any]], rungs: Mapping[str, Any] = RUNGS, path: Collection[str] = PATH
+) -> list[dict[str, Any]]:
     """One entry a rung, in the rungs' order.
+
+    Args:
+        results: as JSON files hold them.
+        rungs (`Mapping`): what names stand for, with `says` and `parent`.
+        path: names of those that stand out.
 
     `by_rate` has the mean over seeds of the validation loss at each learning rate, `None` where a training diverged.
     `best` is the lowest of them, `spread` the largest less the smallest loss over seeds there. `cost` is `best` less
@@ -60,7 +54,7 @@ def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         norms[job["rung"]] = max(norms.get(job["rung"], 0.0), math.inf if norm is None else norm)
 
     entries: dict[str, dict[str, Any]] = {}
-    for name, rung in RUNGS.items():
+    for name, rung in rungs.items():
         if name not in losses:
             continue
         by_rate = {
@@ -74,7 +68,7 @@ def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             "rung": name,
             "says": rung.says,
             "parent": rung.parent,
-            "on_path": name in PATH,
+            "on_path": name in path,
             "by_rate": by_rate,
             "best": finite.get(rate),
             "best_rate": rate,
@@ -91,11 +85,10 @@ def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(entries: list[dict[str, Any]]) -> Iterator[str]:
-    """The entries as lines of markdown; rungs of the path from Gated DeltaNet to Yaad in bold."""
+    """The entries as lines of markdown; rungs of the path in bold."""
     rates = sorted({rate for entry in entries for rate in entry["by_rate"]})
     titles = ["rung", "change", "against", *(f"{rate:g}" for rate in rates), "best", "cost", "seeds", "gradient norm"]
-    yield "| " + " | ".join(titles) + " |"
-    yield "|---" * len(titles) + "|"
+    rows = []
     for entry in entries:
         name = f"**{entry['rung']}**" if entry["on_path"] else entry["rung"]
         by_rate = ["" if rate not in entry["by_rate"] else _loss(entry["by_rate"][rate], "diverged") for rate in rates]
@@ -105,8 +98,8 @@ def table(entries: list[dict[str, Any]]) -> Iterator[str]:
         best = _loss(entry["best"], "") + (" (edge)" if entry["at_edge"] and len(entry["by_rate"]) > 1 else "")
         cost = "" if entry["cost"] is None else f"{entry['cost']:+.3f}"
         norm = "not a number" if entry["gradient_norm_max"] is None else f"{entry['gradient_norm_max']:.3g}"
-        cells = [name, entry["says"], entry["parent"] or "", *by_rate, best, cost, seeds, norm]
-        yield "| " + " | ".join(cells) + " |"
+        rows.append([name, entry["says"], entry["parent"] or "", *by_rate, best, cost, seeds, norm])
+    yield from markdown(titles, rows)
 
 
 def _loss(value: float | None, missing: str) -> str:
@@ -117,9 +110,21 @@ def plot(entries: list[dict[str, Any]]):
     """Best losses rung by rung, every learning rate as a dot; returns the figure."""
     from matplotlib.figure import Figure
 
+    figure = Figure(
+        figsize=(8, 1.2 + 0.24 * sum(entry["best"] is not None for entry in entries)), layout="constrained"
+    )
+    plot_losses(figure.subplots(), entries, "the path", connected=True)
+    return figure
+
+
+def plot_losses(ax: Any, entries: list[dict[str, Any]], thick: str, connected: bool = False) -> None:
+    """The picture of `plot` on axes.
+
+    Args:
+        thick (`str`): what rungs with thick bars are called.
+        connected (`bool`): whether a line leads from one of them to the next.
+    """
     shown = [entry for entry in entries if entry["best"] is not None]
-    figure = Figure(figsize=(8, 1.2 + 0.24 * len(shown)), layout="constrained")
-    ax = figure.subplots()
     rates = sorted({rate for entry in shown for rate in entry["by_rate"]})
     for i, rate in enumerate(rates):
         points = [(e["by_rate"][rate], y) for y, e in enumerate(shown) if e["by_rate"].get(rate) is not None]
@@ -130,37 +135,53 @@ def plot(entries: list[dict[str, Any]]):
         ax.plot([entry["best"] - half, entry["best"] + half], [y, y], color="0.3", linewidth=width)
         ax.plot([entry["best"]] * 2, [y - 0.35, y + 0.35], color="0.1", linewidth=width)
     path = [(entry["best"], y) for y, entry in enumerate(shown) if entry["on_path"]]
-    if path:
+    if path and connected:
         ax.plot(*zip(*path, strict=True), color="0.6", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(shown)), [entry["rung"] for entry in shown], fontsize=7)
     ax.set_ylim(len(shown) - 0.5, -0.5)
-    ax.set_xlabel("validation loss (nats per token); bars are the best learning rate, thick ones the path")
+    ax.set_xlabel(f"validation loss (nats per token); bars are the best learning rate, thick ones {thick}")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
-    return figure
 
 
 def write_report(folder: Path, size: Size) -> list[str]:
     """Writes `report.md`, `report.json` and `report.png` into the folder; returns the lines of `report.md`."""
-    results = read_results(folder, size)
-    if not results:
-        raise ValueError(f"{folder} holds no training yet.")
+    results = read_results(folder, size.name, at_the_rungs_point, "at another point than the rung's")
     entries = summarise(results)
-    shape, parameters = size.shape, [result["parameters"] for result in results]
     lines = [
-        f"Validation loss in nats per token after {size.tokens:,} tokens of the {results[0]['data']}: {size.steps} steps "
-        f"of {size.rows} x {size.context} tokens, {shape.layers} layers of width {shape.width}, {shape.heads} heads, "
-        f"{min(parameters):,} to {max(parameters):,} parameters, {'bfloat16' if size.bf16 else 'float32'}. The cost of a "
-        "rung is its best loss less that of the rung it stands against. Numbers above the losses are learning rates; "
-        "(edge) marks a best one at the end of those tried. The gradient norm is the largest before clipping, of all "
-        "learning rates and seeds.",
+        f"{protocol(results, size)} The cost of a rung is its best loss less that of the rung it stands against. "
+        f"{LEGEND}",
         "",
         *table(entries),
     ]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
-    write_json(folder / "report.json", {"size": results[0]["size"], "trainings": len(results), "rungs": entries})
-    plot(entries).savefig(folder / "report.png", dpi=150)
+    content = {"size": results[0]["size"], "trainings": len(results), "rungs": entries}
+    write_report_files(folder, lines, content, plot(entries))
     return lines
 
 
-__all__ = ["plot", "read_results", "summarise", "table", "write_report"]
+LEGEND = (
+    "Numbers above the losses are learning rates; (edge) marks a best one at the end of those tried. The gradient norm "
+    "is the largest before clipping, of all learning rates and seeds."
+)
+
+
+def protocol(results: list[dict[str, Any]], size: Size) -> str:
+    """What was trained, in a sentence."""
+    shape, parameters = size.shape, [result["parameters"] for result in results]
+    return (
+        f"Validation loss in nats per token after {size.tokens:,} tokens of the {results[0]['data']}: {size.steps} steps "
+        f"of {size.rows} x {size.context} tokens, {shape.layers} layers of width {shape.width}, {shape.heads} heads, "
+        f"{min(parameters):,} to {max(parameters):,} parameters, {'bfloat16' if size.bf16 else 'float32'}."
+    )
+
+
+__all__ = [
+    "LEGEND",
+    "at_the_rungs_point",
+    "plot",
+    "plot_losses",
+    "protocol",
+    "summarise",
+    "table",
+    "write_report",
+]

@@ -13,10 +13,12 @@
 # limitations under the License.
 """Data and trainings of the bridge: the text of `pretrain.py`, and one JSON a run."""
 
+import fnmatch
 import math
 import platform
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,23 +95,52 @@ class Job:
         return f"{self.rung}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
-def jobs_of(size: Size, rungs: list[str]) -> list[Job]:
+def jobs_of(
+    size: Size,
+    rungs: Sequence[str],
+    ends: Sequence[str] = ENDS,
+    learning_rates: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Job]:
     """All trainings of the rungs, those that say most first: the ends over the grid, every rung at the middle of the
-    grid, the rest of the grid, the other seeds of the ends."""
-    middle = size.learning_rates[len(size.learning_rates) // 2]
+    grid, the rest of the grid, the other seeds of the ends.
+
+    Args:
+        ends (sequence of `str`): the rungs that have more seeds.
+        learning_rates, seeds (sequences, *optional*): others than the size's, of every rung.
+    """
+    rates = size.learning_rates if learning_rates is None else learning_rates
+    middle = rates[len(rates) // 2]
+
+    def seeds_of(rung: str) -> Sequence[int]:
+        return range(size.seeds_of_ends if rung in ends else 1) if seeds is None else seeds
 
     def rank(job: Job) -> tuple[int, ...]:
-        if job.rung in ENDS:
-            return (0,) if job.seed == 0 else (3,)
+        if job.rung in ends:
+            return (0,) if job.seed == seeds_of(job.rung)[0] else (3,)
         return (1,) if job.learning_rate == middle else (2,)
 
-    jobs = [
-        Job(rung, learning_rate, seed)
-        for rung in rungs
-        for seed in range(size.seeds_of_ends if rung in ENDS else 1)
-        for learning_rate in size.learning_rates
-    ]
+    jobs = [Job(rung, rate, seed) for rung in rungs for seed in seeds_of(rung) for rate in rates]
     return sorted(jobs, key=rank)  # stable: rungs stay in their order
+
+
+def matching(only: Sequence[str] | None, rungs: Mapping[str, Any]) -> list[str]:
+    """Names of the rungs that match a pattern of `--only`, in their order; those that run by default without any.
+
+    Raises:
+        `ValueError`: for a pattern that matches none.
+    """
+    if only is None:
+        return [name for name, rung in rungs.items() if rung.default]
+    for pattern in only:
+        if not fnmatch.filter(rungs, pattern):
+            raise ValueError(f"--only {pattern!r} names no rung; there are {', '.join(rungs)}.")
+    return [name for name in rungs if any(fnmatch.fnmatch(name, pattern) for pattern in only)]
+
+
+def in_words(rung: Any) -> str:
+    """What a rung is, and what it stands against."""
+    return rung.says if rung.parent is None else f"{rung.says} (against {rung.parent})"
 
 
 def prepare_data(folder: Path, size: Size) -> dict[str, Tensor]:
@@ -166,20 +197,98 @@ def validate(model: nn.Module, rows: Tensor, arguments, precision, at_once: int)
     return (torch.stack(losses).sum() / len(rows)).item()
 
 
+@dataclass
+class Trained:
+    """A model at the end of its training, and what measures it.
+
+    Args:
+        model (`nn.Module`): in eval mode.
+        arguments (`Callable`): what its forward takes besides ids.
+        rows (`torch.Tensor` of shape `[rows, context]`): the validation text.
+        precision (`Callable`): the context in which it computes.
+        at_once (`int`): rows of a call.
+    """
+
+    model: nn.Module
+    arguments: Callable[[Tensor], dict[str, Any]]
+    rows: Tensor
+    precision: Callable[[], AbstractContextManager]
+    at_once: int
+
+    def validate(self) -> float:
+        return validate(self.model, self.rows, self.arguments, self.precision, self.at_once)
+
+
+Loss = Callable[[nn.Module, Callable[[Tensor], dict[str, Any]], Tensor, int], Tensor]
+"""A training's loss of a model, what it takes besides ids, ids `[rows, context]` and the step."""
+
+
+def next_token_loss(model: nn.Module, arguments: Callable, ids: Tensor, step: int) -> Tensor:
+    return model(ids, labels=ids, **arguments(ids)).loss
+
+
 def run_job(
-    job: Job, size: Size, folder: Path, device: str = "cpu", keep_weights: bool = False, intervals: int = 20
-) -> dict[str, Any]:
-    """Trains one job and writes its JSON, whole or not at all, and before it the weights if they are to be kept."""
+    job: Job,
+    size: Size,
+    folder: Path,
+    device: str = "cpu",
+    keep_weights: bool = False,
+    intervals: int = 20,
+    deadline: float = math.inf,
+) -> dict[str, Any] | None:
+    """Trains one rung of the bridge, see `run_training`."""
+    rung = RUNGS[job.rung]
+    about = {"says": rung.says, "parent": rung.parent, "point": rung.point.as_dict()}
+    return run_training(
+        job,
+        size,
+        folder,
+        lambda: build_model(rung.point, size.shape, job.seed),
+        about,
+        device=device,
+        keep_weights=keep_weights,
+        intervals=intervals,
+        deadline=deadline,
+    )
+
+
+def run_training(
+    job: Job,
+    size: Size,
+    folder: Path,
+    build: Callable[[], tuple[nn.Module, Callable[[Tensor], dict[str, Any]]]],
+    about: dict[str, Any],
+    *,
+    device: str = "cpu",
+    keep_weights: bool = False,
+    intervals: int = 20,
+    deadline: float = math.inf,
+    loss: Loss = next_token_loss,
+    measure: Callable[[Trained], dict[str, Any]] = lambda trained: {},
+) -> dict[str, Any] | None:
+    """Trains one job and writes its JSON, whole or not at all, and before it the weights if they are to be kept.
+
+    Args:
+        build (`Callable`): a new model, and what its forward takes besides ids.
+        about (`dict`): what the JSON says of the model: `says`, `parent` and `point`.
+        deadline (`float`): as `time.time()`; a training that has begun is not stopped.
+        loss (`Callable`): what is trained.
+        measure (`Callable`): more for the JSON, of a training that has reached its end.
+
+    Returns the JSON's content, or `None` if the deadline came first.
+    """
+    if time.time() >= deadline:
+        return None
     started, cpu = time.perf_counter(), time.process_time()
     rows = {name: ids.long().to(device) for name, ids in prepare_data(folder, size).items()}
-    rung = RUNGS[job.rung]
     with torch.device(device):
-        model, arguments = build_model(rung.point, size.shape, job.seed)
+        model, arguments = build()
     model.to(device)  # those of `benchmarks/models.py` choose their own
 
     def precision():
         return torch.autocast(device, torch.bfloat16) if size.bf16 else nullcontext()
 
+    trained = Trained(model, arguments, rows["validation"], precision, max(2, size.rows))
     # a seed's order is the same for every rung
     order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(job.seed)).to(device)
     validation = []
@@ -187,20 +296,19 @@ def run_job(
     def loss_at(step: int) -> Tensor:
         ids = rows["train"][order[(step - 1) * size.rows : step * size.rows]]
         with precision():
-            return model(ids, labels=ids, **arguments(ids)).loss
+            return loss(model, arguments, ids, step)
 
     def after_step(step: int) -> None:
         if step in (size.steps // 2, size.steps):
-            validation.append([step, validate(model, rows["validation"], arguments, precision, max(2, size.rows))])
+            validation.append([step, trained.validate()])
 
     course = train(model, loss_at, job.learning_rate, size.steps, intervals=intervals, after_step=after_step)
     reached = course.reached and math.isfinite(validation[-1][1])
+    model.eval()
 
     result = {
         "job": asdict(job),
-        "says": rung.says,
-        "parent": rung.parent,
-        "point": rung.point.as_dict(),
+        **about,
         "size": asdict(size),
         "device": device,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -210,6 +318,7 @@ def run_job(
         "diverged": not reached,
         **course.summary(),
         "memories": memories_after(model, rows["validation"][:2], arguments),
+        **(measure(trained) if reached else {}),
         "tokens": size.context * size.rows * len(course.losses),
         "data": pretrain.data_name(pretrain.DataArguments())["name"],
         "command": command_line(),
@@ -220,6 +329,10 @@ def run_job(
         save_model(model, folder / f"{job.name}.safetensors")
     write_json(folder / f"{job.name}.json", result)
     return result
+
+
+def loss_in_words(result: dict[str, Any]) -> str:
+    return "diverged" if result["validation"] is None else f"{result['validation']:.4f}"
 
 
 def memories_after(model: nn.Module, ids: Tensor, arguments) -> dict[str, dict[str, float | None]]:

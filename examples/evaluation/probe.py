@@ -24,7 +24,6 @@ Writes `probe.json` and `probe.png` into `--out` and prints a table, one row a l
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from study import without_nan  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
@@ -73,26 +73,14 @@ def of_checkpoint(name: str, text: Path | None, tokens: int) -> tuple[nn.Module,
 
 
 def of_training(file: Path, tokens: int, at_start: bool) -> tuple[nn.Module, Tensor]:
-    """The model of a training of `bridge.py`, and its validation text.
+    """The model of a training of `bridge.py` or `ablations.py`, and its validation text.
 
     Raises:
         `ValueError`: for a training whose weights were not kept.
     """
-    from bridge_models import build_model
-    from bridge_points import Point
-    from bridge_training import SIZES
-    from safetensors.torch import load_model
+    from checkpoints import model_of_training
 
-    result = json.loads(file.read_text())
-    point = result["point"]
-    if point["half_lives"] is not None:
-        point["half_lives"] = tuple(point["half_lives"])
-    model, _ = build_model(Point(**point), SIZES[result["size"]["name"]].shape, result["job"]["seed"])
-    weights = file.with_suffix(".safetensors")
-    if not at_start:
-        if not weights.exists():
-            raise ValueError(f"{weights} is not there: train with --keep-weights, or probe --at-start.")
-        load_model(model, weights)
+    model = model_of_training(file, at_start)
     rows = torch.load(file.parent / "data.pt")["rows"]["validation"]
     return model, rows.flatten()[None, :tokens].long()
 
@@ -147,18 +135,9 @@ def plot(layers: dict[str, dict[str, Any]]):
     return figure
 
 
-def without_nan(value: Any) -> Any:
-    """JSON has no word for what is not a number."""
-    if isinstance(value, dict):
-        return {name: without_nan(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoint", help="a folder or name of a saved model, or the JSON of a training of bridge.py")
+    parser.add_argument("checkpoint", help="a folder or name of a saved model, or the JSON of a training")
     parser.add_argument("--text", type=Path, help="a text file to read; by default the standard library's source")
     parser.add_argument("--tokens", type=int, default=2048, help="how much of the text is read")
     parser.add_argument("--at-start", action="store_true", help="a training's model before its first step")

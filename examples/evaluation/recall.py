@@ -26,61 +26,28 @@ Every training is one JSON in `--out`; those that are there are skipped. One com
 
 import argparse
 import fnmatch
-import math
 import sys
-import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-import torch  # noqa: E402
 from recall_models import DEFAULT_MODELS, named  # noqa: E402
 from recall_report import write_report  # noqa: E402
 from recall_tasks import TASKS  # noqa: E402
-from recall_training import DEFAULT_PAIRS, SIZES, Job, Size, jobs_of, mean_accuracy, run_job  # noqa: E402
-from study import quiet, run_all  # noqa: E402
+from recall_training import DEFAULT_PAIRS, SIZES, jobs_of, mean_accuracy, run_job  # noqa: E402
+from study import add_arguments, parse_arguments, run_study  # noqa: E402
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/recall"), help="folder of the results")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        metavar="TASK[/MODEL]",
-        help="what to run, with * and ? as in file names: a task, or one model",
-    )
-    parser.add_argument("--learning-rates", nargs="+", type=float, metavar="LR", help="another grid than the task's")
+    only = "what to run, with * and ? as in file names: a task, or one model"
+    add_arguments(parser, "runs/recall", SIZES, "full", ("TASK[/MODEL]", only))
     parser.add_argument("--widths", nargs="+", type=int, metavar="WIDTH", help="other widths than the task's")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="other seeds than the size's")
-    parser.add_argument("--size", choices=sorted(SIZES), help="by default cpu, or full with --device cuda")
-    parser.add_argument("--smoke", action="store_true", help="the same as --size smoke")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread on a CPU")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=math.inf,
-        help="stop then, in the middle of a training; the next command goes on",
-    )
-    parser.add_argument("--list", action="store_true", help="say what there is to run and what is done, run nothing")
-    parser.add_argument("--report", action="store_true", help="tables and plot of what is done, run nothing")
-    args = parser.parse_args(argv)
-    if args.smoke and args.size not in (None, "smoke"):
-        parser.error(f"--smoke is --size smoke, got --size {args.size}")
-    args.size = "smoke" if args.smoke else args.size or {"cpu": "cpu", "cuda": "full"}[args.device]
-    if args.workers < 1:
-        parser.error(f"--workers must be at least 1, got {args.workers}")
-    if not args.minutes > 0:
-        parser.error(f"--minutes must be more than 0, got {args.minutes:g}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that PyTorch finds")
-    if args.device == "cpu" and SIZES[args.size].bf16:
-        parser.error(f"--size {args.size} needs --device cuda")
-    return args
+    return parse_arguments(parser, argv, SIZES)
 
 
 def chosen(only: list[str] | None) -> list[tuple[str, str]]:
@@ -105,45 +72,24 @@ def chosen(only: list[str] | None) -> list[tuple[str, str]]:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     size = SIZES[args.size]
-    quiet()
     pairs = chosen(args.only)
-    jobs = jobs_of(size, pairs, args.learning_rates, args.widths, args.seeds)
-    waiting = [job for job in jobs if not (args.out / f"{job.name}.json").exists()]
-    if args.list:
-        for task, model in pairs:
-            of_pair = [job for job in jobs if (job.task, job.model) == (task, model)]
-            done = sum(job not in waiting for job in of_pair)
-            print(f"{task + '/' + model:34} {done}/{len(of_pair)}  {TASKS[task].says}")
-        return
-    if not args.report:
-        print(f"{len(waiting)} of {len(jobs)} trainings to do, in {args.out}", flush=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        if args.device == "cpu":
-            torch.set_num_threads(1)
-        _run(waiting, size, args)
-    for line in write_report(args.out, size):
-        print(line)
+    run_study(
+        args,
+        jobs_of(size, pairs, args.learning_rates, args.widths, args.seeds),
+        partial(run_job, size=size, folder=args.out, device=args.device),
+        groups={f"{task}/{model}": TASKS[task].says for task, model in pairs},
+        group_of=lambda job: f"{job.task}/{job.model}",
+        outcome=outcome,
+        report=lambda: write_report(args.out, size),
+        prepare=lambda: args.out.mkdir(parents=True, exist_ok=True),
+        width=34,
+    )
 
 
-def _run(jobs: list[Job], size: Size, args: argparse.Namespace) -> None:
-    started = time.time()
-
-    def say(number: int, result: dict | None) -> None:
-        if result is None:
-            return
-        mean = mean_accuracy(result)
-        accuracy = "diverged" if mean is None else f"accuracy {mean:.3f}"
-        wall, cpu = result["seconds"]["wall"], result["seconds"]["cpu"]
-        print(
-            f"{number}/{len(jobs)} {Job(**result['job']).name}: {accuracy}, a guess {result['chance']:.3f}, gradient norm "
-            f"up to {result['gradient_norm_max']}, {wall:.0f} s ({cpu:.0f} s of CPU), "
-            f"{(time.time() - started) / 60:.0f} min in all",
-            flush=True,
-        )
-
-    deadline = started + 60 * args.minutes
-    run = partial(run_job, size=size, folder=args.out, device=args.device, deadline=deadline)
-    run_all(jobs, run, say, args.workers)
+def outcome(result: dict[str, Any]) -> str:
+    mean = mean_accuracy(result)
+    accuracy = "diverged" if mean is None else f"accuracy {mean:.3f}"
+    return f"{accuracy}, a guess {result['chance']:.3f}"
 
 
 if __name__ == "__main__":

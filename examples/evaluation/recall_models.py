@@ -209,12 +209,13 @@ def state_size(model: nn.Module, arguments: Callable[[Tensor], dict[str, Any]], 
 
     `memory` is what it recalls from: keys and values, the state of a recurrence, or the weights of a memory. `carried`
     is all it needs for the next token: the last inputs of convolutions, those of `add_convolutions` as well, and what
-    waits in an unfinished chunk. `None` for a rung of the bridge, which has no cache.
+    waits in an unfinished chunk. `None` for a rung of the bridge whose memory is Transformers' delta rule: it has no cache
+    here.
 
     Raises:
         `TypeError`: for a cache that is not known here.
     """
-    if any(isinstance(module, bridge_models.Around) for module in model.modules()):
+    if any(isinstance(module, bridge_models.DeltaRule) for module in model.modules()):
         return None
     training, device = model.training, next(model.parameters()).device
     ids = torch.zeros(1, length, dtype=torch.long, device=device)

@@ -13,7 +13,7 @@
 # limitations under the License.
 """The recall study's tables and plot, of the trainings that a folder holds."""
 
-import json
+import functools
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -23,9 +23,9 @@ from typing import Any
 
 from recall_models import MODELS, NEIGHBOURS
 from recall_published import PUBLISHED, WITHOUT
-from recall_tasks import TASKS, Protocol
+from recall_tasks import TASKS
 from recall_training import Size, mean_accuracy
-from study import markdown, write_json
+from study import markdown, plain, read_results, write_report_files
 
 
 PUBLISHED_SIZE = "full"
@@ -33,27 +33,9 @@ LEARNED = 0.9
 """Accuracy on a task's easiest test from which a neighbour is said to have learned it."""
 
 
-def read_results(folder: Path, size: Size) -> list[dict[str, Any]]:
-    """The trainings in a folder.
-
-    Raises:
-        `ValueError`: for a training of another size, or by another protocol than the task has now.
-    """
-    results = []
-    for file in sorted(folder.glob("*-seed*.json")):
-        result = json.loads(file.read_text())
-        task = TASKS.get(result["job"]["task"])
-        if result["size"]["name"] != size.name:
-            raise ValueError(f"{file} is of size {result['size']['name']!r}, and this report of {size.name!r}.")
-        if task is None or result["protocol"] != plain(task.protocols[size.name]):
-            raise ValueError(f"{file} was trained by another protocol than the task's: move it away or run it again.")
-        results.append(result)
-    return results
-
-
-def plain(protocol: Protocol) -> dict[str, Any]:
-    """A protocol as JSON gives it back."""
-    return json.loads(json.dumps(asdict(protocol)))
+def _by_the_tasks_protocol(result: dict[str, Any], size: Size) -> bool:
+    task = TASKS.get(result["job"]["task"])
+    return task is not None and result["protocol"] == plain(asdict(task.protocols[size.name]))
 
 
 def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -247,9 +229,8 @@ def _memory(entry: dict[str, Any]) -> float | None:
 
 def write_report(folder: Path, size: Size) -> list[str]:
     """Writes `report.md`, `report.json` and `report.png` into the folder; returns the lines of `report.md`."""
-    results = read_results(folder, size)
-    if not results:
-        raise ValueError(f"{folder} holds no training yet.")
+    current = functools.partial(_by_the_tasks_protocol, size=size)
+    results = read_results(folder, size.name, current, "by another protocol than the task's")
     entries = summarise(results)
     lines = [
         f"Accuracy of {len(results)} trainings at size {size.name}, {'bfloat16' if size.bf16 else 'float32'}, heads of "
@@ -272,10 +253,9 @@ def write_report(folder: Path, size: Size) -> list[str]:
             *table(of_task),
         ]
     lines += ["", "## The neighbours and what is published", "", *checks(entries, size)]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
-    write_json(folder / "report.json", {"size": results[0]["size"], "trainings": len(results), "entries": entries})
-    plot(entries).savefig(folder / "report.png", dpi=120)
+    content = {"size": results[0]["size"], "trainings": len(results), "entries": entries}
+    write_report_files(folder, lines, content, plot(entries), dpi=120)
     return lines
 
 
-__all__ = ["checks", "plot", "read_results", "scaled", "summarise", "table", "write_report"]
+__all__ = ["checks", "plot", "scaled", "summarise", "table", "write_report"]

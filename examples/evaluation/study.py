@@ -11,16 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What studies share: jobs that run one by one or side by side, the loop that trains, and files of results.
+"""What studies share: their flags, jobs that run one by one or side by side, the loop that trains, and files of results.
 
 Trainer has its own place for the loss and the order of data. Here every model of a study must see the same batches,
 whatever it is, and the norm of every step's gradients is part of the result: so the loop is written out.
 """
 
+import argparse
+import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -184,13 +186,166 @@ def _start_worker() -> None:
     quiet()
 
 
+def add_arguments(
+    parser: argparse.ArgumentParser, out: str, sizes: Iterable[str], gpu_size: str, only: tuple[str, str]
+) -> None:
+    """The flags that all studies of trainings have.
+
+    Args:
+        out (`str`): the folder of results by default.
+        sizes (iterable of `str`): names of sizes, `"cpu"` and `"smoke"` among them.
+        gpu_size (`str`): the one that `--device cuda` means.
+        only (`tuple` of `str`): what `--only` takes, as a metavar and in words.
+    """
+    metavar, says = only
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the results")
+    parser.add_argument("--only", nargs="+", metavar=metavar, help=says)
+    parser.add_argument("--learning-rates", nargs="+", type=float, metavar="LR", help="another grid of learning rates")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="other seeds than the size's, for all")
+    parser.add_argument("--size", choices=sorted(sizes), help=f"by default cpu, or {gpu_size} with --device cuda")
+    parser.add_argument("--smoke", action="store_true", help="the same as --size smoke")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with one thread on a CPU")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after so many; the next command goes on where it was"
+    )
+    parser.add_argument("--list", action="store_true", help="say what there is to run and what is done, run nothing")
+    parser.add_argument("--report", action="store_true", help="the report of what is done, run nothing")
+    parser.set_defaults(gpu_size=gpu_size)
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: list[str] | None, sizes: Mapping[str, Any]
+) -> argparse.Namespace:
+    """What the flags of `add_arguments` say, with the size that they mean; leaves with a word for what cannot be."""
+    args = parser.parse_args(argv)
+    if args.smoke and args.size not in (None, "smoke"):
+        parser.error(f"--smoke is --size smoke, got --size {args.size}")
+    args.size = "smoke" if args.smoke else args.size or {"cpu": "cpu", "cuda": args.gpu_size}[args.device]
+    if args.workers < 1:
+        parser.error(f"--workers must be at least 1, got {args.workers}")
+    if not args.minutes > 0:
+        parser.error(f"--minutes must be more than 0, got {args.minutes:g}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that PyTorch finds")
+    if args.device == "cpu" and sizes[args.size].bf16:
+        parser.error(f"--size {args.size} needs --device cuda")
+    return args
+
+
+def run_study(
+    args: argparse.Namespace,
+    jobs: Sequence[Any],
+    run: Callable[..., dict[str, Any] | None],
+    *,
+    groups: Mapping[str, str],
+    group_of: Callable[[Any], str],
+    outcome: Callable[[dict[str, Any]], str],
+    report: Callable[[], Iterable[str]],
+    prepare: Callable[[], Any],
+    trainings: str = "trainings",
+    width: int = 20,
+) -> None:
+    """What a command does once it knows its jobs: say what there is, or run what is not done yet and print the report.
+
+    Args:
+        jobs: with a `name` each, which is that of their JSON.
+        run (`Callable`): one job, with the `deadline` as `time.time()`; returns what its JSON holds, or `None` if the
+            deadline came first.
+        groups (`Mapping`): what `--list` says of each group of jobs.
+        group_of (`Callable`): a job's group.
+        outcome (`Callable`): a result in a few words.
+        report (`Callable`): writes the report and returns its lines.
+        prepare (`Callable`): called before anything runs.
+        trainings (`str`): what the jobs are called.
+        width (`int`): of the groups' names in the list.
+    """
+    quiet()
+    waiting = [job for job in jobs if not (args.out / f"{job.name}.json").exists()]
+    if args.list:
+        for group, says in groups.items():
+            of_group = [job for job in jobs if group_of(job) == group]
+            done = sum(job not in waiting for job in of_group)
+            print(f"{group:{width}} {done}/{len(of_group)}  {says}")
+        return
+    if not args.report:
+        print(f"{len(waiting)} of {len(jobs)} {trainings} to do, in {args.out}", flush=True)
+        if args.device == "cpu":
+            torch.set_num_threads(1)
+        if waiting:
+            prepare()
+        started = time.time()
+
+        def say(done: int, result: dict[str, Any] | None) -> None:
+            if result is None:
+                return
+            wall, cpu = result["seconds"]["wall"], result["seconds"]["cpu"]
+            print(
+                f"{done}/{len(waiting)} {type(jobs[0])(**result['job']).name}: {outcome(result)}, gradient norm up to "
+                f"{result['gradient_norm_max']}, {wall:.0f} s ({cpu:.0f} s of CPU), "
+                f"{(time.time() - started) / 60:.0f} min in all",
+                flush=True,
+            )
+
+        run_all(waiting, functools.partial(run, deadline=started + 60 * args.minutes), say, args.workers)
+    for line in report():
+        print(line)
+
+
 def number(value: float) -> float | None:
     """JSON has no word for what is not a number."""
     return value if math.isfinite(value) else None
 
 
+def without_nan(value: Any) -> Any:
+    """`number` of all numbers in lists and dicts."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
+    return number(value) if isinstance(value, float) else value
+
+
 def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_results(
+    folder: Path, size: str, is_current: Callable[[dict[str, Any]], bool], otherwise: str
+) -> list[dict[str, Any]]:
+    """The trainings in a folder.
+
+    Args:
+        size (`str`): the name of the size that they must have.
+        is_current (`Callable`): whether a result is of what its job means today.
+        otherwise (`str`): how it was trained if it is not.
+
+    Raises:
+        `ValueError`: for a training of another size, for one that is not current, and if there is none.
+    """
+    results = []
+    for file in sorted(folder.glob("*-seed*.json")):
+        result = json.loads(file.read_text())
+        if result["size"]["name"] != size:
+            raise ValueError(f"{file} is of size {result['size']['name']!r}, and this report of {size!r}.")
+        if not is_current(result):
+            raise ValueError(f"{file} was trained {otherwise}: move it away or run it again.")
+        results.append(result)
+    if not results:
+        raise ValueError(f"{folder} holds no training yet.")
+    return results
+
+
+def write_report_files(folder: Path, lines: Iterable[str], content: Any, figure: Any, dpi: int = 150) -> None:
+    """`report.md`, `report.json` and `report.png`."""
+    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    write_json(folder / "report.json", content)
+    figure.savefig(folder / "report.png", dpi=dpi)
+
+
+def plain(content: Any) -> Any:
+    """What JSON gives back of it: names as strings, tuples as lists."""
+    return json.loads(json.dumps(content))
 
 
 def markdown(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
