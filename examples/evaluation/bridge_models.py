@@ -21,7 +21,7 @@ equal), output. What the library has no switch for is done to a model that it ha
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bridge_points import Point
@@ -33,6 +33,7 @@ from miras_hf import MirasConfig, MirasForCausalLM
 from miras_hf.memory import Factors, MLPMemory
 from miras_hf.mixer_ops import rms_norm
 from miras_hf.modeling_miras import MirasMixer
+from miras_hf.sequences import Sequences
 
 
 NO_WRITE = 1e-9
@@ -79,13 +80,29 @@ def _eta_max(point: Point, shape: ModelShape) -> float:
     return step / math.sqrt(shape.width // shape.heads) if point.loss == "huber_mixture" else step
 
 
+class FinishedTokens(NamedTuple):
+    """Tokens as memories take them, in the place of those that a mixer projects."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    eta: Tensor
+    log_alpha: Tensor
+    delta: Tensor | None = None
+    log_momentum: Tensor | None = None
+
+    def finished(self, *_, **__) -> "FinishedTokens":
+        return self
+
+
 class DeltaRule(nn.Module):
     """The gated delta rule of Transformers in the place of a memory, without queries' scale."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, log_alpha: Tensor, delta: None, **_) -> tuple:
+    def forward(self, tokens: Any, *_) -> Tensor:
+        q, k, v, eta, log_alpha, *_ = tokens.finished()
         scaled = q * math.sqrt(q.shape[-1])  # it divides them by this
         y, _ = torch_chunk_gated_delta_rule(scaled, k, v.to(q.dtype), g=log_alpha, beta=eta)
-        return y, None, None
+        return y
 
 
 @dataclass(frozen=True)
@@ -121,23 +138,22 @@ class Around(nn.Module):
         super().__init__()
         self.memory, self.point, self.norm_eps = memory, point, norm_eps
 
-    def version(self, known) -> None:
-        # asked for by mixers that go on from a cache
-        raise ValueError("`use_cache` must be False: models of the bridge are trained and measured, not decoded.")
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, **arguments) -> tuple:
+    def forward(self, tokens: Any, sequences: Sequences, cached: Any = None) -> Tensor:
+        if cached is not None:
+            raise ValueError("`use_cache` must be False: models of the bridge are trained and measured, not decoded.")
+        q, k, v, *gates = tokens.finished(position=sequences.position)
         if self.point.value_norm:
             v = rms_norm(v, v.new_ones(v.shape[-1]), self.norm_eps)
         if not self.point.read_residual:
             # of M(x) = x + LN: asked for v + k, LN is asked for v
             v = v + k.to(v.dtype)
-        y, *rest = self.memory(q, k, v, *gates, **arguments)
+        y = self.memory(FinishedTokens(q, k, v, *gates), sequences, None)
         if not self.point.read_residual:
             y = y - q.to(y.dtype)
         if self.point.query_scale:
             # reads of a matrix are linear in their query
             y = y / math.sqrt(q.shape[-1])
-        return y, *rest
+        return y
 
 
 def change(model: MirasForCausalLM, point: Point) -> MirasForCausalLM:

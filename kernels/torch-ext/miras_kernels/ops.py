@@ -68,21 +68,13 @@ def refusal(
     """
     check_record("choices", choices, Choices)
     check_instance("dtype", dtype, torch.dtype)
-    device = torch.device(device)
+    call = (torch.device(device), dtype, head_dim, choices, needs_grad, decode)
     if torch.compiler.is_compiling():  # a graph keeps the answer, and cannot look into what is kept
-        return _reason(device, dtype, head_dim, choices, needs_grad, precision or "", decode)
-    return known_reason(device, dtype, head_dim, choices, needs_grad, precision or default_precision(dtype), decode)
+        return _reason(*call, precision or "")
+    return known_reason(*call, precision or default_precision(dtype))
 
 
-def _reason(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    choices: Choices,
-    needs_grad: bool,
-    precision: str,
-    decode: bool,
-) -> str | None:
+def _reason(device, dtype, head_dim, choices: Choices, needs_grad, decode, precision: str) -> str | None:
     if not _TRITON_INSTALLED:
         return "Triton is not installed (`pip install triton`)"
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
