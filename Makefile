@@ -13,7 +13,8 @@ VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 TRITON36_VENV ?= .venv-triton36
 DEMO_FLAGS ?=
-PYTEST_FLAGS ?= -n 2
+# Workers that have nothing left take tests from the others: the longest take minutes.
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 # Without a GPU a plain `pip install torch` may bring gigabytes of CUDA libraries.
 PIP_FLAGS ?= $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 

@@ -231,7 +231,6 @@ def _ours(kind: str, shape: Shape, recurrent: bool = False) -> Competitor:
     rotary = MirasRotaryEmbedding(config)
     if recurrent:
         module.memory.forward = _recurrent_memory(module.memory)
-        module.memory.backend.reads_in_place = lambda v: False
 
     def call(x, cache=None):
         start = 0 if cache is None else cache.get_seq_length()
@@ -266,12 +265,22 @@ def _recurrent_memory(memory: nn.Module):
     """The mixer's memory with the token-by-token reference in place of the chunk-parallel form."""
     from miras_hf.memory import MemoryParameters, recurrent_miras
 
-    def forward(q, k, v, eta, log_alpha, delta, state=None, in_place=False, **kwargs):
+    def forward(tokens, sequences, cached):
         parameters = MemoryParameters(tuple(memory.initial_state), memory.norm_weight, memory.norm_bias)
+        state, tail = (None, None) if cached is None else cached.to_read()
         y, state = recurrent_miras(
-            q, k, v, eta, log_alpha, delta, rule=memory.rule, parameters=parameters, initial_state=state, **kwargs
+            *tokens.finished(tail, sequences.position),
+            rule=memory.rule,
+            parameters=parameters,
+            initial_state=state,
+            output_final_state=cached is not None,
+            cu_seqlens=sequences.cu_seqlens,
+            mask=sequences.live,
         )
-        return y, state, None
+        if cached is not None:
+            tail = tokens.next_tail(tail, sequences.lengths)
+            cached.update_memory(state, tail, tokens.v.shape[1], handed_over=True)
+        return y
 
     return forward
 

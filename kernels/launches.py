@@ -43,5 +43,10 @@ def launching(kernel: str, launch: dict[str, int]) -> Iterator[None]:
             return {"enable_fp_fusion": True, **launch}
         return usual(name, **where)
 
-    with patch.object(ops, "launch_configuration", chosen), patch.object(decoding, "launch_configuration", chosen):
-        yield
+    # what was refused because no launch was configured may be asked for in here
+    ops.known_reason.cache_clear()
+    try:
+        with patch.object(ops, "launch_configuration", chosen), patch.object(decoding, "launch_configuration", chosen):
+            yield
+    finally:
+        ops.known_reason.cache_clear()

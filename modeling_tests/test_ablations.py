@@ -33,6 +33,7 @@ import ablations  # noqa: E402
 from ablation_models import build_model, change, config_of, point_of, served_at  # noqa: E402
 from ablation_points import ABLATIONS, MODELS, SERVED_AT, Ablation  # noqa: E402
 from ablation_report import is_todays, table_of, with_measures  # noqa: E402
+from bridge_models import FinishedTokens  # noqa: E402
 from bridge_report import summarise  # noqa: E402
 from bridge_training import SIZES, Trained  # noqa: E402
 from corruption import CORRUPTIONS, Corruption, corrupted, corrupted_loss, under_corruption  # noqa: E402
@@ -40,8 +41,9 @@ from models import ModelShape  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig  # noqa: E402
 
 from miras_hf import MirasConfig  # noqa: E402
-from miras_hf.memory import MemoryParameters, recurrent_miras  # noqa: E402
+from miras_hf.memory import MemoryParameters, chunk_miras, recurrent_miras  # noqa: E402
 from miras_hf.modeling_miras import MirasMemory  # noqa: E402
+from miras_hf.sequences import Sequences  # noqa: E402
 
 
 SHAPE = ModelShape(width=32, layers=1, heads=2, vocabulary=64, chunk=4)
@@ -65,12 +67,14 @@ def tokens_of(mixer, tokens: int = 11) -> list:
     return [q, k, randn(DIM), eta, log_alpha, None if mixer.delta is None else 1.0 + randn().abs()]
 
 
-def reference(mixer, q, k, v, eta, log_alpha, delta):
+def read(mixer, *x):
+    return mixer.memory(FinishedTokens(*x), Sequences())
+
+
+def reference(mixer, q, k, v, eta, log_alpha, delta, form=recurrent_miras):
     memory = mixer.memory
     parameters = MemoryParameters(tuple(memory.initial_state()), memory.norm_weight, memory.norm_bias)
-    return recurrent_miras(
-        q, k, v, eta, log_alpha, delta, rule=memory.rule, parameters=parameters, output_final_state=True
-    )
+    return form(q, k, v, eta, log_alpha, delta, rule=memory.rule, parameters=parameters, output_final_state=True)
 
 
 def read_by_hand(x, w1, w2, norm_eps):
@@ -108,7 +112,7 @@ def test_changes_of_the_write_and_the_read_are_those_of_a_naive_recurrence(chang
     assert ABLATIONS[name].change == change
     x = tokens_of(mixer)
     with torch.no_grad():
-        y, *_ = mixer.memory(*x)
+        y = read(mixer, *x)
     norm_eps = model.config.memory_norm_eps
     for head in range(HEADS):
         q, k, v, eta, log_alpha = (t[0, :, head] for t in x[:5])
@@ -124,7 +128,7 @@ def test_ascent_is_the_reference_with_negative_steps(model):
     mixer = mixer_of(f"{model}-ascent")
     q, k, v, eta, *rest = tokens_of(mixer)
     with torch.no_grad():
-        y, *_ = mixer.memory(q, k, v, eta, *rest)
+        y = read(mixer, q, k, v, eta, *rest)
         up, _ = reference(mixer, q, k, v, -eta, *rest)
         down, _ = reference(mixer, q, k, v, eta, *rest)
     torch.testing.assert_close(y, up, rtol=1e-8, atol=1e-10)
@@ -136,7 +140,7 @@ def test_only_the_last_layer_moves(model):
     for name, moves in ((f"{model}-last-layer", False), (model, True)):
         mixer = mixer_of(name)
         with torch.no_grad():
-            _, state, _ = mixer.memory(*tokens_of(mixer), output_final_state=True)
+            _, state = reference(mixer, *tokens_of(mixer), form=chunk_miras)
         assert bool(state.dual[0].any()) is moves and bool(state.dual[1].any()), name
 
 
@@ -154,9 +158,9 @@ def test_queries_are_the_keys(model):
     mixer = mixer_of(f"{model}-keys")
     q, k, *rest = tokens_of(mixer)
     with torch.no_grad():
-        y, *_ = mixer.memory(q, k, *rest)
+        y = read(mixer, q, k, *rest)
         expected, _ = reference(mixer, k, k, *rest)
-        other, *_ = mixer.memory(torch.zeros_like(q), k, *rest)
+        other = read(mixer, torch.zeros_like(q), k, *rest)
     torch.testing.assert_close(y, expected, rtol=1e-8, atol=1e-10)
     assert torch.equal(y, other)
     # what nothing depends on is not counted among the parameters
@@ -168,7 +172,7 @@ def test_nothing_is_forgotten(model):
     mixer = mixer_of(f"{model}-no-retention")
     *x, log_alpha, delta = tokens_of(mixer)
     with torch.no_grad():
-        y, *_ = mixer.memory(*x, 10.0 * log_alpha, delta)
+        y = read(mixer, *x, 10.0 * log_alpha, delta)
         expected, _ = reference(mixer, *x, torch.zeros_like(log_alpha), delta)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-8)
 
@@ -179,7 +183,7 @@ def test_without_writes_the_initial_memory_is_read(model):
     eta = mixer.eta(torch.randn(1, 11, 32, dtype=torch.float64))
     q, k, v, _, *rest = tokens_of(mixer)
     with torch.no_grad():
-        y, *_ = mixer.memory(q, k, v, eta.double(), *rest)
+        y = read(mixer, q, k, v, eta.double(), *rest)
     gate = mixer.memory.rule.retention
     for head in range(HEADS):
         weights = [gate.link(w[head], axis) for w, axis in zip(mixer.memory.initial_state(), (-1, -2), strict=True)]
@@ -270,7 +274,12 @@ def trained():
 def values_of(model, ids):
     seen = []
     memories = [module for module in model.modules() if isinstance(module, MirasMemory)]
-    handles = [memory.register_forward_pre_hook(lambda m, args: seen.append(args[2].detach())) for memory in memories]
+
+    def keep(memory, inputs):
+        tokens, sequences, *_ = inputs
+        seen.append(tokens.finished(position=sequences.position)[2].detach())
+
+    handles = [memory.register_forward_pre_hook(keep) for memory in memories]
     with torch.no_grad():
         model(ids)
     for handle in handles:

@@ -31,7 +31,7 @@ STUDY = ROOT / "examples" / "evaluation"
 sys.path[:0] = [str(STUDY), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import bridge  # noqa: E402
-from bridge_models import UnitStepMLP, build_model, change, our_config  # noqa: E402
+from bridge_models import FinishedTokens, UnitStepMLP, build_model, change, our_config  # noqa: E402
 from bridge_points import PATH, RUNGS, Point  # noqa: E402
 from bridge_report import at_the_rungs_point, summarise, table  # noqa: E402
 from bridge_training import SIZES, Job, jobs_of  # noqa: E402
@@ -44,6 +44,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 from miras_hf import MirasForCausalLM, YaadConfig, YaadForCausalLM  # noqa: E402
 from miras_hf.compat import CACHE_NAME  # noqa: E402
 from miras_hf.memory import L2, Decay, MemoryParameters, MirasRule, chunk_miras  # noqa: E402
+from miras_hf.sequences import Sequences  # noqa: E402
 
 
 SHAPE = ModelShape(width=128, layers=1, heads=2, vocabulary=64)
@@ -154,7 +155,7 @@ def test_values_and_read_residual_are_what_a_naive_recurrence_gives(residual, va
     eta = 0.05 * torch.rand(1, tokens, heads, dtype=torch.float64)
     log_alpha = -0.2 * torch.rand(1, tokens, heads, dtype=torch.float64)
     with torch.no_grad():
-        y, *_ = memory(q, k, v, eta, log_alpha, None)
+        y = memory(FinishedTokens(q, k, v, eta, log_alpha), Sequences())
     values = v / v.square().mean(-1, keepdim=True).sqrt() if value_norm else v
     for head in range(heads):
         x = [t[0, :, head] for t in (q, k, values, eta, log_alpha)]

@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT / "examples" / "evaluation"), str(ROOT / "examples"), s
 import length  # noqa: E402
 from ablation_models import build_model, point_of  # noqa: E402
 from ablation_points import ABLATIONS  # noqa: E402
+from bridge_models import ChangedTokens  # noqa: E402
 from bridge_models import build_model as build_rung  # noqa: E402
 from bridge_points import RUNGS  # noqa: E402
 from bridge_training import SIZES  # noqa: E402
@@ -160,22 +161,23 @@ def test_four_conditions_are_single_calls_over_what_they_have_read(kind, tmp_pat
     # a stream goes on from all but the last token of a document, which is predicted and not read
     streams = [torch.cat([earlier, *(ids[:-1] for ids in documents[:i])]) for i in range(3)]
 
-    def no_writes(memory: MirasMemory, inputs: tuple, arguments: dict):
-        q, k, v, *gates = inputs
-        eta, log_alpha = (torch.cat([gate[:, :64], torch.zeros_like(gate[:, 64:])], dim=1) for gate in gates[:2])
-        if arguments.get("log_momentum") is not None:
-            log = arguments["log_momentum"]
-            arguments["log_momentum"] = torch.cat([log[:, :64], torch.full_like(log[:, 64:], -1e9)], dim=1)
-        return (q, k, v, eta, log_alpha, *gates[2:]), arguments
+    def later(gate: torch.Tensor, value: float) -> torch.Tensor:
+        return torch.cat([gate[:, :64], torch.full_like(gate[:, 64:], value)], dim=1)
+
+    def without(q, k, v, eta, log_alpha, delta, log_momentum):
+        log_momentum = None if log_momentum is None else later(log_momentum, -1e9)
+        return q, k, v, later(eta, 0.0), later(log_alpha, 0.0), delta, log_momentum
+
+    def no_writes(memory: MirasMemory, inputs: tuple):
+        tokens, *others = inputs
+        return ChangedTokens(tokens, without), *others
 
     expected = {
         "fresh": [nats(model, ids) for ids in documents],
         "warm": [after(earlier, ids) for ids in documents],
         "stream": [after(before, ids) for before, ids in zip(streams, documents, strict=True)],
     }
-    hooks = [
-        m.register_forward_pre_hook(no_writes, with_kwargs=True) for m in model.modules() if isinstance(m, MirasMemory)
-    ]
+    hooks = [m.register_forward_pre_hook(no_writes) for m in model.modules() if isinstance(m, MirasMemory)]
     expected["warm and frozen"] = [after(earlier, ids) for ids in documents]
     for hook in hooks:
         hook.remove()

@@ -79,10 +79,11 @@ def held(cache):
     for layer in cache.layers:
         lengths.append(layer.get_seq_length())
         if isinstance(layer, MirasLayer):
-            dual, inputs, gradients, eta, log_decay, count = layer.memory
+            dual, inputs, gradients, eta, log_decay, count, momentum, log_momentum = layer.memory
             # what stands in slots to come means nothing
             slots = torch.arange(eta.shape[2]).view(1, 1, -1, 1) < (count % eta.shape[2]).view(-1, 1, 1, 1)
-            tensors += [*dual, *(slots * x for x in (*inputs, *gradients, eta, log_decay)), count, layer.conv_tail]
+            waiting = (*inputs, *gradients, eta, log_decay, *log_momentum)
+            tensors += [*dual, *momentum, *(slots * x for x in waiting), count, layer.conv_tail]
         else:
             # while it records, a window keeps more than it shows
             window = layer.max_cache_len if isinstance(cache, StaticCache) else layer.sliding_window - 1
@@ -214,8 +215,9 @@ def test_columns_are_taken_back_pads_among_them():
     [
         {"memory_architecture": "matrix", "conv_kernel_size": 1, "gate_granularity": "head"},
         {"decay_target": "zero", "retention": "decay"},
+        {"learning_algorithm": "momentum", "gate_granularity": "head"},
     ],
-    ids=["matrix", "toward-zero"],
+    ids=["matrix", "toward-zero", "momentum"],
 )
 def test_other_choices_of_the_design_space(choices):
     torch.manual_seed(0)

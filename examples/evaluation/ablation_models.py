@@ -37,15 +37,15 @@ from miras_hf.modeling_miras import MirasMemory, MirasMixer
 class Ascent(Around):
     """A memory whose writes go up the gradient: its steps are negative."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, *gates: Tensor | None, **arguments) -> tuple:
-        return self.memory(q, k, v, -eta, *gates, **arguments)
+    def change(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, *gates: Tensor | None) -> tuple[Tensor | None, ...]:
+        return q, k, v, -eta, *gates
 
 
 class KeysAsQueries(Around):
     """A memory that is asked with the keys that it has just learned."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, **arguments) -> tuple:
-        return self.memory(k, k, v, *gates, **arguments)
+    def change(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> tuple[Tensor | None, ...]:
+        return k, k, v, *gates
 
 
 @dataclass(frozen=True)

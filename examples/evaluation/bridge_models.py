@@ -21,7 +21,7 @@ equal), output. What the library has no switch for is done to a model that it ha
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bridge_points import NO_WRITE, Point
@@ -33,6 +33,7 @@ from miras_hf import MirasConfig, MirasForCausalLM
 from miras_hf.memory import Factors, MLPMemory
 from miras_hf.mixer_ops import rms_norm
 from miras_hf.modeling_miras import MirasMixer
+from miras_hf.sequences import Sequences
 
 
 _NO_CAP = 1e9
@@ -77,19 +78,55 @@ def _eta_max(point: Point, shape: ModelShape) -> float:
     return step / math.sqrt(shape.width // shape.heads) if point.loss == "huber_mixture" else step
 
 
+class FinishedTokens(NamedTuple):
+    """Tokens as memories take them, in the place of those that a mixer projects."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    eta: Tensor
+    log_alpha: Tensor
+    delta: Tensor | None = None
+    log_momentum: Tensor | None = None
+
+    def finished(self, *_, **__) -> "FinishedTokens":
+        return self
+
+
+class ChangedTokens:
+    """The tokens of a mixer, of which something is changed where they are finished for a memory."""
+
+    def __init__(self, tokens: Any, change: Callable[..., tuple[Tensor | None, ...]]):
+        self.tokens, self.change = tokens, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokens, name)
+
+    def finished(self, *arguments, **keywords) -> tuple[Tensor | None, ...]:
+        finished = self.tokens.finished(*arguments, **keywords)
+        self.q = finished[0]
+        return tuple(self.change(*finished))
+
+    def is_plain(self) -> bool:
+        # a kernel that reads projections would miss the change
+        return False
+
+    def part(self, first: int, last: int) -> "ChangedTokens":
+        raise ValueError("`cache` must not record here: tokens that are changed cannot be taken back.")
+
+
 class DeltaRule(nn.Module):
     """The gated delta rule of Transformers in the place of a memory, without queries' scale. It keeps no state."""
 
-    def version(self, known) -> None:
-        # asked for by mixers that go on from a cache
-        raise ValueError(
-            "`use_cache` must be False: the delta rule of the bridge is trained and measured, not decoded."
-        )
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, log_alpha: Tensor, delta: None, **_) -> tuple:
+    def forward(self, tokens: Any, sequences: Sequences, cached: Any = None) -> Tensor:
+        if cached is not None:
+            raise ValueError(
+                "`use_cache` must be False: the delta rule of the bridge is trained and measured, not decoded."
+            )
+        q, k, v, eta, log_alpha, *_ = tokens.finished(position=sequences.position)
         scaled = q * math.sqrt(q.shape[-1])  # it divides them by this
         y, _ = torch_chunk_gated_delta_rule(scaled, k, v.to(q.dtype), g=log_alpha, beta=eta)
-        return y, None, None
+        return y
 
 
 @dataclass(frozen=True)
@@ -115,14 +152,6 @@ class UnitStepMLP(MLPMemory):
         return Factors(first.inputs, first.gradients * unit), Factors(second.inputs, second.gradients * unit)
 
 
-class _NotInPlace:
-    """Of a memory whose inputs are changed on the way: a kernel that reads projections would miss the change."""
-
-    @staticmethod
-    def reads_in_place(v: Tensor) -> bool:
-        return False
-
-
 class Around(nn.Module):
     """Base class of what changes the inputs and outputs of a memory.
 
@@ -131,10 +160,20 @@ class Around(nn.Module):
 
     def __init__(self, memory: nn.Module):
         super().__init__()
-        self.memory, self.backend = memory, _NotInPlace
+        self.memory = memory
 
-    def version(self, known: Any) -> Any:
-        return self.memory.version(known)
+    def change(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Queries, keys, values and gates as the memory is to have them."""
+        return inputs
+
+    def returned(self, y: Tensor, q: Tensor) -> Tensor:
+        """What is returned in the place of the memory's reads, of the queries before the change."""
+        return y
+
+    def forward(self, tokens: Any, sequences: Sequences, cached: Any = None) -> Tensor:
+        changed = ChangedTokens(tokens, self.change)
+        y = self.memory(changed, sequences, cached)
+        return self.returned(y, changed.q)
 
     @property
     def rule(self) -> Any:
@@ -160,19 +199,21 @@ class OfPoint(Around):
         super().__init__(memory)
         self.point, self.norm_eps = point, norm_eps
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None, **arguments) -> tuple:
+    def change(self, q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> tuple[Tensor | None, ...]:
         if self.point.value_norm:
             v = rms_norm(v, v.new_ones(v.shape[-1]), self.norm_eps)
         if not self.point.read_residual:
             # of M(x) = x + LN: asked for v + k, LN is asked for v
             v = v + k.to(v.dtype)
-        y, *rest = self.memory(q, k, v, *gates, **arguments)
+        return q, k, v, *gates
+
+    def returned(self, y: Tensor, q: Tensor) -> Tensor:
         if not self.point.read_residual:
             y = y - q.to(y.dtype)
         if self.point.query_scale:
             # reads of a matrix are linear in their query
             y = y / math.sqrt(q.shape[-1])
-        return y, *rest
+        return y
 
 
 def change(model: MirasForCausalLM, point: Point) -> MirasForCausalLM:

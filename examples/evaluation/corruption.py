@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bridge_models import ChangedTokens
 from torch import Tensor, nn
 
 from miras_hf.modeling_miras import MirasMemory
@@ -95,12 +96,15 @@ def corrupted(
         yield torch.where(here, others, ids), ~here
         return
 
-    def replace_values(memory: MirasMemory, inputs: tuple) -> tuple:
-        q, k, v, *gates = inputs
+    def with_noise(q: Tensor, k: Tensor, v: Tensor, *gates: Tensor | None) -> tuple[Tensor | None, ...]:
         noise = torch.randn(v.shape, generator=generator).to(v.device)
         rms = v.detach().float().square().mean(-1, keepdim=True).sqrt()
         noise = (corruption.scale * rms * noise).to(v.dtype)
         return q, k, torch.where(here[:, :, None, None], noise, v), *gates
+
+    def replace_values(memory: MirasMemory, inputs: tuple) -> tuple:
+        tokens, *others = inputs
+        return ChangedTokens(tokens, with_noise), *others
 
     memories = [module for module in model.modules() if isinstance(module, MirasMemory)]
     if not memories:

@@ -13,10 +13,12 @@
 # limitations under the License.
 """Whole models on the kernels: the same logits and tokens as on PyTorch, one graph when compiled, kind refusals."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation import CompileConfig
 from transformers.utils import logging
 
@@ -101,7 +103,7 @@ def test_generate(family, ids, monkeypatch):
     """Left-padded rows whose chunks end at different tokens, a prompt read in pieces."""
     slow, fast = make_models(family)
     calls = calls_of(monkeypatch)
-    few = calls_of(monkeypatch, "read_in_place")
+    few = calls_of(monkeypatch, "_decode")
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     options = {"max_new_tokens": 5, "do_sample": False, "prefill_chunk_size": 18, "attention_mask": mask}
@@ -110,6 +112,25 @@ def test_generate(family, ids, monkeypatch):
     assert torch.equal(fast.generate(ids, **options), expected)
     # the prompt's first piece by the forward kernel, its last three tokens and all others by the decode kernel
     assert {shape[1] for shape in calls} == {18} and {shape[1] for shape in few} == {3, 1}
+
+
+@torch.no_grad()
+def test_tokens_that_kernels_have_read_are_taken_back(ids, monkeypatch):
+    """Over the ends of chunks: a prompt by the forward kernel, pieces and single tokens by the decode kernel."""
+    slow, fast = make_models("yaad", num_hidden_layers=1)
+    ids = torch.cat((ids, ids.flip(1)), dim=1)[:1]
+    few = calls_of(monkeypatch, "_decode")
+    cache = DynamicCache(config=fast.config)
+    cache.activate_past_recording()
+    for first, last in ((0, 29), (29, 34), (34, 35)):  # chunks of 16 end in the first two
+        fast(input_ids=ids[:, first:last], cache=cache)
+    assert [shape[1] for shape in few] == [14, 2, 3, 1]
+    for length, tokens in ((33, 4), (31, 1), (14, 3)):
+        cropped = copy.deepcopy(cache)
+        cropped.crop(length - 35)
+        logits = fast(input_ids=ids[:, length : length + tokens], cache=cropped).logits
+        expected = slow(input_ids=ids[:, : length + tokens], use_cache=False).logits[:, length:]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_generate_with_beams(ids):

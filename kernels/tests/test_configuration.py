@@ -41,7 +41,7 @@ def launch(name, kernel="mlp_forward", head_dim=64, chunk_size=64, precision="bf
 def files(tmp_path, monkeypatch):
     """A function that puts a configuration file into an otherwise empty folder."""
     monkeypatch.setattr(configuration, "DIRECTORY", tmp_path)
-    caches = (configuration.entries, configuration.device_names)
+    caches = (configuration.entries, configuration.device_names, configuration._found)
 
     def put(name, *entries, kernel="mlp_forward"):
         for cache in caches:

@@ -34,7 +34,7 @@ from miras_hf.memory import (
 from miras_hf.memory import (
     RETENTION_GATES as GATES,
 )
-from miras_kernels import Choices, forward, refusal
+from miras_kernels import Choices, forward, ops, refusal
 from miras_kernels.choices import ATTENTIONAL_BIASES, CHUNK_SIZES, HEAD_DIMS, RETENTION_GATES
 
 
@@ -353,6 +353,31 @@ def test_layouts_of_any_kind():
 
 
 # -- the seam ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_is_looked_up_once_for_every_precision(monkeypatch):
+    """What float32 is multiplied in may be set while a program runs."""
+    usual, asked = ops._no_launch, []
+
+    def no_launch(kernel, *where):
+        asked.append((kernel, where[-1]))
+        return "none is configured" if where[-1] == "tf32" else usual(kernel, *where)
+
+    monkeypatch.setattr(ops, "_no_launch", no_launch)
+    before = torch.get_float32_matmul_precision()
+    ops.known_reason.cache_clear()
+    try:
+        for _ in range(2):
+            torch.set_float32_matmul_precision("highest")
+            assert refusal(DEVICE, torch.float32, 64, Choices(), needs_grad=True) is None
+            torch.set_float32_matmul_precision("high")
+            assert refusal(DEVICE, torch.float32, 64, Choices(), needs_grad=True) == "none is configured"
+            assert refusal(DEVICE, torch.float32, 64, Choices(), precision="tf32x3") is None
+    finally:
+        torch.set_float32_matmul_precision(before)
+        ops.known_reason.cache_clear()
+    both = [("mlp_forward", "tf32x3"), ("mlp_backward", "tf32x3")]
+    assert asked == [*both, ("mlp_forward", "tf32"), ("mlp_forward", "tf32x3")]
 
 
 def test_refusals_name_the_reason():

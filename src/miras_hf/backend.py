@@ -17,20 +17,28 @@
 call, and says once if a GPU is left to the slow path; `"triton"` raises where none does; `"pytorch"` takes none.
 """
 
+import itertools
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
-from miras_kernels import LARGEST_CALL, Choices, Projections, decode, forward, refusal, resident_state
+from miras_kernels import LARGEST_CALL, Choices, decode, forward, refusal, resident_state
 from miras_kernels.choices import ATTENTIONAL_BIASES, MEMORIES, RETENTION_GATES
 
 from .memory import MemoryParameters, MemoryState, MirasRule, chunk_miras, step_miras, step_miras_
 from .memory.learning import GradientDescent
 from .memory.registry import CHOICES
 from .memory.retention import ChunkWeights
+from .sequences import Sequences
+
+
+if TYPE_CHECKING:
+    from .modeling_miras import ProjectedTokens
+    from .rollback import Recording
 
 
 logger = logging.get_logger(__name__)
@@ -42,8 +50,22 @@ _KERNELS_KNOW = {"memory_architecture": MEMORIES, "attentional_bias": ATTENTIONA
 _KERNEL_WORDS = {"memory_architecture": "memory", "memory_expansion": "expansion", "memory_norm_eps": "norm_eps"}
 
 
+class Carry(NamedTuple):
+    """What a layer carries from one call of a text to the next; all `None` before the first token.
+
+    Args:
+        state (`MemoryState`): of the memory.
+        conv_tail (`torch.Tensor` of shape `[rows, conv_kernel_size - 1, channels]`): last inputs of the convolutions.
+        companions: what the backend keeps beside the state; `None` if that comes from elsewhere.
+    """
+
+    state: MemoryState | None = None
+    conv_tail: Tensor | None = None
+    companions: Any = None
+
+
 class MemoryBackend:
-    """Reads tokens with the memory of a rule.
+    """Reads tokens with the memory of a rule, from a layer's projections on.
 
     Args:
         rule (`MirasRule`): the four choices.
@@ -81,93 +103,85 @@ class MemoryBackend:
 
     def __call__(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        eta: Tensor,
-        log_alpha: Tensor,
-        delta: Tensor | None = None,
-        log_momentum: Tensor | None = None,
-        *,
+        tokens: "ProjectedTokens",
+        sequences: Sequences,
         parameters: MemoryParameters,
-        initial_state: MemoryState | None = None,
-        output_final_state: bool = False,
-        cu_seqlens: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, MemoryState | None, Any]:
-        """Arguments as in [`~miras_hf.memory.chunk_miras`].
+        carry: Carry | None = None,
+        recording: "Recording | None" = None,
+    ) -> tuple[Tensor, Carry | None]:
+        """
+        Args:
+            tokens (`ProjectedTokens`): a layer's projections; what stands between them and the memory is done here.
+            sequences (`Sequences`): their pads and packs.
+            parameters (`MemoryParameters`): initial memory and layer norm.
+            carry (`Carry`, *optional*):
+                What is between the calls of a text, where it goes on; its tensors may be written into. `None` for a text
+                that ends with the call.
+            recording (`Recording`, *optional*): takes what is needed to take the tokens back.
 
         Returns:
-            `y`, the final state or `None`, and what belongs to the state for `read_in_place`, which may be `None`.
+            What the tokens read, `[batch, tokens, heads, head_dim]`, and the `carry` after them, `None` if none was given.
         """
-        tensors = [q, k, v, eta, log_alpha, delta, *parameters.initial, *parameters[1:]]
-        if initial_state is not None:
-            tensors += initial_state.leaves()
-        needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        arguments = {"initial_state": initial_state, "output_final_state": output_final_state, "mask": mask}
-        if self._takes_kernel(v, needs_grad):
-            y, state = self._by_kernel(q, k, v, eta, log_alpha, delta, parameters, cu_seqlens, **arguments)
-            if state is None or torch.is_grad_enabled():
-                return y, state, None
-            return y, *self._resident(state, parameters)
-        arguments |= {"rule": self.rule, "parameters": parameters}
-        if q.shape[1] == 1 and initial_state is not None:
-            return *step_miras(q, k, v, eta, log_alpha, delta, log_momentum, **arguments), None
-        return *chunk_miras(q, k, v, eta, log_alpha, delta, log_momentum, cu_seqlens=cu_seqlens, **arguments), None
+        if recording is not None:
+            return self._recorded(tokens, sequences, parameters, carry, recording)
+        state, tail, known = Carry() if carry is None else carry
+        v, companions, projections = tokens.v, None, None
+        in_place = state is not None and sequences.cu_seqlens is None and self.reads_in_place(v)
+        decodes = in_place and self._takes_kernel(v, False, in_place=True)
+        if decodes and tokens.is_plain():
+            tail = tail.contiguous()
+            x, projections = tokens.for_kernel(tail)
+        else:
+            x = tokens.finished(tail, sequences.position)
+            if carry is not None:
+                tail = tokens.next_tail(tail, sequences.lengths)
+        arguments = {"parameters": parameters, "mask": sequences.live}
+        after = {"initial_state": state, "output_final_state": carry is not None}
+        if decodes:
+            y, state, companions = self._decode(*x[:6], state, known, projections=projections, **arguments)
+        elif in_place:
+            weights = known.weights if isinstance(known, _ChunkStart) else None
+            y, weights = step_miras_(*x, rule=self.rule, state=state, weights=weights, **arguments)
+            companions = None if weights is None else _ChunkStart(weights)
+        elif self._takes_kernel(v, _needs_grad(*x, *parameters.initial, *parameters[1:], *_flat(state))):
+            y, state, companions = self._by_kernel(*x[:6], cu_seqlens=sequences.cu_seqlens, **arguments, **after)
+        elif state is not None and v.shape[1] == 1:
+            y, state = step_miras(*x, rule=self.rule, **arguments, **after)
+        else:
+            y, state = chunk_miras(*x, rule=self.rule, cu_seqlens=sequences.cu_seqlens, **arguments, **after)
+        return y, None if carry is None else Carry(state, tail, companions)
+
+    def _recorded(self, tokens, sequences, parameters, carry, recording) -> tuple[Tensor, Carry | None]:
+        """Reads in pieces that begin with the tokens that end a chunk: the state before each holds its chunk's start and
+        factors, whichever form has read them."""
+        padded = tokens.v.shape[1]
+        columns = recording.columns_of(sequences.mask, padded)
+        real = sum(columns)
+        ends = recording.ends(real, self.rule.chunk_size)
+        # before decoding writes into the tail
+        conv_inputs = tokens.part(0, real).conv_inputs(recording.inputs)
+        outputs, borders = [], []
+        for first, last in itertools.pairwise([*sorted({0, *ends}), real]):
+            if first in ends:
+                # a copy: decoding may write into the state it goes on from
+                borders.append((recording.count + first, carry.state.map(torch.clone)))
+            y, carry = self(tokens.part(first, last), Sequences(), parameters, carry)
+            outputs.append(y)
+        recording.add(columns, conv_inputs, carry.conv_tail.shape[1], borders)
+        return F.pad(torch.cat(outputs, dim=1), (0, 0, 0, 0, 0, padded - real)), carry
 
     def reads_in_place(self, v: Tensor) -> bool:
-        """Whether `read_in_place` serves values like `v`: few tokens, and nothing to differentiate."""
+        """Whether a state is updated where it lies by values like `v`: few tokens, and nothing to differentiate."""
         if torch.is_grad_enabled():
             return False
         return v.shape[1] == 1 or (v.shape[1] <= LARGEST_CALL and self._takes_kernel(v, False, in_place=True))
 
-    def takes_projections(self, v: Tensor) -> bool:
-        """Whether `read_in_place` does what stands between a layer's projections and its memory, too."""
-        return self._takes_kernel(v, False, in_place=True)
-
-    def read_in_place(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        eta: Tensor,
-        log_alpha: Tensor,
-        delta: Tensor | None = None,
-        log_momentum: Tensor | None = None,
-        *,
-        parameters: MemoryParameters,
-        state: MemoryState,
-        companions: Any = None,
-        projections: Projections | None = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, MemoryState, Any]:
-        """Reads a few tokens per row, and updates `state` and `companions`, what an earlier call returned, where they lie.
-
-        Args:
-            companions (*optional*): `None` if the state comes from elsewhere.
-            projections (`Projections`, *optional*): only where `takes_projections`.
-
-        Returns:
-            `y`, and the state and companions, the same tensors wherever they could be.
-        """
-        if not self._takes_kernel(v, False, in_place=True):
-            weights = companions.weights if isinstance(companions, _ChunkStart) else None
-            arguments = {"rule": self.rule, "parameters": parameters, "state": state, "mask": mask}
-            y, weights = step_miras_(q, k, v, eta, log_alpha, delta, log_momentum, weights=weights, **arguments)
-            return y, state, None if weights is None else _ChunkStart(weights)
+    def _decode(self, q, k, v, eta, log_alpha, delta, state, companions, *, parameters, mask, projections):
         if not isinstance(companions, tuple):
             state, companions = self._resident(state, parameters)
         y = decode(
-            q.to(v.dtype),
-            k.to(v.dtype),
-            v,
-            eta,
-            log_alpha,
-            delta,
-            choices=self.choices,
-            initial=parameters.initial,
-            norm_weight=parameters.norm_weight,
-            norm_bias=parameters.norm_bias,
+            *(q.to(v.dtype), k.to(v.dtype), v, eta, log_alpha, delta),
+            **self._memory(parameters),
             state=_flat(state),
             companions=companions,
             projections=projections,
@@ -175,32 +189,30 @@ class MemoryBackend:
         )
         return y, state, companions
 
-    def _resident(self, state: MemoryState, parameters: MemoryParameters) -> tuple[MemoryState, tuple[Tensor, ...]]:
-        flat, companions = resident_state(_flat(state), choices=self.choices, initial=parameters.initial)
-        return MemoryState.of_leaves(flat), companions
-
     def _by_kernel(
-        self, q, k, v, eta, log_alpha, delta, parameters, cu_seqlens, initial_state, output_final_state, mask
+        self, q, k, v, eta, log_alpha, delta, *, parameters, initial_state, output_final_state, cu_seqlens, mask
     ):
         # queries and keys come from their norm in float32: the values' dtype is the one that the model computes in
-        q, k = q.to(v.dtype), k.to(v.dtype)
         y, final, _ = forward(
-            q,
-            k,
-            v,
-            eta,
-            log_alpha,
-            delta,
-            choices=self.choices,
-            initial=parameters.initial,
-            norm_weight=parameters.norm_weight,
-            norm_bias=parameters.norm_bias,
-            state=None if initial_state is None else _flat(initial_state),
+            *(q.to(v.dtype), k.to(v.dtype), v, eta, log_alpha, delta),
+            **self._memory(parameters),
+            state=_flat(initial_state) or None,
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
             mask=mask,
         )
-        return y, MemoryState.of_leaves(final) if output_final_state else None
+        state = MemoryState.of_leaves(final) if output_final_state else None
+        if state is None or torch.is_grad_enabled():
+            return y, state, None
+        return y, *self._resident(state, parameters)
+
+    def _memory(self, parameters: MemoryParameters) -> dict[str, Any]:
+        initial, norm_weight, norm_bias = parameters
+        return {"choices": self.choices, "initial": initial, "norm_weight": norm_weight, "norm_bias": norm_bias}
+
+    def _resident(self, state: MemoryState, parameters: MemoryParameters) -> tuple[MemoryState, tuple[Tensor, ...]]:
+        flat, companions = resident_state(_flat(state), choices=self.choices, initial=parameters.initial)
+        return MemoryState.of_leaves(flat), companions
 
 
 class _ChunkStart:
@@ -217,8 +229,12 @@ class _ChunkStart:
         self.weights, self.made_with = weights, None
 
 
-def _flat(state: MemoryState) -> tuple[Tensor, ...]:
-    return tuple(state.leaves())
+def _flat(state: MemoryState | None) -> tuple[Tensor, ...]:
+    return () if state is None else tuple(state.leaves())
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # in a compiled model too: said while the graph is traced

@@ -172,14 +172,16 @@ def measure_memories(
         # not `mixer.memory`: PEFT's `modules_to_save` puts two memories there, of which one is called
         for memory in (module for module in mixer.modules() if isinstance(module, MirasMemory)):
 
-            def measure(memory: MirasMemory, args: tuple, kwargs: dict, layer: int = mixer.layer_idx) -> None:
+            def measure(memory: MirasMemory, args: tuple, layer: int = mixer.layer_idx) -> None:
+                tokens, sequences, _ = args
                 parameters = MemoryParameters(memory.initial_state(), memory.norm_weight, memory.norm_bias)
-                # models whose memories have no momentum say nothing of it
-                names = ("cu_seqlens", "mask", "log_momentum")
-                others = {name: kwargs[name] for name in names if name in kwargs}
-                found[layer] = function(*args, rule=memory.rule, parameters=parameters, **others)
+                *x, log_momentum = tokens.finished(position=sequences.position)
+                others = {"cu_seqlens": sequences.cu_seqlens, "mask": sequences.live}
+                if log_momentum is not None:  # functions for other memories need not know it
+                    others["log_momentum"] = log_momentum
+                found[layer] = function(*x, rule=memory.rule, parameters=parameters, **others)
 
-            hooks.append(memory.register_forward_pre_hook(measure, with_kwargs=True))
+            hooks.append(memory.register_forward_pre_hook(measure))
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -20,6 +20,7 @@ MLP, decoder layer, models. Moneta, Yaad and Memora are the same modules under d
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,16 +52,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from miras_kernels import Projections
 
-from .backend import MemoryBackend
+from .backend import Carry, MemoryBackend
 from .built_config import built_values, check_as_built
-from .cache import memory_layer, tokens_read
+from .cache import MirasLayer, memory_layer, tokens_read
 from .compat import CACHE_NAME, CACHE_NAMES, cache_named, cache_of, refuse_unknown, takes_cache
 from .config_keywords import refuse_model_keywords
 from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from .hub import WholeFilesOnly
 from .inference_mode import is_abroad, leave_inference_mode
 from .inputs import check_cache, check_ids, check_inputs, for_losses
-from .memory import MemoryParameters, MemoryState, MirasRule
+from .memory import MemoryParameters, MirasRule
 from .memory.registry import CHOICES, choice_of, chosen
 from .mixer_ops import causal_convolution, l2norm, negative_softplus, rms_norm, scaled_sigmoid, silu_gated_rms_norm
 from .model_card import save_model_card
@@ -323,36 +324,20 @@ class MirasMemory(NotByParameter, nn.Module):
             else:  # a parameter that never gets a gradient would trip DistributedDataParallel
                 self.register_buffer(name, value, persistent=False)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        eta: Tensor,
-        log_alpha: Tensor,
-        delta: Tensor | None,
-        state: MemoryState | None = None,
-        output_final_state: bool = False,
-        cu_seqlens: Tensor | None = None,
-        mask: Tensor | None = None,
-        in_place: bool = False,
-        companions: Any = None,
-        projections: Projections | None = None,
-        log_momentum: Tensor | None = None,
-    ) -> tuple[Tensor, MemoryState | None, Any]:
-        """Arguments and results of [`MemoryBackend`], those of its `read_in_place` if `in_place`."""
+    def forward(self, tokens: "ProjectedTokens", sequences: Sequences, cached: MirasLayer | None = None) -> Tensor:
+        """What tokens read, `[batch, tokens, heads, head_dim]`. Their layer of the cache, if there is one, has the memory
+        after them."""
         # tensor parallelism leaves buffers whole: as many as this rank has heads
-        norm = (self.norm_weight[: q.shape[2]], self.norm_bias[: q.shape[2]])
-        inputs = (q, k, v, eta, log_alpha, delta)
-        arguments = {"parameters": MemoryParameters(self.initial_state(), *norm), "mask": mask}
-        arguments["log_momentum"] = log_momentum
-        if in_place:
-            return self.backend.read_in_place(
-                *inputs, state=state, companions=companions, projections=projections, **arguments
-            )
-        return self.backend(
-            *inputs, initial_state=state, output_final_state=output_final_state, cu_seqlens=cu_seqlens, **arguments
-        )
+        heads = tokens.v.shape[2]
+        parameters = MemoryParameters(self.initial_state(), self.norm_weight[:heads], self.norm_bias[:heads])
+        if cached is None:
+            return self.backend(tokens, sequences, parameters)[0]
+        held = cached.to_read()  # what else the layer of the cache holds may change by it
+        version = self.version(cached.made_with)
+        carry = Carry(*held, cached.companions_of(version))
+        y, (state, tail, companions) = self.backend(tokens, sequences, parameters, carry, cached.recording)
+        cached.update_memory(state, tail, tokens.v.shape[1], companions, version, handed_over=True)
+        return y
 
     def version(self, known: WeightsVersion | None) -> WeightsVersion | None:
         """What the initial memory is now, for what is derived from it and kept: `known` itself if that still holds; `None`
@@ -366,6 +351,93 @@ class MirasMemory(NotByParameter, nn.Module):
         std = (self.initial_scale if last else FIRST_LAYER_SCALE) / math.sqrt(shape[1])
         weight = torch.randn(shape, device=self.initial_state[layer].device) * std
         return self.rule.retention.inverse(weight, self.rule.hidden_axis(layer))
+
+
+@dataclass
+class ProjectedTokens:
+    """The tokens of a call as a mixer projects them. What stands between that and its memory (convolutions, rotary
+    embedding, norms, gates) is done by whoever reads them: by `finished`, or in the launch that decodes.
+
+    Args:
+        mixer (`MirasMixer`): whose projections they are.
+        hidden_states (`torch.Tensor` of shape `[batch, tokens, hidden_size]`): inputs, which the gates look at.
+        q, k, v (`torch.Tensor` of shape `[batch, tokens, heads, head_dim]`): projections.
+        rotary (`tuple` of `torch.Tensor`, *optional*): cosines and sines, `[batch, tokens, head_dim]`.
+    """
+
+    mixer: "MirasMixer"
+    hidden_states: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    def part(self, first: int, last: int) -> "ProjectedTokens":
+        """Some of the tokens."""
+        hidden_states, q, k, v = (x[:, first:last] for x in (self.hidden_states, self.q, self.k, self.v))
+        rotary = None if self.rotary is None else tuple(x[:, first:last] for x in self.rotary)
+        return ProjectedTokens(self.mixer, hidden_states, q, k, v, rotary)
+
+    def finished(self, tail: Tensor | None = None, position: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        """Queries, keys, values, steps, log retention, thresholds and log momentum, as memories take them.
+
+        Args:
+            tail (`torch.Tensor` of shape `[batch, conv_kernel_size - 1, channels]`, *optional*):
+                The convolutions' last inputs before the tokens.
+            position (`torch.Tensor` of shape `[batch, tokens]`, *optional*): tokens since the sequence's start.
+        """
+        mixer, parts = self.mixer, [x.flatten(-2) for x in (self.q, self.k, self.v)]
+        tails = (None,) * 3 if tail is None else tail.split([x.shape[-1] for x in parts], dim=-1)
+        convolutions = (mixer.q_conv, mixer.k_conv, mixer.v_conv)
+        q, k, v = (mixer.by_heads(conv(x, t, position)) for conv, x, t in zip(convolutions, parts, tails, strict=True))
+        if self.rotary is not None:
+            q, k = apply_rotary_pos_emb(q, k, *self.rotary, unsqueeze_dim=2)
+        if mixer.value_norm:
+            v = l2norm(v.float(), length=mixer.head_dim**0.5).to(v.dtype)
+        gates = (mixer.eta, mixer.alpha, mixer.delta, mixer.momentum)
+        gates = (None if gate is None else gate(self.hidden_states) for gate in gates)
+        return l2norm(q.float()), l2norm(k.float()), v, *gates
+
+    def conv_inputs(self, earlier: Tensor | None) -> Tensor:
+        """What enters the convolutions, `[batch, earlier + tokens, channels]`, zeros before a text's first token."""
+        inputs = torch.cat([x.flatten(-2) for x in (self.q, self.k, self.v)], dim=-1)
+        if earlier is None:
+            return F.pad(inputs, (0, 0, self.mixer.conv_kernel_size - 1, 0))
+        return torch.cat((earlier.to(inputs.dtype), inputs), dim=1)
+
+    def next_tail(self, tail: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """The convolutions' last inputs of each row's real tokens, `lengths` of them, for the next call."""
+        before, inputs = self.mixer.conv_kernel_size - 1, self.conv_inputs(tail)
+        if lengths is None:
+            return inputs[:, inputs.shape[1] - before :].clone()
+        index = lengths[:, None] + torch.arange(before, device=inputs.device)
+        return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[-1]))
+
+    def is_plain(self) -> bool:
+        """Whether the small modules before the memory are what they seem, so that a kernel can do what they do: none is
+        wrapped by an adapter, sharded or offloaded."""
+        mixer = self.mixer
+        modules = [(MirasShortConvolution, conv) for conv in (mixer.q_conv, mixer.k_conv, mixer.v_conv)]
+        modules += [(MirasStepGate, mixer.eta), (MirasRetentionGate, mixer.alpha)]
+        if mixer.delta is not None:
+            modules.append((MirasThresholdGate, mixer.delta))
+        return all(
+            type(module) is kind
+            and all(type(p) is nn.Parameter and p.device == self.v.device for p in module.parameters(recurse=False))
+            for kind, module in modules
+        )
+
+    def for_kernel(self, tail: Tensor) -> tuple[tuple[Tensor | None, ...], Projections]:
+        """What `finished` returns before anything is done, and what there is to do; `tail` is updated where it lies."""
+        mixer = self.mixer
+        gates = (mixer.eta, mixer.alpha, mixer.delta)
+        logits = (None if gate is None else gate.logits(self.hidden_states) for gate in gates)
+        weights = (mixer.q_conv.weight, mixer.k_conv.weight, mixer.v_conv.weight)
+        rotary = (None, None) if self.rotary is None else self.rotary
+        projections = Projections(
+            weights, tail, mixer.alpha.a_log, mixer.eta.eta_max, *rotary, value_norm=mixer.value_norm
+        )
+        return (self.q, self.k, self.v, *logits), projections
 
 
 class MirasMixer(nn.Module):
@@ -418,102 +490,21 @@ class MirasMixer(nn.Module):
         """
         sequences = Sequences() if sequences is None else sequences
         cached = memory_layer(cache, self.layer_idx)
-        # what `recording` is may change by it
-        state, tail = (None, None) if cached is None else cached.to_read()
-        version = None if cached is None else self.memory.version(cached.made_with)
-        recording = None if cached is None else cached.recording
-        if recording is not None and not recording.reading:
-            arguments = (hidden_states, position_embeddings, sequences, cache)
-            return recording.read(self, cached, *arguments), None
-
-        batch, tokens = hidden_states.shape[:2]
+        batch = hidden_states.shape[0]
         hidden_states = sequences.gather(hidden_states)
-        q, k, v = (
-            project(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if recording is not None:
-            recording.keep(torch.cat([x.flatten(-2) for x in (q, k, v)], dim=-1), self.conv_kernel_size - 1)
-        rotary = (None, None)
+        rotary = None
         if self.use_rope and position_embeddings is not None:
             rotary = tuple(sequences.gather(x.expand(batch, -1, -1)) for x in position_embeddings)
-        # a few tokens without gradients are written into the cached memory where it lies
-        in_place = state is not None and sequences.cu_seqlens is None and self.memory.backend.reads_in_place(v)
-        arguments = {"state": state, "mask": sequences.live, "in_place": in_place}
-        if in_place:
-            arguments["companions"] = cached.companions_of(version)
-        if in_place and self.memory.backend.takes_projections(v) and self.is_plain(v.device):
-            eta, alpha, delta = (
-                None if gate is None else gate.logits(hidden_states) for gate in (self.eta, self.alpha, self.delta)
-            )
-            weights = (self.q_conv.weight, self.k_conv.weight, self.v_conv.weight)
-            tail = tail.contiguous()
-            projections = Projections(
-                weights, tail, self.alpha.a_log, self.eta.eta_max, *rotary, value_norm=self.value_norm
-            )
-            memory, state, companions = self.memory(q, k, v, eta, alpha, delta, projections=projections, **arguments)
-        else:
-            (q, k, v), tail = self.convolve(q, k, v, tail, sequences, cached is not None)
-            if rotary[0] is not None:
-                q, k = apply_rotary_pos_emb(q, k, *rotary, unsqueeze_dim=2)
-            if self.value_norm:
-                v = l2norm(v.float(), length=self.head_dim**0.5).to(v.dtype)
-            if self.momentum is not None:
-                arguments["log_momentum"] = self.momentum(hidden_states)
-            memory, state, companions = self.memory(
-                l2norm(q.float()),
-                l2norm(k.float()),
-                v,
-                self.eta(hidden_states),
-                self.alpha(hidden_states),
-                None if self.delta is None else self.delta(hidden_states),
-                output_final_state=cached is not None,
-                cu_seqlens=sequences.cu_seqlens,
-                **arguments,
-            )
-        if cached is not None:
-            cached.update_memory(state, tail, tokens, companions, version, handed_over=True)
 
-        gate = self.g_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        projections = (self.by_heads(project(hidden_states)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        # convolutions, rotary embedding, norms and gates stand before it: `ProjectedTokens.finished`
+        memory = self.memory(ProjectedTokens(self, hidden_states, *projections, rotary), sequences, cached)
+        gate = self.by_heads(self.g_proj(hidden_states))
         output = self.o_norm(memory.to(gate.dtype), gate).flatten(-2)
         return sequences.scatter(self.o_proj(output), batch), None
 
-    def is_plain(self, device: torch.device) -> bool:
-        """Whether the small modules before the memory are what they seem, so that a kernel can do what they do: none is
-        wrapped by an adapter, sharded or offloaded."""
-        modules = [(MirasShortConvolution, conv) for conv in (self.q_conv, self.k_conv, self.v_conv)]
-        modules += [(MirasStepGate, self.eta), (MirasRetentionGate, self.alpha)]
-        if self.delta is not None:
-            modules.append((MirasThresholdGate, self.delta))
-        return all(
-            type(module) is kind
-            and all(type(p) is nn.Parameter and p.device == device for p in module.parameters(recurse=False))
-            for kind, module in modules
-        )
-
-    def convolve(
-        self, q: Tensor, k: Tensor, v: Tensor, tail: Tensor | None, sequences: Sequences, keep_tail: bool
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Convolved queries, keys and values, and the last inputs of each row's real tokens for the next call,
-        `[batch, conv_kernel_size - 1, channels]`."""
-        parts = [x.flatten(-2) for x in (q, k, v)]
-        widths = [x.shape[-1] for x in parts]
-        tails = (None,) * 3 if tail is None else tail.split(widths, dim=-1)
-        convolved = [
-            conv(x, t, sequences.position).unflatten(-1, (-1, self.head_dim))
-            for conv, x, t in zip((self.q_conv, self.k_conv, self.v_conv), parts, tails, strict=True)
-        ]
-        if not keep_tail:
-            return convolved, None
-        before = self.conv_kernel_size - 1
-        inputs = torch.cat(parts, dim=-1)
-        inputs = (
-            F.pad(inputs, (0, 0, before, 0)) if tail is None else torch.cat((tail.to(inputs.dtype), inputs), dim=1)
-        )
-        if sequences.lengths is None:
-            return convolved, inputs[:, inputs.shape[1] - before :].clone()
-        index = sequences.lengths[:, None] + torch.arange(before, device=inputs.device)
-        return convolved, inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[-1]))
+    def by_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
 
 
 def repeat_kv(hidden_states: Tensor, n_rep: int) -> Tensor:

@@ -13,20 +13,17 @@
 # limitations under the License.
 """Taking tokens back: what a memory layer records for speculative decoding, and snapshots of whole caches."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache, StaticCache
 
 from .inference_mode import leave_inference_mode
 from .memory import MemoryState
-from .sequences import Sequences
 from .weights_version import WeightsVersion
 
 
@@ -147,14 +144,12 @@ class Recording:
         inputs (`torch.Tensor` of shape `[rows, conv_kernel_size - 1 + sum(columns), channels]`, *optional*):
             Last inputs of the q, k and v convolutions; `None` before the first token.
         borders (`list` of `(int, MemoryState)`): states before the tokens that ended a chunk, and their counts.
-        reading (`bool`): whether a call is being read piece by piece.
     """
 
     count: int = 0
     columns: list[bool] = field(default_factory=list)
     inputs: Tensor | None = None
     borders: list[tuple[int, MemoryState]] = field(default_factory=list)
-    reading: bool = False
 
     @staticmethod
     def start(memory: MemoryState | None, conv_tail: Tensor | None) -> "Recording":
@@ -165,73 +160,37 @@ class Recording:
         """
         return Recording() if memory is None else Recording(count=_common(memory.count), inputs=conv_tail)
 
-    def read(
-        self,
-        mixer: Any,
-        cached: Any,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None,
-        sequences: Sequences,
-        cache: Cache,
-    ) -> Tensor:
-        """Reads with a mixer, arguments as of its forward, in pieces that begin with the tokens that end a chunk.
-
-        Args:
-            mixer (`MirasMixer`): reads a piece, and gives what enters its convolutions to `keep`.
-            cached (`MirasLayer`): its layer of the cache.
+    def columns_of(self, mask: Tensor | None, columns: int) -> list[bool]:
+        """Which columns of a call hold real tokens; `mask` as of `Sequences`.
 
         Raises:
             `ValueError`: if the rows have different pads.
         """
-        batch, padded = hidden_states.shape[:2]
-        columns = [True] * padded if sequences.mask is None else _common(sequences.mask)
-        tokens = sum(columns)
-        hidden_states = sequences.gather(hidden_states)
-        if position_embeddings is not None:
-            position_embeddings = tuple(sequences.gather(x.expand(batch, -1, -1)) for x in position_embeddings)
-        before, begin, size = self.columns, self.count, mixer.memory.rule.chunk_size
-        # the first token of all needs no border: before it is nothing
-        ends = [
-            i for i in range(max(0, tokens - MAX_TOKENS_BACK), tokens) if begin + i > 0 and (begin + i + 1) % size == 0
-        ]
-        outputs = []
-        self.reading = True
-        try:
-            for first, last in itertools.pairwise([*sorted({0, *ends}), tokens]):
-                if first in ends:
-                    # a copy: decoding may write into the state it goes on from
-                    self.borders.append((begin + first, cached.to_read()[0].map(torch.clone)))
-                outputs.append(
-                    mixer.forward(
-                        hidden_states[:, first:last],
-                        position_embeddings and tuple(x[:, first:last] for x in position_embeddings),
-                        cache=cache,
-                    )[0]
-                )
-        finally:
-            self.reading = False
-        self.columns = (before + columns)[-MAX_TOKENS_BACK:]
-        cached.tokens_seen += padded - tokens
-        reach = sum(self.columns)
-        self.borders = [(count, border) for count, border in self.borders if count >= self.count - reach]
-        return sequences.scatter(F.pad(torch.cat(outputs, dim=1), (0, 0, 0, padded - tokens)), batch)
+        return [True] * columns if mask is None else _common(mask)
 
-    def keep(self, conv_inputs: Tensor, conv_before: int) -> None:
-        """Takes what enters the convolutions with the tokens of a piece.
+    def ends(self, tokens: int, chunk_size: int) -> list[int]:
+        """Those of the next real tokens that end a chunk, and can be taken back when all are read."""
+        last = range(max(0, tokens - MAX_TOKENS_BACK), tokens)
+        # the first token of all needs no border: before it is nothing
+        return [i for i in last if self.count + i > 0 and (self.count + i + 1) % chunk_size == 0]
+
+    def add(
+        self, columns: list[bool], conv_inputs: Tensor, conv_before: int, borders: list[tuple[int, MemoryState]]
+    ) -> None:
+        """Takes what a call has read.
 
         Args:
-            conv_inputs (`torch.Tensor` of shape `[batch, tokens, channels]`): the inputs.
+            columns (`list` of `bool`): its columns, true at real tokens.
+            conv_inputs (`torch.Tensor`): `inputs`, and behind them those of the call's real tokens.
             conv_before (`int`): how many earlier ones the convolutions look at.
+            borders (`list` of `(int, MemoryState)`): the states before the tokens that `ends` has named.
         """
-        tokens = conv_inputs.shape[1]
-        if self.inputs is None:
-            conv_inputs = F.pad(conv_inputs, (0, 0, conv_before, 0))
-        else:
-            conv_inputs = torch.cat((self.inputs.to(conv_inputs.dtype), conv_inputs), dim=1)
-        self.columns = (self.columns + [True] * tokens)[-MAX_TOKENS_BACK:]
-        self.count += tokens
+        self.columns = (self.columns + columns)[-MAX_TOKENS_BACK:]
+        self.count += sum(columns)
+        reach = sum(self.columns)
         # a copy: a slice would keep the inputs of a whole prompt alive
-        self.inputs = conv_inputs[:, conv_inputs.shape[1] - conv_before - sum(self.columns) :].clone()
+        self.inputs = conv_inputs[:, conv_inputs.shape[1] - conv_before - reach :].clone()
+        self.borders = [(n, border) for n, border in [*self.borders, *borders] if n >= self.count - reach]
 
     def take_back(self, columns: int, memory: MemoryState, conv_before: int) -> tuple[MemoryState, Tensor]:
         """State and convolution tail before the last columns; `memory` is the state after them.

@@ -41,6 +41,8 @@ def check_instance(name: str, x: Any, kind: type) -> None:
 
 def check_record(name: str, x: Any, kind: type) -> None:
     """Raises a `TypeError` if `x` is no `kind`, of this package or of another copy of it, which the Hub may have loaded."""
+    if type(x) is kind:
+        return
     if isinstance(x, type) or type(x).__name__ != kind.__name__ or type(x).__annotations__ != kind.__annotations__:
         raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(x).__name__}.")
 

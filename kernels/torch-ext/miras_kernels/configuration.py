@@ -63,6 +63,13 @@ def launch_configuration(
     for name, value in (("head_dim", head_dim), ("chunk_size", chunk_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+    return dict(_found(kernel, device, head_dim, chunk_size, precision))
+
+
+@functools.cache
+def _found(
+    kernel: str, device: torch.device | str, head_dim: int, chunk_size: int, precision: str
+) -> dict[str, int | bool]:
     names = (device,) if isinstance(device, str) else (*device_names(device), DEFAULT)
     for name in names:
         candidates = [entry for entry in entries(name).get(kernel, ()) if entry["precision"] == precision]

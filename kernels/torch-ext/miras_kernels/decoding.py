@@ -17,7 +17,6 @@ It updates the state where it lies, so a state is first made resident: contiguou
 would otherwise have to compute from all weights at every token.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -44,6 +43,7 @@ from .ops import (
     NAMESPACE,
     OPERATORS,
     asks_for_gradients,
+    choice_values,
     default_precision,
     gate,
     kernel_constants,
@@ -208,8 +208,6 @@ def decode(
     check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, None, mask)
     check_resident(state, companions, choices, q)
     check_projections(projections, Projections, q)
-    values = dataclasses.asdict(choices)
-    values["weight_cap"] = values["weight_cap"] or 0.0
     p = projections
     return OPERATORS.decode(
         q,
@@ -231,7 +229,7 @@ def decode(
         False if p is None else p.value_norm,
         mask,
         precision or "",
-        *values.values(),
+        *choice_values(choices),
     )
 
 

@@ -17,6 +17,7 @@ Triton is imported when the operator first runs.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -59,15 +60,21 @@ def refusal(
 ) -> str | None:
     """Why the kernels do not serve queries like these, or `None` if they do: a sentence without its full stop.
 
-    Looks at nothing that changes while a program runs, so it can be asked before tracing. A device that is not there is a
-    reason like any other.
+    Looks at nothing that changes while a program runs but the precision that PyTorch allows float32, so it can be asked
+    before tracing, and an answer is found once. A device that is not there is a reason like any other.
 
     Raises:
         `TypeError`: if `choices` are no `Choices`, or `dtype` no dtype.
     """
     check_record("choices", choices, Choices)
     check_instance("dtype", dtype, torch.dtype)
-    device = torch.device(device)
+    call = (torch.device(device), dtype, head_dim, choices, needs_grad, decode)
+    if torch.compiler.is_compiling():  # a graph keeps the answer, and cannot look into what is kept
+        return _reason(*call, precision or "")
+    return known_reason(*call, precision or default_precision(dtype))
+
+
+def _reason(device, dtype, head_dim, choices: Choices, needs_grad, decode, precision: str) -> str | None:
     if not _TRITON_INSTALLED:
         return "Triton is not installed (`pip install triton`)"
     if device.type != "cuda" and not (device.type == "cpu" and INTERPRETED):
@@ -84,10 +91,13 @@ def refusal(
         return "gradients are needed, and decoding has none"
     for part in ("decode",) if decode else ("forward", "backward") if needs_grad else ("forward",):
         kernel = f"{choices.memory}_{part}"
-        reason = _no_launch(kernel, str(device), str(dtype), head_dim, choices.chunk_size, precision or "")
+        reason = _no_launch(kernel, str(device), str(dtype), head_dim, choices.chunk_size, precision)
         if reason:
             return reason
     return None
+
+
+known_reason = functools.lru_cache(maxsize=None, typed=True)(_reason)
 
 
 @torch.compiler.assume_constant_result
@@ -181,8 +191,6 @@ def forward(
     check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, cu_seqlens, mask)
     if needs_grad and save_every == 0:
         save_every = chunks_between_starts(choices, q.shape[-1], q.element_size())
-    values = dataclasses.asdict(choices)
-    values["weight_cap"] = values["weight_cap"] or 0.0
     y, final, saved = OPERATORS.forward(
         q,
         k,
@@ -199,7 +207,7 @@ def forward(
         output_final_state,
         save_every,
         precision or "",
-        *values.values(),
+        *choice_values(choices),
     )
     return y, tuple(final), tuple(saved)
 
@@ -401,6 +409,11 @@ _TENSORS = (
 # the choices, one argument each, in the order of the dataclass; `weight_cap` 0 is no cap
 CHOICE_NAMES = {field.name: getattr(field.type, "__name__", "float") for field in dataclasses.fields(Choices)}
 CHOICE_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in CHOICE_NAMES.items())
+
+
+def choice_values(choices: Choices) -> list:
+    """The choices as an operator takes them."""
+    return [0.0 if (value := getattr(choices, name)) is None else value for name in CHOICE_NAMES]
 
 
 @torch.library.custom_op(
