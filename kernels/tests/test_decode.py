@@ -16,7 +16,6 @@
 import pytest
 import torch
 from test_forward import (
-    BIASES,
     DEVICE,
     GATES,
     TOLERANCE,
@@ -31,6 +30,7 @@ from test_forward import (
 from miras_hf.backend import MemoryBackend, kernel_choices
 from miras_hf.memory import MemoryState, initial_memory_state, step_miras
 from miras_kernels import LARGEST_CALL, Projections, decode, refusal, resident_state
+from miras_kernels.choices import ATTENTIONAL_BIASES, RETENTION_GATES
 
 
 def cut(inputs, first, last):
@@ -82,14 +82,14 @@ def check(rule, prompt=(14, 3), tokens=4, tolerance=None, holes=False, **call):
 
 
 @pytest.mark.parametrize("decay_target", ["init", "zero"])
-@pytest.mark.parametrize("retention", GATES)
+@pytest.mark.parametrize("retention", RETENTION_GATES)
 @pytest.mark.parametrize("memory", ["mlp", "matrix"])
 def test_links(memory, retention, decay_target):
     check(make_rule(memory, "huber_mixture", retention, decay_target=decay_target), heads=1)
 
 
 @pytest.mark.parametrize("gates", ["channel", "head"])
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("bias", ATTENTIONAL_BIASES)
 def test_losses(bias, gates):
     check(make_rule("mlp" if gates == "channel" else "matrix", bias), heads=1, gates=gates)
 
