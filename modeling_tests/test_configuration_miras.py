@@ -148,7 +148,7 @@ ZEROS = {"attention_dropout", "chunk_size_feed_forward", "initializer_range", "c
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_wrong_in_every_way(name):
-    assert len(NUMBERS) == 36
+    assert len(NUMBERS) == 38
     wrong = [math.nan, math.inf, -math.inf, 10**30, -(10**30), 1e30, -1e30, True, False, "1", [1.0], torch.tensor(1)]
     wrong += (
         [0] * (name not in ZEROS)
