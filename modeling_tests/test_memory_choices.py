@@ -260,6 +260,21 @@ def test_norms_are_those_of_each_head_alone(name):
         assert relative_error(together[head], gate.link(dual[head], -1)) < 1e-12
 
 
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_slopes_and_maps_of_single_entries(name):
+    gate = ELEMENTWISE[name]
+    dual = (3.0 * normal(6, 10)).requires_grad_()
+    mapped = gate.function(dual)
+    (expected,) = torch.autograd.grad(mapped.sum(), dual)
+    assert relative_error(gate.slope(dual), expected) < 1e-12
+    if name == "bregman":  # the sigmoid, from 0 to 1, stretched over -c to c
+        assert relative_error(mapped, gate.bound * (2.0 * torch.sigmoid(2.0 * dual / gate.bound) - 1.0)) < 1e-12
+    else:  # the soft threshold, where it is not smoothed
+        far = dual.abs() > 20.0 * gate.threshold
+        shrunk = dual.sign() * (dual.abs() - gate.threshold).clamp(min=0.0)
+        assert far.any() and relative_error(mapped[far], shrunk[far]) < 1e-12
+
+
 @pytest.mark.parametrize("hidden_axis", SHAPES)
 @pytest.mark.parametrize("name", LINKS)
 def test_inverse(name, hidden_axis):

@@ -97,7 +97,8 @@ def test_a_model_with_an_own_loss_trains_decodes_and_comes_back(tmp_path):
 
     del CHOICES["attentional_bias"]["student_t"]
     with pytest.raises(
-        StrictDataclassError, match="(?s)attentional_bias.*'huber_mixture'.*once it is registered.*got student_t"
+        StrictDataclassError,
+        match="(?s)attentional_bias.*'huber_mixture'.*registered by `miras_hf.memory.register_attentional_bias`, got student_t",
     ):
         MirasConfig.from_pretrained(tmp_path)
 
@@ -155,6 +156,43 @@ def test_an_own_retention_gate_computes_what_it_says():
     assert default[0] == pytest.approx(default[1] / 2.0, rel=1e-6)
 
 
+@dataclass(frozen=True)
+class Deaf(AttentionalBias):
+    def gradient(self, error: Tensor, delta=None) -> Tensor:
+        return 0.0 * error
+
+
+@dataclass(frozen=True)
+class Broken(AttentionalBias):
+    def gradient(self, error: Tensor, delta=None) -> Tensor:
+        return error / 0.0
+
+
+@pytest.mark.parametrize("cls", [Deaf, Broken])
+def test_a_loss_without_a_step_asks_for_one(cls):
+    register_attentional_bias("own")(cls)
+    with pytest.raises(ValueError, match="`eta_max` must be given with `attentional_bias='own'`"):
+        MirasConfig(**SIZES, attentional_bias="own")
+    assert MirasConfig(**SIZES, attentional_bias="own", eta_max=0.1).eta_max == 0.1
+
+
+def test_a_link_of_more_weights_than_are_drawn_asks_for_a_step():
+    register_retention_gate("doubled")(Doubled)
+    with pytest.raises(ValueError, match="`eta_max` must be given with `Doubled` and weights of shape"):
+        MirasConfig(hidden_size=2**14, num_attention_heads=1, retention="doubled")
+
+
+def test_a_keyword_of_another_choice_is_not_stored(tmp_path):
+    register_attentional_bias("student_t")(StudentT)
+    MirasConfig(**SIZES, student_t_freedom=3.0).save_pretrained(tmp_path)
+    del CHOICES["attentional_bias"]["student_t"]
+    assert MirasConfig.from_pretrained(tmp_path).attentional_bias == "l2"
+    with pytest.raises(
+        StrictDataclassError, match="(?s)learning_algorithm.*must be one of 'gradient_descent', 'momentum', got"
+    ):
+        MirasConfig(**SIZES, learning_algorithm="adam")
+
+
 def test_an_own_memory_architecture():
     @register_memory_architecture("shifted")
     @dataclass(frozen=True)
@@ -165,6 +203,11 @@ def test_an_own_memory_architecture():
         def write(self, weights, k, residual, norm_weight, norm_bias):
             return super().write(weights, k, lambda prediction: residual(prediction + k), norm_weight, norm_bias)
 
+    class Deep(MatrixMemory):
+        gate_axes = ("input", "hidden", "output")
+
+    with pytest.raises(TypeError, match="`gate_axes` of `Deep` must be one or two of 'input' and 'output'"):
+        register_memory_architecture("deep")(dataclass(frozen=True)(Deep))
     with pytest.raises(ValueError, match="`eta_max` must be given with `memory_architecture='shifted'`"):
         MirasConfig(**SIZES, memory_architecture="shifted")
     model = MirasForCausalLM(MirasConfig(**SIZES, memory_architecture="shifted", eta_max=0.1))

@@ -38,7 +38,7 @@ def measured_share(config: MirasConfig) -> float:
     delta = None
     if config.attentional_bias == "huber_coordinate":
         delta = torch.full((*shape, d), 2.0)
-    elif config.attentional_bias.startswith("huber"):  # where they start, see `MirasThresholdGate`
+    elif memory.rule.attentional_bias.delta_granularity == "head":  # where they start, see `MirasThresholdGate`
         delta = (torch.linspace(0.25, 1.0, tokens)[None, :, None] * d**0.5).expand(shape)
     parameters = MemoryParameters(memory.initial_state(), memory.norm_weight, memory.norm_bias)
     found = probe_memory(k, k, v, eta, log_alpha, delta, rule=memory.rule, parameters=parameters)
@@ -60,6 +60,10 @@ CASES = {
     "lq_6": {"retention": "lq", "lq_power": 6.0},
     "mirror": {"retention": "lq", "lq_map": "mirror"},
     "kl": {"retention": "kl"},
+    "dot": {"attentional_bias": "dot"},
+    "robust": {"attentional_bias": "robust"},
+    "bregman": {"retention": "bregman"},
+    "elastic_net": {"retention": "elastic_net"},
     "matrix": {"memory_architecture": "matrix"},
     "matrix_lq": {"memory_architecture": "matrix", "retention": "lq"},
 }
@@ -128,6 +132,10 @@ def test_moments_are_those_of_a_normal():
         {"residual_clip": 1e-30},
         {"chunk_size": 4096, "memory_norm_eps": 1e-30},
         {"attentional_bias": "lp", "lp_power": 16.0, "residual_clip": 1e9},
+        {"retention": "bregman", "bregman_bound": 1e-3},
+        {"retention": "elastic_net", "elastic_net_threshold": 1e3},
+        {"retention": "elastic_net", "head_dim": 2**14, "memory_expansion": 64},  # too many weights to draw
+        {"attentional_bias": "robust", "residual_clip": 1e-30},
     ],
 )
 def test_every_config_has_a_step(fields):

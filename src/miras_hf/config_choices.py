@@ -34,9 +34,14 @@ def own_parameters(config: PreTrainedConfig) -> dict[str, Parameter]:
 
 
 def take_own_values(config: PreTrainedConfig, keywords: dict[str, Any]) -> None:
-    """Makes attributes of the keywords, or of their defaults."""
-    for key, parameter in own_parameters(config).items():
+    """Makes attributes of the keywords, or of their defaults. Those of choices that are not made are left, unless they say
+    no more than the default, which no config stores."""
+    made = own_parameters(config)
+    for key, parameter in made.items():
         setattr(config, key, keywords.pop(key, parameter.default))
+    for key in own_keys(type(config)) - made.keys() & keywords.keys():
+        if keywords[key] == declared_keys()[key].default:
+            del keywords[key]
     check_own_values(config)
 
 

@@ -15,6 +15,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import MISSING
 from numbers import Real
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .config_keywords import MEANINGLESS
 from .memory.declared import Parameter
-from .memory.registry import CHOICES, declared_keys
+from .memory.registry import CHOICES, REGISTERED_BY, declared_keys
 
 
 def bounded(
@@ -37,14 +38,14 @@ def bounded(
     return _field(Parameter("", default, low, high, above), default)
 
 
-def declared(key: str, **default) -> Any:
+def declared(key: str, default: Any = MISSING) -> Any:
     """A field for what choices of `miras_hf.memory` take under this name, as they declare it.
 
     Args:
         default (*optional*): another default than theirs.
     """
     found = declared_keys()[key]
-    return _field(found, default.get("default", found.default))
+    return _field(found, found.default if default is MISSING else default)
 
 
 def choice(field: str, default: str, part_of: tuple[str, ...] = ()) -> Any:
@@ -58,10 +59,8 @@ def choice(field: str, default: str, part_of: tuple[str, ...] = ()) -> Any:
     def validate(name: Any) -> None:
         names = [known for known in CHOICES[field] if known not in part_of]
         if name not in names:
-            raise ValueError(
-                f"must be one of {', '.join(map(repr, names))}, or of your own, once it is registered "
-                f"(`miras_hf.memory.register_attentional_bias` and its like), got {name}"
-            )
+            own = f", or registered by `miras_hf.memory.{REGISTERED_BY[field]}`" if field in REGISTERED_BY else ""
+            raise ValueError(f"must be one of {', '.join(map(repr, names))}{own}, got {name}")
 
     return validated_field(validate, default=default)
 

@@ -290,10 +290,10 @@ class MirasConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.memory_norm_eps is None:
-            self.memory_norm_eps = 0.01 if self.retention == "kl" else 0.1
+            self.memory_norm_eps = chosen(self, "retention").norm_eps
         if self.initial_memory_scale is None:
-            small = self.memory_architecture == "mlp" and self.retention == "decay"
-            self.initial_memory_scale = 0.1 if small else 1.0
+            of_mlp = self.memory_architecture == "mlp"
+            self.initial_memory_scale = chosen(self, "retention").last_layer_scale if of_mlp else 1.0
         if self.min_log_alpha is None:
             self.min_log_alpha = max(-2.5, -160.0 / self.chunk_size)
         if self.eta_max is None:

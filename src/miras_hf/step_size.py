@@ -46,11 +46,14 @@ from .memory import (
 )
 from .memory.attentional_bias import AttentionalBias
 from .memory.registry import choice_of, chosen
-from .memory.retention import RetentionGate
+from .memory.retention import Elementwise, RetentionGate
 
 
 SMALLEST, LARGEST = 1e-9, 1e3
 """What a config takes as `eta_max`."""
+
+MOST_DRAWN = 2**24
+"""Largest number of weights that are drawn to find out what a link makes of them."""
 
 FIRST_LAYER_SCALE = 2.0
 """A new MLP memory's first layer has weights of deviation `2 / sqrt(head_dim)`."""
@@ -65,7 +68,7 @@ def loss_gain(bias: AttentionalBias, head_dim: int) -> float:
     """`<r, e> / <e, e>` for a normal error of root mean square 1."""
     clip = bias.residual_clip
     threshold = 0.0 if bias.delta_granularity is None else sum(bias.initial_delta(head_dim)) / 2.0
-    if isinstance(bias, Lp) and type(bias) is Lp:
+    if type(bias) is Lp:
         size = bias.power * math.sqrt(moment(2.0 * bias.power - 2.0))
         return bias.power * moment(bias.power) * min(1.0, clip / size)
     if type(bias) is HuberNorm:
@@ -101,7 +104,7 @@ def start_of(gate: RetentionGate, shape: tuple[int, int], std: float, hidden_axi
     """What a gate makes of a weight `[in, out]` that was drawn with a deviation."""
     if isinstance(gate, Lq) and type(gate) in (Lq, LqMirror):
         return Start(*lq_weights(shape[0] * shape[1], std, gate.power, type(gate) is LqMirror))
-    if isinstance(gate, KL) and type(gate) is KL:
+    if type(gate) is KL:
         slope = gate.mass / math.sqrt(shape[0])
         # the variance of one entry that has the whole mass bounds it
         spread = math.expm1(min((std / slope) ** 2, math.log(shape[hidden_axis])))
@@ -109,6 +112,10 @@ def start_of(gate: RetentionGate, shape: tuple[int, int], std: float, hidden_axi
     if type(gate) is Decay:
         return Start(std, 1.0)
     # of a link that nobody has derived it for, by what it makes of some weights
+    if isinstance(gate, Elementwise):  # of every entry by itself
+        shape = (256, 256)
+    elif shape[0] * shape[1] > MOST_DRAWN:
+        raise _underived(f"`{type(gate).__name__}` and weights of shape {shape}")
     generator = torch.Generator().manual_seed(0)
     drawn, write = torch.randn(2, *shape, generator=generator, dtype=torch.float64, device="cpu")
     with torch.no_grad():
@@ -146,20 +153,22 @@ def unit_step(config: Any) -> float:
         config: with the fields of a `MirasConfig`, those of its memory resolved.
 
     Raises:
-        `ValueError`: for a memory architecture that it has not been derived for.
+        `ValueError`: where it neither has been derived nor can be measured.
     """
     memory, gate = choice_of(config, "memory_architecture"), choice_of(config, "retention")
     if type(memory) not in (MLPMemory, MatrixMemory):
-        raise ValueError(
-            f"`eta_max` must be given with `memory_architecture={config.memory_architecture!r}`, got None."
-        )
+        raise _underived(f"`memory_architecture={config.memory_architecture!r}`")
     gain = loss_gain(choice_of(config, "attentional_bias"), config.head_dim)
+    if not gain > 0.0:
+        raise _underived(f"`attentional_bias={config.attentional_bias!r}`, which writes nothing at a new memory")
     shapes = memory.weight_shapes(config.head_dim)
     scales = [FIRST_LAYER_SCALE] * (len(shapes) - 1) + [config.initial_memory_scale]
     starts = [
         start_of(gate, shape, scale / math.sqrt(shape[0]), -1 if axis == "input" else -2)
         for shape, scale, axis in zip(shapes, scales, memory.gate_axes, strict=True)
     ]
+    if not all(start.slope > 0.0 for start in starts):
+        raise _underived(f"`retention={config.retention!r}`, which lets nothing into a new memory")
     if type(memory) is MatrixMemory:  # its one layer reads keys
         return 1.0 / (gain * starts[0].slope)
     (first, last), hidden = starts, shapes[0][1]
@@ -173,6 +182,10 @@ def unit_step(config: Any) -> float:
     slope_squared = 0.25 + 2.0 * whole / math.pi
     variance = squares * last.std**2 + memory.norm_eps
     return variance / (gain * (written * last.slope + slope_squared * hidden * last.std**2 * first.slope))
+
+
+def _underived(choice: str) -> ValueError:
+    return ValueError(f"`eta_max` must be given with {choice}, got None.")
 
 
 def largest_step(config: Any) -> float:

@@ -32,6 +32,13 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 """The config's field of each choice, and its classes by name."""
 
+REGISTERED_BY = {
+    "memory_architecture": "register_memory_architecture",
+    "attentional_bias": "register_attentional_bias",
+    "retention": "register_retention_gate",
+}
+"""What gives a class of your own a name in that field; algorithms share the layout of the state with all forms."""
+
 _OF_THE_LIBRARY = {field: frozenset(table) for field, table in CHOICES.items()}
 _ITS_KEYS = frozenset(p.key for table in CHOICES.values() for cls in table.values() for p in cls.parameters().values())
 
@@ -97,6 +104,12 @@ def _register(field: str, name: str, base: type[Choice], wanted: tuple[str, ...]
         for declared in cls.parameters().values():
             if declared.key not in _ITS_KEYS and not declared.key.startswith(f"{name}_"):
                 raise ValueError(f"`key` must begin with '{name}_', got {declared.key!r}.")
+        if field == "memory_architecture" and (
+            not 1 <= len(cls.gate_axes) <= 2 or {*cls.gate_axes} - {"input", "output"}
+        ):
+            raise TypeError(
+                f"`gate_axes` of `{cls.__name__}` must be one or two of 'input' and 'output', got {cls.gate_axes}."
+            )
         CHOICES[field][name] = cls
         return cls
 

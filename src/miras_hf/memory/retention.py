@@ -25,7 +25,7 @@ read uses the link linearised there, `ChunkWeights`, so that a chunk stays a han
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,12 @@ def rms(x: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class RetentionGate(Choice):
     """Base class of the links."""
+
+    norm_eps: ClassVar[float] = 0.1
+    """Epsilon that an MLP memory's layer norm has by default: large against the variance that it meets."""
+
+    last_layer_scale: ClassVar[float] = 1.0
+    """Factor on the initial weights of an MLP memory's last layer by default."""
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
         """`W = phi(A)`, shape `[..., in, out]`, norms and simplices taken over each weight of each head alone."""
@@ -133,6 +139,8 @@ class FrozenScale(RetentionGate):
 @dataclass(frozen=True)
 class Decay(FrozenScale):
     """l2 retention, `W = A`: equation (26) with eta and alpha decoupled."""
+
+    last_layer_scale: ClassVar[float] = 0.1  # so that what is written soon outweighs it
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         return weight
@@ -255,6 +263,8 @@ class KL(RetentionGate):
             `c = mass * n / sqrt(fan_in)`. Log-weights of standard deviation `1 / mass` then give weights that deviate
             from their mean by about `1 / sqrt(fan_in)`.
     """
+
+    norm_eps: ClassVar[float] = 0.01
 
     mass: float = parameter("simplex_mass", 2.0, above=0, high=1e6)
 
