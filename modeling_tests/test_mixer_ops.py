@@ -29,6 +29,7 @@ from miras_hf.mixer_ops import (
     scaled_sigmoid,
     silu_gated_rms_norm,
 )
+from miras_hf.modeling_miras import MirasMemory
 
 
 def leaf(*shape, dtype=torch.float64):
@@ -211,3 +212,21 @@ def test_a_token_that_is_not_a_number_reaches_the_future_alone():
     y, whole = (model(inputs_embeds=x, use_cache=False).last_hidden_state for x in (broken, embeds))
     torch.testing.assert_close(y[:, :23], whole[:, :23])
     assert y[:, 23:].isnan().all()
+
+
+def test_values_under_autocast_are_those_of_a_half_precision_model():
+    """Kernels take their precision from the values, so that wider ones would be slower and no more exact."""
+    seen = []
+
+    def look(memory, inputs):
+        tokens, sequences, *_ = inputs
+        seen.append(tokens.finished(position=sequences.position)[2].dtype)
+
+    model = MonetaModel(MonetaConfig.from_preset("tiny"))
+    for memory in (module for module in model.modules() if isinstance(module, MirasMemory)):
+        memory.register_forward_pre_hook(look)
+    ids = torch.arange(20)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids)
+    model.bfloat16()(ids)
+    assert seen == 4 * [torch.bfloat16]

@@ -187,7 +187,8 @@ class MirasShortConvolution(nn.Module):
             tail (`torch.Tensor` of shape `[batch, kernel_size - 1, channels]`, *optional*): the inputs before them.
             position (`torch.Tensor` of shape `[batch, tokens]`, *optional*): tokens since the sequence's start.
         """
-        return causal_convolution(hidden_states, self.weight, tail, position)
+        # under autocast the weights are wider than what they meet, and wide values would take kernels' slow path
+        return causal_convolution(hidden_states, self.weight, tail, position).to(hidden_states.dtype)
 
     def extra_repr(self):
         return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}"
