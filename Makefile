@@ -1,5 +1,5 @@
 # make demo   train a small Moneta on the standard library's source, see examples/pretrain.py (minutes, no downloads but pip's)
-# make test   lint, type check and tests, all that CI runs
+# make test   lint, type check and tests, the first and longest of what CI runs; `test-oldest` and `test-triton36` follow
 # make test-slow   the tests of `make test` and those that repeat them with more combinations (hours)
 # make lint   only lint and type check
 # make test-oldest   models, cache, generation, adapters and training on the oldest Transformers that pyproject.toml admits
