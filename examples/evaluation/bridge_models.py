@@ -92,6 +92,9 @@ class FinishedTokens(NamedTuple):
     def finished(self, *_, **__) -> "FinishedTokens":
         return self
 
+    def release(self) -> None:
+        pass
+
 
 class ChangedTokens:
     """The tokens of a mixer, of which something is changed where they are finished for a memory."""

@@ -132,9 +132,11 @@ class MemoryBackend:
             tail = tail.contiguous()
             x, projections = tokens.for_kernel(tail)
         else:
-            x = tokens.finished(tail, sequences.position)
-            if carry is not None:
-                tail = tokens.next_tail(tail, sequences.lengths)
+            # before, because it takes as much again for a moment
+            next_tail = None if carry is None else tokens.next_tail(tail, sequences.lengths)
+            x, tail = tokens.finished(tail, sequences.position), next_tail
+            v = x[2]
+            tokens.release()
         arguments = {"parameters": parameters, "mask": sequences.live}
         after = {"initial_state": state, "output_final_state": carry is not None}
         if decodes:

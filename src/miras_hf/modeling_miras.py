@@ -329,7 +329,7 @@ class MirasMemory(NotByParameter, nn.Module):
         """What tokens read, `[batch, tokens, heads, head_dim]`. Their layer of the cache, if there is one, has the memory
         after them."""
         # tensor parallelism leaves buffers whole: as many as this rank has heads
-        heads = tokens.v.shape[2]
+        _, columns, heads, _ = tokens.v.shape
         parameters = MemoryParameters(self.initial_state(), self.norm_weight[:heads], self.norm_bias[:heads])
         if cached is None:
             return self.backend(tokens, sequences, parameters)[0]
@@ -337,7 +337,7 @@ class MirasMemory(NotByParameter, nn.Module):
         version = self.version(cached.made_with)
         carry = Carry(*held, cached.companions_of(version))
         y, (state, tail, companions) = self.backend(tokens, sequences, parameters, carry, cached.recording)
-        cached.update_memory(state, tail, tokens.v.shape[1], companions, version, handed_over=True)
+        cached.update_memory(state, tail, columns, companions, version, handed_over=True)
         return y
 
     def version(self, known: WeightsVersion | None) -> WeightsVersion | None:
@@ -398,6 +398,10 @@ class ProjectedTokens:
         gates = (mixer.eta, mixer.alpha, mixer.delta, mixer.momentum)
         gates = (None if gate is None else gate(self.hidden_states) for gate in gates)
         return l2norm(q.float()), l2norm(k.float()), v, *gates
+
+    def release(self) -> None:
+        """Lets the projections go, which are as large as what was made of them, while the memory reads."""
+        del self.q, self.k, self.v
 
     def conv_inputs(self, earlier: Tensor | None) -> Tensor:
         """What enters the convolutions, `[batch, earlier + tokens, channels]`, zeros before a text's first token."""
