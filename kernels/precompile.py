@@ -40,7 +40,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -58,19 +57,16 @@ from miras_kernels.configuration import launch_configuration
 from miras_kernels.ops import chunks_between_starts
 
 
-# the memories of the models, with the losses and retention gates they are named after, and the matrix memory of the GPU script
+# what models are by default, the matrix memory of the GPU script, and Yaad with the loss that its paper prints
 FAMILIES = {
-    "yaad": Choices(attentional_bias="huber_mixture", retention="decay"),
+    "yaad": Choices(attentional_bias="huber_norm", retention="decay"),
     "moneta": Choices(attentional_bias="lp", retention="lq"),
     "memora": Choices(attentional_bias="l2", retention="kl", norm_eps=0.01),
     "matrix": Choices(memory="matrix", attentional_bias="l2", retention="decay"),
+    "mixture": Choices(attentional_bias="huber_mixture", retention="decay"),
 }
-# what whole models are by default: Yaad has not the loss that its paper prints
-MODELS = {
-    "Yaad": replace(FAMILIES["yaad"], attentional_bias="huber_norm"),
-    "Moneta": FAMILIES["moneta"],
-    "Memora": FAMILIES["memora"],
-}
+MODELS = ("yaad", "moneta", "memora")
+TIMED_FAMILIES = (*MODELS, "matrix")
 # both kernels of training, the forward pass of a prompt, of a prompt that goes on, and without a state, and decoding of a
 # token and of several
 KINDS = {
@@ -100,7 +96,7 @@ INDEX = "precompiled.json"
 
 def _programs() -> Iterator[tuple[str, Call]]:
     def program(family, kind, shape=MAIN, memory=None, **asked) -> tuple[str, Call]:
-        choices = (FAMILIES | MODELS)[family]
+        choices = FAMILIES[family]
         memory = memory or choices.memory
         part, options = KINDS[kind]
         call = Call(choices, **options | asked).at(f"{memory}_{part}", *shape)
@@ -126,14 +122,14 @@ def _programs() -> Iterator[tuple[str, Call]]:
         yield program(family, kind, WIDE)
     for head_dim, chunk_size, kind in product(HEAD_DIMS, CHUNK_SIZES, CHECKED):
         yield program("yaad", kind, (head_dim, chunk_size, "bf16"))
-    for head_dim, precision, family, kind in product((64, 128), ("tf32x3", "ieee", "tf32"), FAMILIES, CHECKED):
+    for head_dim, precision, family, kind in product((64, 128), ("tf32x3", "ieee", "tf32"), TIMED_FAMILIES, CHECKED):
         yield program(family, kind, (head_dim, 64, precision))
     for head_dim in (48, 64):  # of the presets 170m and 340m
         yield from models(head_dim)
     for head_dim in (96, 128):
         yield from models(head_dim)
     # they may have a matrix memory, too
-    for shape, family, kind in product((MAIN, WIDE), FAMILIES, KINDS):
+    for shape, family, kind in product((MAIN, WIDE), MODELS, KINDS):
         yield program(family, kind, shape, memory="matrix")
 
 

@@ -37,7 +37,7 @@ from choose import candidates, write  # noqa: E402
 from clock import per_call  # noqa: E402
 from decoding import decode_call  # noqa: E402
 from launches import launching  # noqa: E402
-from paths import MODELS, Shape, kernel_call  # noqa: E402
+from paths import TIMED, Shape, kernel_call  # noqa: E402
 from record import device_is_broken  # noqa: E402
 
 from miras_kernels import configuration  # noqa: E402
@@ -61,7 +61,7 @@ def time_on_gpu(kernel: str, shape: dict, launch: dict[str, int], options: argpa
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
     )
     total = 0.0
-    for model in [model for model in MODELS if (model == "matrix") == (memory == "matrix")]:
+    for model in [model for model in TIMED if (model == "matrix") == (memory == "matrix")]:
         with torch.set_grad_enabled(part == "backward"), launching(kernel, launch):
             if part == "decode":
                 call, _ = decode_call(model, at, precision=precision)

@@ -27,12 +27,12 @@ import torch
 from clock import per_call, sets_beyond_l2
 from decoding import decode_call
 from outcomes import WRONG, NotChecked
-from paths import LONGEST, MODELS, PATHS, Shape
+from paths import LONGEST, PATHS, TIMED, Shape
 from record import begin
 from tables import of_constant_tokens, overtaking
 
 
-OURS = tuple(f"{model}, Triton" for model in MODELS)
+OURS = tuple(f"{model}, Triton" for model in TIMED)
 DEFAULT = (*OURS, "SDPA attention")
 PASSES = ("forward", "training forward", "forward and backward")
 
@@ -62,7 +62,7 @@ def main_rows(args: argparse.Namespace) -> Iterator[tuple[str, Shape, str]]:
         yield "yaad", replace(full, batch=batch, tokens=1), "one token"
     for name in (*OURS[1:], *args.neighbours):
         yield from ((name, shape, kind) for shape in (full, alone) for kind in PASSES)
-    for model in list(MODELS)[1:]:
+    for model in TIMED[1:]:
         yield model, replace(full, batch=1, tokens=1), "one token"
 
 
@@ -73,7 +73,7 @@ def more_rows(args: argparse.Namespace) -> Iterator[tuple[str, Shape, str]]:
         return
     wide = Shape(8, 4096, 16, 128, 64, device=args.device)
     yield from ((name, wide, kind) for name in (*DEFAULT, *args.neighbours) for kind in PASSES)
-    for model in MODELS:
+    for model in TIMED:
         yield model, replace(wide, batch=1, tokens=1), "one token"
     for head_dim, chunk_size in ((64, 16), (64, 32), (48, 64), (96, 64)):
         shape = Shape(8, 4096, 16, head_dim, chunk_size, device=args.device)

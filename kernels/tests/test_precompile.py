@@ -216,6 +216,6 @@ def test_what_is_compiled_ahead_is_what_the_gpu_script_launches(tmp_path):
         steps["more_correctness"]["listed"]
     )
     assert "mlp yaad 64 training, variant 3" in steps["variants"]["listed"]
-    assert {"mlp Yaad 48 continued, narrow", "mlp Moneta 64 prompt, narrow"} <= set(steps["prefill"]["listed"])
-    assert any(name.startswith("mlp Yaad 48 training") for name in steps["training"]["listed"])
+    assert {"mlp yaad 48 continued, narrow", "mlp moneta 64 prompt, narrow"} <= set(steps["prefill"]["listed"])
+    assert any(name.startswith("mlp yaad 48 training") for name in steps["training"]["listed"])
     assert set(steps["warm_up"]["listed"]) >= {*steps["correctness"]["listed"], *steps["more_correctness"]["listed"]}
