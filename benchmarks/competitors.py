@@ -275,7 +275,7 @@ def _recurrent_memory(memory: nn.Module):
             initial_state=state,
             output_final_state=cached is not None,
             cu_seqlens=sequences.cu_seqlens,
-            mask=sequences.live,
+            mask=sequences.valid,
         )
         if cached is not None:
             tail = tokens.next_tail(tail, sequences.lengths)

@@ -37,7 +37,7 @@ from bridge_report import at_the_rungs_point, summarise, table  # noqa: E402
 from bridge_training import SIZES, Job, jobs_of  # noqa: E402
 from models import ModelShape  # noqa: E402
 from safetensors.torch import load_model  # noqa: E402
-from study import optimizer_and_schedule, read_results  # noqa: E402
+from study import optimizer_and_schedule, read_results, train  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet  # noqa: E402
 
@@ -367,3 +367,18 @@ def test_trainings_from_before_a_setting_count(tmp_path):
     (tmp_path / "yaad-lr0.1-seed0.json").write_text(json.dumps(result))
     with pytest.raises(ValueError, match="trained at another point"):
         read_results(tmp_path, *of_rungs)
+
+
+def test_a_training_keeps_nothing_of_a_step_but_two_numbers():
+    model = torch.nn.Linear(1, 1)
+
+    def loss_at(step):
+        # one number of 16 MB, which a view of it holds
+        return (model.weight.sum() * torch.ones(2**22))[0]
+
+    def resident() -> int:
+        return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+    before = resident()
+    course = train(model, loss_at, 1e-3, 40)
+    assert len(course.losses) == 40 and resident() - before < 200 * 2**20

@@ -371,7 +371,7 @@ def test_derived_values_go_with_the_weights(family, change, ids):
         fresh = copy.deepcopy(cache)
         for layer in fresh.layers:
             if isinstance(layer, miras_hf.MirasLayer):
-                layer.companions = None
+                layer.link_cache = None
         expected = model(ids[:, CUT + 1 : CUT + 2], cache=fresh).logits
         answer = model(ids[:, CUT + 1 : CUT + 2], cache=cache)
     assert cache_of(answer) is None or cache_of(answer) is cache
@@ -397,7 +397,7 @@ def test_derived_values_go_with_weights_that_lie_where_others_have_lain(ids):
             p.data = torch.from_numpy(place)
         assert numbers == [(id(p), p.data_ptr(), p._version) for p in parameters]
         fresh = pickle.loads(pickle.dumps(cache))
-        assert all(layer.companions is None for layer in fresh.layers)
+        assert all(layer.link_cache is None for layer in fresh.layers)
         expected = model(ids[:, CUT + 1 : CUT + 2], cache=fresh).logits
         torch.testing.assert_close(model(ids[:, CUT + 1 : CUT + 2], cache=cache).logits, expected, **TOLERANCE)
     assert (expected - before).abs().max() > 1e-2

@@ -125,15 +125,18 @@ def train(
     """
     optimizer, schedule = optimizer_and_schedule(model, learning_rate, steps, weight_decay)
     every = max(1, steps // intervals)
-    losses: list[Tensor] = []
-    norms: list[Tensor] = []
+    # a number of every step kept where the step has put it would hold the heap behind it: megabytes a step on a CPU
+    device = next(model.parameters()).device
+    losses, norms = torch.zeros(2, steps, device=device)
+    first = 0
     before = {"wall": 0.0, "cpu": 0.0}
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if unfinished is not None and unfinished.exists():
-        saved = torch.load(unfinished, map_location=next(model.parameters()).device)
+        saved = torch.load(unfinished, map_location=device)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        losses, norms, before = list(saved["losses"]), list(saved["norms"]), saved["seconds"]
+        first, before = len(saved["losses"]), saved["seconds"]
+        losses[:first], norms[:first] = saved["losses"], saved["norms"]
     wall, cpu = time.perf_counter(), time.process_time()
 
     def seconds() -> dict[str, float]:
@@ -143,27 +146,26 @@ def train(
         }
 
     model.train()
-    for step in range(len(losses) + 1, steps + 1):
+    step = first
+    for step in range(first + 1, steps + 1):
         loss = loss_at(step)
         loss.backward()
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        losses[step - 1] = loss.detach()
+        norms[step - 1] = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-        if step % every == 0 and not math.isfinite(losses[-1].item()):
+        if step % every == 0 and not math.isfinite(losses[step - 1].item()):
             break
         after_step(step)
         if unfinished is not None and step % every == 0 and step < steps and time.time() >= deadline:
             state = {name: part.state_dict() for name, part in parts.items()}
             with atomic_write(unfinished) as file:
-                torch.save(
-                    state | {"losses": torch.stack(losses), "norms": torch.stack(norms), "seconds": seconds()}, file
-                )
+                torch.save(state | {"losses": losses[:step], "norms": norms[:step], "seconds": seconds()}, file)
             raise OutOfTime(f"{unfinished} holds step {step} of {steps}.")
-    values = torch.stack(losses).tolist()
-    reached = len(values) == steps and math.isfinite(values[-1])
-    return Course(values, torch.stack(norms).tolist(), every, reached, seconds())
+    values = losses[:step].tolist()
+    reached = step == steps and math.isfinite(values[-1])
+    return Course(values, norms[:step].tolist(), every, reached, seconds())
 
 
 def run_all(jobs: Sequence[Any], run: Callable[[Any], Any], say: Callable[[int, Any], None], workers: int) -> None:

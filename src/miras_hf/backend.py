@@ -56,12 +56,12 @@ class Carry(NamedTuple):
     Args:
         state (`MemoryState`): of the memory.
         conv_tail (`torch.Tensor` of shape `[rows, conv_kernel_size - 1, channels]`): last inputs of the convolutions.
-        companions: what the backend keeps beside the state; `None` if that comes from elsewhere.
+        link_cache: what the backend keeps beside the state; `None` if that comes from elsewhere.
     """
 
     state: MemoryState | None = None
     conv_tail: Tensor | None = None
-    companions: Any = None
+    link_cache: Any = None
 
 
 class MemoryBackend:
@@ -125,7 +125,7 @@ class MemoryBackend:
         if recording is not None:
             return self._recorded(tokens, sequences, parameters, carry, recording)
         state, tail, known = Carry() if carry is None else carry
-        v, companions, projections = tokens.v, None, None
+        v, link_cache, projections = tokens.v, None, None
         in_place = state is not None and sequences.cu_seqlens is None and self.reads_in_place(v)
         decodes = in_place and self._takes_kernel(v, False, in_place=True)
         if decodes and tokens.is_plain():
@@ -137,21 +137,21 @@ class MemoryBackend:
             x, tail = tokens.finished(tail, sequences.position), next_tail
             v = x[2]
             tokens.release()
-        arguments = {"parameters": parameters, "mask": sequences.live}
+        arguments = {"parameters": parameters, "mask": sequences.valid}
         after = {"initial_state": state, "output_final_state": carry is not None}
         if decodes:
-            y, state, companions = self._decode(*x[:6], state, known, projections=projections, **arguments)
+            y, state, link_cache = self._decode(*x[:6], state, known, projections=projections, **arguments)
         elif in_place:
             weights = known.weights if isinstance(known, _ChunkStart) else None
             y, weights = step_miras_(*x, rule=self.rule, state=state, weights=weights, **arguments)
-            companions = None if weights is None else _ChunkStart(weights)
+            link_cache = None if weights is None else _ChunkStart(weights)
         elif self._takes_kernel(v, _needs_grad(*x, *parameters.initial, *parameters[1:], *_flat(state))):
-            y, state, companions = self._by_kernel(*x[:6], cu_seqlens=sequences.cu_seqlens, **arguments, **after)
+            y, state, link_cache = self._by_kernel(*x[:6], cu_seqlens=sequences.cu_seqlens, **arguments, **after)
         elif state is not None and v.shape[1] == 1:
             y, state = step_miras(*x, rule=self.rule, **arguments, **after)
         else:
             y, state = chunk_miras(*x, rule=self.rule, cu_seqlens=sequences.cu_seqlens, **arguments, **after)
-        return y, None if carry is None else Carry(state, tail, companions)
+        return y, None if carry is None else Carry(state, tail, link_cache)
 
     def _recorded(self, tokens, sequences, parameters, carry, recording) -> tuple[Tensor, Carry | None]:
         """Reads in pieces that begin with the tokens that end a chunk: the state before each holds its chunk's start and
@@ -178,18 +178,18 @@ class MemoryBackend:
             return False
         return v.shape[1] == 1 or (v.shape[1] <= LARGEST_CALL and self._takes_kernel(v, False, in_place=True))
 
-    def _decode(self, q, k, v, eta, log_alpha, delta, state, companions, *, parameters, mask, projections):
-        if not isinstance(companions, tuple):
-            state, companions = self._resident(state, parameters)
+    def _decode(self, q, k, v, eta, log_alpha, delta, state, link_cache, *, parameters, mask, projections):
+        if not isinstance(link_cache, tuple):
+            state, link_cache = self._resident(state, parameters)
         y = decode(
             *(q.to(v.dtype), k.to(v.dtype), v, eta, log_alpha, delta),
             **self._memory(parameters),
             state=_flat(state),
-            companions=companions,
+            companions=link_cache,
             projections=projections,
             mask=mask,
         )
-        return y, state, companions
+        return y, state, link_cache
 
     def _by_kernel(
         self, q, k, v, eta, log_alpha, delta, *, parameters, initial_state, output_final_state, cu_seqlens, mask
@@ -213,8 +213,8 @@ class MemoryBackend:
         return {"choices": self.choices, "initial": initial, "norm_weight": norm_weight, "norm_bias": norm_bias}
 
     def _resident(self, state: MemoryState, parameters: MemoryParameters) -> tuple[MemoryState, tuple[Tensor, ...]]:
-        flat, companions = resident_state(_flat(state), choices=self.choices, initial=parameters.initial)
-        return MemoryState.of_leaves(flat), companions
+        flat, link_cache = resident_state(_flat(state), choices=self.choices, initial=parameters.initial)
+        return MemoryState.of_leaves(flat), link_cache
 
 
 class _ChunkStart:

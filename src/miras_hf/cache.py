@@ -50,9 +50,9 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         conv_tail (`torch.Tensor` of shape `[rows, conv_kernel_size - 1, channels]`, *optional*):
             Last inputs of the q, k and v convolutions.
         rows (`int`, *optional*): size of the batch; `None` before the first token.
-        companions (*optional*):
+        link_cache (*optional*):
             What the backend keeps beside the memory to spare single tokens a pass over it. Belongs to this very memory
-            and to the parameters that it was made with, see `companions_of`.
+            and to the parameters that it was made with, see `link_cache_of`.
         tokens_seen (`int`): length of the text read, pad tokens included (what `generate()` counts); the tokens that
             a row really read are in `memory.count`.
     """
@@ -68,7 +68,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         # tuple does not take
         self._memory: tuple | None = None
         self._conv_tail: Tensor | None = None
-        self.companions: Any = None
+        self.link_cache: Any = None
         self._made_with: WeightsVersion | None = None
         self._owned = False
         self.tokens_seen = 0
@@ -104,29 +104,29 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     @property
     def made_with(self) -> WeightsVersion | None:
-        """The version of the parameters that the companions were made with; `None` in a compiled graph."""
+        """The version of the parameters that the link cache was made with; `None` in a compiled graph."""
         if torch.compiler.is_compiling():
             return None
-        return self._made_with if isinstance(self.companions, tuple) else getattr(self.companions, "made_with", None)
+        return self._made_with if isinstance(self.link_cache, tuple) else getattr(self.link_cache, "made_with", None)
 
-    def companions_of(self, version: WeightsVersion | None) -> Any:
-        """The companions, if they were made with these parameters; `None` if those have changed since, as by a step of an
+    def link_cache_of(self, version: WeightsVersion | None) -> Any:
+        """The link cache, if it was made with these parameters; `None` if those have changed since, as by a step of an
         optimizer.
 
         Args:
             version (`WeightsVersion`): of the parameters of the memory, asked for with `made_with`. In a compiled graph
                 they stand still.
         """
-        if torch.compiler.is_compiling() or self.companions is None:
-            return self.companions
-        return self.companions if version is not None and self.made_with is version else None
+        if torch.compiler.is_compiling() or self.link_cache is None:
+            return self.link_cache
+        return self.link_cache if version is not None and self.made_with is version else None
 
     def update_memory(
         self,
         memory: MemoryState,
         conv_tail: Tensor,
         tokens: int,
-        companions: Any = None,
+        link_cache: Any = None,
         version: WeightsVersion | None = None,
         *,
         handed_over: bool = False,
@@ -134,19 +134,19 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Takes the state after `tokens` more tokens per row, pads included, and what belongs to it.
 
         Args:
-            companions, version (*optional*): only with a state that is handed over.
+            link_cache, version (*optional*): only with a state that is handed over.
             handed_over (`bool`, *optional*, defaults to `False`):
                 Whether nobody else keeps the tensors, which are the layer's from then on. Otherwise they are copied,
                 differentiably in grad mode.
         """
         if not handed_over:
-            memory, conv_tail, companions = memory.map(_contiguous_copy), _contiguous_copy(conv_tail), None
-        self._keep(memory, conv_tail, companions)
+            memory, conv_tail, link_cache = memory.map(_contiguous_copy), _contiguous_copy(conv_tail), None
+        self._keep(memory, conv_tail, link_cache)
         if not torch.compiler.is_compiling():
-            # where companions show their attributes, compiled graphs and exporters look at this one
-            self._made_with = version if isinstance(companions, tuple) else None
-            if self.companions is not None and not isinstance(self.companions, tuple):
-                self.companions.made_with = version
+            # where a link cache shows its attributes, compiled graphs and exporters look at this one
+            self._made_with = version if isinstance(link_cache, tuple) else None
+            if self.link_cache is not None and not isinstance(self.link_cache, tuple):
+                self.link_cache.made_with = version
         # with gradients, the graph of the call may have kept any of them for its backward pass
         self._owned = not torch.is_grad_enabled()
         self.tokens_seen += tokens
@@ -154,8 +154,8 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.is_initialized = True
         self.has_previous_state = {0: True}
 
-    def _keep(self, memory: MemoryState, conv_tail: Tensor, companions: Any) -> None:
-        self._memory, self._conv_tail, self.companions = tuple(memory), conv_tail, companions
+    def _keep(self, memory: MemoryState, conv_tail: Tensor, link_cache: Any) -> None:
+        self._memory, self._conv_tail, self.link_cache = tuple(memory), conv_tail, link_cache
 
     def to_read(self) -> tuple[MemoryState | None, Tensor | None]:
         """State and convolution tail for the next call, which may write into them; both `None` before the first token.
@@ -186,17 +186,17 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         recording = self._recording
         borders = [t for _, state in recording.borders for t in _tensors(state, recording.inputs, None)]
         inputs = [] if recording.inputs is None else [recording.inputs]
-        return [*_tensors(self._memory, self._conv_tail, self.companions), *inputs, *borders]
+        return [*_tensors(self._memory, self._conv_tail, self.link_cache), *inputs, *borders]
 
     def _is_abroad(self) -> bool:
         return not torch.compiler.is_compiling() and is_abroad(self._all_tensors())
 
     def _attributes(self) -> dict[str, Any]:
-        # for copies: of companions only tensors; anything else looks into this very memory, and is made again
-        companions = self.companions if isinstance(self.companions, tuple) else None
+        # for copies: of the link cache only tensors; anything else looks into this very memory, and is made again
+        link_cache = self.link_cache if isinstance(self.link_cache, tuple) else None
         recording = self._recording
         recording = replace(recording, columns=list(recording.columns), borders=list(recording.borders))
-        return {**vars(self), "companions": companions, "_recording": recording}
+        return {**vars(self), "link_cache": link_cache, "_recording": recording}
 
     def __getstate__(self) -> dict[str, Any]:
         # of `copy.copy` and pickle: whoever gets it shares the tensors, another process, too, through shared memory
@@ -216,7 +216,7 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def reset(self) -> None:
         """Back to the learned initial memory (which is not zero): the next token starts a new text."""
-        self._memory = self._conv_tail = self.companions = None
+        self._memory = self._conv_tail = self.link_cache = None
         self._recording = Recording()
         self.tokens_seen = 0
         self.is_initialized = False
@@ -292,8 +292,8 @@ class MirasLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             # tensors have the rows first; anything else is made again when it is needed
-            companions = tuple(map(function, self.companions)) if isinstance(self.companions, tuple) else None
-            self._keep(self._live_memory.map(function), function(self._conv_tail), companions)
+            link_cache = tuple(map(function, self.link_cache)) if isinstance(self.link_cache, tuple) else None
+            self._keep(self._live_memory.map(function), function(self._conv_tail), link_cache)
             self._recording = self._recording.map(function)
 
 
@@ -355,35 +355,35 @@ class StaticMirasLayer(MirasLayer):
         self.is_initialized = False
         self.has_previous_state = {0: False}
 
-    def _keep(self, memory: MemoryState, conv_tail: Tensor, companions: Any) -> None:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(memory, conv_tail, companions)):
+    def _keep(self, memory: MemoryState, conv_tail: Tensor, link_cache: Any) -> None:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(memory, conv_tail, link_cache)):
             raise ValueError(
                 "A static cache keeps its tensors and cannot keep graphs: read under `torch.no_grad()`, or into a "
                 "`DynamicCache(config=model.config)`, through which gradients go."
             )
         self._leave_inference_mode()
-        new, old = _tensors(memory, conv_tail, companions), _tensors(self._memory, self._conv_tail, self.companions)
+        new, old = _tensors(memory, conv_tail, link_cache), _tensors(self._memory, self._conv_tail, self.link_cache)
         if [(t.shape, t.dtype, t.device) for t in new] == [(t.shape, t.dtype, t.device) for t in old]:
             for mine, t in zip(old, new, strict=True):
                 if t is not mine:
                     mine.copy_(t)
-            if not isinstance(companions, tuple):
-                self.companions = companions
+            if not isinstance(link_cache, tuple):
+                self.link_cache = link_cache
             return
         if self._memory is not None and torch.compiler.is_compiling():
             raise ValueError("A static cache cannot change its shapes in a compiled step: read the prompt before.")
-        super()._keep(MemoryState(*memory).map(_contiguous_copy), _contiguous_copy(conv_tail), companions)
+        super()._keep(MemoryState(*memory).map(_contiguous_copy), _contiguous_copy(conv_tail), link_cache)
         self.tokens_seen = self.tokens_seen.to(conv_tail.device)
         if not torch.compiler.is_compiling():
             for t in self._all_tensors():
                 torch._dynamo.mark_static_address(t)
 
 
-def _tensors(memory: tuple | None, conv_tail: Tensor | None, companions: Any) -> list[Tensor]:
+def _tensors(memory: tuple | None, conv_tail: Tensor | None, link_cache: Any) -> list[Tensor]:
     if memory is None or conv_tail is None:
         return []
-    companions = companions if isinstance(companions, tuple) else ()
-    return [*MemoryState(*memory).leaves(), conv_tail, *companions]
+    link_cache = link_cache if isinstance(link_cache, tuple) else ()
+    return [*MemoryState(*memory).leaves(), conv_tail, *link_cache]
 
 
 def _contiguous_copy(t: Tensor) -> Tensor:

@@ -335,9 +335,9 @@ class MirasMemory(NotByParameter, nn.Module):
             return self.backend(tokens, sequences, parameters)[0]
         held = cached.to_read()  # what else the layer of the cache holds may change by it
         version = self.version(cached.made_with)
-        carry = Carry(*held, cached.companions_of(version))
-        y, (state, tail, companions) = self.backend(tokens, sequences, parameters, carry, cached.recording)
-        cached.update_memory(state, tail, columns, companions, version, handed_over=True)
+        carry = Carry(*held, cached.link_cache_of(version))
+        y, (state, tail, link_cache) = self.backend(tokens, sequences, parameters, carry, cached.recording)
+        cached.update_memory(state, tail, columns, link_cache, version, handed_over=True)
         return y
 
     def version(self, known: WeightsVersion | None) -> WeightsVersion | None:

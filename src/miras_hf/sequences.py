@@ -39,11 +39,11 @@ class Sequences:
     cu_seqlens: Tensor | None = None
 
     def __post_init__(self):
-        self.order = self.lengths = self.live = self.position = None
+        self.token_order = self.lengths = self.valid = self.position = None
         if self.mask is not None:
             self.lengths = self.mask.sum(-1)
-            self.order = torch.argsort(~self.mask, dim=-1, stable=True)
-            self.live = torch.arange(self.mask.shape[1], device=self.mask.device) < self.lengths[:, None]
+            self.token_order = torch.argsort(~self.mask, dim=-1, stable=True)
+            self.valid = torch.arange(self.mask.shape[1], device=self.mask.device) < self.lengths[:, None]
         if self.cu_seqlens is not None:
             total = self.cu_seqlens[-1]
             tokens = torch.arange(total, device=self.cu_seqlens.device)
@@ -56,7 +56,7 @@ class Sequences:
             return x.reshape(1, -1, x.shape[-1])
         if self.mask is None:
             return x
-        return x.gather(1, self.order[..., None].expand_as(x))
+        return x.gather(1, self.token_order[..., None].expand_as(x))
 
     def scatter(self, x: Tensor, batch: int) -> Tensor:
         """The inverse of `gather`, zeros at pads."""

@@ -187,7 +187,7 @@ class _Memory:
         rows, heads, dtype = layout.rows, x.q.shape[2], x.q.dtype
         base, earlier, captured = parameters.base(rule, rows, dtype), None, None
         if state is not None:
-            earlier = state._replace(dual=starting_dual(rule, parameters, state)).merged(dtype, layout.order)
+            earlier = state._replace(dual=starting_dual(rule, parameters, state)).merged(dtype, layout.row_order)
             start = earlier.matrices
         else:
             # a copy: who decodes on writes into the final state, which before the first chunk's end is this one
@@ -330,4 +330,4 @@ class _Memory:
         # the slots used are those of this call's tokens, behind those of the chunk that was begun before
         count = layout.used if self.earlier is None else layout.used + self.earlier.count // size * size
         state = captured.map_slots(lambda t: torch.where(filled, t, 0.0))._replace(count=count)
-        return state.parted(self.heads, layout.order)
+        return state.parted(self.heads, layout.row_order)

@@ -80,17 +80,17 @@ def memory_statistics(
     x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
     batch, tokens, heads, _ = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, mask)
-    x, live = real_rows(x, cu_seqlens, mask)
-    count = live.sum()
+    x, valid = real_rows(x, cu_seqlens, mask)
+    count = valid.sum()
     if count == 0:
         raise ValueError(f"`q` must hold at least one real token, got shape {tuple(q.shape)}.")
 
     def mean(values: Tensor) -> Tensor:  # [rows, tokens, heads, c] to [heads]
-        return torch.where(live[..., None, None], values, 0.0).mean(-1).sum((0, 1)) / count
+        return torch.where(valid[..., None, None], values, 0.0).mean(-1).sum((0, 1)) / count
 
-    norm = parameters.norm(live.shape[0], x.q.dtype)
+    norm = parameters.norm(valid.shape[0], x.q.dtype)
     initial, losses, initial_losses = None, [], []
-    for chunk, weights, state in chunks(x, live, rule, parameters):
+    for chunk, weights, state in chunks(x, valid, rule, parameters):
         initial = weights if initial is None else initial
         for found, at in ((losses, weights), (initial_losses, initial)):
             prediction = rule.recall(at, chunk.k, norm)
@@ -100,10 +100,10 @@ def memory_statistics(
     momentum = state.log_momentum_until(state.count % rule.chunk_size)
     gates = rule.algorithm.chunk_gates(state.eta, state.log_decay.cummin(-2).values, *momentum)
     folded = rule.fold(state.matrices, state.factors, gates)
-    weights = [w.weight for w in rule.weights(folded, parameters.base(rule, live.shape[0], x.q.dtype))]
+    weights = [w.weight for w in rule.weights(folded, parameters.base(rule, valid.shape[0], x.q.dtype))]
     squares = sum(w.square().sum((-2, -1)).view(-1, heads).mean(0) for w in weights)
     # a mean over tokens, then the rate's half-life, then over channels: the order in which they mean something
-    rate = -torch.where(live[..., None, None], x.log_alpha, 0.0).sum((0, 1)) / count
+    rate = -torch.where(valid[..., None, None], x.log_alpha, 0.0).sum((0, 1)) / count
     return MemoryStatistics(
         inner_loss=mean(torch.cat(losses, dim=1)),
         inner_loss_initial=mean(torch.cat(initial_losses, dim=1)),
@@ -121,40 +121,40 @@ def real_rows(x: MemoryInputs, cu_seqlens: Tensor | None, mask: Tensor | None) -
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff().to(device=device, dtype=torch.long)
         column = torch.arange(int(lengths.max()), device=device)
-        live = column < lengths[:, None]
-        source = torch.where(live, cu_seqlens[:-1, None].to(device=device, dtype=torch.long) + column, 0)
-        return x.map(lambda t: t[0, source]), live
+        valid = column < lengths[:, None]
+        source = torch.where(valid, cu_seqlens[:-1, None].to(device=device, dtype=torch.long) + column, 0)
+        return x.map(lambda t: t[0, source]), valid
     if mask is None:
         return x, torch.ones(batch, tokens, dtype=torch.bool, device=device)
-    order = torch.argsort(~mask, dim=-1, stable=True)
-    live = torch.arange(tokens, device=device) < mask.sum(-1, keepdim=True)
+    token_order = torch.argsort(~mask, dim=-1, stable=True)
+    valid = torch.arange(tokens, device=device) < mask.sum(-1, keepdim=True)
     # what a pad holds may be no number, which products with zeros would hand to others
     return x.map(
-        lambda t: torch.where(live[..., None, None], t.gather(1, order[..., None, None].expand_as(t)), 0.0)
-    ), live
+        lambda t: torch.where(valid[..., None, None], t.gather(1, token_order[..., None, None].expand_as(t)), 0.0)
+    ), valid
 
 
 def chunks(
-    x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: MemoryParameters
+    x: MemoryInputs, valid: Tensor, rule: MirasRule, parameters: MemoryParameters
 ) -> Iterator[tuple[MemoryInputs, tuple[ChunkWeights, ...], MemoryState]]:
     """Reads `real_rows` chunk by chunk: its tokens, the weights at its start and the state after it, all with rows and
     heads in one axis."""
-    rows, size, dtype = live.shape[0], rule.chunk_size, x.q.dtype
+    rows, size, dtype = valid.shape[0], rule.chunk_size, x.q.dtype
     base = parameters.base(rule, rows, dtype)
     state = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], dtype)
-    for start in range(0, live.shape[1], size):
+    for start in range(0, valid.shape[1], size):
         chunk = x.map(lambda t, start=start: t[:, start : start + size])
         weights = rule.weights(state.merged(dtype).matrices, base)
-        state = state_after(chunk, live[:, start : start + size], state, rule, parameters)
+        state = state_after(chunk, valid[:, start : start + size], state, rule, parameters)
         yield chunk.merged(), weights, state.merged(dtype)
 
 
 def state_after(
-    x: MemoryInputs, live: Tensor, state: MemoryState, rule: MirasRule, parameters: MemoryParameters
+    x: MemoryInputs, valid: Tensor, state: MemoryState, rule: MirasRule, parameters: MemoryParameters
 ) -> MemoryState:
     """The state that reading makes of another."""
-    after = chunk_miras(*x, rule=rule, parameters=parameters, initial_state=state, output_final_state=True, mask=live)[
-        1
-    ]
+    after = chunk_miras(
+        *x, rule=rule, parameters=parameters, initial_state=state, output_final_state=True, mask=valid
+    )[1]
     assert after is not None
     return after

@@ -36,11 +36,11 @@ class ChunkLayout:
         batch, tokens (`int`): leading axes of the call's tensors.
         rows (`int`): number of sequences: `batch`, or those of a pack.
         chunk_size (`int`): slots per chunk.
-        active (`list` of `int`): rows alive at each step; rows are in `order`, so the living ones come first.
-        order (`torch.Tensor`, *optional*): rows by decreasing number of steps; `None` if all have the same.
+        active (`list` of `int`): rows alive at each step; rows are in `row_order`, so the living ones come first.
+        row_order (`torch.Tensor`, *optional*): rows by decreasing number of steps; `None` if all have the same.
         slot_of_token (`torch.Tensor` of shape `[batch * tokens]`, *optional*):
             Slot of every token, one past the last for a pad; `None` if tokens fill the rows' slots in order.
-        used (`torch.Tensor` of shape `[rows]`): slots taken in every row, those of the state included, in `order`.
+        used (`torch.Tensor` of shape `[rows]`): slots taken in every row, those of the state included, in `row_order`.
         full_steps (`int`, *optional*): number of full chunks if every row has the same, else `None`.
     """
 
@@ -49,7 +49,7 @@ class ChunkLayout:
     rows: int
     chunk_size: int
     active: list[int]
-    order: Tensor | None
+    row_order: Tensor | None
     slot_of_token: Tensor | None
     used: Tensor
     full_steps: int | None
@@ -125,7 +125,7 @@ def build_layout(
 
     extra = 0 if phase is None else chunk_size - 1  # phases stay on the device: room for the largest
     if cu_seqlens is None:
-        rows, order = batch, None
+        rows, row_order = batch, None
         row_of_token = torch.arange(batch, device=device).repeat_interleave(tokens)
         if mask is None:
             rank = torch.arange(tokens, device=device).repeat(batch)
@@ -140,7 +140,9 @@ def build_layout(
         row_of_token = torch.arange(rows, device=device).repeat_interleave(lengths, output_size=tokens)
         rank = torch.arange(tokens, device=device) - cu_seqlens.to(device=device, dtype=torch.long)[row_of_token]
         steps_of_row = [-(-(length + extra) // chunk_size) for length in lengths.tolist()]
-        order = torch.tensor(sorted(range(rows), key=lambda row: -steps_of_row[row]), device=device, dtype=torch.long)
+        row_order = torch.tensor(
+            sorted(range(rows), key=lambda row: -steps_of_row[row]), device=device, dtype=torch.long
+        )
 
     most = max(steps_of_row, default=0)
     active = [sum(steps > step for steps in steps_of_row) for step in range(most)]
@@ -149,13 +151,13 @@ def build_layout(
     slot = rank if phase is None else rank + phase[row_of_token]
     used = lengths if phase is None else lengths + phase
     position = row_of_token
-    if order is not None:
-        position = torch.argsort(order)[row_of_token]
-        used = used[order]
+    if row_order is not None:
+        position = torch.argsort(row_order)[row_of_token]
+        used = used[row_order]
     slot_of_token = (offsets[:-1][slot // chunk_size] + position) * chunk_size + slot % chunk_size
     if mask is not None:
         slot_of_token = torch.where(mask.flatten(), slot_of_token, sum(active) * chunk_size)
-    return ChunkLayout(batch, tokens, rows, chunk_size, active, order, slot_of_token, used, full_steps=None)
+    return ChunkLayout(batch, tokens, rows, chunk_size, active, row_order, slot_of_token, used, full_steps=None)
 
 
 def check_layout_arguments(batch: int, tokens: int, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
