@@ -83,7 +83,7 @@ EDITS = {
     "min_log_alpha": -0.01,
     "min_half_life": 2.0,
     "max_half_life": 64.0,
-    "use_rope": False,
+    "use_rope": True,
     "value_norm": False,
     "conv_initializer_range": 0.5,
     "initial_memory_scale": 0.5,
@@ -146,7 +146,7 @@ def test_lists_and_dicts_that_are_edited_in_place(model, tmp_path):
         edited.save_pretrained(tmp_path)
     # and a length that rotary embeddings are scaled by
     scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    edited = MonetaModel(MonetaConfig(**SMALL, rope_parameters=scaled))
+    edited = MonetaModel(MonetaConfig(**SMALL, use_rope=True, rope_parameters=scaled))
     edited.config.max_position_embeddings = 4
     with pytest.raises(
         ValueError, match="`config.max_position_embeddings` is 4, and the model was built with 1048576"

@@ -112,7 +112,7 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
         "head_dim": 6, "hidden_act": "relu", "initializer_range": 0.1, "rms_norm_eps": 0.5, "attention_bias": True,
         "attention_layers": [1], "attentional_bias": "lp", "retention": "lq", "residual_clip": 1e-3,
         "memory_architecture": "matrix", "decay_target": "zero", "chunk_size": 3, "gate_granularity": "head",
-        "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 2.0, "max_half_life": 64.0, "use_rope": False,
+        "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 2.0, "max_half_life": 64.0, "use_rope": True,
         "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5, "conv_kernel_size": 2, "output_gate_act": "relu", "output_norm_eps": 0.5, "tie_word_embeddings": True,
     }  # fmt: skip
     # for others than the decoder: tools, tokenizers, how it is run; and one that asks for gates of heads, whose

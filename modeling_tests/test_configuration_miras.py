@@ -119,7 +119,10 @@ def test_presets_take_overrides():
         ({"retention": "none"}, "retention.*decay.*got none"),
         ({"chunk_size": 0}, "'chunk_size'.*must be at least 1 and at most 4096, got 0"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "`hidden_size` .30. must be a multiple"),
-        ({"hidden_size": 30, "num_attention_heads": 10}, "`head_dim` must be even with rotary.*got 3"),
+        (
+            {"hidden_size": 30, "num_attention_heads": 10, "use_rope": True},
+            "`head_dim` must be even with rotary.*got 3",
+        ),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "`num_key_value_heads` .3. must divide"),
         ({"lp_power": 0.5}, "'lp_power'.*must be at least 1 and at most 16, got 0.5"),
         ({"lq_power": 1}, "'lq_power'.*must be at least 2 and at most 16, got 1"),
@@ -326,7 +329,7 @@ def test_keywords_with_wrong_values(keywords, error):
 def test_what_transformers_passes_and_stores_is_known(hybrid, tmp_path):
     layers = {"num_hidden_layers": 2, "attention_layers": [1]} if hybrid else {}
     config = MonetaConfig.from_preset(
-        "tiny", **layers, torch_dtype="bfloat16", num_labels=3, name_or_path="me/x", rope_theta=5e5,
+        "tiny", **layers, use_rope=True, torch_dtype="bfloat16", num_labels=3, name_or_path="me/x", rope_theta=5e5,
         attn_implementation="eager", quantization_config={"quant_method": "none"}, tie_last_hidden_states=False,
     )  # fmt: skip
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5} and config.dtype == torch.bfloat16
@@ -404,7 +407,7 @@ def test_outputs_that_a_config_asks_for():
 )
 def test_kinds_of_rotary_embeddings_make_models(parameters):
     # queries and keys far above the epsilon of their norm, which would see the factor of a longrope
-    fields = {"rope_parameters": {"rope_theta": 1e4, **parameters}, "conv_initializer_range": None}
+    fields = {"use_rope": True, "rope_parameters": {"rope_theta": 1e4, **parameters}, "conv_initializer_range": None}
     config = MonetaConfig.from_preset("tiny", **fields)
     torch.manual_seed(0)
     model = MirasForCausalLM(config)

@@ -402,3 +402,31 @@ def test_docstring_examples(name, demo, monkeypatch):
         # as in Transformers' docstrings, results that nobody needs to read are left out
         if example.want:
             assert doctest.OutputChecker().check_output(example.want, printed.getvalue(), doctest.ELLIPSIS)
+
+
+def test_losses_of_the_page_are_those_of_the_trainings():
+    folder = ROOT / "examples" / "evaluation" / "results"
+
+    def validation(path: str) -> dict[int, str]:
+        result = json.loads((folder / f"{path}-lr0.004-seed0.json").read_text())
+        return {step: f"{loss:.2f}" for step, loss in result["validation_by_step"]}
+
+    page = read("docs/does_it_learn.md")
+    lines = {
+        "Llama": "llama",
+        "Gated DeltaNet": "gated-deltanet",
+        "an MLP memory": "store-eps",
+        "the same, its": "store-eps-no-write",
+    }
+    for words, name in lines.items():
+        losses = validation(f"bridge-long/{name}")
+        assert re.search(rf"^\| {words}[^|]*\| {losses[1000]} \| \**{losses[2000]}\** \|", page, re.M), name
+    changed = {
+        "the defaults": "yaad",
+        "one gate a head": "yaad-head-gates",
+        "rotary embedding, as": "yaad-rotary",
+        "rotary embedding and": "yaad-rotary-head-gates",
+    }
+    for words, name in changed.items():
+        loss = validation(f"ablations/{name}")[400]
+        assert re.search(rf"^\| {words}[^|]*\| \**{loss}\** \|", page, re.M), name

@@ -34,6 +34,8 @@ SMALL = {
     "num_attention_heads": 2,
     "chunk_size": 8,
     "pad_token_id": 0,
+    # by position, which is not the default
+    "use_rope": True,
     # generation must not stop early where lengths are compared
     "eos_token_id": None,
 }
@@ -480,7 +482,7 @@ def test_general_model_takes_any_choices(input_ids):
             {"retention": "kl", "use_rope": False, "memory_expansion": 2},
             {"memory_architecture": "matrix", "conv_kernel_size": 1},
         ):
-            model = AutoModelForCausalLM.from_config(MirasConfig(**SMALL, attentional_bias=bias, **extra)).eval()
+            model = AutoModelForCausalLM.from_config(MirasConfig(**SMALL | {"attentional_bias": bias} | extra)).eval()
             with torch.no_grad():
                 full = model(input_ids).logits
                 cache = model(input_ids[:, :9], use_cache=True).past_key_values

@@ -109,7 +109,8 @@ class MirasModelTester:
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
-        self.config_kwargs = dict(kwargs)
+        # by position, which is not the default
+        self.config_kwargs = {"use_rope": True} | kwargs
         self.rng = random.Random(0)  # `ids_tensor` would draw from a generator without a seed
 
     @property

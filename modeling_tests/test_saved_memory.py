@@ -39,6 +39,8 @@ SMALL = {
     "num_attention_heads": 2,
     "chunk_size": 8,
     "pad_token_id": 0,
+    # by position, which is not the default
+    "use_rope": True,
     # answers are compared: none may stop early
     "eos_token_id": None,
 }

@@ -87,7 +87,14 @@ def _fill() -> None:
         _add(f"{model}-no-retention", model, "no forgetting", change="constant-alpha", min_log_alpha=NO_FORGETTING)
         _add(f"{model}-linear", model, "a matrix in place of the MLP", memory_architecture="matrix")
         _add(f"{model}-head-gates", model, "one gate a head", gate_granularity="head")
-        _add(f"{model}-no-rotary", model, "no rotary embedding", use_rope=False)
+        _add(f"{model}-rotary", model, "rotary embedding, as printed", use_rope=True)
+        _add(
+            f"{model}-rotary-head-gates",
+            f"{model}-rotary",
+            "and one gate a head",
+            default=False,
+            gate_granularity="head",
+        )
         _add(f"{model}-to-zero", model, "decay toward zero", decay_target="zero")
         for chunk in (16, 256):
             _add(f"{model}-chunk-{chunk}", model, f"trained with chunks of {chunk}", served=True, chunk_size=chunk)

@@ -16,6 +16,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,21 @@ from bridge_report import LEGEND, plot_losses, protocol, summarise, table
 from bridge_training import Size
 from study import markdown, plain, read_results, write_report_files
 
+from miras_hf import MirasConfig
+from miras_hf.config_meaning import BEFORE_THERE_WAS
+
 
 def is_todays(result: dict[str, Any], size: Size) -> bool:
-    """Whether a training is of what its name means today, the library's defaults included."""
-    return plain(point_of(result["job"]["rung"], size.shape)) == result["point"]
+    """Whether a training is of what its name means today, the library's defaults included.
+
+    Fields that configs have since are as the library reads them of old checkpoints.
+    """
+    now, then = plain(point_of(result["job"]["rung"], size.shape)), result["point"]
+    if now is None or then is None:
+        return False
+    before = {field.name: field.default for field in fields(MirasConfig)} | BEFORE_THERE_WAS
+    later = {name: plain(before.get(name)) for name in now["config"].keys() - then["config"].keys()}
+    return now == {**then, "config": {**later, **then["config"]}}
 
 
 def with_measures(entries: list[dict[str, Any]], results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -29,11 +29,11 @@ from miras_hf.memory import L2, MirasRule, MLPMemory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = {
-    "moneta": (miras_hf.MonetaConfig, {}),
-    "yaad": (miras_hf.YaadConfig, {}),
+    "moneta": (miras_hf.MonetaConfig, {"use_rope": True}),
+    "yaad": (miras_hf.YaadConfig, {"use_rope": True}),
     "memora": (miras_hf.MemoraConfig, {}),
     "mirror": (miras_hf.MonetaConfig, {"lq_map": "mirror"}),
-    "hybrid": (miras_hf.YaadConfig, {"attention_layers": [1], "sliding_window": 8}),
+    "hybrid": (miras_hf.YaadConfig, {"use_rope": True, "attention_layers": [1], "sliding_window": 8}),
     "matrix": (miras_hf.MirasConfig, {"memory_architecture": "matrix", "gate_granularity": "head"}),
 }
 THREE = ["moneta", "yaad", "memora"]

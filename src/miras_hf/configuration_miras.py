@@ -176,7 +176,10 @@ class MirasConfig(PreTrainedConfig):
             -2.5, or more where `chunk_size` exceeds 64.
         min_half_life, max_half_life (`float`, *optional*, defaults to 1.0 and 512.0):
             Initial half-lives of the memory in tokens, spread log-uniformly over channels or heads.
-        use_rope (`bool`, *optional*, defaults to `True`): Rotary embedding on queries and keys of the memory.
+        use_rope (`bool`, *optional*, defaults to `False`):
+            Rotary embedding on queries and keys of the memory, as the paper has it. It turns what an MLP memory reads by the
+            absolute position, which is no matter of a dot product any more, and costs a tenth of a nat in small models
+            (`docs/paper_alignment.md`). Attention layers have it always.
         value_norm (`bool`, *optional*, defaults to `True`):
             Whether values have a root mean square of 1 in every head, as queries and keys have norm 1, so that a step
             means the same for every layer and at every time of training.
@@ -265,7 +268,7 @@ class MirasConfig(PreTrainedConfig):
     min_log_alpha: int | float | None = bounded(None, -160, 0)
     min_half_life: int | float = bounded(1.0, 0.01, 2**30)
     max_half_life: int | float = bounded(512.0, 0.01, 2**30)
-    use_rope: bool = True
+    use_rope: bool = False
     value_norm: bool = True
     conv_kernel_size: int = bounded(4, 1, 1024)
     conv_initializer_range: float | None = bounded(0.02, 0, 1)
