@@ -220,17 +220,42 @@ def _register_ours(kind: str) -> None:
 
 
 def _ours(kind: str, shape: Shape, recurrent: bool = False) -> Competitor:
+    import miras_hf
+
+    config = _our_config(kind, shape)
+    form = "`recurrent_miras`" if recurrent else "`chunk_miras`, decoding with `step_miras`"
+    layer = _our_layer(
+        getattr(miras_hf, f"{kind.capitalize()}Model"), config, f"{type(config).__name__}'s defaults, {form}"
+    )
+    if recurrent:
+        layer.module.memory.forward = _recurrent_memory(layer.module.memory)
+    return layer
+
+
+@register("miras-gated-deltanet", "Gated DeltaNet, a point of Miras", ours=True)
+def build_miras_gated_deltanet(shape: Shape) -> Competitor:
+    from miras_hf import MirasConfig, MirasModel
+
+    config = MirasConfig.from_preset(
+        "gated-deltanet",
+        hidden_size=shape.width,
+        num_attention_heads=shape.heads,
+        chunk_size=shape.chunk,
+        num_hidden_layers=1,
+        vocab_size=16,
+    )
+    return _our_layer(MirasModel, config, "preset `gated-deltanet`, `chunk_miras`, decoding with `step_miras`")
+
+
+def _our_layer(model_class, config, text: str) -> Competitor:
     from transformers import DynamicCache
 
     import miras_hf
     from miras_hf.modeling_miras import MirasRotaryEmbedding
 
     # a whole model of one layer, for its initial values; only its mixer is measured
-    config = _our_config(kind, shape)
-    module = getattr(miras_hf, f"{kind.capitalize()}Model")(config).layers[0].mixer
+    module = model_class(config).layers[0].mixer
     rotary = MirasRotaryEmbedding(config)
-    if recurrent:
-        module.memory.forward = _recurrent_memory(module.memory)
 
     def call(x, cache=None):
         start = 0 if cache is None else cache.get_seq_length()
@@ -247,8 +272,7 @@ def _ours(kind: str, shape: Shape, recurrent: bool = False) -> Competitor:
         forward=call,
         prefill=prefill,
         step=lambda x, cache: (call(x, cache), cache),
-        settings=f"miras-hf {miras_hf.__version__} {type(module).__name__}, {type(config).__name__}'s defaults, "
-        + ("`recurrent_miras`" if recurrent else "`chunk_miras`, decoding with `step_miras`"),
+        settings=f"miras-hf {miras_hf.__version__} {type(module).__name__}, {text}",
     )
 
 

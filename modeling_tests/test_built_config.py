@@ -78,6 +78,8 @@ EDITS = {
     "decay_target": "zero",
     "chunk_size": 2,
     "gate_granularity": "head",
+    "learned_step": False,
+    "learned_retention": False,
     "gate_rank": 2,
     "eta_max": 0.5,
     "min_log_alpha": -0.01,
@@ -106,7 +108,7 @@ IDS = torch.arange(12)[None]
 def test_every_field_is_read_when_run_or_known_to_be_built_in(model):
     own = {field.name for field in dataclasses.fields(MonetaConfig)}
     own -= {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"chunk_size_feed_forward"}
-    built = EDITS.keys() | {"rope_parameters", "learning_algorithm"}
+    built = EDITS.keys() | {"rope_parameters", "learning_algorithm", "gradient_at"}
     assert own == built | READ_WHEN_RUN | {"max_position_embeddings"} and model.model._built_with.keys() == built
 
 

@@ -42,6 +42,7 @@ OTHER = {
     "bregman_bound": 1e-2,
     "elastic_net_threshold": 3.0,
     "weight_cap": 1e-2,
+    "gradient_at": "previous",
     "gate_rank": 2,
     "num_key_value_heads": 1,
     "attention_dropout": 0.5,
@@ -52,6 +53,7 @@ CHOICES = {
     "attentional_bias": ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture", "robust", "dot"],
     "retention": ["decay", "lq", "kl", "bregman", "elastic_net"],
     "memory_architecture": ["mlp", "matrix"],
+    "learning_algorithm": ["gradient_descent", "delta_rule"],
     "lp_sign": ["exact", "tanh"],
     "gate_granularity": ["channel", "head"],
     "attention_layers": [[], [0]],
@@ -89,6 +91,8 @@ def test_a_field_changes_what_is_computed_or_is_refused(name, monkeypatch):
         choices = dict(zip(sorted(about), values, strict=True))
         if choices.get("attentional_bias") != "lp" and choices.get("lp_sign") == "tanh":
             continue
+        if choices.get("learning_algorithm") == "delta_rule":
+            choices |= {"memory_architecture": "matrix", "residual_clip": None, "retention": "decay"}
         default = MirasConfig(**SMALL, **choices)
         other = copy.deepcopy(default)
         setattr(other, name, OTHER[name])
@@ -113,6 +117,7 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
         "attention_layers": [1], "attentional_bias": "lp", "retention": "lq", "residual_clip": 1e-3,
         "memory_architecture": "matrix", "decay_target": "zero", "chunk_size": 3, "gate_granularity": "head",
         "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 2.0, "max_half_life": 64.0, "use_rope": True,
+        "learned_step": False, "learned_retention": False,
         "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5, "conv_kernel_size": 2, "output_gate_act": "relu", "output_norm_eps": 0.5, "tie_word_embeddings": True,
     }  # fmt: skip
     # for others than the decoder: tools, tokenizers, how it is run; and one that asks for gates of heads, whose

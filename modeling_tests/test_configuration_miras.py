@@ -144,9 +144,8 @@ NUMBERS = [
     if {int, float} & {field.type, *get_args(field.type)} and not field.name.endswith("2label")
 ]
 # where they mean something
-ZEROS = {"attention_dropout", "chunk_size_feed_forward", "initializer_range", "conv_initializer_range"} | {
-    f"{name}_token_id" for name in ("pad", "bos", "eos")
-}
+ZEROS = {"attention_dropout", "chunk_size_feed_forward", "initializer_range", "conv_initializer_range"}
+ZEROS |= {"initial_memory_scale"} | {f"{name}_token_id" for name in ("pad", "bos", "eos")}
 
 
 @pytest.mark.parametrize("name", NUMBERS)

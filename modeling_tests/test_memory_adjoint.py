@@ -186,6 +186,7 @@ def gradients_twice(y, case) -> dict[str, torch.Tensor]:
 BIASES = {
     "l2": L2(),
     "l2_clipped": L2(residual_clip=0.5),
+    "l2_unbounded": L2(residual_clip=None),
     "lp_1": Lp(power=1.0),
     "lp_3": Lp(power=3.0),
     "lp_3_guarded": Lp(power=3.0, error_cap=1.0, residual_clip=1.0),

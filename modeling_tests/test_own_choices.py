@@ -188,7 +188,8 @@ def test_a_keyword_of_another_choice_is_not_stored(tmp_path):
     del CHOICES["attentional_bias"]["student_t"]
     assert MirasConfig.from_pretrained(tmp_path).attentional_bias == "l2"
     with pytest.raises(
-        StrictDataclassError, match="(?s)learning_algorithm.*must be one of 'gradient_descent', 'momentum', got"
+        StrictDataclassError,
+        match="(?s)learning_algorithm.*must be one of 'gradient_descent', 'momentum', 'delta_rule', got",
     ):
         MirasConfig(**SIZES, learning_algorithm="adam")
 
@@ -256,7 +257,9 @@ def test_what_is_no_choice_gets_no_name(name, cls, error, words):
 
 
 @pytest.mark.parametrize(
-    "bias", [L2(), L2(residual_clip=0.5), Lp(), Lp(power=2.0), Lp(power=1.5), HuberNorm()], ids=str
+    "bias",
+    [L2(), L2(residual_clip=0.5), L2(residual_clip=None), Lp(), Lp(power=2.0), Lp(power=1.5), HuberNorm()],
+    ids=str,
 )
 def test_the_step_of_an_own_loss_is_that_of_the_formulas(bias):
     class Own(type(bias)):  # another class, which nobody has derived anything for

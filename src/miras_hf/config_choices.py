@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a config says about choices that are not the library's: keywords that their classes declare, and that are no fields."""
+"""What a config says about choices: that they fit each other, and of choices that are not the library's the keywords that
+their classes declare, and that are no fields."""
 
 from dataclasses import fields
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .memory.declared import Parameter
-from .memory.registry import CHOICES, chosen, declared_keys
+from .memory.registry import CHOICES, choice_of, chosen, declared_keys
 
 
 def own_keys(config_class: type[PreTrainedConfig]) -> set[str]:
@@ -43,6 +44,31 @@ def take_own_values(config: PreTrainedConfig, keywords: dict[str, Any]) -> None:
         if keywords[key] == declared_keys()[key].default:
             del keywords[key]
     check_own_values(config)
+
+
+def check_algorithm(config: PreTrainedConfig) -> None:
+    """Raises a `ValueError` if the learning algorithm does not fit the other choices, or takes no steps of such a size."""
+    architecture, bias, retention, algorithm = (choice_of(config, field) for field in CHOICES)
+    refusal = algorithm.refusal(architecture, bias, retention)
+    if refusal is not None:
+        raise ValueError(
+            f"`learning_algorithm={config.learning_algorithm!r}` {refusal}, got `memory_architecture="
+            f"{config.memory_architecture!r}`, `attentional_bias={config.attentional_bias!r}`, `residual_clip="
+            f"{config.residual_clip}`, `retention={config.retention!r}`."
+        )
+    if config.eta_max > algorithm.largest_step:
+        raise ValueError(
+            f"`eta_max` must be at most {algorithm.largest_step:g} with {algorithm}, got {config.eta_max}: the memory would "
+            "grow with every token."
+        )
+
+
+def check_initial_memory(config: PreTrainedConfig) -> None:
+    """Raises a `ValueError` for a memory that is to start nearly empty, or empty under a link that has no such state."""
+    scale, empty = config.initial_memory_scale, config.retention == "decay"
+    if scale < 1e-6 and not (empty and scale == 0.0):
+        or_empty = " or 0" if empty else f" with `retention={config.retention!r}`"
+        raise ValueError(f"`initial_memory_scale` must be at least 1e-06{or_empty}, got {scale}.")
 
 
 def check_own_values(config: PreTrainedConfig) -> None:

@@ -25,7 +25,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from .compat import CACHE_NAMES
-from .config_choices import check_own_values, own_keys, take_own_values
+from .config_choices import check_algorithm, check_initial_memory, check_own_values, own_keys, take_own_values
 from .config_fields import (
     bounded,
     check_dtype,
@@ -40,6 +40,7 @@ from .config_meaning import check_meaning, with_later_fields, without_meaningles
 from .hub import WholeFilesOnly, auto_map, write_shim
 from .memory.registry import chosen
 from .peft import register_peft_defaults
+from .presets import MODELS
 from .step_size import largest_step
 
 
@@ -143,7 +144,8 @@ class MirasConfig(PreTrainedConfig):
         lp_sign (`str`, *optional*, defaults to `"exact"`): `"exact"`, or `"tanh"` for the smooth sign of Remark 5.
         lp_sharpness (`float`, *optional*, defaults to 10.0): Sharpness of the smooth sign.
         lp_error_cap (`float`, *optional*, defaults to 4.0): Magnitude at which the error is cut before the power.
-        residual_clip (`float`, *optional*, defaults to 3.0): Largest root mean square of a token's residual.
+        residual_clip (`float`, *optional*, defaults to 3.0):
+            Largest root mean square of a token's residual; `None` for no limit.
         retention (`str`, *optional*, defaults to `"decay"`):
             Choice (iii). `"decay"` (26), `"lq"` (24), `"kl"` (27), `"bregman"` (variant 5, bounded weights),
             `"elastic_net"` (23), or one that is registered.
@@ -162,11 +164,22 @@ class MirasConfig(PreTrainedConfig):
             `"init"` decays toward the learned initial memory; `"zero"` toward zero as printed, where MLP memories
             go out or become chaotic over thousands of tokens.
         learning_algorithm (`str`, *optional*, defaults to `"gradient_descent"`):
-            Choice (iv). `"momentum"` is that of Titans, data-dependent, with `gate_granularity="head"` and in PyTorch only.
+            Choice (iv). `"momentum"` is that of Titans, data-dependent, with `gate_granularity="head"`; `"delta_rule"` takes
+            every token's gradient at the memory of its own time, of a matrix memory with l2 loss, `residual_clip=None` and
+            decay. Both in PyTorch only.
+        gradient_at (`str`, *optional*, defaults to `"decayed"`):
+            The delta rule: whether an error is that of the memory after its decay, `"decayed"` as in Gated DeltaNet, or
+            before it, `"previous"`.
         chunk_size (`int`, *optional*, defaults to 64):
-            Tokens whose gradients are taken at the same weights (28). Part of the trained model.
+            Tokens whose gradients are taken at the same weights (28), with the delta rule computed at once. Part of the
+            trained model.
         gate_granularity (`str`, *optional*, defaults to `"channel"`):
-            Whether step and retention are one number per `"channel"` or per `"head"`.
+            Whether step and retention are one number per `"channel"` or per `"head"`; with the delta rule retention is,
+            and the step is one number per head.
+        learned_step (`bool`, *optional*, defaults to `True`):
+            Whether steps are functions of the text; else every step is `eta_max`, and nothing of it is learned.
+        learned_retention (`bool`, *optional*, defaults to `True`):
+            Whether retention is a function of the text; else it is that of the initial half-lives.
         gate_rank (`int`, *optional*, defaults to 32): Rank of the maps from the layer's input to channel gates.
         eta_max (`float`, *optional*):
             Largest step of one token; `None` for the one whose write, alone and at a new memory, takes a token's own
@@ -188,7 +201,7 @@ class MirasConfig(PreTrainedConfig):
             Standard deviation of initial convolutions; `None` for uniform in +-1 / sqrt(conv_kernel_size).
         initial_memory_scale (`float`, *optional*):
             Factor on the initial weights of the memory's last layer, with KL retention on their logarithms; their
-            deviation is `1 / sqrt(fan_in)` without it. `None` for 0.1 in an MLP memory with decay, so that what is written
+            deviation is `1 / sqrt(fan_in)` without it. 0, with decay only, for a memory that starts empty. `None` for 0.1 in an MLP memory with decay, so that what is written
             soon outweighs it, and 1 elsewhere.
         output_gate_act (`str`, *optional*, defaults to `"silu"`): Activation of the output gate, `"linear"` for none.
         output_norm_eps (`float`, *optional*, defaults to 1.0):
@@ -250,7 +263,7 @@ class MirasConfig(PreTrainedConfig):
     lp_sign: str = declared("lp_sign")
     lp_sharpness: int | float = declared("lp_sharpness")
     lp_error_cap: int | float = declared("lp_error_cap")
-    residual_clip: int | float = declared("residual_clip")
+    residual_clip: int | float | None = declared("residual_clip")
     retention: str = _retention("decay")
     lq_power: int | float = declared("lq_power")
     lq_map: Literal["paper", "mirror"] = "paper"
@@ -261,8 +274,11 @@ class MirasConfig(PreTrainedConfig):
     weight_cap: int | float | None = declared("weight_cap")
     decay_target: Literal["init", "zero"] = "init"
     learning_algorithm: str = choice("learning_algorithm", "gradient_descent")
+    gradient_at: str = declared("gradient_at")
     chunk_size: int = bounded(64, 1, 4096)
     gate_granularity: Literal["channel", "head"] = "channel"
+    learned_step: bool = True
+    learned_retention: bool = True
     gate_rank: int = bounded(32, 1, 2**14)
     eta_max: int | float | None = bounded(None, above=0, high=1e3)
     min_log_alpha: int | float | None = bounded(None, -160, 0)
@@ -272,7 +288,7 @@ class MirasConfig(PreTrainedConfig):
     value_norm: bool = True
     conv_kernel_size: int = bounded(4, 1, 1024)
     conv_initializer_range: float | None = bounded(0.02, 0, 1)
-    initial_memory_scale: int | float | None = bounded(None, 1e-6, 1e3)
+    initial_memory_scale: int | float | None = bounded(None, 0, 1e3)
     output_gate_act: str = "silu"
     output_norm_eps: int | float | None = bounded(1.0, 1e-30, 1e6)
     memory_backend: Literal["auto", "triton", "pytorch"] = "auto"
@@ -319,19 +335,35 @@ class MirasConfig(PreTrainedConfig):
         self.auto_map = {} if self._family is None else auto_map(self._family)
 
     @classmethod
-    def from_preset(cls, name: str, paper: bool = False, **kwargs) -> "MirasConfig":
-        """The configuration of a named size, with any field overridden.
+    def from_preset(cls, name: str, paper: bool = False, size: str | None = None, **kwargs) -> "MirasConfig":
+        """The configuration of a named size, or of a published model, with any field overridden.
 
         Args:
-            name (`str`): `"tiny"` or a size of the paper's table 5.
+            name (`str`):
+                `"tiny"` or a size of the paper's table 5; or of [`MirasConfig`] a model that is a point of the design space,
+                `"gated-deltanet"` and others (`docs/design_space.md`).
             paper (`bool`, *optional*, defaults to `False`):
                 Whether fields are what the paper prints where the defaults deviate from it (`docs/paper_alignment.md`).
+
+            size (`str`, *optional*): of a published model, the size: one of the others' names.
 
         Raises:
             `ValueError`: for an unknown name.
         """
+        if name in MODELS:
+            if cls.model_type != MirasConfig.model_type:
+                raise ValueError(
+                    f"`name` must be a size, got {name!r}: a model of `MirasConfig`, not `{cls.__name__}`."
+                )
+            if paper:
+                raise ValueError(f"`paper` must be False with {name!r}, which is another paper's.")
+            if size is not None and size not in PRESETS:
+                raise ValueError(f"`size` must be one of {sorted(PRESETS)} or None, got {size!r}.")
+            return cls(**{**PRESETS.get(size, {}), **MODELS[name].fields, **kwargs})
+        if size is not None:
+            raise ValueError(f"`size` must be None with a size by name, got {size!r} with {name!r}.")
         if name not in PRESETS:
-            raise ValueError(f"`name` must be one of {sorted(PRESETS)}, got {name!r}.")
+            raise ValueError(f"`name` must be one of {sorted(PRESETS)} or of {sorted(MODELS)}, got {name!r}.")
         printed = {**PAPER, **cls._printed} if paper else {}
         return cls(**{**PRESETS[name], **printed, **kwargs})
 
@@ -418,6 +450,7 @@ class MirasConfig(PreTrainedConfig):
                 f"`lq_norm_floor` ** `lq_power` must not be below {_FLOAT32_TINY:.2e}, the smallest number of float32, "
                 f"got {self.lq_norm_floor} ** {self.lq_power}."
             )
+        check_initial_memory(self)
         if not self.max_half_life >= self.min_half_life:
             raise ValueError(
                 f"`max_half_life` ({self.max_half_life}) must not be below `min_half_life` ({self.min_half_life})."
@@ -434,6 +467,7 @@ class MirasConfig(PreTrainedConfig):
                 f"{self.learning_algorithm!r}`, got {self.gate_granularity!r}."
             )
         check_own_values(self)
+        check_algorithm(self)
         check_meaning(self)
 
     def check_for_model(self) -> None:
@@ -527,8 +561,9 @@ class MirasConfig(PreTrainedConfig):
             gates = {"eta": True, "alpha": True}
             gates["delta"] = chosen(self, "attentional_bias").delta_granularity is not None
             gates["momentum"] = chosen(self, "learning_algorithm").has_momentum
+            fixed = {"eta": not self.learned_step, "alpha": not self.learned_retention}
             for gate in (name for name, there in gates.items() if there):
-                mixer |= {gate: "heads", f"{gate}.up_proj": "colwise"}
+                mixer |= {gate: "heads"} if fixed.get(gate) else {gate: "heads", f"{gate}.up_proj": "colwise"}
             mixer["memory.initial_state"] = "heads"
             if chosen(self, "memory_architecture").has_norm:
                 mixer["memory"] = "heads"

@@ -183,13 +183,14 @@ def four_choices(config: PreTrainedConfig) -> str:
         made[field] = ", ".join([f"`{getattr(config, field)}`", *(f"{name} = {value}" for name, value in in_order)])
     if config.retention == "lq":
         made["retention"] += f", `{config.lq_map}` map"
+    by_chunk = choice_of(config, "learning_algorithm").gradient_at == "chunk"
+    gradients = "gradients taken at the start of chunks of" if by_chunk else "computed in chunks of"
     rows = {
         "memory architecture": f"{made['memory_architecture']}, {config.num_attention_heads} memories of width "
         f"{config.head_dim} in a layer",
         "attentional bias": made["attentional_bias"],
         "retention": f"{made['retention']}, decay toward `{config.decay_target}`",
-        "learning algorithm": f"{made['learning_algorithm']}, gradients taken at the start of chunks of "
-        f"{config.chunk_size} tokens",
+        "learning algorithm": f"{made['learning_algorithm']}, {gradients} {config.chunk_size} tokens",
     }
     return "\n".join(
         ["| choice | here |", "| --- | --- |", *(f"| {choice} | {here} |" for choice, here in rows.items())]

@@ -195,27 +195,36 @@ class MirasShortConvolution(nn.Module):
 
 
 class MirasLowRankGate(nn.Module):
-    """A map from the layer's input to one number per head, or per channel through a low rank."""
+    """A map from the layer's input to one number per head, or per channel through a low rank; of a gate that is not learned
+    its bias alone."""
 
     decays = False  # nor does what its kinds add to the bias; its projections do
 
-    def __init__(self, config: MirasConfig, granularity: str):
+    def __init__(self, config: MirasConfig, granularity: str, learned: bool = True):
         super().__init__()
-        self.per_channel = granularity == "channel"
+        self.per_channel, self.learned = granularity == "channel", learned
         width = config.num_attention_heads * (config.head_dim if self.per_channel else 1)
-        if self.per_channel:
+        if self.per_channel and learned:
             self.down_proj = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
-        self.up_proj = nn.Linear(config.gate_rank if self.per_channel else config.hidden_size, width, bias=False)
+        if learned:
+            self.up_proj = nn.Linear(config.gate_rank if self.per_channel else config.hidden_size, width, bias=False)
         # its own parameter, not the projection's: gates start far from zero, and adapters leave it alone
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(width), requires_grad=learned)
         self.head_dim = config.head_dim
+
+    def train(self, mode: bool = True):
+        # checkpoints are loaded into new parameters, which ask for gradients, before the model is put into evaluation mode
+        return super().train(mode) if self.learned else super().train(mode).requires_grad_(False)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """`[batch, tokens, hidden_size]` to float32 `[batch, tokens, heads, head_dim]`, or `[batch, tokens, heads]`."""
-        hidden_states = hidden_states.to(self.bias.dtype)  # float32 in a float16 model
-        if self.per_channel:
-            hidden_states = self.down_proj(hidden_states)
-        gate = self.up_proj(hidden_states).float() + self.bias.float()
+        if self.learned:
+            hidden_states = hidden_states.to(self.bias.dtype)  # float32 in a float16 model
+            if self.per_channel:
+                hidden_states = self.down_proj(hidden_states)
+            gate = self.up_proj(hidden_states).float() + self.bias.float()
+        else:
+            gate = self.bias.float().expand(*hidden_states.shape[:-1], -1)
         return gate.unflatten(-1, (-1, self.head_dim)) if self.per_channel else gate
 
 
@@ -223,24 +232,26 @@ class MirasStepGate(MirasLowRankGate):
     """Step of every token, `eta = eta_max sigmoid(.)`, float32."""
 
     def __init__(self, config: MirasConfig):
-        super().__init__(config, config.gate_granularity)
+        granularities = chosen(config, "learning_algorithm").step_granularities
+        granularity = config.gate_granularity if config.gate_granularity in granularities else "head"
+        super().__init__(config, granularity, config.learned_step)
         self.eta_max = config.eta_max
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return scaled_sigmoid(self.logits(hidden_states), self.eta_max)
 
     def initial_bias(self) -> Tensor:
-        # a third of the largest step: the one that simulations found stable
-        return torch.full_like(self.bias, math.log(0.5))
+        # a third of the largest step: the one that simulations found stable; or all of it, to the last bit of float32
+        return torch.full_like(self.bias, math.log(0.5) if self.learned else 30.0)
 
 
 class MirasRetentionGate(MirasLowRankGate):
     """Log retention of every token, `log alpha = -exp(a_log) softplus(.)`, float32; the memory bounds it below."""
 
     def __init__(self, config: MirasConfig):
-        super().__init__(config, config.gate_granularity)
+        super().__init__(config, config.gate_granularity, config.learned_retention)
         self.half_lives = (config.min_half_life, config.max_half_life)
-        self.a_log = nn.Parameter(torch.zeros(config.num_attention_heads))
+        self.a_log = nn.Parameter(torch.zeros(config.num_attention_heads), requires_grad=self.learned)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         scale = self.a_log.float().exp()

@@ -337,7 +337,7 @@ def _shapes(layer: Any, rows: int, filled: int = 0) -> dict[str, list[int]]:
         memory.norm_weight.to("meta"),
         memory.norm_bias.to("meta"),
     )
-    gate_dim = head_dim if mixer.eta.per_channel else 1
+    gate_dim = head_dim if mixer.eta.per_channel or mixer.alpha.per_channel else 1
     state = _flatten(initial_memory_state(memory.rule, parameters, 1, gate_dim))
     width = parameters.norm_weight.numel()
     return {

@@ -66,7 +66,7 @@ def moment(power: float) -> float:
 
 def loss_gain(bias: AttentionalBias, head_dim: int) -> float:
     """`<r, e> / <e, e>` for a normal error of root mean square 1."""
-    clip = bias.residual_clip
+    clip = math.inf if bias.residual_clip is None else bias.residual_clip
     threshold = 0.0 if bias.delta_granularity is None else sum(bias.initial_delta(head_dim)) / 2.0
     if type(bias) is Lp:
         size = bias.power * math.sqrt(moment(2.0 * bias.power - 2.0))
@@ -139,7 +139,7 @@ def lq_weights(weights: int, std: float, q: float, mirror: bool) -> tuple[float,
         norm = (weights * moment(q / p)) ** (1.0 / q)
         return std, p * moment((q - 2.0) / p) / norm ** (q - 2.0)
     # W = A / ||A||^(q-2), so ||W|| = ||A||^(3-q); at q = 3 A keeps no scale and is what was drawn
-    norm = std * (weights * moment(q)) ** (1.0 / q)
+    norm = max(std * (weights * moment(q)) ** (1.0 / q), 1e-300)
     if q == 3.0:
         return std / norm, 1.0 / norm
     # around q = 3 the map takes its weights from states of any size, and no step suits them
@@ -195,8 +195,10 @@ def largest_step(config: Any) -> float:
     All gradients of a chunk are taken at its start. C equal tokens that write a share u each leave `|1 - C u|` of their
     error, which grows from `C u = 2` on. Steps start at a third of the largest: of a matrix memory, `C u = 2` at
     `eta_max = 6 / C` of `unit_step`. An MLP memory's layer norm meets a variance that grows with what is written, and
-    its steps in units of the read shrink; chunks of up to 64 tokens need no less.
+    its steps in units of the read shrink; chunks of up to 64 tokens need no less. With the delta rule nothing overshoots.
     """
+    algorithm = choice_of(config, "learning_algorithm")
     tokens = 64.0 if chosen(config, "memory_architecture").has_norm else 6.0
-    step = unit_step(config) / chosen(config, "learning_algorithm").moves * min(1.0, tokens / config.chunk_size)
+    share = 1.0 if algorithm.gradient_at != "chunk" else min(1.0, tokens / config.chunk_size)
+    step = unit_step(config) / algorithm.moves * share
     return max(SMALLEST, min(LARGEST, step))

@@ -29,9 +29,15 @@ from .attentional_bias import (
 )
 from .chunk import chunk_miras
 from .declared import parameter
-from .learning import LEARNING_ALGORITHMS, GradientDescent, Momentum
+from .delta_rule import DeltaRule
+from .learning import GradientDescent, Momentum
 from .recurrent import recurrent_miras
-from .registry import register_attentional_bias, register_memory_architecture, register_retention_gate
+from .registry import (
+    LEARNING_ALGORITHMS,
+    register_attentional_bias,
+    register_memory_architecture,
+    register_retention_gate,
+)
 from .retention import KL, RETENTION_GATES, Bregman, ChunkWeights, Decay, ElasticNet, Lq, LqMirror, RetentionGate
 from .rule import MirasRule
 from .state import MemoryParameters, MemoryState, initial_memory_state
@@ -49,6 +55,7 @@ __all__ = [
     "Bregman",
     "ChunkWeights",
     "Decay",
+    "DeltaRule",
     "Dot",
     "ElasticNet",
     "Factors",

@@ -51,6 +51,8 @@ from .vjp import added, bound_adjoint, can_look_at, differentiable_vjp, find_der
 def has_adjoint(rule: MirasRule) -> bool:
     """Whether architecture and algorithm have derivatives; bias and retention gate do without."""
     architecture, algorithm = rule.architecture, rule.algorithm
+    if algorithm.gradient_at != "chunk":
+        return False
     methods = architecture.read, architecture.write, algorithm.chunk_gates, algorithm.read, algorithm.fold
     return all(find_derivative(method) is not None for method in methods)
 

@@ -45,6 +45,25 @@ class Factors(NamedTuple):
     gradients: Tensor
 
 
+class Known(NamedTuple):
+    """Slots of a chunk whose gradients an earlier call has taken.
+
+    Args:
+        where (`torch.Tensor` of shape `[..., tokens, 1]`, bool): true at these slots.
+        factors (`tuple` of `Factors`): layer by layer.
+    """
+
+    where: Tensor
+    factors: tuple[Factors, ...]
+
+    def into(self, factors: tuple[Factors, ...]) -> tuple[Factors, ...]:
+        """Factors of all slots, with these in their place."""
+        return tuple(
+            Factors(*(torch.where(self.where, known, new) for known, new in zip(*of_layer, strict=True)))
+            for of_layer in zip(self.factors, factors, strict=True)
+        )
+
+
 @dataclass(frozen=True)
 class MemoryArchitecture(Choice):
     """Base class: what one head's memory computes, and the gradient of a loss on that."""

@@ -43,10 +43,10 @@ class AttentionalBias(Choice):
 
     Args:
         residual_clip (`float`, *optional*, defaults to 3.0):
-            Largest root mean square of the residual: `||r||_2 <= residual_clip * sqrt(head_dim)`.
+            Largest root mean square of the residual: `||r||_2 <= residual_clip * sqrt(head_dim)`; `None` for no limit.
     """
 
-    residual_clip: float = parameter("residual_clip", 3.0, above=0, high=1e9)
+    residual_clip: float | None = parameter("residual_clip", 3.0, above=0, high=1e9, optional=True)
 
     delta_granularity: ClassVar[str | None] = None
     """`None` for a loss without threshold, `"head"` for one threshold a head, `"channel"` for one a channel."""
@@ -78,6 +78,8 @@ class AttentionalBias(Choice):
     def residual(self, error: Tensor, delta: Tensor | None = None) -> Tensor:
         """The gradient, its norm clipped: what the memory writes."""
         gradient = self.gradient(error, delta)
+        if self.residual_clip is None:
+            return gradient
         return shortened(gradient, self.residual_clip * math.sqrt(error.shape[-1]))
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .adjoint import ReadGroup, has_adjoint
-from .architecture import Factors
+from .architecture import Factors, Known
 from .inputs import MemoryInputs, bound_inputs, check_inputs, hold_broken, without_autocast
 from .layout import ChunkLayout, build_layout, check_layout_arguments, merge_chunks
 from .learning import split_gates
@@ -249,10 +249,15 @@ class _Memory:
             logs = list(map(self._with_earlier_log, logs, self.earlier.logs))
         sizes = [rows * heads for rows in self.layout.active[first:last]]
         gates = rule.algorithm.chunk_gates(eta, *logs)
+        gates_of_gradients = rule.algorithm.chunk_gradient_gates(eta, *logs)
         if broken is not None:
             # the decay says so to the final state
             gates, logs[0] = gates.broken_from(broken), torch.where(broken, torch.nan, logs[0])
         gates_of_step = split_gates(gates, sizes)
+        if gates_of_gradients is None:
+            gates_of_gradients = [None] * len(sizes)
+        else:
+            gates_of_gradients = split_gates(gates_of_gradients, sizes)
         q, k, v, eta, *logs = (t.split(sizes) for t in (x.q, x.k, x.v, eta, *logs))
         delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)
 
@@ -265,9 +270,8 @@ class _Memory:
                 base = tuple(None if b is None else b[: sizes[i]] for b in base)
                 norm = tuple(p[: sizes[i]] for p in norm)
             weights = rule.weights(states, base)
-            factors = rule.write(weights, k[i], v[i], delta[i], norm)
-            if step == 0 and self.earlier is not None:
-                factors = self._with_earlier_factors(factors)
+            known = self._known(sizes[0]) if step == 0 and self.earlier is not None else None
+            factors = rule.write(weights, k[i], v[i], delta[i], norm, gates_of_gradients[i], known)
             outputs.append(rule.read(weights, factors, q[i], gates_of_step[i], norm))
             states = tuple(map(with_bounded_adjoint, rule.fold(states, factors, gates_of_step[i])))
             if captured is not None:
@@ -294,13 +298,9 @@ class _Memory:
         since = torch.where(last, before[:rows], 0.0).sum(-2, keepdim=True)
         return self._with_earlier_slots(torch.cat((since + log[:rows], log[rows:])), before)
 
-    def _with_earlier_factors(self, factors: tuple[Factors, ...]) -> tuple[Factors, ...]:
-        rows = factors[0].inputs.shape[0]
-        earlier = self._earlier_slots(rows)
-        return tuple(
-            Factors(*(torch.where(earlier, before[:rows], new) for before, new in zip(f, of_call, strict=True)))
-            for f, of_call in zip(self.earlier.factors, factors, strict=True)
-        )
+    def _known(self, rows: int) -> Known:
+        first_rows = (Factors(*(t[:rows] for t in of_layer)) for of_layer in self.earlier.factors)
+        return Known(self._earlier_slots(rows), tuple(first_rows))
 
     # -- the state after the last token -----------------------------------------------------------------------------
 

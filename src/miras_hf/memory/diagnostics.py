@@ -33,8 +33,8 @@ class MemoryStatistics(NamedTuple):
 
     Args:
         inner_loss (`torch.Tensor` of shape `[heads]`):
-            The attentional bias of recalling a token's value by its key before the token's chunk is written: what
-            equation (28) descends.
+            The attentional bias of recalling a token's value by its key before the token's chunk is written, or with the
+            delta rule the token: what equation (28) descends.
         inner_loss_initial (`torch.Tensor` of shape `[heads]`):
             The same at the learned initial memory. A memory that learns from the text stays below it.
         write_strength (`torch.Tensor` of shape `[heads]`): eta, the step of a token.
@@ -92,8 +92,9 @@ def memory_statistics(
     initial, losses, initial_losses = None, [], []
     for chunk, weights, state in chunks(x, valid, rule, parameters):
         initial = weights if initial is None else initial
-        for found, at in ((losses, weights), (initial_losses, initial)):
-            prediction = rule.recall(at, chunk.k, norm)
+        gates = rule.algorithm.chunk_gradient_gates(chunk.eta, *(log.cumsum(-2) for log in chunk.logs))
+        before_write = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
+        for found, prediction in ((losses, before_write), (initial_losses, rule.recall(initial, chunk.k, norm))):
             found.append(tokens_first(rule.attentional_bias.loss_at(prediction, chunk.v, chunk.delta), heads))
 
     # the writes that wait in a chunk not yet full: slots not taken have no step, and the decay of the last one taken

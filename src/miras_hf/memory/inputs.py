@@ -117,6 +117,11 @@ def check_inputs(
     dtype = compute_dtype(q)
     eta = _gate("eta", eta, (batch, tokens, heads), head_dim).to(dtype)
     log_alpha = _gate("log_alpha", log_alpha, (batch, tokens, heads), head_dim).to(dtype)
+    algorithm = type(rule.algorithm).__name__
+    if eta.shape[-1] != 1 and "channel" not in rule.algorithm.step_granularities:
+        raise ValueError(
+            f"`eta` must have shape {(batch, tokens, heads)} for {algorithm}, got last axis {eta.shape[-1]}."
+        )
     gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
     if eta.shape != log_alpha.shape:
         eta, log_alpha = (x.expand(-1, -1, -1, gate_dim) for x in (eta, log_alpha))
@@ -136,7 +141,6 @@ def check_inputs(
                 f"`delta` must have shape {(batch, tokens, heads)} for {type(rule.attentional_bias).__name__}, "
                 f"got last axis {delta.shape[-1]}."
             )
-    algorithm = type(rule.algorithm).__name__
     if not rule.algorithm.has_momentum:
         if log_momentum is not None:
             raise ValueError(f"`log_momentum` must be None: {algorithm} has no momentum.")
@@ -155,11 +159,14 @@ def check_inputs(
 
 
 def bound_inputs(x: MemoryInputs, rule: MirasRule) -> MemoryInputs:
-    """Cuts queries, keys and values at magnitudes that keep products finite, and log alpha at the rule's bound."""
+    """Cuts queries, keys and values at magnitudes that keep products finite, log alpha at the rule's bound, and steps at
+    the algorithm's."""
+    k = x.k.clamp(-KEY_CAP, KEY_CAP)
     return x._replace(
         q=x.q.clamp(-KEY_CAP, KEY_CAP),
-        k=x.k.clamp(-KEY_CAP, KEY_CAP),
+        k=k,
         v=x.v.clamp(-VALUE_CAP, VALUE_CAP),
+        eta=rule.algorithm.bound_step(x.eta, k),
         log_alpha=x.log_alpha.clamp(rule.min_log_alpha, 0.0),
         log_momentum=None if x.log_momentum is None else x.log_momentum.clamp(MIN_LOG_MOMENTUM, 0.0),
     )

@@ -17,15 +17,17 @@ An algorithm answers two questions, both in matrix products over the tokens of a
 memory return at every token's own time (`read`), and what is its state when the chunk is over (`fold`).
 """
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .architecture import Factors
+from .architecture import Factors, Known, MemoryArchitecture, Residual
+from .attentional_bias import AttentionalBias
 from .declared import Choice
-from .retention import ChunkWeights
+from .retention import ChunkWeights, RetentionGate
 from .vjp import in_transform
 
 
@@ -36,7 +38,8 @@ class Gates(NamedTuple):
         decay (`torch.Tensor` of shape `[..., queries, c]`): B_t of the tokens that read.
         query (`torch.Tensor` of shape `[..., queries, c]`, *optional*): B_t over a common reference decay.
         key (`torch.Tensor` of shape `[..., tokens, c]`): eta_i times that reference over B_i.
-        sees (`str`): the writes that token t reads: `"all"`, `"past"` up to its own, or its `"own"` alone.
+        sees (`str`):
+            The writes that token t reads: `"all"`, `"past"` up to its own, those `"before"` it, or its `"own"` alone.
         fold (`torch.Tensor` of shape `[..., tokens, c]`, *optional*): eta_i B_C / B_i, for the chunk's end.
         total (`torch.Tensor` of shape `[..., 1, c]`, *optional*): B_C.
     """
@@ -66,17 +69,76 @@ class Gates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GradientDescent(Choice):
-    """One step on each token's own gradient: `A_t = alpha_t o A_{t-1} - eta_t o g_t`."""
+class LearningAlgorithm(Choice):
+    """Base class: gradients at a chunk's start, of any memory and loss."""
 
     has_momentum: ClassVar[bool] = False
     """Whether a layer's state is a second matrix besides the dual state."""
 
     gate_granularities: ClassVar[tuple[str, ...]] = ("channel", "head")
-    """What gates may be one number of."""
+    """What step and retention may be one number of."""
+
+    step_granularities: ClassVar[tuple[str, ...]] = ("channel", "head")
+    """What steps may be one number of; where it is one a head alone, retention may still be one a channel."""
 
     moves: ClassVar[float] = 1.0
     """How many times its step a write moves the state by in the end, at the gates that a model starts with."""
+
+    gradient_at: ClassVar[str] = "chunk"
+    """The memory at which a token's gradient is taken: `"chunk"` for that of its chunk's start, else see `DeltaRule`."""
+
+    @property
+    def largest_step(self) -> float:
+        """The step above which writes along a key of norm 1 would make the memory grow without end."""
+        return math.inf
+
+    def refusal(self, architecture: MemoryArchitecture, bias: AttentionalBias, retention: RetentionGate) -> str | None:
+        """Why it does not learn under other choices, behind its name; `None` if it does."""
+        return None
+
+    def bound_step(self, eta: Tensor, k: Tensor) -> Tensor:
+        """Steps `[..., c]`, cut at the largest for keys `[..., head_dim]`."""
+        return eta
+
+    def chunk_gradient_gates(self, eta: Tensor, *logs: Tensor) -> Gates | None:
+        """Gates of the memories at which the gradients of whole chunks are taken, each with the writes before its token;
+        `None` for that of the chunk's start. Arguments as of `chunk_gates`."""
+        return None
+
+    def step_gradient_gates(self, eta: Tensor, log_decay: Tensor, before: Tensor, now: Tensor) -> Gates | None:
+        """The same for one token, as `step_gates`, `before` being the log decay before it and `now` the one after."""
+        return None
+
+    def write(
+        self, weights: ChunkWeights, k: Tensor, residual: Residual, gates: Gates, known: Known | None = None
+    ) -> Factors:
+        """The gradients of a chunk's tokens, each at the memory of its own time, of a memory of one layer.
+
+        Args:
+            weights (`ChunkWeights`): the layer's.
+            k (`torch.Tensor` of shape `[rows, tokens, head_dim]`): keys.
+            residual (`Callable`): of what the memory returns for them.
+            gates (`Gates`): of `chunk_gradient_gates`.
+            known (`Known`, *optional*): slots whose gradients have been taken.
+        """
+        raise NotImplementedError
+
+    def chunk_gates(self, eta: Tensor, log_decay: Tensor, *log_momentum: Tensor) -> Any:
+        """Gates of whole chunks.
+
+        Args:
+            eta (`torch.Tensor` of shape `[..., chunk_size, c]`): step of every token.
+            log_decay (`torch.Tensor` of shape `[..., chunk_size, c]`): log B_t, cumulative inside the chunk.
+        """
+        raise NotImplementedError
+
+    def step_gates(self, eta: Tensor, log_decay: Tensor, now: Tensor, *log_momentum: Tensor) -> Any:
+        """Gates of one token `[..., 1, c]` that reads the tokens `[..., chunk_size, c]` of its chunk so far."""
+        raise NotImplementedError
+
+    def own_gates(self, eta: Tensor) -> Any:
+        """Gates of tokens `[..., tokens, c]` of which each reads its own write alone, before anything decays."""
+        raise NotImplementedError
 
     def update(self, slots: tuple[Tensor, ...], step: Tensor, alpha: Tensor, *momentum: Tensor) -> tuple[Tensor, ...]:
         """A layer's state after a token, in the reference.
@@ -86,30 +148,33 @@ class GradientDescent(Choice):
             step (`torch.Tensor`): `eta_t o g_t`.
             alpha (`torch.Tensor`): the token's retention.
         """
+        raise NotImplementedError
+
+    def read(self, gate_axis: str, weights: ChunkWeights, factors: Factors, x: Tensor, gates: Any) -> Tensor:
+        """`x_t W_t` of one layer, all of shape `[rows, tokens, features]`; factors are those that the link has made of the
+        chunk's."""
+        raise NotImplementedError
+
+    def fold(self, gate_axis: str, slots: tuple[Tensor, ...], factors: Factors, gates: Any) -> tuple[Tensor, ...]:
+        """A layer's state after the chunk."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class GradientDescent(LearningAlgorithm):
+    """One step on each token's own gradient: `A_t = alpha_t o A_{t-1} - eta_t o g_t`."""
+
+    def update(self, slots: tuple[Tensor, ...], step: Tensor, alpha: Tensor, *momentum: Tensor) -> tuple[Tensor, ...]:
         return (alpha * slots[0] - step,)
 
     def chunk_gates(self, eta: Tensor, log_decay: Tensor) -> Gates:
-        """Gates of whole chunks.
-
-        Args:
-            eta (`torch.Tensor` of shape `[..., chunk_size, c]`): step of every token.
-            log_decay (`torch.Tensor` of shape `[..., chunk_size, c]`): log B_t, cumulative inside the chunk.
-        """
-        # exponents are taken relative to half the chunk's decay: their range is halved, and 1/B_i stays finite for
-        # every log alpha the rule allows
-        reference = 0.5 * log_decay[..., -1:, :]
-        query = torch.exp(log_decay - reference)
-        half = torch.exp(reference)
-        # not eta / query: the derivative of the quotient would square a factor that may be exp(80)
-        key = eta * torch.exp(reference - log_decay)
+        query, key, half = relative(eta, log_decay, log_decay)
         return Gates(query * half, query, key, "past", key * half, half * half)
 
-    def step_gates(self, eta: Tensor, log_decay: Tensor, log_decay_now: Tensor) -> Gates:
-        """Gates of one token `[..., 1, c]` that reads the tokens `[..., chunk_size, c]` of its chunk so far."""
-        return Gates(torch.exp(log_decay_now), None, eta * torch.exp(log_decay_now - log_decay), "all")
+    def step_gates(self, eta: Tensor, log_decay: Tensor, now: Tensor) -> Gates:
+        return Gates(torch.exp(now), None, eta * torch.exp(now - log_decay), "all")
 
     def own_gates(self, eta: Tensor) -> Gates:
-        """Gates of tokens `[..., tokens, c]` of which each reads its own write alone, before anything decays."""
         return Gates(torch.ones_like(eta), None, eta, "own")
 
     def read(self, gate_axis: str, weights: ChunkWeights, factors: Factors, x: Tensor, gates: Gates) -> Tensor:
@@ -129,8 +194,8 @@ class GradientDescent(Choice):
             scores = scores_of(x if gates.query is None else x * gates.query, inputs * gates.key, gates.sees)
             z = torch.bmm(scores, gradients)
             if weights.decaying is not None:
-                z = _plus_product(z, x * gates.decay, weights.decaying)
-            return z if weights.constant is None else _plus_product(z, x, weights.constant)
+                z = plus_product(z, x * gates.decay, weights.decaying)
+            return z if weights.constant is None else plus_product(z, x, weights.constant)
         scores = scores_of(x, inputs, gates.sees)
         z = torch.bmm(scores, gradients * gates.key)
         if gates.query is not None:
@@ -138,15 +203,24 @@ class GradientDescent(Choice):
         if weights.decaying is not None:
             z = torch.addcmul(z, torch.bmm(x, weights.decaying), gates.decay)
         if weights.constant is not None:
-            z = _plus_product(z, x, weights.constant)
+            z = plus_product(z, x, weights.constant)
         return z if weights.scale is None else z * weights.scale
 
     def fold(self, gate_axis: str, slots: tuple[Tensor, ...], factors: Factors, gates: Gates) -> tuple[Tensor, ...]:
         """A layer's state after the chunk: `B_C o state - sum_i (B_C / B_i) eta_i o g_i`."""
         (state,), (inputs, gradients) = slots, factors
         if gate_axis == "input":
-            return (_plus_product(state * gates.total.mT, (inputs * gates.fold).mT, gradients, alpha=-1),)
-        return (_plus_product(state * gates.total, inputs.mT, gradients * gates.fold, alpha=-1),)
+            return (plus_product(state * gates.total.mT, (inputs * gates.fold).mT, gradients, alpha=-1),)
+        return (plus_product(state * gates.total, inputs.mT, gradients * gates.fold, alpha=-1),)
+
+
+def relative(eta: Tensor, log_decay: Tensor, of_queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What queries and keys of a chunk are multiplied with, and the reference decay that is taken out of both."""
+    # exponents are taken relative to half the chunk's decay: their range is halved, and 1/B_i stays finite for every
+    # log alpha the rule allows
+    reference = 0.5 * log_decay[..., -1:, :]
+    # not eta / query: the derivative of the quotient would square a factor that may be exp(80)
+    return torch.exp(of_queries - reference), eta * torch.exp(reference - log_decay), torch.exp(reference)
 
 
 class MomentumGates(NamedTuple):
@@ -177,7 +251,7 @@ class MomentumGates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Momentum(Choice):
+class Momentum(LearningAlgorithm):
     """Gradient descent with momentum, data-dependent (arXiv 2501.00663, equations (9), (10)); gates are one number a head:
 
     S_t = mu_t S_{t-1} - eta_t g_t          A_t = alpha_t A_{t-1} + S_t
@@ -188,13 +262,13 @@ class Momentum(Choice):
     moves: ClassVar[float] = 2.0  # 1 / (1 - mu), mu one half
 
     def update(self, slots: tuple[Tensor, ...], step: Tensor, alpha: Tensor, *momentum: Tensor) -> tuple[Tensor, ...]:
-        """As `GradientDescent.update`, with mu."""
+        """As of the base class, with mu."""
         (mu,), (dual, held) = momentum, slots
         held = mu * held - step
         return alpha * dual + held, held
 
     def chunk_gates(self, eta: Tensor, log_decay: Tensor, log_momentum: Tensor) -> MomentumGates:
-        """As `GradientDescent.chunk_gates`, with the logarithm of M_t, cumulative inside the chunk."""
+        """As `LearningAlgorithm.chunk_gates`, with the logarithm of M_t, cumulative inside the chunk."""
         size = eta.shape[-2]
         before = torch.ones(size, size, dtype=torch.bool, device=eta.device).tril()
         # selected before the exponential, which has no gradient to lose there then
@@ -202,7 +276,7 @@ class Momentum(Choice):
         return self._gates(eta, log_decay, log_momentum, retained, before)
 
     def step_gates(self, eta: Tensor, log_decay: Tensor, now: Tensor, log_momentum: Tensor) -> MomentumGates:
-        """As `GradientDescent.step_gates`; slots not yet taken have no momentum, a logarithm of `NONE`."""
+        """As `LearningAlgorithm.step_gates`; slots not yet taken have no momentum, a logarithm of `NONE`."""
         size = eta.shape[-2]
         before = torch.ones(size, size, dtype=torch.bool, device=eta.device).tril()
         return self._gates(eta, now, log_momentum, torch.exp(now - log_decay.mT), before)
@@ -220,7 +294,7 @@ class Momentum(Choice):
         )
 
     def own_gates(self, eta: Tensor) -> MomentumGates:
-        """As `GradientDescent.own_gates`."""
+        """As `LearningAlgorithm.own_gates`."""
         one = torch.ones_like(eta)
         return MomentumGates(one, 0.0 * one, torch.diag_embed(eta.squeeze(-1)), eta, one[..., -1:, :])
 
@@ -238,7 +312,7 @@ class Momentum(Choice):
     def fold(
         self, gate_axis: str, slots: tuple[Tensor, ...], factors: Factors, gates: MomentumGates
     ) -> tuple[Tensor, ...]:
-        """As `GradientDescent.fold`: the dual state and the momentum after the chunk."""
+        """The dual state and the momentum after the chunk."""
         (dual, held), (inputs, gradients) = slots, factors
         decay, momentum, writes = (gate[..., -1:, :] for gate in gates[:3])
         after = decay * dual + momentum * held - (inputs * writes.mT).mT @ gradients
@@ -255,7 +329,7 @@ def split_gates(gates, sizes: list[int]) -> list:
     return [type(gates)(*part) for part in zip(*parts, strict=True)]
 
 
-def _plus_product(z: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+def plus_product(z: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """`z + alpha a b`; may write into z, but not where `torch.func.vmap` batches the factors and not z."""
     return torch.baddbmm(z, a, b, alpha=alpha) if in_transform() else z.baddbmm_(a, b, alpha=alpha)
 
@@ -265,10 +339,6 @@ def scores_of(x: Tensor, keys: Tensor, sees: str) -> Tensor:
     if sees == "own":
         return torch.diag_embed((x * keys).sum(-1)).neg_()
     scores = torch.bmm(x, keys.mT)
-    return (scores.tril_() if sees == "past" else scores).neg_()
-
-
-LEARNING_ALGORITHMS: dict[str, type[GradientDescent | Momentum]] = {
-    "gradient_descent": GradientDescent,
-    "momentum": Momentum,
-}
+    if sees != "all":
+        scores = scores.tril_(0 if sees == "past" else -1)
+    return scores.neg_()

@@ -58,15 +58,19 @@ def naive_miras(
     dual, momentum = list(initial), [torch.zeros_like(a) for a in initial]
     outputs = []
     for t in range(len(q)):
-        if t % rule.chunk_size == 0:  # (28): all gradients of a chunk are taken at its first token's weights
-            start = [link(dual[i], rule.hidden_axis(i)) for i in layers]
+        gates = [[x[t].unsqueeze(-1 if axes[i] == "input" else 0) for x in (eta, alpha)] for i in layers]
+        at = dual
+        if rule.algorithm.gradient_at == "decayed":
+            at = [base[i] + keep * (dual[i] - base[i]) for i, (_, keep) in zip(layers, gates, strict=True)]
+        # (28): all gradients of a chunk are taken at its first token's weights, but for the delta rule
+        if t % rule.chunk_size == 0 or rule.algorithm.gradient_at != "chunk":
+            start = [link(at[i], rule.hidden_axis(i)) for i in layers]
             start = [w if w.requires_grad else w.detach().requires_grad_() for w in start]
         prediction = memory.read(lambda i, x, start=start: x @ start[i], k[t : t + 1], *norm)
         error = rule.attentional_bias.error(prediction, v[t : t + 1])
         residual = rule.attentional_bias.residual(error, None if delta is None else delta[t])
         gradients = torch.autograd.grad(prediction, start, residual, create_graph=True, retain_graph=True)
-        for i in layers:
-            step, keep = (x[t].unsqueeze(-1 if axes[i] == "input" else 0) for x in (eta, alpha))
+        for i, (step, keep) in zip(layers, gates, strict=True):
             momentum[i] = -step * gradients[i] if mu is None else mu[t] * momentum[i] - step * gradients[i]
             dual[i] = base[i] + keep * (dual[i] - base[i]) + momentum[i]
         now = [link(dual[i], rule.hidden_axis(i)) for i in layers]

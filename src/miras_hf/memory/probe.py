@@ -195,18 +195,21 @@ def summary(probe: MemoryProbe, lags: Sequence[int] = LAGS) -> dict[str, float]:
 def _recalled_and_written(
     x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: MemoryParameters
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the initial memory returns for the keys, errors `v - M(k)` at each chunk's start, and each token's write, all
-    `[rows, tokens, heads, head_dim]`."""
+    """What the initial memory returns for the keys, errors `v - M(k)` where gradients are taken, and each token's write,
+    all `[rows, tokens, heads, head_dim]`."""
     norm, initial, found = parameters.norm(live.shape[0], x.k.dtype), None, []
     for chunk, weights, _ in chunks(x, live, rule, parameters):
         initial = weights if initial is None else initial
-        factors = rule.write(weights, chunk.k, chunk.v, chunk.delta, norm)
+        gates = rule.algorithm.chunk_gradient_gates(chunk.eta, *(log.cumsum(-2) for log in chunk.logs))
+        factors = rule.write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
+        asked = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
         # with and without the step in one way: what does not come from the write is the same to the last bit
         before, after = (
             rule.read(weights, factors, chunk.k, rule.algorithm.own_gates(eta), norm)
             for eta in (torch.zeros_like(chunk.eta), chunk.eta)
         )
-        found.append((rule.recall(initial, chunk.k, norm), chunk.v - before, after - before))
+        error = chunk.v - (before if gates is None else asked)
+        found.append((rule.recall(initial, chunk.k, norm), error, after - before))
     at_start, errors, writes = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     heads = x.k.shape[2]
     return tokens_first(at_start, heads), tokens_first(errors, heads), tokens_first(writes, heads)

@@ -129,29 +129,45 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         live = live.view(rows, 1, 1, 1)
         weights = fresh_chunk(start)
 
-        # the inner gradient, at the weights of the chunk's start
-        if in_transform() and not all(w.weight.requires_grad for w in weights):
+        def weight_at(layer: int, since: Tensor, writes: Tensor, weights=weights) -> Tensor:
+            if exact:
+                anchor, dual = base[layer], gate(since.exp(), layer) * start[layer] + writes
+                return rule.retention.link(dual if anchor is None else anchor + dual, rule.hidden_axis(layer))
+            w = weights[layer]
+            total = rule.retention.writes_matrix(w, writes, rule.hidden_axis(layer))
+            if w.decaying is not None:
+                total = total + gate(since.exp(), layer) * w.decaying
+            if w.constant is not None:
+                total = total + w.constant
+            return total if w.scale is None else w.scale * total
+
+        # the inner gradient, at the weights of the chunk's start, or at those before the token, decayed or not
+        since_t = logs[0] + log_alpha_t
+        at = [w.weight for w in weights]
+        if rule.algorithm.gradient_at == "previous":
+            at = [weight_at(i, logs[0], written[i][0]) for i in layers]
+        elif rule.algorithm.gradient_at == "decayed":
+            at = [weight_at(i, since_t, gate(log_alpha_t.exp(), i) * written[i][0]) for i in layers]
+        if in_transform() and not all(w.requires_grad for w in at):
             raise RuntimeError(
                 "`recurrent_miras` takes its inner gradients by autograd and cannot run inside `torch.func.vmap`, "
                 "forward-mode differentiation or `torch.jit.trace`; `chunk_miras` can."
             )
-        at_start = [w.weight if w.weight.requires_grad else w.weight.detach().requires_grad_() for w in weights]
+        at = [w if w.requires_grad else w.detach().requires_grad_() for w in at]
         seen: list[tuple[Tensor, Tensor]] = []
 
-        def linear(layer: int, h: Tensor, at_start=at_start, seen=seen) -> Tensor:
-            seen.append((h, h @ at_start[layer]))
+        def linear(layer: int, h: Tensor, at=at, seen=seen) -> Tensor:
+            seen.append((h, h @ at[layer]))
             return seen[-1][1]
 
         prediction = architecture.read(linear, k, *norm)
         residual = rule.attentional_bias.residual(rule.attentional_bias.error(prediction, v), delta_t)
-        grads = torch.autograd.grad(
-            prediction, [*at_start, *(z for _, z in seen)], grad_outputs=residual, create_graph=True
-        )
+        grads = torch.autograd.grad(prediction, [*at, *(z for _, z in seen)], grad_outputs=residual, create_graph=True)
 
         # the dual state's recurrence, split into the decaying start and the writes since
         gates_t = [log for log in (log_alpha_t, log_momentum_t) if log is not None]
         logs_t = [before + log for before, log in zip(logs, gates_t, strict=True)]
-        since_t, momentum = logs_t[0], [log.exp() for log in gates_t[1:]]
+        momentum = [log.exp() for log in gates_t[1:]]
         written_t = [
             rule.algorithm.update(written[i], gate(eta_t, i) * grads[i], gate(log_alpha_t.exp(), i), *momentum)
             for i in layers
@@ -159,18 +175,8 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         writes_t = [of_layer[0] for of_layer in written_t]
         duals_t = [gate(since_t.exp(), i) * start[i] + writes_t[i] for i in layers]
 
-        def read(layer: int, h: Tensor, weights=weights, since_t=since_t, writes_t=writes_t, duals_t=duals_t):
-            if exact:
-                anchor = base[layer]
-                dual = duals_t[layer] if anchor is None else anchor + duals_t[layer]
-                return h @ rule.retention.link(dual, rule.hidden_axis(layer))
-            w = weights[layer]
-            total = rule.retention.writes_matrix(w, writes_t[layer], rule.hidden_axis(layer))
-            if w.decaying is not None:
-                total = total + gate(since_t.exp(), layer) * w.decaying
-            if w.constant is not None:
-                total = total + w.constant
-            return h @ total if w.scale is None else h @ (w.scale * total)
+        def read(layer: int, h: Tensor, weight_at=weight_at, since_t=since_t, writes_t=writes_t) -> Tensor:
+            return h @ weight_at(layer, since_t, writes_t[layer])
 
         y = architecture.read(read, q, *norm)
         outputs.append(torch.where(live, y, 0.0).squeeze(2))

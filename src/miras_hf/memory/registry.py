@@ -20,9 +20,16 @@ from typing import Any
 from .architecture import MEMORY_ARCHITECTURES, MemoryArchitecture
 from .attentional_bias import ATTENTIONAL_BIASES, AttentionalBias
 from .declared import Choice, Parameter
-from .learning import LEARNING_ALGORITHMS
+from .delta_rule import DeltaRule
+from .learning import GradientDescent, LearningAlgorithm, Momentum
 from .retention import RETENTION_GATES, RetentionGate
 
+
+LEARNING_ALGORITHMS: dict[str, type[LearningAlgorithm]] = {
+    "gradient_descent": GradientDescent,
+    "momentum": Momentum,
+    "delta_rule": DeltaRule,
+}
 
 CHOICES: dict[str, dict[str, Any]] = {
     "memory_architecture": MEMORY_ARCHITECTURES,

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .architecture import Factors, MatrixMemory, MLPMemory
+from .architecture import Factors, Known, MatrixMemory, MLPMemory
 from .attentional_bias import AttentionalBias, HuberMixture
-from .learning import Gates, GradientDescent, Momentum, MomentumGates
+from .learning import Gates, GradientDescent, LearningAlgorithm, MomentumGates
 from .retention import ChunkWeights, Decay, RetentionGate
 
 
@@ -40,10 +40,10 @@ class MirasRule:
         architecture (`MLPMemory` or `MatrixMemory`): choice (i).
         attentional_bias (`AttentionalBias`): choice (ii).
         retention (`RetentionGate`): choice (iii).
-        algorithm (`GradientDescent` or `Momentum`): choice (iv).
+        algorithm (`GradientDescent`, `DeltaRule` or `Momentum`): choice (iv).
         chunk_size (`int`, *optional*, defaults to 64):
-            Tokens whose gradients are taken at the same weights (equation (28)). Part of the trained model: the grid
-            starts at a sequence's first real token, in training, prefill and decoding alike.
+            Tokens whose gradients are taken at the same weights (equation (28)), or with `DeltaRule` at once. Part of
+            the trained model: the grid starts at a sequence's first real token, in training, prefill and decoding alike.
         decay_target (`str`, *optional*, defaults to `"init"`):
             `"init"` decays toward the learned initial memory, `"zero"` toward zero as printed in the paper. Toward
             zero both layers of an MLP memory shrink into a saddle: over thousands of tokens it goes out (its reads
@@ -54,7 +54,7 @@ class MirasRule:
     architecture: MLPMemory | MatrixMemory = field(default_factory=MLPMemory)
     attentional_bias: AttentionalBias = field(default_factory=HuberMixture)
     retention: RetentionGate = field(default_factory=Decay)
-    algorithm: GradientDescent | Momentum = field(default_factory=GradientDescent)
+    algorithm: LearningAlgorithm = field(default_factory=GradientDescent)
     chunk_size: int = 64
     decay_target: str = "init"
     min_log_alpha: float = -2.5
@@ -68,6 +68,12 @@ class MirasRule:
             raise ValueError(
                 f"`min_log_alpha` must lie between {-_LARGEST_CHUNK_LOG_DECAY} / chunk_size = "
                 f"{-_LARGEST_CHUNK_LOG_DECAY / self.chunk_size:g} and 0, got {self.min_log_alpha}."
+            )
+        refusal = self.algorithm.refusal(self.architecture, self.attentional_bias, self.retention)
+        if refusal is not None:
+            raise ValueError(
+                f"`algorithm` must fit the other choices: {self.algorithm} {refusal}, got {self.architecture}, "
+                f"{self.attentional_bias}, {self.retention}."
             )
 
     def hidden_axis(self, layer: int) -> int:
@@ -92,15 +98,66 @@ class MirasRule:
         )
 
     def write(
-        self, weights: Sequence[ChunkWeights], k: Tensor, v: Tensor, delta: Tensor | None, norm: Sequence[Tensor]
+        self,
+        weights: Sequence[ChunkWeights],
+        k: Tensor,
+        v: Tensor,
+        delta: Tensor | None,
+        norm: Sequence[Tensor],
+        gates: Gates | None = None,
+        known: Known | None = None,
     ) -> tuple[Factors, ...]:
-        """The gradients of the tokens' losses at the chunk's start."""
-        bias = self.attentional_bias
+        """The gradients of the tokens' losses, at the chunk's start or at their own times.
+
+        Args:
+            gates (`Gates`, *optional*): `chunk_gradient_gates` of the algorithm.
+            known (`Known`, *optional*): slots whose gradients an earlier call has taken.
+        """
 
         def residual(prediction: Tensor) -> Tensor:
-            return bias.residual(bias.error(prediction, v), delta)
+            return self._residual(prediction, v, delta)
 
-        return self.architecture.write(tuple(w.weight for w in weights), k, residual, *norm)
+        if gates is not None:
+            return (self.algorithm.write(weights[0], k, residual, gates, known),)
+        factors = self.architecture.write(tuple(w.weight for w in weights), k, residual, *norm)
+        return factors if known is None else known.into(factors)
+
+    def write_token(
+        self,
+        weights: Sequence[ChunkWeights],
+        factors: Sequence[Factors],
+        k: Tensor,
+        v: Tensor,
+        delta: Tensor | None,
+        norm: Sequence[Tensor],
+        gates: Gates | None,
+    ) -> tuple[Factors, ...]:
+        """`write` for one token a row, behind what waits in the slots of its chunk.
+
+        Args:
+            gates (`Gates`, *optional*): `step_gradient_gates` of the algorithm.
+        """
+        if gates is None:
+            return self.write(weights, k, v, delta, norm)
+        return (Factors(k, self._residual(self.read(weights, factors, k, gates, norm), v, delta)),)
+
+    def _residual(self, prediction: Tensor, v: Tensor, delta: Tensor | None) -> Tensor:
+        bias = self.attentional_bias
+        return bias.residual(bias.error(prediction, v), delta)
+
+    def recall_to_write(
+        self,
+        weights: Sequence[ChunkWeights],
+        k: Tensor,
+        v: Tensor,
+        delta: Tensor | None,
+        norm: Sequence[Tensor],
+        gates: Gates | None,
+    ) -> Tensor:
+        """What the memory returns for the keys where the tokens' gradients are taken. Arguments as of `write`."""
+        if gates is None:
+            return self.recall(weights, k, norm)
+        return v + self.write(weights, k, v, delta, norm, gates)[0].gradients
 
     def read(
         self,

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .inputs import bound_inputs, check_inputs, tokens_first, without_autocast
+from .inputs import MemoryInputs, bound_inputs, check_inputs, tokens_first, without_autocast
 from .retention import ChunkWeights
 from .rule import MirasRule
 from .state import MemoryParameters, MemoryState, check_state, initial_memory_state, starting_dual
@@ -75,8 +75,9 @@ def step_miras(
     here, last = (where.repeat_interleave(heads, dim=0).unsqueeze(-1) for where in (here, slots == phase - 1))
     state = state._replace(dual=starting_dual(rule, parameters, state)).merged(x.q.dtype)
     weights = rule.weights(state.matrices, parameters.base(rule, rows, x.q.dtype))
-    logs = [torch.where(last, t, 0.0).sum(-2, keepdim=True) + new for t, new in zip(state.logs, x.logs, strict=True)]
-    inputs, gradients = zip(*rule.write(weights, x.k, x.v, x.delta, norm), strict=True)
+    before = [torch.where(last, t, 0.0).sum(-2, keepdim=True) for t in state.logs]
+    logs = [since + new for since, new in zip(before, x.logs, strict=True)]
+    inputs, gradients = zip(*_write(rule, weights, state, x, before[0], logs[0], norm), strict=True)
     token = MemoryState((), inputs, gradients, x.eta, logs[0], state.count, (), tuple(logs[1:]))
     state = state.map_slots(lambda old, new: torch.where(here, new, old), token)
     y = _read(rule, weights, state, x.q, logs[0], norm, mask).to(q.dtype)
@@ -148,11 +149,12 @@ def step_miras_(
 
     phase = state.count % rule.chunk_size
     row = torch.arange(rows, device=phase.device)
-    logs = []
-    for before, new in zip(state.logs, x.logs, strict=True):
-        since = torch.where((phase > 0).view(-1, 1, 1), before[row, :, phase - 1], 0.0)
-        logs.append(since.flatten(0, 1).unsqueeze(1) + new)
-    inputs, gradients = zip(*rule.write(weights, x.k, x.v, x.delta, norm), strict=True)
+    before = []
+    for log in state.logs:
+        since = torch.where((phase > 0).view(-1, 1, 1), log[row, :, phase - 1], 0.0)
+        before.append(since.flatten(0, 1).unsqueeze(1))
+    logs = [since + new for since, new in zip(before, x.logs, strict=True)]
+    inputs, gradients = zip(*_write(rule, weights, state.merged(dtype), x, before[0], logs[0], norm), strict=True)
 
     def take(slots: Tensor, token: Tensor) -> Tensor:
         token = token.view(rows, heads, -1)
@@ -183,6 +185,12 @@ def _check_step(q: Tensor, mask: Tensor | None) -> None:
         raise ValueError(
             f"`mask` must be a bool tensor of shape {(q.shape[0], 1)}, got {mask.dtype} {tuple(mask.shape)}."
         )
+
+
+def _write(rule: MirasRule, weights, state: MemoryState, x: MemoryInputs, before: Tensor, now: Tensor, norm):
+    """The gradients of tokens that have not yet taken their slots of a merged state; the log decay before and after."""
+    gates = rule.algorithm.step_gradient_gates(state.eta, state.log_decay, before, now)
+    return rule.write_token(weights, state.factors, x.k, x.v, x.delta, norm, gates)
 
 
 def _read(rule: MirasRule, weights, state: MemoryState, q: Tensor, log_decay: Tensor, norm, mask) -> Tensor:

@@ -49,6 +49,8 @@ def dot_error(bias: Dot, prediction: Tensor, value: Tensor):
 @derivative_of(AttentionalBias.residual)
 def residual(bias: AttentionalBias, error: Tensor, delta: Tensor | None) -> WithErrorVjp:
     gradient, gradient_vjp = with_vjp(bias.gradient, error, delta)
+    if bias.residual_clip is None:
+        return gradient, gradient_vjp
     clipped, clip_vjp = _shortened(gradient, bias.residual_clip * math.sqrt(error.shape[-1]))
     return clipped, lambda bar: gradient_vjp(clip_vjp(bar)[0])
 

@@ -1,0 +1,352 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The delta rule: gradients token by token, against its recurrence written out and in every form."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from memory_cases import (
+    FORMS,
+    OTHER_FORMS,
+    assert_same,
+    gradients,
+    make_case,
+    relative_error,
+    state_tensors,
+    values_and_gradients,
+)
+
+from miras_hf import MirasConfig, MirasForCausalLM, load_memory, save_memory
+from miras_hf.memory import (
+    L2,
+    Decay,
+    DeltaRule,
+    Dot,
+    GradientDescent,
+    HuberNorm,
+    Lq,
+    MatrixMemory,
+    MirasRule,
+    MLPMemory,
+    chunk_miras,
+    recurrent_miras,
+    step_miras_,
+)
+from miras_hf.memory.diagnostics import memory_statistics
+from miras_hf.memory.naive import naive_miras
+from miras_hf.memory.probe import probe_memory
+from miras_hf.model_card import four_choices
+
+
+def delta_rule(gradient_at="decayed", weight_cap=None, decay_target="zero", chunk_size=4) -> MirasRule:
+    algorithm = DeltaRule(gradient_at=gradient_at)
+    return MirasRule(
+        MatrixMemory(), L2(residual_clip=None), Decay(weight_cap=weight_cap), algorithm, chunk_size, decay_target
+    )
+
+
+RULES = {
+    "decayed": delta_rule(),
+    "previous": delta_rule("previous"),
+    "to_init": delta_rule(decay_target="init"),
+    "previous_to_init": delta_rule("previous", decay_target="init"),
+    "capped": delta_rule(weight_cap=0.1),
+}
+
+
+def delta_case(rule="decayed", gates="alpha_channel", tokens=13, largest=None, **options):
+    """Steps from zero up to nearly the largest, where they are cut."""
+    rule = rule if isinstance(rule, MirasRule) else RULES[rule]
+    case = make_case(rule, tokens=tokens, gates=gates, **options)
+    largest = 0.99 * rule.algorithm.largest_step if largest is None else largest
+    return case._replace(inputs=case.inputs | {"eta": largest * case.inputs["eta"] / case.inputs["eta"].max()})
+
+
+def written_out(case, row, head):
+    """What the equations in `DeltaRule` say about one head, matrix by matrix: reads, and the state in the end."""
+    x = {name: t[row, :, head] for name, t in case.inputs.items()}
+    start = case.parameters.initial[0][head]
+    base = start if case.rule.decay_target == "init" else torch.zeros_like(start)
+    dual, reads = start - base, []
+    for q, k, v, eta, log_alpha in zip(*(x[name] for name in ("q", "k", "v", "eta", "log_alpha")), strict=True):
+        kept = torch.diag(log_alpha.exp().expand(8)) @ dual
+        at = dual if case.rule.algorithm.gradient_at == "previous" else kept
+        dual = kept - eta * torch.outer(k, k @ (base + at) - v)
+        reads.append(q @ (base + dual))
+    return torch.stack(reads), dual
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("gates", ["head", "alpha_channel"])
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "capped"])
+def test_a_head_written_out(rule, gates, form):
+    """In float64 and float32, whatever the chunk."""
+    case = delta_case(rule, gates)
+    expected = [[written_out(case, row, head) for head in range(2)] for row in range(2)]
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+        for chunk_size in (1, 4, 13):
+            given = case._replace(rule=dataclasses.replace(RULES[rule], chunk_size=chunk_size)).to(dtype)
+            y, state = given(FORMS[form], output_final_state=True)
+            for row, head in itertools.product(range(2), range(2)):
+                reads, dual = expected[row][head]
+                assert relative_error(y[row, :, head], reads) < tolerance
+                if chunk_size != 4:  # nothing waits in slots
+                    assert relative_error(state.dual[0][row, head], dual) < tolerance
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+@pytest.mark.parametrize("rule", RULES)
+def test_forms_agree(rule, form):
+    case = delta_case(rule)
+    for final_state in (True, False):
+        expected = values_and_gradients(case, recurrent_miras, final_state)
+        assert_same(values_and_gradients(case, FORMS[form], final_state), expected, 1e-9)
+
+
+@pytest.mark.parametrize("rule", ["decayed", "previous_to_init"])
+def test_the_naive_form_says_the_same(rule):
+    case = delta_case(rule, batch=1, heads=1, tokens=9)
+    x = {name: t[0, :, 0] for name, t in case.inputs.items()}
+    x |= {"eta": x["eta"].unsqueeze(-1), "alpha": x.pop("log_alpha").exp()}
+    initial, *norm = case.parameters
+    y = naive_miras(**x, rule=case.rule, initial=[a[0] for a in initial], norm=[p[0] for p in norm])
+    assert relative_error(y, case(chunk_miras)[0][0, :, 0]) < 1e-13
+
+
+@pytest.mark.parametrize("then", ["recurrent", "chunk", "chunk_groups_of_1", "decode"])
+@pytest.mark.parametrize("first", ["recurrent", "chunk", "decode"])
+def test_forms_take_over_from_each_other(first, then):
+    """In the middle of a chunk, with gradients through the state."""
+    case = delta_case("previous_to_init")
+
+    def in_two(case, first, then):
+        y, state = case.tokens(0, 6)(FORMS[first], output_final_state=True)
+        z, end = case.tokens(6, 13)(FORMS[then], initial_state=state, output_final_state=True)
+        return {"y": torch.cat((y, z), dim=1), **state_tensors(end)}
+
+    whole = values_and_gradients(case, recurrent_miras)
+    leaves = case.requires_grad()
+    parts = in_two(leaves, first, then)
+    assert_same({name: t.detach() for name, t in parts.items()}, {n: whole[n] for n in parts}, 1e-12)
+    assert_same(
+        gradients(parts, leaves.named_leaves()), {n: t for n, t in whole.items() if n.startswith("grad.")}, 1e-9
+    )
+
+
+@pytest.mark.parametrize("rule", ["decayed", "previous", "capped"])
+def test_steps_in_place(rule):
+    case = delta_case(rule)
+    whole, end = case(recurrent_miras, output_final_state=True)
+    _, state = case.tokens(0, 2)(chunk_miras, output_final_state=True)
+    weights = None
+    for t in range(2, 13):
+        y, weights = case.tokens(t, t + 1)(step_miras_, state=state, weights=weights)
+        assert relative_error(y, whole[:, t : t + 1]) < 1e-12
+    for got, want in zip(state.leaves(), end.leaves(), strict=True):
+        assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pads_and_packs(form):
+    case = delta_case(batch=1)
+    rows = [case.tokens(0, 6), case.tokens(6, 13)]
+    expected = [row(recurrent_miras, output_final_state=True) for row in rows]
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, [0, 1, 4]], mask[1, [2, 8]] = False, False
+    padded = {name: torch.full((2, 9, *x.shape[2:]), 0.3, dtype=x.dtype) for name, x in case.inputs.items()}
+    for name, x in padded.items():
+        for row in range(2):
+            x[row, mask[row]] = rows[row].inputs[name][0]
+    y, state = case._replace(inputs=padded)(FORMS[form], mask=mask, output_final_state=True)
+    for row, (want, end) in enumerate(expected):
+        assert relative_error(y[row, mask[row]], want[0]) < 1e-12
+        for got, other in zip(state.leaves(), end.leaves(), strict=True):
+            assert relative_error(got[row], other[0]) < 1e-12
+    if form != "decode":
+        packed, _ = case(FORMS[form], cu_seqlens=torch.tensor([0, 6, 13], dtype=torch.int32))
+        assert relative_error(packed, torch.cat([want for want, _ in expected], dim=1)) < 1e-12
+
+
+@pytest.mark.parametrize("rule", ["decayed", "previous_to_init"])
+def test_gradients_of_finite_differences(rule):
+    case = delta_case(rule, tokens=6, batch=1, heads=1, head_dim=3)
+    leaves = {key: x.requires_grad_() for key, x in case.named_leaves().items()}
+    assert torch.autograd.gradcheck(
+        lambda *_: case(chunk_miras)[0], tuple(leaves.values()), fast_mode=True, atol=1e-6, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("rule", ["decayed", "previous"])
+@pytest.mark.parametrize("keys", ["one", "two", "large", "zero"])
+def test_a_memory_does_not_grow_without_end(rule, keys):
+    """Steps far above the largest for keys that come again and again: cut, so that errors at most change sign."""
+    case = delta_case(dataclasses.replace(RULES[rule], chunk_size=64), "head", tokens=512, largest=4.0)
+    if keys != "large":
+        keys = {"one": [1.0, 1.0], "two": [1.0, -1.0], "zero": [0.0, 0.0]}[keys]
+        case.inputs["k"] = torch.zeros_like(case.inputs["k"])
+        case.inputs["k"][:, ::2, :, 0], case.inputs["k"][:, 1::2, :, 0] = keys
+    else:
+        case.inputs["k"] = 1e5 * case.inputs["k"]
+    case.inputs["log_alpha"] = 1e-3 * case.inputs["log_alpha"]
+    exact = values_and_gradients(case, chunk_miras)
+    found = values_and_gradients(case.to(torch.float32), chunk_miras)
+    assert all(x.isfinite().all() for x in found.values())
+    assert found["y"].abs().max() < 1e3 * case.inputs["v"].abs().max()
+    assert relative_error(found["y"], exact["y"]) < 1e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_is_cut_at_the_largest(form):
+    case = delta_case("decayed", "head", tokens=5, largest=3.0)
+    cut = case._replace(inputs=case.inputs | {"eta": case.inputs["eta"].clamp(max=2.0)})
+    assert (case.inputs["eta"] > 2.0).any()
+    assert relative_error(case(FORMS[form])[0], cut(FORMS[form])[0]) < 1e-13
+
+
+@pytest.mark.parametrize("form", ["recurrent", "chunk"])
+def test_strongest_decay_of_channels(form):
+    """Of all that a chunk can forget, in float32: products of keys and queries reach exp(80) each."""
+    rule = dataclasses.replace(RULES["previous"], chunk_size=64)
+    case = delta_case(rule, tokens=70, batch=1)
+    draw = torch.rand(case.inputs["log_alpha"].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    case.inputs["log_alpha"] = torch.where(draw < 0.7, -2.5, 0.0)
+    case.inputs["log_alpha"][..., :4] = -2.5
+    exact = values_and_gradients(case, recurrent_miras)
+    found = values_and_gradients(case.to(torch.float32), FORMS[form])
+    assert_same(
+        {n: t for n, t in found.items() if n != "state.count.0"},
+        {n: t for n, t in exact.items() if n != "state.count.0"},
+        1e-4,
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_broken_token_reaches_no_other_before_it(form):
+    case = delta_case(tokens=11)
+    clean, _ = case(FORMS[form])
+    for name in case.inputs:
+        x = case.inputs[name]
+        here = torch.arange(11).view(1, 11, *[1] * (x.dim() - 2)) == 6
+        broken = case._replace(inputs=case.inputs | {name: torch.where(here, torch.nan, x)})
+        y, state = broken(FORMS[form], output_final_state=True)
+        assert relative_error(y[:, :6], clean[:, :6]) < 1e-15 and y[:, 6].isnan().all()
+        if name != "q":
+            assert y[:, 6:].isnan().all() and state.dual[0].isnan().any()
+
+
+def test_what_does_not_fit_is_refused():
+    case = delta_case()
+    wide = case.inputs["eta"].unsqueeze(-1).expand(-1, -1, -1, 8)
+    with pytest.raises(ValueError, match=r"`eta` must have shape \(2, 13, 2\) for DeltaRule, got last axis 8"):
+        case._replace(inputs=case.inputs | {"eta": wide})(chunk_miras)
+    fitting = {
+        "architecture": MatrixMemory(), "attentional_bias": L2(residual_clip=None), "retention": Decay(),
+        "algorithm": DeltaRule(),
+    }  # fmt: skip
+    MirasRule(**fitting)
+    for other, why in (
+        ({"architecture": MLPMemory()}, "for a matrix memory only.*`chunk_size=1`"),
+        ({"attentional_bias": Dot()}, "are the same at every memory"),
+        ({"attentional_bias": L2()}, "with `residual_clip=None`"),
+        ({"attentional_bias": HuberNorm()}, "of the l2 loss"),
+        ({"retention": Lq()}, "with decay"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s)`algorithm` must fit.*DeltaRule.*{why}.*got"):
+            MirasRule(**{**fitting, **other})
+    with pytest.raises(ValueError, match="`gradient_at` must be one of 'decayed', 'previous', got chunk"):
+        DeltaRule(gradient_at="chunk")
+
+
+def test_diagnostics_tell_of_errors_at_the_time_of_the_write():
+    """A key that comes back with its value in one chunk finds it there."""
+    case = delta_case("decayed", "head", batch=1, tokens=4)
+    one = {name: x[:, :1].expand_as(x) for name, x in case.inputs.items()}
+    one |= {"eta": torch.ones_like(one["eta"]), "log_alpha": torch.zeros_like(one["log_alpha"])}
+    case = case._replace(inputs=one)
+    first = case.tokens(0, 1)(memory_statistics).inner_loss
+    torch.testing.assert_close(case(memory_statistics).inner_loss, first / 4)
+    torch.testing.assert_close(case(memory_statistics).inner_loss_initial, first)
+    probe = case(probe_memory, lags=(0,))
+    torch.testing.assert_close(probe.write_share, torch.ones(2, dtype=torch.float64))
+    at_chunk_start = dataclasses.replace(case.rule, algorithm=GradientDescent())
+    torch.testing.assert_close(case._replace(rule=at_chunk_start)(memory_statistics).inner_loss, first)
+
+
+# -- models ---------------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
+    "chunk_size": 4, "initializer_range": 0.3,
+}  # fmt: skip
+DELTA = {"memory_architecture": "matrix", "residual_clip": None, "learning_algorithm": "delta_rule"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return MirasForCausalLM(MirasConfig(**SMALL, **DELTA, weight_cap=None)).eval()
+
+
+IDS = torch.randint(32, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_model_decodes_as_it_reads(model):
+    """Retention is one number a channel, and the step one a head; the chunk is but a way to compute."""
+    mixer = model.model.layers[0].mixer
+    assert (mixer.eta.bias.numel(), mixer.alpha.bias.numel(), mixer.eta.eta_max) == (4, 32, 1.0)
+    assert mixer.memory.backend.reason == "kernels do not know DeltaRule"
+    with torch.no_grad():
+        whole = model(IDS).logits
+        cache, parts = None, []
+        for start, stop in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 11)):
+            out = model(IDS[:, start:stop], past_key_values=cache, use_cache=True)
+            cache, parts = out.past_key_values, [*parts, out.logits]
+        other = MirasForCausalLM(MirasConfig(**SMALL | {"chunk_size": 7}, **DELTA, weight_cap=None)).eval()
+        other.load_state_dict(model.state_dict())
+        assert relative_error(other(IDS).logits, whole) < 1e-5
+    assert relative_error(torch.cat(parts, dim=1), whole) < 1e-5
+
+
+def test_a_memory_is_saved_taken_back_and_speculated(model, tmp_path):
+    greedy = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(IDS[:1], **greedy)
+    assert torch.equal(model.generate(IDS[:1], cache_implementation="static", **greedy), expected)
+    assert torch.equal(model.generate(IDS[:1], prompt_lookup_num_tokens=3, **greedy), expected)
+    with torch.no_grad():
+        cache = model(IDS[:1, :6], use_cache=True).past_key_values
+        save_memory(cache, tmp_path / "memory.safetensors", model)
+        again = load_memory(tmp_path / "memory.safetensors", model)
+        logits = [model(IDS[:1, 6:], past_key_values=c).logits for c in (cache, again)]
+    assert torch.equal(*logits)
+
+
+def test_a_config_says_what_does_not_fit(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    config = MirasConfig.from_pretrained(tmp_path)
+    assert (config.residual_clip, config.gradient_at, config.eta_max) == (None, "decayed", 1.0)
+    assert "`delta_rule`, `gradient_at` = decayed, computed in chunks of 4 tokens" in four_choices(config)
+    for fields, why in (
+        ({"memory_architecture": "mlp"}, "for a matrix memory only.*got `memory_architecture='mlp'`"),
+        ({"residual_clip": 3.0}, "with `residual_clip=None`, got .*`residual_clip=3.0`"),
+        ({"attentional_bias": "huber_norm"}, "of the l2 loss.*`attentional_bias='huber_norm'`"),
+        ({"retention": "kl"}, "with decay, got .*`retention='kl'`"),
+        ({"eta_max": 2.5}, "`eta_max` must be at most 2 with DeltaRule.gradient_at='decayed'., got 2.5"),
+        ({"eta_max": 1.5, "gradient_at": "previous"}, "`eta_max` must be at most 1 with"),
+        ({"learning_algorithm": "momentum", "gradient_at": "previous", "gate_granularity": "head"}, "means nothing"),
+    ):
+        with pytest.raises(StrictDataclassError, match=f"(?s){why}"):
+            MirasConfig(**SMALL, **{**DELTA, **fields})

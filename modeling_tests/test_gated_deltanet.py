@@ -1,0 +1,84 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A Gated DeltaNet layer of Transformers and the memory layer that took its weights compute the same."""
+
+import pytest
+import torch
+from memory_cases import relative_error
+from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+from miras_hf import MirasConfig
+from miras_hf.gated_deltanet import gated_deltanet_fields, load_gated_deltanet
+from miras_hf.modeling_miras import MirasMixer
+from miras_hf.sequences import Sequences
+
+
+def layer_of(key_heads=2, value_heads=4, **fields):
+    torch.manual_seed(0)
+    config = Qwen3NextConfig(
+        hidden_size=24, linear_num_key_heads=key_heads, linear_num_value_heads=value_heads, linear_key_head_dim=8,
+        linear_conv_kernel_dim=3, num_hidden_layers=1, layer_types=["linear_attention"], num_experts=2,
+        num_experts_per_tok=1, **{"linear_value_head_dim": 8, **fields},
+    )  # fmt: skip
+    layer = Qwen3NextGatedDeltaNet(config, 0)
+    with torch.no_grad():  # far from where it starts: gates that open and close, writes that are seen
+        for name, p in layer.named_parameters():
+            if name != "A_log":
+                p.copy_(torch.randn_like(p) * (1.0 if p.dim() == 1 else p[0].numel() ** -0.5))
+    return layer
+
+
+def mixer_of(layer):
+    config = MirasConfig(**gated_deltanet_fields(layer), num_hidden_layers=1)
+    mixer = MirasMixer(config, 0)
+    load_gated_deltanet(mixer, layer)
+    return mixer
+
+
+@pytest.mark.parametrize("heads", [(2, 4), (2, 2), (1, 3)])
+def test_the_same_is_computed(heads):
+    """Outputs, and gradients of the input and of the weights that both have; also of a row that is padded."""
+    layer = layer_of(*heads)
+    assert (layer.A_log.exp() > 2.5).any()  # tokens that forget more than the default bound lets them
+    mixer, x = mixer_of(layer), torch.randn(2, 21, 24)
+    found = {}
+    for module, call in ((layer, layer), (mixer, lambda x: mixer(x)[0])):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found[module] = y, leaf.grad
+    for got, want in zip(found[mixer], found[layer], strict=True):
+        assert relative_error(got, want) < 1e-5
+    for ours, theirs in ((mixer.alpha.a_log, layer.A_log), (mixer.o_proj.weight, layer.out_proj.weight)):
+        assert relative_error(ours.grad, theirs.grad) < 1e-5
+    mask = torch.ones(2, 21, dtype=torch.bool)
+    mask[0, :5] = False
+    with torch.no_grad():
+        alone = layer(x[:1, 5:])
+        padded = mixer(x, sequences=Sequences(mask))[0]
+    assert relative_error(padded[:1, 5:], alone) < 1e-5
+
+
+def test_what_cannot_be_taken_is_refused():
+    with pytest.raises(TypeError, match="`layer` must be a `Qwen3NextGatedDeltaNet`, got a `Linear`"):
+        gated_deltanet_fields(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="`head_k_dim` 8 and `head_v_dim` 16: a matrix memory is square"):
+        gated_deltanet_fields(layer_of(linear_value_head_dim=16))
+    with pytest.raises(ValueError, match="`layer.activation` must be 'silu', got 'gelu'"):
+        gated_deltanet_fields(layer_of(hidden_act="gelu"))
+    layer = layer_of()
+    other = MirasMixer(MirasConfig.from_preset("kda", **{"hidden_size": 24, "num_attention_heads": 3}), 0)
+    with pytest.raises(ValueError, match="`mixer` must be of a config with `gated_deltanet_fields`: `alpha.a_log` has"):
+        load_gated_deltanet(other, layer)

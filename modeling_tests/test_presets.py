@@ -1,0 +1,295 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Presets are the recurrences that their papers publish: against code installed with Transformers, and against loops of a few
+lines in float64."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from memory_cases import relative_error
+from transformers.models.kimi_linear.modeling_kimi_linear import recurrent_kimi_delta_attention
+from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
+from transformers.models.minimax.configuration_minimax import MiniMaxConfig
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    torch_chunk_gated_delta_rule,
+    torch_recurrent_gated_delta_rule,
+)
+
+from miras_hf import MirasConfig, MirasForCausalLM, MonetaConfig
+from miras_hf.memory import MemoryParameters, chunk_miras, recurrent_miras
+from miras_hf.modeling_miras import memory_rule
+from miras_hf.presets import MODELS, NOT_EXPRESSED, table
+
+
+ROWS, TOKENS, HEADS, WIDTH = 2, 21, 2, 8
+FORMS = {"recurrent": recurrent_miras, "chunk": chunk_miras}
+
+
+def rule_of(name: str, chunk_size: int = 8):
+    return memory_rule(MirasConfig.from_preset(name, chunk_size=chunk_size))
+
+
+def read(name, form, q, k, v, eta, log_alpha, rule=None, initial=None, **others):
+    """What the preset's memory reads; matrices start empty."""
+    rule = rule_of(name) if rule is None else rule
+    initial = (torch.zeros(HEADS, WIDTH, WIDTH, dtype=q.dtype),) if initial is None else initial
+    norm = torch.ones(HEADS, WIDTH, dtype=q.dtype), torch.zeros(HEADS, WIDTH, dtype=q.dtype)
+    given = {"eta": eta.expand(ROWS, TOKENS, HEADS), "log_alpha": log_alpha, **others}
+    return FORMS[form](q, k, v, **given, rule=rule, parameters=MemoryParameters(initial, *norm))[0]
+
+
+def draw(dtype=torch.float64, seed=0):
+    """Queries and keys of norm 1, values, two numbers between 0.1 and 1 a head, and one a channel."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (ROWS, TOKENS, HEADS, WIDTH)
+    q, k, v = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    one, two = 0.1 + 0.9 * torch.rand(2, *shape[:-1], generator=generator, dtype=torch.float64)
+    channels = 0.1 + 0.9 * torch.rand(*shape, generator=generator, dtype=torch.float64)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    return tuple(x.to(dtype) for x in (q, k, v, one, two, channels))
+
+
+ONE, NONE = torch.ones(()), torch.zeros(ROWS, TOKENS, HEADS)
+
+
+def loop(q, k, v, step):
+    """`S = step(S, t)` from zero, and `q S`."""
+    state, outputs = torch.zeros(ROWS, HEADS, WIDTH, WIDTH, dtype=q.dtype), []
+    for t in range(TOKENS):
+        state = step(state, t)
+        outputs.append(torch.einsum("bhi,bhij->bhj", q[:, t], state))
+    return torch.stack(outputs, dim=1)
+
+
+def outer(a, b):
+    return a.unsqueeze(-1) * b.unsqueeze(-2)
+
+
+def delta_step(state, k, v, beta):
+    error = torch.einsum("bhi,bhij->bhj", k, state) - v
+    return state - beta[..., None, None] * outer(k, error)
+
+
+def published(name):
+    """Inputs of the preset's memory, and what the paper's recurrence makes of its own, in float64."""
+    q, k, v, one, two, channels = draw()
+    slopes = 2.0 ** -(1.0 + torch.arange(HEADS, dtype=torch.float64))
+    if name == "linear-attention":
+        return (q, k, v, ONE, NONE), loop(q, k, v, lambda s, t: s + outer(k[:, t], v[:, t]))
+    if name == "retnet":
+        gamma = 1 - 2.0 ** (-5.0 - torch.arange(HEADS, dtype=torch.float64))
+        expected = loop(q, k, v, lambda s, t: gamma[:, None, None] * s + outer(k[:, t], v[:, t]))
+        return (q, k, v, ONE, gamma.log().expand(ROWS, TOKENS, HEADS)), expected
+    if name == "lightning":
+        expected = loop(q, k, v, lambda s, t: torch.exp(-slopes)[:, None, None] * s + outer(k[:, t], v[:, t]))
+        return (q, k, v, ONE, -slopes.expand(ROWS, TOKENS, HEADS)), expected
+    if name == "gla":
+        x = 4 * channels - 2
+        alpha = torch.sigmoid(x) ** (1 / 16)
+        expected = loop(q, k, v, lambda s, t: alpha[:, t].unsqueeze(-1) * s + outer(k[:, t], v[:, t]))
+        return (q, k, v, ONE, -torch.tensor(-16.0).abs().reciprocal().double() * F.softplus(-x)), expected
+    if name == "mamba2":
+        a, dt = -1 - torch.arange(HEADS, dtype=torch.float64), 0.5 * one
+        expected = loop(
+            q,
+            k,
+            v,
+            lambda s, t: (dt[:, t] * a).exp()[..., None, None] * s + outer(dt[:, t, :, None] * k[:, t], v[:, t]),
+        )
+        return (q, k, v, dt, dt * a), expected
+    if name == "deltanet":
+        return (q, k, v, one, NONE), loop(q, k, v, lambda s, t: delta_step(s, k[:, t], v[:, t], one[:, t]))
+    if name in ("gated-deltanet", "kda"):
+        decay = channels if name == "kda" else two.unsqueeze(-1)
+        expected = loop(q, k, v, lambda s, t: delta_step(decay[:, t].unsqueeze(-1) * s, k[:, t], v[:, t], one[:, t]))
+        return (q, k, v, one, decay.log()), expected
+    assert name == "longhorn"
+    k, beta = 2 * k, 3 * one
+    eye = torch.eye(WIDTH, dtype=torch.float64)
+
+    def implicit(s, t):  # the gradient of the objective is zero where (1 + beta k^T k) S = S' + beta k^T v
+        weight = beta[:, t, :, None, None]
+        return torch.linalg.solve(eye + weight * outer(k[:, t], k[:, t]), s + weight * outer(k[:, t], v[:, t]))
+
+    return (q, k, v, beta / (1 + beta * k.square().sum(-1)), NONE), loop(q, k, v, implicit)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "titans-lmm"])
+def test_a_preset_is_the_published_recurrence(name, form):
+    inputs, expected = published(name)
+    assert relative_error(read(name, form, *inputs), expected) < 1e-9
+    inputs = [x.float() for x in inputs]
+    assert relative_error(read(name, form, *inputs), expected) < 1e-5
+
+
+class _Open(torch.nn.Module):
+    def forward(self, x):
+        return torch.full((), torch.inf)
+
+
+def by_transformers(name):
+    """Inputs of the preset's memory, and what the code installed with Transformers makes of the model's own, in float32."""
+    q, k, v, one, two, channels = draw(torch.float32)
+    scale = WIDTH**-0.5  # theirs multiply queries by it
+    if name in ("deltanet", "gated-deltanet"):
+        g = two.log() if name == "gated-deltanet" else NONE
+        return [
+            ((q * scale, k, v, one, g), function(q, k, v, g=g, beta=one, use_qk_l2norm_in_kernel=False)[0])
+            for function in (torch_recurrent_gated_delta_rule, torch_chunk_gated_delta_rule)
+        ]
+    if name == "kda":
+        g = channels.log()
+        return [((q * scale, k, v, one, g), recurrent_kimi_delta_attention(q, k, v, g, one, None, False)[0])]
+    if name == "mamba2":
+        a, state = -1.0 - torch.arange(HEADS), torch.zeros(ROWS, HEADS, WIDTH, WIDTH)
+        each = (HEADS, WIDTH)
+        outputs = [
+            mamba2_selective_state_update(
+                state, v[:, t], one[:, t, :, None].expand(ROWS, *each), a[:, None, None].expand(*each, WIDTH),
+                k[:, t], q[:, t],
+            )
+            for t in range(TOKENS)
+        ]  # fmt: skip
+        return [((q, k, v, one, one * a), torch.stack(outputs, dim=1))]
+    assert name in ("lightning", "linear-attention")
+    # with a slope of zero it masks nothing inside its blocks
+    config = MiniMaxConfig(
+        hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, num_hidden_layers=2, hidden_act="linear",
+        layer_types=["linear_attention"] * 2, block_size=8 if name == "lightning" else 1,
+    )  # fmt: skip
+    layer = MiniMaxLightningAttention(config, 0)
+    # queries, keys and values of a head stand beside each other; what comes after the memory does nothing
+    x = torch.cat((q, k, v), dim=-1).flatten(-2)
+    layer.qkv_proj, layer.norm, layer.out_proj = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()
+    layer.output_gate = _Open()
+    slopes = layer.slope_rate.flatten()
+    if name == "linear-attention":
+        slopes = 0.0 * slopes
+        layer.slope_rate = slopes[:, None, None]
+        layer.query_decay, layer.key_decay, layer.diagonal_decay = layer.decay_factors(layer.slope_rate)
+    expected = layer(x, None, None)[0].unflatten(-1, (HEADS, WIDTH))
+    return [((q, k, v, ONE, -slopes.expand(ROWS, TOKENS, HEADS)), expected)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [name for name, preset in MODELS.items() if preset.oracle])
+def test_a_preset_is_what_transformers_computes(name, form):
+    for inputs, expected in by_transformers(name):
+        assert relative_error(read(name, form, *inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk_size", [1, 8])
+def test_titans(chunk_size, form):
+    """Its memory written out, gradients by autograd: at every token's own time, and at the start of its chunks."""
+    q, k, v, eta, theta, _ = draw()
+    keep, theta, eta, v = 1 - 0.1 * eta, 0.8 * theta, 0.1 * theta, 0.3 * v
+    generator = torch.Generator().manual_seed(1)
+    hidden = 4 * WIDTH
+    first = torch.randn(HEADS, WIDTH, hidden, generator=generator, dtype=torch.float64) / WIDTH**0.5
+    second = torch.randn(HEADS, hidden, WIDTH, generator=generator, dtype=torch.float64) / hidden**0.5
+    expected = torch.empty_like(q)
+    for row, head in itertools.product(range(ROWS), range(HEADS)):
+        weights, momenta, eps = [first[head], second[head]], [0.0, 0.0], 0.1
+
+        def memory(x, w, eps=eps):
+            return x + F.layer_norm(F.gelu(x @ w[0], approximate="tanh") @ w[1], (WIDTH,), eps=eps)
+
+        for t in range(TOKENS):
+            if t % chunk_size == 0:
+                at = [w.detach().requires_grad_() for w in weights]
+            loss = 0.5 * (memory(k[row, t, head], at) - v[row, t, head]).square().sum()
+            grads = torch.autograd.grad(loss, at)
+            momenta = [theta[row, t, head] * s - eta[row, t, head] * g for s, g in zip(momenta, grads, strict=True)]
+            weights = [keep[row, t, head] * w + s for w, s in zip(weights, momenta, strict=True)]
+            expected[row, t, head] = memory(q[row, t, head], weights)
+    rule = rule_of("titans-lmm", chunk_size)
+    found = read("titans-lmm", form, q, k, v, eta, keep.log(), rule, (first, second), log_momentum=theta.log())
+    assert relative_error(found, expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_preset_makes_a_model(name):
+    """Gates that a model does not have stand still, and one that is not wanted is not there; decoding is reading."""
+    config = MirasConfig.from_preset(name, size="tiny", vocab_size=32, chunk_size=4)
+    assert (config.hidden_size, config.num_hidden_layers) == (128, 2)
+    torch.manual_seed(0)
+    model = MirasForCausalLM(config)
+    ids = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(0))
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    mixer = model.model.layers[0].mixer
+    assert [hasattr(gate, "up_proj") for gate in (mixer.eta, mixer.alpha)] == [
+        config.learned_step, config.learned_retention,
+    ]  # fmt: skip
+    with torch.no_grad():
+        x = torch.randn(2, 3, 128)
+        if not config.learned_step:
+            assert mixer.eta(x).shape[:3] == (2, 3, 4) and (mixer.eta(x) == 1.0).all()
+        if not config.learned_retention:
+            half_lives = -torch.log(torch.tensor(2.0)) / mixer.alpha(x)
+            ends = torch.tensor([config.min_half_life, config.max_half_life])
+            torch.testing.assert_close(half_lives[..., [0, -1]], ends.expand(2, 3, 2), rtol=1e-3, atol=0)
+        if config.initial_memory_scale == 0.0:
+            assert not mixer.memory.initial_state[0].any()
+        model.eval()
+        whole, out = model(ids).logits, model(ids[:, :6], use_cache=True)
+        parts = [out.logits]
+        for t in range(6, 9):
+            out = model(ids[:, t : t + 1], cache=out.past_key_values)
+            parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_gates_that_stand_still_are_not_trained_after_they_are_loaded(tmp_path):
+    config = MirasConfig.from_preset("retnet", size="tiny", vocab_size=32)
+    MirasForCausalLM(config).save_pretrained(tmp_path)
+    model = MirasForCausalLM.from_pretrained(tmp_path)
+    still = {name for name, p in model.named_parameters() if not p.requires_grad}
+    layers = range(config.num_hidden_layers)
+    assert still == {f"model.layers.{i}.mixer.{x}" for i in layers for x in ("eta.bias", "alpha.bias", "alpha.a_log")}
+    plan = config.tensor_parallel_plan()
+    assert plan["layers.*.mixer.eta"] == "heads" and "layers.*.mixer.eta.up_proj" not in plan
+
+
+def test_what_is_no_preset_is_refused():
+    with pytest.raises(ValueError, match="`name` must be one of .*'tiny'.* or of .*'kda'.*, got 'rwkv'"):
+        MirasConfig.from_preset("rwkv")
+    with pytest.raises(
+        ValueError, match="`name` must be a size, got 'kda': a model of `MirasConfig`, not `MonetaConfig`"
+    ):
+        MonetaConfig.from_preset("kda")
+    with pytest.raises(ValueError, match="`paper` must be False with 'kda'"):
+        MirasConfig.from_preset("kda", paper=True)
+    with pytest.raises(ValueError, match="`size` must be one of .*'tiny'.* or None, got 'huge'"):
+        MirasConfig.from_preset("kda", size="huge")
+    with pytest.raises(ValueError, match="`size` must be None with a size by name, got 'tiny' with '170m'"):
+        MirasConfig.from_preset("170m", size="tiny")
+    for retention in ("kl", "lq"):
+        with pytest.raises(
+            StrictDataclassError, match=f"`initial_memory_scale` must .*`retention='{retention}'`, got 0"
+        ):
+            MirasConfig(initial_memory_scale=0.0, retention=retention)
+
+
+def test_the_documents_table_is_that_of_the_presets():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "design_space.md").read_text(encoding="utf-8")
+    assert table() in page
+    assert not MODELS.keys() & NOT_EXPRESSED.keys()

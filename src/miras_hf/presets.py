@@ -1,0 +1,226 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Published models as points of the Miras design space: what a config of theirs says, and what their inputs are here.
+
+A point is what stands in `MirasConfig`'s fields about the memory. It is proven to be the model's recurrence, on random inputs,
+against code that is not ours (`modeling_tests/test_presets.py`). The layer around it is this library's: convolutions, queries
+and keys of norm 1, the gated norm after it. `table()` is that of `docs/design_space.md`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published model as a point of the design space.
+
+    Args:
+        title (`str`): its name and where it is published.
+        recurrence (`str`): what it publishes, in rows: S is the state, `[key, value]`.
+        inputs (`str`): what its numbers are here, the step eta and the retention alpha among them.
+        differs (`str`): what the preset's model does in another way, or nothing.
+        oracle (`str`): which of Transformers' models has code of it that the tests compare with, or nothing.
+        fields (`dict`): the fields of its config.
+    """
+
+    title: str
+    recurrence: str
+    inputs: str
+    differs: str
+    oracle: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+# no guard, and nothing that the published recurrences do not have; a factor of one in float32 is no retention at all
+_MATRIX = {
+    "memory_architecture": "matrix",
+    "residual_clip": None,
+    "weight_cap": None,
+    "decay_target": "zero",
+    "initial_memory_scale": 0.0,
+    "use_rope": False,
+    "value_norm": False,
+    "output_norm_eps": None,
+}
+_KEEPS_ALL = {"learned_retention": False, "min_half_life": 2.0**30, "max_half_life": 2.0**30}
+_HEBBIAN = {**_MATRIX, "attentional_bias": "dot", "eta_max": 1.0}
+_DELTA = {**_MATRIX, "learning_algorithm": "delta_rule", "eta_max": 1.0}
+
+MODELS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "linear-attention": Preset(
+            "Linear attention (arXiv 2006.16236)",
+            "S = S + k^T v",
+            "eta = 1, alpha = 1",
+            "without its normaliser, as in later models",
+            "minimax",
+            {**_HEBBIAN, **_KEEPS_ALL, "learned_step": False, "gate_granularity": "head"},
+        ),
+        "retnet": Preset(
+            "RetNet (arXiv 2307.08621)",
+            "S = gamma_h S + k^T v",
+            "eta = 1, alpha = gamma_h",
+            "its gamma_h = 1 - 2^(-5-h) stand for half-lives of about 2^(5+h) ln 2, which are spread alike here",
+            "",
+            {
+                **_HEBBIAN,
+                "learned_step": False,
+                "learned_retention": False,
+                "gate_granularity": "head",
+                "min_half_life": 22.0,
+                "max_half_life": 726817.0,
+                "use_rope": True,
+            },
+        ),
+        "lightning": Preset(
+            "Lightning attention, MiniMax (arXiv 2501.08313)",
+            "S = exp(-s_h) S + k^T v",
+            "eta = 1, log alpha = -s_h",
+            "its slopes fall from layer to layer, which are the same in all layers here",
+            "minimax",
+            {
+                **_HEBBIAN,
+                "learned_step": False,
+                "learned_retention": False,
+                "gate_granularity": "head",
+                "min_half_life": 1.0,
+                "max_half_life": 177.0,
+            },
+        ),
+        "gla": Preset(
+            "Gated linear attention (arXiv 2312.06635)",
+            "S = diag(alpha) S + k^T v",
+            "eta = 1; its log alpha = logsigmoid(x) / 16 is `-exp(a_log) softplus(-x)` with `a_log = -log 16`",
+            "`a_log` is learned",
+            "",
+            {**_HEBBIAN, "learned_step": False, "gate_granularity": "channel"},
+        ),
+        "mamba2": Preset(
+            "Mamba2's state update (arXiv 2405.21060)",
+            "S = exp(Delta a) S + Delta B^T x, y = C S + D x",
+            "k = B, v = x, q = C, eta = Delta, log alpha = Delta a; D x is outside the memory",
+            "step and retention have a gate each, where Mamba2 has Delta for both; states are as wide as heads",
+            "mamba2",
+            {**_HEBBIAN, "gate_granularity": "head"},
+        ),
+        "deltanet": Preset(
+            "DeltaNet (arXiv 2406.06484)",
+            "S = S - beta k^T (k S - v)",
+            "eta = beta, alpha = 1",
+            "",
+            "qwen3_next",
+            {**_DELTA, **_KEEPS_ALL, "gate_granularity": "head"},
+        ),
+        "gated-deltanet": Preset(
+            "Gated DeltaNet (arXiv 2412.06464), Qwen3-Next",
+            "S = alpha S, then S = S - beta k^T (k S - v)",
+            "eta = beta, log alpha = g; a query over sqrt(d) is an epsilon times d in the norm after the memory",
+            "",
+            "qwen3_next",
+            {**_DELTA, "gate_granularity": "head"},
+        ),
+        "kda": Preset(
+            "Kimi Delta Attention (arXiv 2510.26692)",
+            "S = diag(alpha) S, then S = S - beta k^T (k S - v)",
+            "eta = beta, log alpha = g, one a channel of the key; queries as of Gated DeltaNet",
+            "",
+            "kimi_linear",
+            {**_DELTA, "gate_granularity": "channel"},
+        ),
+        "longhorn": Preset(
+            "Longhorn (arXiv 2407.14207)",
+            "S = argmin |S - S'|^2 + beta |k S - v|^2, S' the state before",
+            "eta = beta / (1 + beta |k|^2), alpha = 1: the implicit step is an explicit one with this step size",
+            "one beta a head, where Longhorn has one a channel of the value",
+            "",
+            {**_DELTA, **_KEEPS_ALL, "gate_granularity": "head"},
+        ),
+        "titans-lmm": Preset(
+            "Titans, long-term memory (arXiv 2501.00663)",
+            "S = theta S - eta dloss(M)/dM, M = alpha M + S",
+            "eta, log momentum = log theta, alpha is its 1 - alpha; at `chunk_size=1` token by token, else at chunk starts",
+            "one number a head for all three; the MLP is that of Miras, with layer norm and residual",
+            "",
+            {
+                "memory_architecture": "mlp",
+                "attentional_bias": "l2",
+                "residual_clip": None,
+                "retention": "decay",
+                "weight_cap": None,
+                "decay_target": "zero",
+                "learning_algorithm": "momentum",
+                "gate_granularity": "head",
+                "use_rope": False,
+            },
+        ),
+    }
+)
+"""By the names that `MirasConfig.from_preset` takes besides sizes."""
+
+NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
+    {
+        "HGRN2 (arXiv 2404.07904)": "its write key is 1 - alpha, and a layer here has keys of their own; given such keys, "
+        "the recurrence is that of `gla`",
+        "RWKV-7 (arXiv 2503.14456)": "it erases along another key than it writes along",
+        "DeltaProduct (arXiv 2502.10297)": "it writes several keys a token; each of its steps is one of `gated-deltanet`",
+        "TTT-Linear, TTT-MLP (arXiv 2407.04620)": "their biases are written, too; a step is divided by the token's place in "
+        "its mini-batch when it is read, which no recurrence of one state does; the linear one has a layer norm",
+        "Mesa layer (arXiv 2506.05233)": "it reads the exact solution of a ridge regression, which needs a second state",
+        "Softmax attention": "it is no parametric memory: it keeps all keys and values",
+    }
+)
+"""Models of the paper's table 1 and its neighbours that are no points of this space, and why."""
+
+
+def table() -> str:
+    """`MODELS` and `NOT_EXPRESSED` in Markdown."""
+    from .backend import kernel_choices
+    from .configuration_miras import MirasConfig
+    from .modeling_miras import memory_rule
+
+    head = [
+        "model",
+        "architecture",
+        "bias",
+        "retention",
+        "algorithm",
+        "preset",
+        "recurrence",
+        "inputs",
+        "the model differs",
+        "proven with",
+    ]
+    rows = [[*head, "kernels"], ["---"] * (len(head) + 1)]
+    for name, preset in MODELS.items():
+        config = MirasConfig.from_preset(name)
+        kernel = kernel_choices(memory_rule(config))[1] or "yes"
+        made = (config.memory_architecture, config.attentional_bias, config.retention, config.learning_algorithm)
+        proof = "its equation" + (f", Transformers' `{preset.oracle}`" if preset.oracle else "")
+        texts = (preset.recurrence, preset.inputs, preset.differs, proof)
+        rows.append([preset.title, *map(_code, made), _code(name), *(_cell(text) for text in texts), kernel])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    others = [f"| {title} | {why} |" for title, why in NOT_EXPRESSED.items()]
+    return "\n".join([*lines, "", "| no point | why |", "| --- | --- |", *others])
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _cell(text: str) -> str:
+    # the bars of norms would end a cell
+    return text.replace("|", "\\|")
