@@ -40,11 +40,19 @@ CONFIGS = {
         **{**SIZES, **INNER, "vocab_size": 98},
         **HYBRID,
         num_key_value_heads=2,
+        memory_num_key_value_heads=2,
+        qk_norm=True,
         attention_bias=True,
+        attention_output_bias=False,
+        mlp_bias=True,
         tie_word_embeddings=True,
     ),
     "matrix": miras_hf.MirasConfig(
-        **SIZES, memory_architecture="matrix", gate_granularity="head", attentional_bias="huber_norm"
+        **SIZES,
+        memory_architecture="matrix",
+        gate_granularity="head",
+        attentional_bias="huber_norm",
+        layer_types=["miras_memory", "full_attention"],
     ),
 }
 # of sizes that kernels know
@@ -56,6 +64,7 @@ BY_KERNEL = {
 INDIVISIBLE = {
     "three-heads": miras_hf.MonetaConfig(**{**SIZES, **INNER, "num_attention_heads": 3, "head_dim": 16}),
     "one-key-value-head": miras_hf.MonetaConfig(**SIZES, **INNER, **HYBRID, num_key_value_heads=1),
+    "one-key-value-head-of-memories": miras_hf.MonetaConfig(**SIZES, **INNER, memory_num_key_value_heads=1),
     "tied-odd-vocabulary": miras_hf.MonetaConfig(**SIZES, **INNER, tie_word_embeddings=True),
 }
 

@@ -46,6 +46,7 @@ OTHER = {
     "gate_rank": 2,
     "num_key_value_heads": 1,
     "attention_dropout": 0.5,
+    "qk_norm": True,
     "sliding_window": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 3.0},
 }
@@ -57,6 +58,7 @@ CHOICES = {
     "lp_sign": ["exact", "tanh"],
     "gate_granularity": ["channel", "head"],
     "attention_layers": [[], [0]],
+    "full_attention_layers": [[], [1]],
     "use_rope": [True, False],
 }
 SMALL = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -85,10 +87,15 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("name", OTHER)
 def test_a_field_changes_what_is_computed_or_is_refused(name, monkeypatch):
     about = {choice for choices in means_something_with()[name] for choice in choices} - {name}
-    about = {"attention_layers" if choice == "has_attention" else choice for choice in about} | {"retention"}
+    if about & {"has_attention", "has_sliding_attention"}:
+        about = about - {"has_attention", "has_sliding_attention"} | {"attention_layers", "full_attention_layers"}
+    else:
+        about |= {"retention"}
     outcomes = set()
     for values in itertools.product(*(CHOICES[choice] for choice in sorted(about))):
         choices = dict(zip(sorted(about), values, strict=True))
+        if choices.get("attention_layers") and choices.get("full_attention_layers"):  # no memory is left
+            continue
         if choices.get("attentional_bias") != "lp" and choices.get("lp_sign") == "tanh":
             continue
         if choices.get("learning_algorithm") == "delta_rule":
@@ -114,7 +121,8 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
     other = {
         "vocab_size": 17, "hidden_size": 12, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 1,
         "head_dim": 6, "hidden_act": "relu", "initializer_range": 0.1, "rms_norm_eps": 0.5, "attention_bias": True,
-        "attention_layers": [1], "attentional_bias": "lp", "retention": "lq", "residual_clip": 1e-3,
+        "attention_output_bias": True, "mlp_bias": True, "memory_num_key_value_heads": 1, "conv_act": "linear",
+        "attention_layers": [1], "full_attention_layers": [1], "attentional_bias": "lp", "retention": "lq", "residual_clip": 1e-3,
         "memory_architecture": "matrix", "decay_target": "zero", "chunk_size": 3, "gate_granularity": "head",
         "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 2.0, "max_half_life": 64.0, "use_rope": True,
         "learned_step": False, "learned_retention": False,
@@ -140,12 +148,58 @@ def test_the_message_names_every_choice():
         "lp_sharpness=3.0 attentional_bias=lp": "`attentional_bias='lp'` and `lp_sign='tanh'`, got 3.0: leave it at 10.0",
         "weight_cap=3.0 retention=kl": "`retention='decay'` or `retention='lq'` or `retention='bregman'` or "
         "`retention='elastic_net'`, got 3.0: leave it at 2.0",
-        "sliding_window=8": "attention layers .`attention_layers` or `layer_types`., got 8: leave it at 2048",
+        "sliding_window=8": "sliding-window attention layers .`attention_layers` or `layer_types`., got 8: leave it at "
+        "2048",
+        "attention_dropout=0.5": "attention layers .`attention_layers`, `full_attention_layers` or `layer_types`., got 0.5: "
+        "leave it at 0.0",
     }.items():
         values = dict(field.split("=") for field in fields.split())
         values = {k: json.loads(v) if v[0].isdigit() else v for k, v in values.items()}
         with pytest.raises(StrictDataclassError, match=f"`{[*values][0]}` means nothing without {words}, or choose"):
             MirasConfig(**values)
+
+
+def test_without_a_memory_its_fields_mean_nothing(monkeypatch):
+    alone = {name: value for name, value in SMALL.items() if name != "chunk_size"} | {"full_attention_layers": [0, 1]}
+    own = {field.name for field in dataclasses.fields(MirasConfig)}
+    own -= {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"chunk_size_feed_forward"}
+    # far from what memories start with: whatever is not refused must change what is computed, or be told to others
+    other = OTHER | {
+        "memory_num_key_value_heads": 1, "conv_act": "linear", "attentional_bias": "lp", "retention": "lq",
+        "residual_clip": 1e-3, "memory_architecture": "matrix", "decay_target": "zero", "chunk_size": 3,
+        "gate_granularity": "head", "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 2.0, "max_half_life": 64.0,
+        "use_rope": False, "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5,
+        "conv_kernel_size": 2, "output_gate_act": "relu", "output_norm_eps": 0.5, "memory_backend": "pytorch",
+    }  # fmt: skip
+    default = computed(MirasConfig(**alone), monkeypatch)
+    refused = set()
+    for name, value in other.items():
+        edited = copy.deepcopy(MirasConfig(**alone))
+        setattr(edited, name, value)
+        if same(default, computed(edited, monkeypatch)):
+            refused.add(name)
+            with pytest.raises(StrictDataclassError, match=f"`{name}` means nothing without"):
+                MirasConfig(**alone, **{name: value})
+        else:
+            assert getattr(MirasConfig(**alone, **{name: value}), name) == value
+    assert other.keys() - refused == {"num_key_value_heads", "attention_dropout", "qk_norm", "rope_parameters"}
+    # all others are of the decoder around, or need the gates of heads, which are refused
+    shared = {*SMALL, "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "use_cache"}
+    shared |= {"chunk_size_feed_forward", "tie_word_embeddings", "attention_bias", "attention_output_bias", "mlp_bias"}
+    shared |= {
+        "learning_algorithm",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "attention_layers",
+        "full_attention_layers",
+    }
+    assert own == shared | other.keys()
+    # and a stored config that lost its memories is read without what was said about them
+    monkeypatch.setattr(config_meaning.logger, "warning_once", lambda message: None)
+    stored = MirasConfig(**SMALL, value_norm=False, eta_max=0.5).to_dict()
+    read = MirasConfig.from_dict(stored | {"full_attention_layers": [0, 1]})
+    assert read.value_norm and read.eta_max == MirasConfig(**alone).eta_max
 
 
 def test_a_derived_class_has_defaults_of_its_own():

@@ -129,7 +129,16 @@ def test_presets_take_overrides():
         ({"chunk_size": 128, "min_log_alpha": -2.5}, "-160 / chunk_size = -1.25 and 0, got -2.5"),
         ({"hidden_act": "relu7"}, "`hidden_act` must be one of"),
         ({"attention_layers": [5], "num_hidden_layers": 2}, r"indices below 2, got \[5\]"),
-        ({"attention_layers": [0, 1], "num_hidden_layers": 2}, "at least one memory layer"),
+        (
+            {"full_attention_layers": [5], "num_hidden_layers": 2},
+            r"`full_attention_layers` must .* below 2, got \[5\]",
+        ),
+        (
+            {"attention_layers": [0, 1], "full_attention_layers": [1]},
+            r"other layers than `attention_layers`, got \[1\]",
+        ),
+        ({"num_attention_heads": 4, "memory_num_key_value_heads": 3}, "`memory_num_key_value_heads` .3. must divide"),
+        ({"conv_act": "relu"}, "'conv_act'.*silu.*linear"),
         ({"min_half_life": 100.0, "max_half_life": 10.0}, "must not be below `min_half_life`"),
     ],
 )
@@ -150,7 +159,7 @@ ZEROS |= {"initial_memory_scale"} | {f"{name}_token_id" for name in ("pad", "bos
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_wrong_in_every_way(name):
-    assert len(NUMBERS) == 38
+    assert len(NUMBERS) == 39
     wrong = [math.nan, math.inf, -math.inf, 10**30, -(10**30), 1e30, -1e30, True, False, "1", [1.0], torch.tensor(1)]
     wrong += (
         [0] * (name not in ZEROS)
@@ -358,7 +367,7 @@ def test_models_check_what_was_assigned_since():
         ValueError, match="`output_attentions` means nothing to a model without attention layers, got True"
     ):
         tiny(output_attentions=True)
-    with pytest.raises(StrictDataclassError, match="`sliding_window` means nothing without attention layers.*got 64"):
+    with pytest.raises(StrictDataclassError, match="`sliding_window` means nothing without sliding-window.*got 64"):
         tiny(sliding_window=64)
     for name, value in {"attention_dropout": 0.1, "sliding_window": 64, "output_attentions": True}.items():
         assert getattr(tiny(**{name: value}, attention_layers=[1]).config, name) == value
@@ -458,8 +467,18 @@ def test_layer_types_make_hybrids():
     config = MonetaConfig(num_hidden_layers=3, layer_types=types)
     assert config.layer_types == types
     assert config.attention_layers == [1]
-    with pytest.raises(ValueError, match="each 'miras_memory' or 'sliding_attention'"):
-        MonetaConfig(num_hidden_layers=1, layer_types=["full_attention"])
+    with pytest.raises(ValueError, match="each 'miras_memory', 'sliding_attention' or 'full_attention'"):
+        MonetaConfig(num_hidden_layers=1, layer_types=["linear_attention"])
+    types = ["full_attention", "miras_memory", "sliding_attention"]
+    config = MonetaConfig(num_hidden_layers=3, layer_types=types)
+    assert (config.layer_types, config.attention_layers, config.full_attention_layers) == (types, [2], [0])
+    assert config.first_memory_layer == 1 and config.has_sliding_attention
+    with pytest.raises(
+        ValueError, match=r"`full_attention` in the layers \[0\], and `full_attention_layers` says \[1\]"
+    ):
+        MonetaConfig(num_hidden_layers=3, layer_types=types, full_attention_layers=[1])
+    config = MonetaConfig(num_hidden_layers=3, full_attention_layers=[0, 1, 2])
+    assert config.has_attention and not (config.has_memory or config.has_sliding_attention)
     with pytest.raises(ValueError, match="`num_hidden_layers` = 3 entries"):
         MonetaConfig(num_hidden_layers=3, layer_types=types[:2])
 

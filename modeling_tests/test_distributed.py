@@ -124,6 +124,8 @@ def test_sizes_that_do_not_fit_are_refused(results):
     for messages in results("refusals"):
         assert re.search(r"`num_attention_heads` \(3\) .* tensor parallel size \(2\)", messages["three-heads"])
         assert re.search(r"`num_key_value_heads` \(1\) .* tensor parallel size \(2\)", messages["one-key-value-head"])
+        shared = messages["one-key-value-head-of-memories"]
+        assert re.search(r"`memory_num_key_value_heads` \(1\) .* tensor parallel size \(2\)", shared)
         assert re.search(r"`vocab_size` \(99\) .* `fsdp_size` \(2\)", messages["tied-odd-vocabulary"])
 
 

@@ -40,6 +40,18 @@ SMALL = {
     "eos_token_id": None,
 }
 HYBRID = {"layer_types": ["miras_memory", "sliding_attention"], "sliding_window": 64}
+# what a converted Transformer has: attention to the whole text, shared keys and values, norms and biases
+CONVERTED = {
+    "layer_types": ["miras_memory", "full_attention"],
+    "num_key_value_heads": 1,
+    "memory_num_key_value_heads": 1,
+    "qk_norm": True,
+    "attention_bias": True,
+    "attention_output_bias": False,
+    "mlp_bias": True,
+    "conv_act": "linear",
+}
+LAYERS = {False: {}, True: HYBRID, "converted": CONVERTED}
 # weights as large as after training, and memories that forget within the texts of these tests
 SPOKEN = {"initializer_range": 0.1, "min_half_life": 2.0, "max_half_life": 64.0}
 # what float32 leaves of two orders of summation over logits of order one
@@ -48,11 +60,11 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 def build(name, hybrid=False, seed=0, **overrides):
     torch.manual_seed(seed)
-    config = CONFIGS[name](**{**SMALL, **(HYBRID if hybrid else {}), **overrides})
+    config = CONFIGS[name](**{**SMALL, **LAYERS[hybrid], **overrides})
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-KINDS = [(name, hybrid) for name in CONFIGS for hybrid in (False, True)]
+KINDS = [(name, hybrid) for name in CONFIGS for hybrid in (False, "converted" if name == "memora" else True)]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=str)

@@ -37,14 +37,18 @@ def leaf(*shape, dtype=torch.float64):
     return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
 
 
-def convolution(tokens, position=None):
-    return (leaf(2, tokens, 6), leaf(6, 4)), lambda x, weight: causal_convolution(x, weight, position=position)
+def convolution(tokens, position=None, silu=True):
+    inputs = (leaf(2, tokens, 6), leaf(6, 4))
+    return inputs, lambda x, weight: causal_convolution(x, weight, position=position, silu=silu)
 
 
 CASES = {
     **{f"convolution of {tokens}": convolution(tokens) for tokens in (1, 2, 3, 4, 9)},
     "convolution of packs": convolution(7, torch.tensor([[0, 1, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5]])),
     "convolution of short packs": convolution(2, torch.tensor([[0, 0], [0, 1]])),
+    "linear convolution of packs": convolution(
+        7, torch.tensor([[0, 1, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5]]), silu=False
+    ),
     "l2 norm": ((leaf(2, 5, 3, 4),), l2norm),
     "l2 norm of a length": ((leaf(2, 5, 3, 4),), lambda x: l2norm(x, length=2.0)),
     "step": ((leaf(2, 5, 3),), lambda u: scaled_sigmoid(u, 0.09)),

@@ -131,6 +131,8 @@ class MirasModelTester:
             del sizes["memory_expansion"]
         if "layer_types" in self.config_kwargs:
             sizes["num_key_value_heads"] = self.num_key_value_heads
+        if "full_attention" in self.config_kwargs.get("layer_types", ()):
+            sizes["memory_num_key_value_heads"] = self.num_key_value_heads
         return self.config_class(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -259,7 +261,8 @@ class MirasModelTestMixin(ModelTesterMixin, GenerationTesterMixin, TrainingTeste
                 self.assertEqual(layer.conv_tail.shape[:2], (batch_size, config.conv_kernel_size - 1))
             else:
                 # what a window can still see of the past: the window less the query itself
-                length = min(seq_length, config.sliding_window - 1)
+                full = layer_type == "full_attention"
+                length = seq_length if full else min(seq_length, config.sliding_window - 1)
                 shape = (batch_size, config.num_key_value_heads, length, config.head_dim)
                 self.assertEqual(layer.keys.shape, shape)
                 self.assertEqual(layer.values.shape, shape)
@@ -295,21 +298,9 @@ class MemoraModelTest(MirasModelTestMixin, unittest.TestCase):
     model_tester_class = MemoraModelTester
 
 
-class MirasMatrixModelTest(MirasModelTestMixin, unittest.TestCase):
-    """The general class, with the matrix memory that none of the named models has."""
+class MirasHybridModelTestMixin(MirasModelTestMixin):
+    """Attention weights, which only some layers have."""
 
-    model_tester_class = MirasModelTester
-    model_tester_kwargs = {"memory_architecture": "matrix", "gate_granularity": "head", "tie_word_embeddings": True}
-
-
-class MonetaHybridModelTest(MirasModelTestMixin, FSDPTesterMixin, unittest.TestCase):
-    """A memory layer, then sliding-window attention with a window shorter than the texts of most tests.
-
-    It has every kind of module, and is the one that is sharded with FSDP.
-    """
-
-    model_tester_class = MonetaModelTester
-    model_tester_kwargs = {"layer_types": ["miras_memory", "sliding_attention"], "sliding_window": 6}
     has_attentions = True
 
     def setUp(self):
@@ -318,27 +309,61 @@ class MonetaHybridModelTest(MirasModelTestMixin, FSDPTesterMixin, unittest.TestC
             # past the window, the keys of Transformers' own sliding-window cache layer have other shapes when exported
             self.model_tester.config_kwargs["sliding_window"] = 64
 
-    def _get_tiny_config(self):
-        # the training steps of `FSDPTesterMixin` take time for every chunk of their 64 tokens
-        self.model_tester.chunk_size = 32
-        return super()._get_tiny_config()
-
     def _check_attentions_for_generate(self, batch_size, attentions, prompt_length, output_length, config, use_cache):
         self.assertEqual(len(attentions), output_length - prompt_length)
         for step, per_layer in enumerate(attentions):
-            self.assertEqual(len(per_layer), config.layer_types.count("sliding_attention"))
             queries = 1 if use_cache and step > 0 else prompt_length + step
-            # the first call sees the whole text (masked), later ones a window of it
-            keys = min(prompt_length + step, config.sliding_window) if use_cache and step > 0 else prompt_length + step
-            for layer in per_layer:
+            for layer, kind in zip(per_layer, self._attention_layers(config), strict=True):
+                # the first call sees the whole text (masked), later ones a window of it
+                keys = prompt_length + step
+                if use_cache and step > 0 and kind == "sliding_attention":
+                    keys = min(keys, config.sliding_window)
                 self.assertEqual(layer.shape, (batch_size, config.num_attention_heads, queries, keys))
+
+    def _attention_layers(self, config):
+        return [kind for kind in config.layer_types if kind != "miras_memory"]
 
     def test_attention_outputs(self):
         # the common test expects attentions of every layer, and only attention layers have them
         config_and_inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        attention_layers = config_and_inputs[0].layer_types.count("sliding_attention")
         with (
             mock.patch.object(self.model_tester, "prepare_config_and_inputs_for_common", lambda: config_and_inputs),
-            mock.patch.object(self.model_tester, "num_hidden_layers", attention_layers),
+            mock.patch.object(
+                self.model_tester, "num_hidden_layers", len(self._attention_layers(config_and_inputs[0]))
+            ),
         ):
             super().test_attention_outputs()
+
+
+class MirasMatrixModelTest(MirasHybridModelTestMixin, unittest.TestCase):
+    """The general class, with the matrix memory that none of the named models has, and what converted Transformers have."""
+
+    model_tester_class = MirasModelTester
+    model_tester_kwargs = {
+        "memory_architecture": "matrix",
+        "gate_granularity": "head",
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 3,
+        "layer_types": ["miras_memory", "full_attention", "sliding_attention"],
+        "sliding_window": 6,
+        "qk_norm": True,
+        "attention_bias": True,
+        "attention_output_bias": False,
+        "mlp_bias": True,
+        "conv_act": "linear",
+    }
+
+
+class MonetaHybridModelTest(MirasHybridModelTestMixin, FSDPTesterMixin, unittest.TestCase):
+    """A memory layer, then sliding-window attention with a window shorter than the texts of most tests.
+
+    It has every kind of module, and is the one that is sharded with FSDP.
+    """
+
+    model_tester_class = MonetaModelTester
+    model_tester_kwargs = {"layer_types": ["miras_memory", "sliding_attention"], "sliding_window": 6}
+
+    def _get_tiny_config(self):
+        # the training steps of `FSDPTesterMixin` take time for every chunk of their 64 tokens
+        self.model_tester.chunk_size = 32
+        return super()._get_tiny_config()

@@ -38,7 +38,7 @@ KINDS = {
     "yaad-every-token-a-chunk": ("yaad", False, VARIED | {"chunk_size": 1}),
     "memora-one-chunk": ("memora", False, VARIED | {"chunk_size": 64}),
     "moneta-hybrid": ("moneta", True, VARIED | {"sliding_window": 6}),
-    "yaad-hybrid": ("yaad", True, VARIED | {"sliding_window": 6}),
+    "yaad-converted": ("yaad", "converted", VARIED),
     "memora-hybrid": ("memora", True, VARIED | {"sliding_window": 64}),
 }
 
@@ -86,8 +86,8 @@ def held(cache):
             tensors += [*dual, *momentum, *(slots * x for x in waiting), count, layer.conv_tail]
         else:
             # while it records, a window keeps more than it shows
-            window = layer.max_cache_len if isinstance(cache, StaticCache) else layer.sliding_window - 1
-            tensors += [x[:, :, -window:] for x in (layer.keys, layer.values)]
+            window = layer.max_cache_len if isinstance(cache, StaticCache) else getattr(layer, "sliding_window", 0) - 1
+            tensors += [x[:, :, -window:] if window > 0 else x for x in (layer.keys, layer.values)]
     return tensors, lengths
 
 
@@ -288,7 +288,8 @@ def test_a_snapshot_brings_a_cache_back(model, recording):
         assert torch.equal(answers[-1], model.generate(question, **GREEDY))
         miras_hf.restore(cache, before)
         assert_same(cache, expected)
-        assert [getattr(layer, "record_past", False) for layer in cache.layers] == [recording] * 2
+        # full attention keeps all that it has read anyway
+        assert {layer.record_past for layer in cache.layers if hasattr(layer, "record_past")} == {recording}
     assert torch.equal(answers[0], answers[2]) and not torch.equal(answers[0], answers[1])
 
 

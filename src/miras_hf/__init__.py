@@ -18,6 +18,7 @@ Importing this package registers Miras, Moneta, Yaad and Memora with the Auto cl
 
 from .cache import MirasLayer
 from .configuration_miras import MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
+from .convert import convert
 from .modeling_miras import (
     MemoraForCausalLM,
     MemoraForSequenceClassification,
@@ -73,6 +74,7 @@ __all__ = [
     "YaadForSequenceClassification",
     "YaadForTokenClassification",
     "YaadModel",
+    "convert",
     "detach",
     "load_memory",
     "restore",

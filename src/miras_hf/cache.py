@@ -310,12 +310,17 @@ class StaticMirasLayer(MirasLayer):
 
     is_compileable = True
 
-    def __init__(self, **kwargs):
+    def __init__(self, max_cache_len: int, **kwargs):
         super().__init__()
+        self.max_cache_len = max_cache_len
         self.tokens_seen = torch.tensor(0)
 
     def get_seq_length(self) -> Tensor | int:
         return self.tokens_seen if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # Transformers may ask this layer for the mask of layers of full attention, which keep so many slots
+        return self.max_cache_len, 0
 
     @property
     def memory(self) -> MemoryState | None:
@@ -414,11 +419,11 @@ def memory_layer(cache: Cache | None, layer_idx: int) -> MirasLayer | None:
 
 
 def tokens_read(cache: Cache | None) -> Tensor | int:
-    """Real tokens read so far, per row where a memory has counted them (`[rows]`), else pads included."""
+    """Real tokens read so far, per row where a memory has counted them (`[rows]`), else one number, pads included."""
     if cache is None:
         return 0
     for layer in cache.layers:
         if isinstance(layer, MirasLayer):
             memory = layer._live_memory
             return 0 if memory is None else memory.count
-    return cache.get_seq_length()
+    return int(cache.get_seq_length())

@@ -14,7 +14,7 @@
 """What a field of a config may hold, stated once beside its default."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
 from numbers import Real
 from typing import Any
@@ -127,13 +127,22 @@ def check_rope_parameters(parameters: Any) -> None:
         raise ValueError(f"`rope_parameters['rope_theta']` must be above 0 and at most 1e30, got {theta!r}.")
 
 
-def check_layer_indices(indices: Iterable[int], layers: int) -> None:
-    """Raises a `ValueError` unless `attention_layers` are different layers of the model, and leave some for memories."""
-    indices = list(indices)
-    wrong = [i for i in indices if not 0 <= i < layers]
-    if wrong:
-        raise ValueError(f"`attention_layers` must be indices below {layers}, got {wrong}.")
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"`attention_layers` must be different layers, got {indices}.")
-    if len(indices) == layers:
-        raise ValueError("`attention_layers` must leave at least one memory layer, got all of them.")
+def check_layer_indices(indices: Mapping[str, Iterable[int]], layers: int) -> None:
+    """Raises a `ValueError` unless they are different layers of the model.
+
+    Args:
+        indices (`dict`): layers by the field that names them.
+        layers (`int`): how many the model has.
+    """
+    named_by: dict[int, str] = {}
+    for name, of_one_kind in indices.items():
+        of_one_kind = list(of_one_kind)
+        wrong = [i for i in of_one_kind if not 0 <= i < layers]
+        if wrong:
+            raise ValueError(f"`{name}` must be indices below {layers}, got {wrong}.")
+        if len(set(of_one_kind)) < len(of_one_kind):
+            raise ValueError(f"`{name}` must be different layers, got {of_one_kind}.")
+        twice = sorted(named_by.keys() & set(of_one_kind))
+        if twice:
+            raise ValueError(f"`{name}` must be other layers than `{named_by[twice[0]]}`, got {twice} in both.")
+        named_by |= dict.fromkeys(of_one_kind, name)

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .memory.registry import CHOICES, declared_keys
+from .step_size import largest_step
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +31,44 @@ logger = logging.get_logger(__name__)
 Alternatives = tuple[dict[str, Any], ...]
 
 _ATTENTION: Alternatives = ({"has_attention": True},)
+_MEMORY: Alternatives = ({"has_memory": True},)
+_IN_WORDS = {
+    "has_attention": "attention layers (`attention_layers`, `full_attention_layers` or `layer_types`)",
+    "has_sliding_attention": "sliding-window attention layers (`attention_layers` or `layer_types`)",
+    "has_memory": "memory layers (`layer_types`)",
+}
+
+# What says something about a model without any memory, as a converted Transformer may be; all other fields are memories'.
+_WITHOUT_MEMORY = frozenset(
+    {
+        "attention_bias",
+        "attention_dropout",
+        "attention_layers",
+        "attention_output_bias",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "eos_token_id",
+        "full_attention_layers",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "max_position_embeddings",
+        "mlp_bias",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "pad_token_id",
+        "qk_norm",
+        "rms_norm_eps",
+        "rope_parameters",
+        "sliding_window",
+        "tie_word_embeddings",
+        "use_cache",
+        "vocab_size",
+    }
+)
 
 
 def means_something_with() -> dict[str, Alternatives]:
@@ -46,7 +85,8 @@ def means_something_with() -> dict[str, Alternatives]:
     thresholds = (name for name, cls in CHOICES["attentional_bias"].items() if cls.delta_granularity == "channel")
     found["gate_rank"] = ({"gate_granularity": "channel"}, *({"attentional_bias": name} for name in thresholds))
     found["rope_parameters"] = ({"use_rope": True}, *_ATTENTION)
-    return found | dict.fromkeys(("num_key_value_heads", "attention_dropout", "sliding_window"), _ATTENTION)
+    found |= dict.fromkeys(("num_key_value_heads", "attention_dropout", "qk_norm"), _ATTENTION)
+    return found | {"sliding_window": ({"has_sliding_attention": True},)}
 
 
 # What models did before there was a field to say so: configs and memories that were stored then lack it.
@@ -77,13 +117,29 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if getattr(config, name, defaults[name]) not in (defaults[name], *derived.get(name, ())):
             found[name] = defaults[name]
+    if not config.has_memory:
+        inherited = {field.name for field in fields(PreTrainedConfig)}
+        derived |= {
+            "initial_memory_scale": {1.0, *(gate.last_layer_scale for gate in CHOICES["retention"].values())},
+            "min_log_alpha": (max(-2.5, -160.0 / config.chunk_size),),
+            "eta_max": _default_step(config),
+        }
+        for name in defaults.keys() - inherited - _WITHOUT_MEMORY - found.keys():
+            if getattr(config, name, defaults[name]) not in (defaults[name], *derived.get(name, ())):
+                found[name] = defaults[name]
     return found
+
+
+def _default_step(config: Any) -> tuple[float, ...]:
+    # a stored config may leave open what it follows from
+    follows_from = (config.head_dim, config.memory_norm_eps, config.initial_memory_scale)
+    return () if None in follows_from else (largest_step(config),)
 
 
 def check_meaning(config: PreTrainedConfig) -> None:
     """Raises a `ValueError` for a field that says more about a choice that is not made, naming both."""
     for name, default in meaningless(config, _defaults(type(config))).items():
-        choice = _in_words(means_something_with()[name])
+        choice = _in_words(means_something_with().get(name, _MEMORY))
         raise ValueError(
             f"`{name}` means nothing without {choice}, got {getattr(config, name)!r}: leave it at {default!r}, or choose "
             f"{choice}."
@@ -103,8 +159,16 @@ def without_meaningless(
     """
     defaults = _defaults(config_class)
     choices = SimpleNamespace(**{**defaults, **stored, **given})
+    choices.retention_gate = config_class.retention_gate.fget(choices)  # ty: ignore[missing-attribute]
     layers = getattr(choices, "layer_types", None)
-    choices.has_attention = bool(choices.attention_layers or layers and "sliding_attention" in layers)
+    sliding, full = choices.attention_layers or (), choices.full_attention_layers or ()
+    if layers is None:
+        choices.has_sliding_attention, choices.has_attention = bool(sliding), bool(sliding or full)
+        choices.has_memory = not choices.num_hidden_layers <= len({*sliding, *full})
+    else:
+        choices.has_sliding_attention = "sliding_attention" in layers
+        choices.has_attention = choices.has_sliding_attention or "full_attention" in layers
+        choices.has_memory = "miras_memory" in layers
     dropped = sorted(meaningless(choices, defaults).keys() & stored.keys() - given.keys())
     if dropped:
         logger.warning_once(
@@ -121,11 +185,6 @@ def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 
 def _in_words(alternatives: Alternatives) -> str:
     return " or ".join(
-        " and ".join(
-            "attention layers (`attention_layers` or `layer_types`)"
-            if name == "has_attention"
-            else f"`{name}={value!r}`"
-            for name, value in choices.items()
-        )
+        " and ".join(_IN_WORDS.get(name, f"`{name}={value!r}`") for name, value in choices.items())
         for choices in alternatives
     )

@@ -46,6 +46,9 @@ from .step_size import largest_step
 
 MEMORY_LAYER = "miras_memory"
 ATTENTION_LAYER = "sliding_attention"
+FULL_ATTENTION_LAYER = "full_attention"
+# which field names the layers of a kind; the others are memories
+ATTENTION_FIELDS = {ATTENTION_LAYER: "attention_layers", FULL_ATTENTION_LAYER: "full_attention_layers"}
 
 
 class RecurrentLayerType(str):
@@ -93,9 +96,13 @@ _retention = partial(choice, "retention", part_of=("lq_mirror",))
 
 
 @lru_cache
-def _layer_types(layers: int, attention_layers: tuple[int, ...]) -> tuple[str, ...]:
-    attention, memory = set(attention_layers), RecurrentLayerType(MEMORY_LAYER)
-    return tuple(ATTENTION_LAYER if i in attention else memory for i in range(layers))
+def _layer_types(layers: int, sliding: tuple[int, ...], full: tuple[int, ...]) -> tuple[str, ...]:
+    types = [RecurrentLayerType(MEMORY_LAYER)] * layers
+    for kind, indices in ((ATTENTION_LAYER, sliding), (FULL_ATTENTION_LAYER, full)):
+        for i in indices:
+            if i < layers:  # a draft that exits early has fewer
+                types[i] = kind
+    return tuple(types)
 
 
 @strict
@@ -114,6 +121,9 @@ class MirasConfig(PreTrainedConfig):
         num_hidden_layers (`int`, *optional*, defaults to 24): Number of layers, memory and attention together.
         num_attention_heads (`int`, *optional*, defaults to 16): Heads of a layer; each has a memory of its own.
         num_key_value_heads (`int`, *optional*): Key/value heads of attention layers; `None` for as many as heads.
+        memory_num_key_value_heads (`int`, *optional*):
+            Heads of keys and values that memory layers project; several heads, each with a memory and convolutions of
+            its own, share one. `None` for as many as heads.
         head_dim (`int`, *optional*): Width of a head; `None` for `hidden_size // num_attention_heads`.
         hidden_act (`str`, *optional*, defaults to `"silu"`): Activation of the MLP.
         max_position_embeddings (`int`, *optional*, defaults to 1048576):
@@ -124,12 +134,21 @@ class MirasConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
         tie_word_embeddings (`bool`, *optional*, defaults to `False`): Whether the head shares the embedding's weight.
         rope_parameters (`dict`, *optional*): Rotary embedding, of memory and attention layers.
-        attention_bias (`bool`, *optional*, defaults to `False`): Whether projections have biases.
+        attention_bias (`bool`, *optional*, defaults to `False`):
+            Whether projections of memory and attention layers have biases.
+        attention_output_bias (`bool`, *optional*):
+            Whether their output projections have, where that differs (Qwen2); `None` for `attention_bias`.
+        mlp_bias (`bool`, *optional*, defaults to `False`): Whether the MLP's projections have biases.
+        qk_norm (`bool`, *optional*, defaults to `False`):
+            Whether attention layers take the RMS norm of every head's queries and keys (Qwen3). Memories have norms of
+            their own.
         attention_dropout (`float`, *optional*, defaults to 0.0): Dropout of attention layers.
         attention_layers (`list[int]`, *optional*):
             Indices of the layers that are sliding-window attention instead of a memory. Also set by passing
-            `layer_types`, one of `"miras_memory"` and `"sliding_attention"` per layer.
-        sliding_window (`int`, *optional*, defaults to 2048): Window of attention layers, in tokens.
+            `layer_types`, one of `"miras_memory"`, `"sliding_attention"` and `"full_attention"` per layer.
+        full_attention_layers (`list[int]`, *optional*):
+            Indices of the layers that are attention to the whole text, whose cache grows with it.
+        sliding_window (`int`, *optional*, defaults to 2048): Window of sliding-window attention layers, in tokens.
         memory_architecture (`str`, *optional*, defaults to `"mlp"`):
             Choice (i). `"mlp"`: `x + LN(gelu(x W1) W2)`; `"matrix"`: `x W`.
         memory_expansion (`int`, *optional*, defaults to 4): Hidden width of the MLP memory over `head_dim`.
@@ -197,6 +216,8 @@ class MirasConfig(PreTrainedConfig):
             Whether values have a root mean square of 1 in every head, as queries and keys have norm 1, so that a step
             means the same for every layer and at every time of training.
         conv_kernel_size (`int`, *optional*, defaults to 4): Width of the causal convolutions of q, k and v.
+        conv_act (`str`, *optional*, defaults to `"silu"`):
+            Activation after the convolutions, `"linear"` for none: then one that is the identity changes nothing.
         conv_initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of initial convolutions; `None` for uniform in +-1 / sqrt(conv_kernel_size).
         initial_memory_scale (`float`, *optional*):
@@ -238,6 +259,7 @@ class MirasConfig(PreTrainedConfig):
     num_hidden_layers: int = bounded(24, 1, 4096)
     num_attention_heads: int = bounded(16, 1, 2**14)
     num_key_value_heads: int | None = bounded(None, 1, 2**14)
+    memory_num_key_value_heads: int | None = bounded(None, 1, 2**14)
     head_dim: int | None = bounded(None, 1, 2**14)
     hidden_act: str = "silu"
     max_position_embeddings: int = bounded(1048576, 1, 2**31 - 1)
@@ -251,8 +273,12 @@ class MirasConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    mlp_bias: bool = False
+    qk_norm: bool = False
     attention_dropout: int | float = bounded(0.0, 0, 1)
     attention_layers: list[int] | None = None
+    full_attention_layers: list[int] | None = None
     sliding_window: int = bounded(2048, 1, 2**31 - 1)
 
     memory_architecture: str = choice("memory_architecture", "mlp")
@@ -287,6 +313,7 @@ class MirasConfig(PreTrainedConfig):
     use_rope: bool = False
     value_norm: bool = True
     conv_kernel_size: int = bounded(4, 1, 1024)
+    conv_act: Literal["silu", "linear"] = "silu"
     conv_initializer_range: float | None = bounded(0.02, 0, 1)
     initial_memory_scale: int | float | None = bounded(None, 0, 1e3)
     output_gate_act: str = "silu"
@@ -317,16 +344,20 @@ class MirasConfig(PreTrainedConfig):
             self.min_log_alpha = max(-2.5, -160.0 / self.chunk_size)
         if self.eta_max is None:
             self.eta_max = largest_step(self)
-        layer_types, attention_layers = kwargs.pop("layer_types", None), self.attention_layers
+        layer_types = kwargs.pop("layer_types", None)
+        given = {name: getattr(self, name) for name in ATTENTION_FIELDS.values()}
         if layer_types is not None:
             self.layer_types = layer_types
-            if attention_layers is not None and set(attention_layers) != set(self.attention_layers):
+        for kind, name in ATTENTION_FIELDS.items():
+            said = given[name]
+            if layer_types is not None and said is not None and set(said) != set(getattr(self, name)):
+                attention = "attention" if kind == ATTENTION_LAYER else f"`{kind}`"
                 raise ValueError(
-                    f"`layer_types` has attention in the layers {self.attention_layers}, and `attention_layers` says "
-                    f"{attention_layers}: pass one of the two."
+                    f"`layer_types` has {attention} in the layers {getattr(self, name)}, and `{name}` says {said}: pass "
+                    "one of the two."
                 )
-        if self.attention_layers is None:
-            self.attention_layers = []
+            if getattr(self, name) is None:
+                setattr(self, name, [])
         self.base_model_tp_plan = self.tensor_parallel_plan()  # ty: ignore[invalid-attribute-access]
         super().__post_init__(**kwargs)
         if self.output_attentions and self._attn_implementation is None:
@@ -378,38 +409,60 @@ class MirasConfig(PreTrainedConfig):
         # what cannot be read again is not written
         return without_unknown(self, super().to_dict())
 
+    @property
+    def memory_key_value_heads(self) -> int:
+        """Heads of keys and values that a memory layer projects."""
+        return self.memory_num_key_value_heads or self.num_attention_heads
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether output projections have biases."""
+        return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
+
     # A property, and not a field: names of layer types that Transformers does not know must not be stored in
     # config.json, where the base class would refuse them (Trainer's resume, AutoTokenizer).
     @property
     def layer_types(self) -> list[str]:
-        """What each layer is, `"miras_memory"` or `"sliding_attention"`."""
-        return list(_layer_types(self.num_hidden_layers, tuple(self.attention_layers or ())))
+        """What each layer is, `"miras_memory"`, `"sliding_attention"` or `"full_attention"`."""
+        sliding, full = tuple(self.attention_layers or ()), tuple(self.full_attention_layers or ())
+        return list(_layer_types(self.num_hidden_layers, sliding, full))
 
     @property
     def has_attention(self) -> bool:
+        """Whether any layer is attention, over a window or the whole text."""
+        return self.has_sliding_attention or any(i < self.num_hidden_layers for i in self.full_attention_layers or ())
+
+    @property
+    def has_sliding_attention(self) -> bool:
         """Whether any layer is sliding-window attention."""
         return any(i < self.num_hidden_layers for i in self.attention_layers or ())
 
     @property
+    def has_memory(self) -> bool:
+        """Whether any layer is a memory. A converted Transformer may have none."""
+        return self.first_memory_layer is not None
+
+    @property
     def first_memory_layer(self) -> int | None:
         """Index of the first memory layer; `None` if there is none, as in a draft that exits early."""
-        attention = set(self.attention_layers or ())
+        attention = {*(self.attention_layers or ()), *(self.full_attention_layers or ())}
         return next((i for i in range(self.num_hidden_layers) if i not in attention), None)
 
     @layer_types.setter
     def layer_types(self, layer_types: list[str]) -> None:
-        kinds = (MEMORY_LAYER, ATTENTION_LAYER)
+        kinds = (MEMORY_LAYER, *ATTENTION_FIELDS)
         known = isinstance(layer_types, list | tuple) and all(layer_type in kinds for layer_type in layer_types)
         if not known or len(layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`layer_types` must hold `num_hidden_layers` = {self.num_hidden_layers} entries, each "
-                f"{MEMORY_LAYER!r} or {ATTENTION_LAYER!r}, got {layer_types}."
+                f"{MEMORY_LAYER!r}, {ATTENTION_LAYER!r} or {FULL_ATTENTION_LAYER!r}, got {layer_types}."
             )
-        self.attention_layers = [i for i, layer_type in enumerate(layer_types) if layer_type == ATTENTION_LAYER]
+        for kind, name in ATTENTION_FIELDS.items():
+            setattr(self, name, [i for i, layer_type in enumerate(layer_types) if layer_type == kind])
 
     def validate_layer_type(self):
         """Part of `@strict`-powered validation: the base class knows only its own layer types."""
-        check_layer_indices(self.attention_layers or [], self.num_hidden_layers)
+        check_layer_indices({n: getattr(self, n) or [] for n in ATTENTION_FIELDS.values()}, self.num_hidden_layers)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: relations between fields; ranges stand beside their defaults."""
@@ -427,16 +480,15 @@ class MirasConfig(PreTrainedConfig):
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads}), unless `head_dim` is given."
             )
-        if self.head_dim % 2 and (self.use_rope or self.attention_layers):
+        if self.head_dim % 2 and (self.use_rope or self.has_attention):
             raise ValueError(
                 f"`head_dim` must be even with rotary embeddings, got {self.head_dim} "
                 f"(hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads})."
             )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"`num_key_value_heads` ({self.num_key_value_heads}) must divide `num_attention_heads` "
-                f"({self.num_attention_heads})."
-            )
+        for name in ("num_key_value_heads", "memory_num_key_value_heads"):
+            heads = getattr(self, name) or self.num_attention_heads
+            if self.num_attention_heads % heads:
+                raise ValueError(f"`{name}` ({heads}) must divide `num_attention_heads` ({self.num_attention_heads}).")
         for name in ("hidden_act", "output_gate_act"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(f"`{name}` must be one of {sorted(ACT2FN)}, got {getattr(self, name)!r}.")
@@ -519,8 +571,8 @@ class MirasConfig(PreTrainedConfig):
         # a person's dictionary has no version
         stored = with_later_fields(config_dict) if "transformers_version" in config_dict else config_dict
         stored = {name: value for name, value in stored.items() if name not in given}
-        if "layer_types" in given and "attention_layers" not in given:
-            stored.pop("attention_layers", None)
+        if "layer_types" in given:
+            stored = {name: value for name, value in stored.items() if name not in ATTENTION_FIELDS.values()}
         stored = without_meaningless(cls, stored, given)
         config, unused = super().from_dict({**stored, **given}, return_unused_kwargs=True, **kwargs)
         config.validate()
@@ -572,6 +624,8 @@ class MirasConfig(PreTrainedConfig):
         if self.has_attention:
             plan |= {f"layers.*.self_attn.{x}_proj": "colwise" for x in "qkv"}
             plan["layers.*.self_attn.o_proj"] = "rowwise"
+            if self.qk_norm:
+                plan |= {f"layers.*.self_attn.{x}_norm": "replicated_with_grad_allreduce" for x in "qk"}
         mlp = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
         return plan | {f"layers.*.mlp.{name}": style for name, style in mlp.items()}
 

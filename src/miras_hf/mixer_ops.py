@@ -17,7 +17,7 @@ Autograd keeps what every small operation has read, tensors of the whole length;
 memory does. Here each piece keeps its inputs, or its result where that is kept anyway, and computes the rest again. With
 `y_bar` the adjoint of y, r the inverse norm, per head, and products channel by channel:
 
-    convolution   u_t = sum_s w_s x_{t-s},  y = silu(u)      x_bar_t = sum_s w_s u_bar_{t+s},  w_s_bar = sum_t u_bar_t x_{t-s}
+    convolution   u_t = sum_s w_s x_{t-s},  y = silu(u) or u x_bar_t = sum_s w_s u_bar_{t+s},  w_s_bar = sum_t u_bar_t x_{t-s}
     l2 norm       y = s r x,  r = (x . x + eps)^(-1/2)       x_bar = s r (y_bar - y (y . y_bar) / s^2)
     gated norm    y = w n silu(g),  n = r x                  n_bar = y_bar w silu(g),  x_bar = r (n_bar - n mean(n n_bar))
     step          y = m sigmoid(u)                           u_bar = y_bar y (1 - y / m)
@@ -51,9 +51,9 @@ def _by_hand() -> bool:
 
 
 def causal_convolution(
-    x: Tensor, weight: Tensor, tail: Tensor | None = None, position: Tensor | None = None
+    x: Tensor, weight: Tensor, tail: Tensor | None = None, position: Tensor | None = None, *, silu: bool = True
 ) -> Tensor:
-    """`silu` of the depthwise convolution of each token with the tokens before it.
+    """The depthwise convolution of each token with the tokens before it, and its `silu`.
 
     Args:
         x (`torch.Tensor` of shape `[batch, tokens, channels]`): inputs.
@@ -61,15 +61,17 @@ def causal_convolution(
         tail (`torch.Tensor` of shape `[batch, kernel_size - 1, channels]`, *optional*): the inputs before `x`.
         position (`torch.Tensor` of shape `[batch, tokens]`, *optional*):
             Tokens since the sequence's start: products stop at the border of a packed sequence.
+        silu (`bool`, *optional*, defaults to `True`): whether the activation follows.
     """
     if tail is None and not by_formulas():
-        return _SiLUConvolution.apply(x, weight, position)
+        return _Convolution.apply(x, weight, position, silu)
     if x.shape[1] == 1 and tail is not None:
-        return F.silu((torch.cat((tail, x), dim=1) * weight.mT).sum(dim=1, keepdim=True))
-    return _silu_convolution(x, weight, position, tail)
+        output = (torch.cat((tail, x), dim=1) * weight.mT).sum(dim=1, keepdim=True)
+        return F.silu(output) if silu else output
+    return _convolution(x, weight, position, silu, tail)
 
 
-def _silu_convolution(x: Tensor, weight: Tensor, position: Tensor | None, tail: Tensor | None = None) -> Tensor:
+def _convolution(x: Tensor, weight: Tensor, position: Tensor | None, silu: bool, tail: Tensor | None = None) -> Tensor:
     tokens, before = x.shape[1], weight.shape[1] - 1
     padded = F.pad(x, (0, 0, before, 0)) if tail is None else torch.cat((tail, x), dim=1)
     taps = _taps(weight)
@@ -79,23 +81,28 @@ def _silu_convolution(x: Tensor, weight: Tensor, position: Tensor | None, tail: 
         if position is not None:
             shifted = shifted.masked_fill((position < shift)[..., None], 0.0)
         output = torch.addcmul(output, shifted, taps[shift])
-    return F.silu(output)
+    return F.silu(output) if silu else output
 
 
-class _SiLUConvolution(torch.autograd.Function):
+class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, position: Tensor | None, silu: bool) -> Tensor:
+        ctx.silu = silu
         ctx.save_for_backward(x, weight, position)
-        return F.silu(_convolved(x, weight, position), inplace=True)
+        u = _convolved(x, weight, position)
+        return F.silu(u, inplace=True) if silu else u
 
     @staticmethod
     def backward(ctx, y_bar: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, position = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *differentiable_vjp(lambda *x: _silu_convolution(*x, position), (x, weight), (y_bar,)), None
+            bars = differentiable_vjp(lambda *x: _convolution(*x, position, ctx.silu), (x, weight), (y_bar,))
+            return *bars, None, None
         taps = _taps(weight)
-        u = _convolved(x, weight, position)
-        u_bar = torch.ops.aten.silu_backward.grad_input(y_bar, u, grad_input=u)
+        u_bar = y_bar
+        if ctx.silu:
+            u = _convolved(x, weight, position)
+            u_bar = torch.ops.aten.silu_backward.grad_input(y_bar, u, grad_input=u)
         x_bar, taps_bar = u_bar * taps[0], torch.zeros_like(taps, dtype=u_bar.dtype)
         product = u_bar * x
         torch.sum(product, (0, 1), out=taps_bar[0])
@@ -103,7 +110,7 @@ class _SiLUConvolution(torch.autograd.Function):
             late = u_bar[:, shift:] if outside is None else u_bar[:, shift:].masked_fill(outside, 0.0)
             x_bar[:, :-shift].addcmul_(late, taps[shift])
             torch.sum(torch.mul(late, x[:, :-shift], out=product[:, shift:]), (0, 1), out=taps_bar[shift])
-        return x_bar.to(x.dtype), taps_bar.flip(0).mT.to(weight.dtype), None
+        return x_bar.to(x.dtype), taps_bar.flip(0).mT.to(weight.dtype), None, None
 
 
 def _taps(weight: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def model_card(
         install=INSTALL,
         task=task,
         kind=kind,
-        miras=bool(memories),
+        miras=hasattr(config, "first_memory_layer"),
         parameters=model.num_parameters(),
         choices=four_choices(config) if memories else None,
         memory_bytes=4 * sum(weight.numel() for memory in memories for weight in memory.initial_state),

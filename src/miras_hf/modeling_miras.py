@@ -19,7 +19,7 @@ MLP, decoder layer, models. Moneta, Yaad and Memora are the same modules under d
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticLayer
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -57,7 +57,15 @@ from .built_config import built_values, check_as_built
 from .cache import MirasLayer, memory_layer, tokens_read
 from .compat import CACHE_NAME, CACHE_NAMES, cache_named, cache_of, refuse_unknown, takes_cache
 from .config_keywords import refuse_model_keywords
-from .configuration_miras import ATTENTION_LAYER, MEMORY_LAYER, MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
+from .configuration_miras import (
+    ATTENTION_LAYER,
+    FULL_ATTENTION_LAYER,
+    MEMORY_LAYER,
+    MemoraConfig,
+    MirasConfig,
+    MonetaConfig,
+    YaadConfig,
+)
 from .hub import WholeFilesOnly
 from .inference_mode import is_abroad, leave_inference_mode
 from .inputs import check_cache, check_ids, check_inputs, for_losses
@@ -173,11 +181,13 @@ def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsquee
 
 
 class MirasShortConvolution(nn.Module):
-    """Causal depthwise convolution over time, then SiLU."""
+    """Causal depthwise convolution over time, then SiLU or nothing."""
 
-    def __init__(self, channels: int, kernel_size: int, initializer_range: float | None = None):
+    def __init__(
+        self, channels: int, kernel_size: int, initializer_range: float | None = None, activation: str = "silu"
+    ):
         super().__init__()
-        self.kernel_size, self.initializer_range = kernel_size, initializer_range
+        self.kernel_size, self.initializer_range, self.activation = kernel_size, initializer_range, activation
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
 
     def forward(self, hidden_states: Tensor, tail: Tensor | None = None, position: Tensor | None = None) -> Tensor:
@@ -188,10 +198,11 @@ class MirasShortConvolution(nn.Module):
             position (`torch.Tensor` of shape `[batch, tokens]`, *optional*): tokens since the sequence's start.
         """
         # under autocast the weights are wider than what they meet, and wide values would take kernels' slow path
-        return causal_convolution(hidden_states, self.weight, tail, position).to(hidden_states.dtype)
+        silu = self.activation == "silu"
+        return causal_convolution(hidden_states, self.weight, tail, position, silu=silu).to(hidden_states.dtype)
 
     def extra_repr(self):
-        return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}"
+        return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}, activation={self.activation}"
 
 
 class MirasLowRankGate(nn.Module):
@@ -431,8 +442,10 @@ class ProjectedTokens:
 
     def is_plain(self) -> bool:
         """Whether the small modules before the memory are what they seem, so that a kernel can do what they do: none is
-        wrapped by an adapter, sharded or offloaded."""
+        wrapped by an adapter, sharded or offloaded, and convolutions have the activation that kernels know."""
         mixer = self.mixer
+        if mixer.conv_act != "silu":
+            return False
         modules = [(MirasShortConvolution, conv) for conv in (mixer.q_conv, mixer.k_conv, mixer.v_conv)]
         modules += [(MirasStepGate, mixer.eta), (MirasRetentionGate, mixer.alpha)]
         if mixer.delta is not None:
@@ -465,13 +478,14 @@ class MirasMixer(nn.Module):
         self.head_dim = config.head_dim
         self.use_rope = config.use_rope
         self.value_norm = config.value_norm
-        self.conv_kernel_size = config.conv_kernel_size
-        width = config.num_attention_heads * config.head_dim
+        self.conv_kernel_size, self.conv_act = config.conv_kernel_size, config.conv_act
+        self.num_key_value_groups = config.num_attention_heads // config.memory_key_value_heads
+        width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.memory_key_value_heads))
 
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        convolution = (width, config.conv_kernel_size, config.conv_initializer_range)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        convolution = (width, config.conv_kernel_size, config.conv_initializer_range, config.conv_act)
         self.q_conv = MirasShortConvolution(*convolution)
         self.k_conv = MirasShortConvolution(*convolution)
         self.v_conv = MirasShortConvolution(*convolution)
@@ -487,7 +501,7 @@ class MirasMixer(nn.Module):
         self.g_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         eps = config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps
         self.o_norm = MirasRMSNormGated(config.head_dim, eps=eps, activation=config.output_gate_act)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.has_output_bias)
 
     @takes_cache
     def forward(
@@ -512,20 +526,27 @@ class MirasMixer(nn.Module):
         if self.use_rope and position_embeddings is not None:
             rotary = tuple(sequences.gather(x.expand(batch, -1, -1)) for x in position_embeddings)
 
-        projections = (self.by_heads(project(hidden_states)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.projections(hidden_states)
         # convolutions, rotary embedding, norms and gates stand before it: `ProjectedTokens.finished`
         memory = self.memory(ProjectedTokens(self, hidden_states, *projections, rotary), sequences, cached)
         gate = self.by_heads(self.g_proj(hidden_states))
         output = self.o_norm(memory.to(gate.dtype), gate).flatten(-2)
         return sequences.scatter(self.o_proj(output), batch), None
 
+    def projections(self, hidden_states: Tensor) -> Iterator[Tensor]:
+        """Queries, keys and values, `[batch, tokens, heads, head_dim]`, one after the other, held by nobody else."""
+        yield self.by_heads(self.q_proj(hidden_states))
+        for project in (self.k_proj, self.v_proj):
+            # every head has its own memory, and convolutions, of what it shares
+            yield repeat_heads(self.by_heads(project(hidden_states)), self.num_key_value_groups, dim=2)
+
     def by_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
 
-def repeat_kv(hidden_states: Tensor, n_rep: int) -> Tensor:
-    """`[batch, key_value_heads, tokens, head_dim]` to `[batch, heads, tokens, head_dim]`."""
-    return hidden_states.repeat_interleave(n_rep, dim=1) if n_rep > 1 else hidden_states
+def repeat_heads(x: Tensor, n_rep: int, dim: int) -> Tensor:
+    """Every entry along an axis, the heads of keys and values, `n_rep` times in a row."""
+    return x.repeat_interleave(n_rep, dim=dim) if n_rep > 1 else x
 
 
 def eager_attention_forward(
@@ -538,8 +559,8 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[Tensor, Tensor]:
-    key_states = repeat_kv(key, module.num_key_value_groups)
-    value_states = repeat_kv(value, module.num_key_value_groups)
+    key_states = repeat_heads(key, module.num_key_value_groups, dim=1)
+    value_states = repeat_heads(value, module.num_key_value_groups, dim=1)
 
     attn_weights = torch.matmul(query, key_states.transpose(2, 3)) * scaling
     if attention_mask is not None:
@@ -551,7 +572,7 @@ def eager_attention_forward(
 
 
 class MirasAttention(nn.Module):
-    """Sliding-window attention, the other half of a hybrid."""
+    """Attention over a sliding window or the whole text, the other half of a hybrid."""
 
     def __init__(self, config: MirasConfig, layer_idx: int):
         super().__init__()
@@ -561,14 +582,19 @@ class MirasAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.sliding_window = config.sliding_window
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == ATTENTION_LAYER else None
         self.is_causal = True
 
         width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.has_output_bias)
+        if config.qk_norm:
+            self.q_norm = MirasRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = MirasRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = None
 
     @takes_cache
     def forward(
@@ -581,8 +607,11 @@ class MirasAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        query_states = self.q_proj(hidden_states).view(hidden_shape)
+        key_states = self.k_proj(hidden_states).view(hidden_shape)
+        if self.q_norm is not None:
+            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
+        query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
         query_states, key_states = apply_rotary_pos_emb(
@@ -597,7 +626,8 @@ class MirasAttention(nn.Module):
             ):
                 leave_inference_mode(layer)
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
-            if getattr(layer, "record_past", False) or self.sliding_window == 1:
+            recorded = self.sliding_window is not None and getattr(layer, "record_past", False)
+            if recorded or self.sliding_window == 1:
                 # in Transformers 5.17 a layer that records gives all that it has kept, more than masks cover; and one
                 # with a window of a single token keeps everything, where it should keep nothing
                 visible = self.sliding_window - 1 + query_states.shape[2]
@@ -625,9 +655,9 @@ class MirasAttention(nn.Module):
 class MirasMLP(nn.Module):
     def __init__(self, config: MirasConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.chunk_size_feed_forward = config.chunk_size_feed_forward
 
@@ -643,10 +673,10 @@ class MirasDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.hidden_size = config.hidden_size
         self.layer_type = config.layer_types[layer_idx]
-        if self.layer_type == ATTENTION_LAYER:
-            self.self_attn = MirasAttention(config, layer_idx)
-        else:
+        if self.layer_type == MEMORY_LAYER:
             self.mixer = MirasMixer(config, layer_idx)
+        else:
+            self.self_attn = MirasAttention(config, layer_idx)
         self.mlp = MirasMLP(config)
         self.input_layernorm = MirasRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MirasRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -663,7 +693,14 @@ class MirasDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
-        if self.layer_type == ATTENTION_LAYER:
+        if self.layer_type == MEMORY_LAYER:
+            hidden_states, _ = self.mixer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                sequences=sequences,
+                cache=cache,
+            )
+        else:
             hidden_states, _ = self.self_attn(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -671,19 +708,35 @@ class MirasDecoderLayer(GradientCheckpointingLayer):
                 cache=cache,
                 **kwargs,
             )
-        else:
-            hidden_states, _ = self.mixer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                sequences=sequences,
-                cache=cache,
-            )
         hidden_states = residual + hidden_states
 
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
         hidden_states = self.mlp(hidden_states)
         return residual + hidden_states
+
+
+def attention_masks(
+    config: MirasConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+) -> dict[str, Any]:
+    """The masks of the kinds of attention layers that a model has, as its attention implementation takes them."""
+    kinds = config.layer_types
+    makers = {ATTENTION_LAYER: create_sliding_window_causal_mask, FULL_ATTENTION_LAYER: create_causal_mask}
+    return {
+        kind: make(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE_NAME: cache},
+        )
+        for kind, make in makers.items()
+        if kind in kinds
+    }
 
 
 class MirasPreTrainedModel(PreTrainedModel):
@@ -696,6 +749,8 @@ class MirasPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # a converted Transformer without memories included: its masks come with the sequences, which nobody would split
+    _supports_context_parallel = False
     # a memory that records can give tokens back: generate() may speculate
     _is_stateful = False
     # Quantisation leaves these alone, too: they are a few percent of the weights, and what enters `up_proj` is narrower
@@ -786,18 +841,10 @@ class MirasPreTrainedModel(PreTrainedModel):
         new tokens, `None` for one that was generated, and for attention layers theirs."""
         tokens = inputs_embeds.shape[1]
         generated = tokens == 1 and not is_first_iteration
-        if attention_mask is not None:
+        if attention_mask is not None and tokens > 1:
             check_text_read(attention_mask, tokens, tokens_read(cache))
         masks = {MEMORY_LAYER: None if attention_mask is None or generated else attention_mask[:, -tokens:]}
-        if config.has_attention:
-            masks[ATTENTION_LAYER] = create_sliding_window_causal_mask(
-                config=config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE_NAME: cache},
-            )
-        return masks
+        return masks | attention_masks(config, inputs_embeds, attention_mask, position_ids, cache)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
@@ -869,7 +916,7 @@ class MirasModel(MirasPreTrainedModel):
 
         # `generate()` makes the masks of steps that may be compiled itself: `create_masks_for_generate`
         prepared = isinstance(attention_mask, dict)
-        causal_mask = attention_mask.get(ATTENTION_LAYER) if prepared else None
+        masks = attention_mask if prepared else {}
         if prepared:
             attention_mask = attention_mask[MEMORY_LAYER]
 
@@ -903,14 +950,17 @@ class MirasModel(MirasPreTrainedModel):
             if sequences.mask is not None:
                 position_ids = (sequences.mask.long().cumsum(-1) - 1).clamp(min=0)
             read = tokens_read(cache)
+            if past and not isinstance(read, Tensor) and attention_mask.shape[1] == past + tokens:
+                # a model without memories: nobody else has counted pads
+                read = attention_mask[:, :past].sum(-1)
             position_ids = position_ids + (
                 read.to(position_ids.device).unsqueeze(1) if isinstance(read, Tensor) else read
             )
         if attention_positions is None:
             attention_positions = position_ids
 
-        if self.config.has_attention and not prepared:
-            if attention_mask is not None and not is_tracing(attention_mask):
+        if not prepared:
+            if self.config.has_sliding_attention and attention_mask is not None and not is_tracing(attention_mask):
                 longer = attention_mask.shape[-1] > self.config.sliding_window
                 if longer and attention_mask.dim() == 2 and has_inner_pads(attention_mask):
                     raise ValueError(
@@ -918,13 +968,7 @@ class MirasModel(MirasPreTrainedModel):
                         f"`sliding_window` ({self.config.sliding_window}), got length {attention_mask.shape[-1]}: the "
                         "window of attention layers counts pads. Pad on the left to continue a batch."
                     )
-            causal_mask = create_sliding_window_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=attention_positions,
-                **{CACHE_NAME: cache},
-            )
+            masks = attention_masks(self.config, inputs_embeds, attention_mask, attention_positions, cache)
         if self.config.has_attention and cu_seq_lens_q is not None:
             kwargs["cu_seq_lens_q"] = cu_seq_lens_q.to(torch.int32)
 
@@ -933,7 +977,7 @@ class MirasModel(MirasPreTrainedModel):
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
-                attention_mask=causal_mask,
+                attention_mask=masks.get(decoder_layer.layer_type),
                 sequences=sequences,
                 position_embeddings=position_embeddings,
                 position_ids=attention_positions,

@@ -55,13 +55,15 @@ def check_distributed_config(config: MirasConfig) -> None:
     """
     distributed = getattr(config, "distributed_config", None)
     tp_size, fsdp_size = (getattr(distributed, name, None) or 1 for name in ("tp_size", "fsdp_size"))
-    names = ["num_attention_heads"]
+    heads = {"num_attention_heads": config.num_attention_heads}
     if config.has_attention:
-        names.append("num_key_value_heads")
-    for name in names:
-        if getattr(config, name) % tp_size:
+        heads["num_key_value_heads"] = config.num_key_value_heads
+    if config.has_memory:
+        heads["memory_num_key_value_heads"] = config.memory_key_value_heads
+    for name, number in heads.items():
+        if number % tp_size:
             raise ValueError(
-                f"`{name}` ({getattr(config, name)}) must be a multiple of the tensor parallel size ({tp_size}): "
+                f"`{name}` ({number}) must be a multiple of the tensor parallel size ({tp_size}): "
                 "memories and attention are sharded by heads."
             )
     # Transformers 5.23, for every model: shards of different sizes are copied, and the head keeps the old ones

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .built_config import check_as_built
 from .cache import MirasLayer
 from .config_choices import own_parameters
 from .config_meaning import with_later_fields, without_meaningless
-from .configuration_miras import ATTENTION_LAYER, MirasConfig
+from .configuration_miras import ATTENTION_LAYER, FULL_ATTENTION_LAYER, MEMORY_LAYER, MirasConfig
 from .memory import MemoryParameters, MemoryState, initial_memory_state
 from .memory_file import (
     DTYPES,
@@ -65,6 +65,12 @@ NEUTRAL_FIELDS = {
 }
 WEIGHT_SAMPLES = 64
 
+_CACHE_LAYERS = {
+    MEMORY_LAYER: MirasLayer,
+    ATTENTION_LAYER: DynamicSlidingWindowLayer,
+    FULL_ATTENTION_LAYER: DynamicLayer,
+}
+
 
 def save_memory(
     cache: Cache,
@@ -75,7 +81,8 @@ def save_memory(
     check_weights: bool = True,
 ) -> None:
     """
-    Write what a model has read to one safetensors file. Its size does not grow with the text.
+    Write what a model has read to one safetensors file. Its size does not grow with the text, unless the model has layers
+    of full attention, whose keys and values are written, too.
 
     Args:
         cache (`Cache`): The cache after reading, of `generate()` or of a forward with `use_cache=True`.
@@ -88,7 +95,7 @@ def save_memory(
             Whether to store a digest of the weights.
 
     Raises:
-        `ValueError`: if the cache has read nothing, is not this model's, holds what is not finite, or would need the mask;
+        `ValueError`: if the model has no memory layers; if the cache has read nothing, is not this model's, holds what is not finite, or would need the mask;
             if the mask is not that of the text read; if the weights are spread over processes, or offloaded and not
             excepted by `check_weights=False`.
         `OSError`: if `path` cannot be written.
@@ -103,7 +110,7 @@ def save_memory(
     >>> question = tokenizer("Who did it?", add_special_tokens=False, return_tensors="pt").input_ids
     >>> model.generate(question, cache=cache, max_new_tokens=64)
     ```"""
-    path, decoder = _path(path), _decoder(model)
+    path, decoder = _path(path), _decoder_with_memories(model)
     tensors = _tensors(cache, decoder)
     tokens = int(cache.get_seq_length())
     counts = next(layer.memory.count for layer in cache.layers if isinstance(layer, MirasLayer))
@@ -184,7 +191,7 @@ def load_memory(
             differ and both values; if anything in it is not what this model could have saved, whoever signed it, with
             the field or tensor, its value and what is allowed. Nothing is made of such a file.
     """
-    path, decoder = _path(path), _decoder(model)
+    path, decoder = _path(path), _decoder_with_memories(model)
     header, tensors = read_memory_file(path)
     _check_model(path, header, decoder, check_weights)
     _check_state(str(path), header, tensors, decoder)
@@ -204,8 +211,8 @@ def load_memory(
             cached.update_memory(_unflatten(state), conv_tail, tokens)
         else:
             cached.update(state["keys"], state["values"])
-            # a window keeps the last of them only
-            cached.cumulative_length = tokens
+            if layer.layer_type == ATTENTION_LAYER:  # a window keeps the last of them only
+                cached.cumulative_length = tokens
     if not return_attention_mask:
         return cache
     mask = tensors.get("attention_mask")
@@ -269,6 +276,16 @@ def _decoder(model: nn.Module) -> MirasModel:
     return decoder
 
 
+def _decoder_with_memories(model: nn.Module) -> MirasModel:
+    decoder = _decoder(model)
+    if not decoder.config.has_memory:
+        raise ValueError(
+            f"`model` must have memory layers, got a {type(model).__name__} whose layers are all attention: there is no "
+            "memory to save."
+        )
+    return decoder
+
+
 def _device(layer: nn.Module) -> torch.device:
     """Where a layer computes: Accelerate may keep its weights elsewhere until then."""
     hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
@@ -298,10 +315,7 @@ def _tensors(cache: Cache, decoder: MirasModel) -> dict[str, Tensor]:
     Raises:
         `ValueError`: if the cache is of another model or has read nothing.
     """
-    kinds = [
-        DynamicSlidingWindowLayer if layer_type == ATTENTION_LAYER else MirasLayer
-        for layer_type in decoder.config.layer_types
-    ]
+    kinds = [_CACHE_LAYERS[layer_type] for layer_type in decoder.config.layer_types]
     layers = cache.layers if isinstance(cache, Cache) else ()
     if [type(layer) for layer in layers] != kinds:
         got = [type(layer).__name__ for layer in layers] if isinstance(cache, Cache) else f"a {type(cache).__name__}"
@@ -318,17 +332,23 @@ def _tensors(cache: Cache, decoder: MirasModel) -> dict[str, Tensor]:
             state = {**_flatten(layer.memory), "conv_tail": layer.conv_tail}
         else:
             # one that records what may be taken back keeps more than its window
-            filled = min(int(layer.get_seq_length()), decoder.config.sliding_window - 1)
+            filled = _filled(decoder.layers[i], int(layer.get_seq_length()))
             state = {"keys": layer.keys, "values": layer.values}
             state = {name: x[:, :, max(x.shape[2] - filled, 0) :] for name, x in state.items()}
         tensors |= {f"layers.{i}.{name}": tensor for name, tensor in state.items()}
     return tensors
 
 
-def _shapes(layer: Any, rows: int, filled: int = 0) -> dict[str, list[int]]:
-    """Names and shapes of a decoder layer's state, with `filled` keys and values."""
-    if layer.layer_type == ATTENTION_LAYER:
-        config = layer.self_attn.config
+def _filled(layer: Any, tokens: int) -> int:
+    """How many keys and values an attention layer needs of a text to go on."""
+    window = layer.self_attn.sliding_window
+    return tokens if window is None else min(tokens, window - 1)
+
+
+def _shapes(layer: Any, rows: int, tokens: int = 0) -> dict[str, list[int]]:
+    """Names and shapes of a decoder layer's state after `tokens`."""
+    if layer.layer_type != MEMORY_LAYER:
+        config, filled = layer.self_attn.config, _filled(layer, tokens)
         return dict.fromkeys(("keys", "values"), [rows, config.num_key_value_heads, filled, config.head_dim])
     mixer = layer.mixer
     memory, head_dim = mixer.memory, mixer.head_dim
@@ -400,7 +420,7 @@ def _check_state(source: str, header: Header, tensors: dict[str, Tensor], decode
     }
     expected = {"attention_mask": Expected([rows, tokens], (torch.bool,))} if "attention_mask" in tensors else {}
     for i, layer in enumerate(decoder.layers):
-        for name, shape in _shapes(layer, rows, min(tokens, config.sliding_window - 1)).items():
+        for name, shape in _shapes(layer, rows, tokens).items():
             dtypes = (wide,) if name not in ("conv_tail", "keys", "values") else tuple(sorted(narrow, key=str))
             dtypes = (torch.int64,) if name == "count" else dtypes
             expected[f"layers.{i}.{name}"] = Expected(shape, dtypes, *ranges.get(name, (None, None)))
@@ -423,7 +443,7 @@ def _check_state(source: str, header: Header, tensors: dict[str, Tensor], decode
         )
     slots = torch.arange(config.chunk_size)
     phase = (torch.tensor(read) % config.chunk_size)[:, None]
-    for i in (i for i, layer in enumerate(decoder.layers) if layer.layer_type != ATTENTION_LAYER):
+    for i in (i for i, layer in enumerate(decoder.layers) if layer.layer_type == MEMORY_LAYER):
         eta, log_decay = (tensors[f"layers.{i}.{name}"].ne(0).any(-1).any(1) for name in ("eta", "log_decay"))
         taken = eta | (log_decay & (slots < phase))
         if not torch.equal(taken, slots < phase):

@@ -1,0 +1,236 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Memories that learn from the attention they replace: errors and divergences by hand, and what training leaves alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from test_convert import make_teacher, text
+from transformers import TrainingArguments
+
+import miras_hf
+from miras_hf.distillation import (
+    Alignment,
+    AlignmentTrainer,
+    DistillationTrainer,
+    alignment_errors,
+    chunked_divergence,
+)
+
+
+LAYERS = [0, 2]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    teacher = make_teacher("smollm")
+    return miras_hf.convert(teacher, LAYERS, {"chunk_size": 4}), teacher
+
+
+def norms(student, teacher, ids, layer, first):
+    """Of the error and of the teacher, for the tokens of one text from `first` on, with softmax attention by hand."""
+    hidden = teacher.model(ids, output_hidden_states=True).hidden_states[layer]
+    inputs, attention = teacher.model.layers[layer].input_layernorm(hidden), teacher.model.layers[layer].self_attn
+    cos, sin = teacher.model.rotary_emb(inputs, torch.arange(ids.shape[1])[None])
+    q, k, v = (getattr(attention, f"{x}_proj")(inputs).unflatten(-1, (-1, 8)).transpose(1, 2) for x in "qkv")
+    q, k = (x * cos + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin for x in (q, k))
+    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    scores = (q @ k.mT / 8**0.5).masked_fill(torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool(), -torch.inf)
+    expected = attention.o_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(-2))
+    output, _ = student.model.layers[layer].mixer(inputs, position_embeddings=(cos, sin))
+    return (output - expected).norm(dim=-1)[0, first:], expected.norm(dim=-1)[0, first:]
+
+
+@pytest.mark.parametrize("how", ["rows", "padded", "packed", "packed under a mask"])
+@torch.no_grad()
+def test_alignment_is_the_error_over_the_teachers_norm(pair, how):
+    rows = [text(13, rows=1), text(9, rows=1, seed=1)]
+    inputs = {"input_ids": torch.cat(rows, dim=1)}
+    if how == "rows":
+        rows = [text(13)[:1], text(13)[1:]]
+        inputs = {"input_ids": text(13)}
+    elif how == "padded":
+        padded = F.pad(rows[1], (4, 0), value=5)
+        mask = torch.ones(2, 13, dtype=torch.long)
+        mask[1, :4] = 0
+        inputs = {"input_ids": torch.cat((rows[0], padded)), "attention_mask": mask}
+    else:
+        inputs["position_ids"] = torch.cat((torch.arange(13), torch.arange(9)))[None]
+        if how == "packed under a mask":
+            inputs["attention_mask"] = torch.ones(1, 22, dtype=torch.long)
+    found = Alignment(*pair, sink_tokens=3)(**inputs)
+    expected = []
+    for layer in LAYERS:
+        errors, sizes = zip(*(norms(*pair, row, layer, first=3) for row in rows))
+        expected.append(torch.cat(errors).mean() / torch.cat(sizes).mean())
+    torch.testing.assert_close(found["errors"], torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["loss"], torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_memory_that_returns_nothing_has_an_error_of_one(pair):
+    student, teacher = copy.deepcopy(pair)
+    student.model.layers[2].mixer.o_proj.weight.zero_()
+    errors = alignment_errors(student, teacher, [{"input_ids": text(13), "labels": text(13)}] * 2)
+    assert errors[2] == pytest.approx(1.0, abs=1e-5) and errors.keys() == {0, 2}
+    # a memory layer that is the teacher's attention has none, and stands first
+    student.model.layers[0].mixer.forward = lambda x, position_embeddings, sequences: teacher.model.layers[
+        0
+    ].self_attn(x, position_embeddings=position_embeddings, attention_mask=None)
+    errors = alignment_errors(student, teacher, [{"input_ids": text(13)}])
+    assert list(errors) == [0, 2] and errors[0] < 1e-5
+
+
+def arguments(folder, **options):
+    options = {"learning_rate": 1e-2, "max_steps": 4, "logging_steps": 2, "save_strategy": "no", **options}
+    return TrainingArguments(
+        folder,
+        per_device_train_batch_size=2,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+        **options,
+    )
+
+
+ROWS = [{"input_ids": row, "labels": row} for row in text(24, rows=6, seed=3)]
+
+
+def test_alignment_trains_the_memories_alone_and_resumes(pair, tmp_path):
+    student, teacher = copy.deepcopy(pair)
+    before = {
+        name: p.clone()
+        for name, p in (student.state_dict() | {f"t.{n}": p for n, p in teacher.state_dict().items()}).items()
+    }
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    trainer = AlignmentTrainer(student, teacher, args=args, train_dataset=ROWS, eval_dataset=ROWS)
+    trainer.train()
+    changed = {
+        name
+        for name, p in (student.state_dict() | {f"t.{n}": p for n, p in teacher.state_dict().items()}).items()
+        if not torch.equal(p, before[name])
+    }
+    assert changed and all(".mixer." in name for name in changed)
+    assert {f"model.layers.{i}.mixer.{x}_proj.weight" for i in LAYERS for x in "qkvgo"} <= changed
+    first, last = (entry for entry in trainer.state.log_history if "alignment/layer_0" in entry)
+    assert last["loss"] < first["loss"] and last["alignment/layer_2"] < first["alignment/layer_2"]
+    assert first["loss"] == pytest.approx((first["alignment/layer_0"] + first["alignment/layer_2"]) / 2, rel=1e-3)
+    errors = alignment_errors(student, teacher, [{"input_ids": torch.stack([row["input_ids"] for row in ROWS])}])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(errors.values()) / 2, rel=0.05)
+
+    stored = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(name.startswith(("mixers.0.", "mixers.2.")) for name in stored)
+    resumed, _ = copy.deepcopy(pair)
+    trainer = AlignmentTrainer(resumed, teacher, args=args, train_dataset=ROWS)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(map(torch.equal, resumed.parameters(), student.parameters()))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_divergence_in_chunks_is_the_divergence(chunk):
+    torch.manual_seed(0)
+    heads = [torch.nn.Linear(6, 11, bias=False).double() for _ in range(2)]
+    mine, theirs = torch.randn(2, 9, 6, dtype=torch.float64).requires_grad_()
+    p, q = (head(x).softmax(-1) for head, x in zip(heads, (theirs, mine)))
+    expected = (p.detach() * (p.detach().log() - q.log())).sum()
+    found = chunked_divergence(mine, theirs, heads[1], heads[0], chunk)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    wanted = (mine, heads[1].weight)
+    for bar, other in zip(torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True):
+        torch.testing.assert_close(bar, other, rtol=1e-5, atol=1e-6)
+    assert abs(chunked_divergence(mine, mine, heads[0], heads[0], chunk)) < 1e-6
+
+
+def test_distillation_measures_the_divergence_and_spares_the_body(pair, tmp_path):
+    student, teacher = copy.deepcopy(pair)
+    ids = torch.stack([row["input_ids"] for row in ROWS])
+    with torch.no_grad():
+        log_p, log_q = (model(ids).logits[:, :-1].log_softmax(-1) for model in (teacher, student))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        body_learning_rate=0,
+        chunk_tokens=7,
+        args=arguments(tmp_path),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.9 * expected
+    changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert {f"model.layers.{i}.mixer.{x}_proj.weight" for i in LAYERS for x in "qkvgo"} <= changed
+    assert all(".mixer." in name for name in changed)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0, 1e-2}
+    # weight decay is as `Trainer` has it: norms and memories are without
+    assert {(group["is_body"], group["weight_decay"] > 0) for group in trainer.optimizer.param_groups} == {
+        (False, False), (True, False)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("batches", ["labels", "no labels"])
+def test_accumulated_batches_are_one_batch(pair, tmp_path, batches):
+    """Rows of one length, and where labels say what counts, of different ones."""
+    rows, results = [{name: ids.clone() for name, ids in row.items()} for row in ROWS[:4]], []
+    for i, row in enumerate(rows):
+        if batches == "labels":
+            row["labels"][: 3 * i] = -100
+        else:
+            del row["labels"]
+    for accumulation in (1, 2):
+        student, teacher = copy.deepcopy(pair)
+        options = {"optim": "sgd", "max_steps": 1, "max_grad_norm": 0.0, "gradient_accumulation_steps": accumulation}
+        args = arguments(tmp_path, **options)
+        args.per_device_train_batch_size = 4 // accumulation
+        DistillationTrainer(student, teacher, body_learning_rate=1e-2, args=args, train_dataset=rows).train()
+        results.append(dict(student.named_parameters()))
+    moved = [p - q for p, q in zip(results[0].values(), pair[0].parameters(), strict=True)]
+    assert sum(bool(x.any()) for x in moved) > len(moved) / 2
+    for name, p in results[0].items():
+        torch.testing.assert_close(results[1][name], p, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_teach_or_learn_is_named(pair, tmp_path):
+    student, teacher = pair
+    for wrong, message in (
+        ((teacher, teacher), "must be a MirasForCausalLM with memories, got LlamaForCausalLM"),
+        ((miras_hf.convert(teacher, []), teacher), "got YaadForCausalLM without memory layers"),
+        ((student, teacher.model), "`teacher` must be a decoder with a language modelling head, got LlamaModel"),
+        ((student, student), "`teacher` must have attention in layer 0"),
+        ((student, make_teacher("llama3-with-biases"), -1), "`sink_tokens` must be an integer of at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Alignment(*wrong)
+    with pytest.raises(ValueError, match=r"longer than `sink_tokens` \(4\), got shape \(2, 3\)"):
+        Alignment(student, teacher)(text(3))
+    with pytest.raises(ValueError, match="`batches` must hold at least one batch"):
+        alignment_errors(student, teacher, [])
+    for options, message in (
+        ({"body_learning_rate": -1.0}, "`body_learning_rate` must be at least 0 and below 1, got -1.0"),
+        ({"chunk_tokens": 0}, "`chunk_tokens` must be an integer of at least 1, got 0"),
+        ({"compute_loss_func": lambda: 0}, "`compute_loss_func` must be left out"),
+        ({"args": arguments(tmp_path, label_smoothing_factor=0.1)}, "`label_smoothing_factor` must be 0, got 0.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DistillationTrainer(student, teacher, **{"args": arguments(tmp_path), **options})
+    trainer = DistillationTrainer(student, teacher, args=arguments(tmp_path))
+    with pytest.raises(ValueError, match=r"`input_ids`.* alone.*got \['seq_idx'\]"):
+        trainer.compute_loss(student, {"input_ids": text(5), "seq_idx": text(5)})

@@ -1,0 +1,361 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How the memories of a converted Transformer learn from it: layer by layer first, then by what the whole model says.
+
+Stage 1, [`AlignmentTrainer`]: every memory reads what its teacher's attention layer reads, and learns to return what that
+returns. Stage 2, [`DistillationTrainer`]: the hybrid learns the distribution of its teacher's next token. After them it is
+trained as any model.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, Trainer
+
+from .modeling_miras import MirasForCausalLM
+from .sequences import Sequences, packed_sequences, padded_sequences
+from .weight_decay import exempt_from_trainer
+
+
+class Alignment(nn.Module):
+    """
+    The memories of a hybrid beside the attention layers that they replace, as a model whose loss is how far they are apart.
+
+    The frozen teacher reads the text, and every memory what the attention layer in its place reads: no error and no
+    gradient goes from layer to layer. Parameters are those of the memory layers alone.
+
+    Args:
+        student (`MirasForCausalLM`): A hybrid that [`~miras_hf.convert`] made of the teacher.
+        teacher (`PreTrainedModel`): The model that was converted.
+        sink_tokens (`int`, *optional*, defaults to 4):
+            How many tokens at the start of a text do not count. Attention gives the first tokens weight that means
+            nothing, and their errors would outweigh all others.
+
+    Raises:
+        `ValueError`: for models that are not a hybrid with memories and its teacher.
+    """
+
+    def __init__(self, student: MirasForCausalLM, teacher: PreTrainedModel, sink_tokens: int = 4):
+        super().__init__()
+        check_pair(student, teacher)
+        if type(sink_tokens) is not int or sink_tokens < 0:
+            raise ValueError(f"`sink_tokens` must be an integer of at least 0, got {sink_tokens!r}.")
+        layers = enumerate(student.config.layer_types)
+        self.mixers = nn.ModuleDict(
+            {str(i): student.model.layers[i].mixer for i, kind in layers if kind == "miras_memory"}
+        )
+        self.sink_tokens = sink_tokens
+        self._teacher = (teacher,)  # no module of this one: neither trained nor saved
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        return self._teacher[0]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool = True,
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `[batch, tokens]`): a text in every row, or several, one after the other.
+            attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 1 at real tokens.
+            position_ids (`torch.Tensor` of shape `[batch, tokens]`, *optional*): begin anew where a packed text begins.
+            return_loss (`bool`): what `Trainer` looks for before it evaluates without labels.
+
+        Returns:
+            `loss`, the mean of the layers' errors, and `errors` of shape `[memory layers]`: the mean norm of the difference
+            over the mean norm of what the teacher returns. An untrained memory that returns nothing has 1.
+        """
+        sequences, position = _sequences(input_ids, attention_mask, position_ids)
+        counts = position >= self.sink_tokens
+        if not counts.any():
+            raise ValueError(
+                f"`input_ids` must have texts longer than `sink_tokens` ({self.sink_tokens}), got shape "
+                f"{tuple(input_ids.shape)}."
+            )
+        attention_mask = None if sequences.mask is None else attention_mask  # with one, teachers see no packs
+        errors = []
+        for i, (hidden_states, positions, expected) in self._attention(input_ids, attention_mask, position).items():
+            output, _ = self.mixers[i](hidden_states, position_embeddings=positions, sequences=sequences)
+            expected = expected[counts].float()
+            errors.append((output[counts].float() - expected).norm(dim=-1).mean() / expected.norm(dim=-1).mean())
+        stacked = torch.stack(errors)
+        return {"loss": stacked.mean(), "errors": stacked.detach()}
+
+    @torch.no_grad()
+    def _attention(self, input_ids: Tensor, attention_mask: Tensor | None, position: Tensor) -> dict[str, tuple]:
+        """Inputs, rotary embeddings and outputs of the attention layers that memories replace."""
+        seen: dict[str, tuple] = {}
+
+        def keep(name: str):
+            def hook(module, args, kwargs, output):
+                hidden_states = args[0] if args else kwargs["hidden_states"]
+                seen[name] = (hidden_states.detach(), kwargs["position_embeddings"], output[0].detach())
+
+            return hook
+
+        decoder = self.teacher.model
+        hooks = [
+            decoder.layers[int(i)].self_attn.register_forward_hook(keep(i), with_kwargs=True) for i in self.mixers
+        ]
+        try:
+            decoder(input_ids, attention_mask=attention_mask, position_ids=position.clamp(min=0), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+
+class AlignmentTrainer(Trainer):
+    """
+    Stage 1: `Trainer` of an [`Alignment`]. Logs the error of every layer as `alignment/layer_0` and so on, of the first
+    process, and its checkpoints hold the memory layers alone. Train with a rate like 1e-3; the student has learned when
+    `train()` returns: save it by `student.save_pretrained`.
+
+    Args:
+        student, teacher, sink_tokens: as in [`Alignment`].
+        args, train_dataset, and the others: as in `Trainer`.
+
+    ```python
+    >>> student = miras_hf.convert(teacher, layers=[5, 11, 17, 23])
+    >>> AlignmentTrainer(student, teacher, args=args, train_dataset=rows, data_collator=collator).train()
+    ```"""
+
+    def __init__(self, student: MirasForCausalLM, teacher: PreTrainedModel, sink_tokens: int = 4, **kwargs):
+        super().__init__(model=Alignment(student, teacher, sink_tokens), **kwargs)
+        exempt_from_trainer()
+        teacher.to(self.args.device).eval()
+        self._errors: list[Tensor] = []
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        if model.training:
+            self._errors.append(outputs["errors"])
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        # collators look for them
+        self._signature_columns = [*self._signature_columns, "labels"]
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self._errors and "loss" in logs:
+            means = torch.stack(self._errors).mean(0).tolist()
+            mixers = self.accelerator.unwrap_model(self.model).mixers
+            logs |= {f"alignment/layer_{i}": error for i, error in zip(mixers, means, strict=True)}
+            self._errors.clear()
+        super().log(logs, *args, **kwargs)
+
+
+@torch.no_grad()
+def alignment_errors(
+    student: MirasForCausalLM,
+    teacher: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    sink_tokens: int = 4,
+) -> dict[int, float]:
+    """
+    How far every memory is from the attention layer that it replaces, see [`Alignment`], the smallest error first: which
+    layers are easily replaced.
+
+    Args:
+        batches: Inputs of [`Alignment`]; labels are not used.
+
+    Raises:
+        `ValueError`: if there are none.
+    """
+    alignment, errors = Alignment(student, teacher, sink_tokens), []
+    modes = student.training, teacher.training
+    student.eval(), teacher.eval()
+    for batch in batches:
+        inputs = {name: value.to(teacher.device) for name, value in batch.items() if name != "labels"}
+        errors.append(alignment(**inputs)["errors"])
+    student.train(modes[0]), teacher.train(modes[1])
+    if not errors:
+        raise ValueError("`batches` must hold at least one batch, got none.")
+    means = torch.stack(errors).mean(0).tolist()
+    return dict(sorted(zip(map(int, alignment.mixers), means, strict=True), key=lambda pair: pair[1]))
+
+
+class DistillationTrainer(Trainer):
+    """
+    Stage 2: a `Trainer` whose loss is the Kullback-Leibler divergence of the student's next token from the teacher's, in
+    nats a token. Logits of both stand in memory for `chunk_tokens` tokens at a time, and are computed again for gradients.
+
+    Tokens count where labels of their successors are not -100; without labels, where they are no pads.
+
+    Args:
+        model (`MirasForCausalLM`): The student.
+        teacher (`PreTrainedModel`): The model that was converted.
+        body_learning_rate (`float`, *optional*, defaults to 7e-6):
+            Rate of all that is the teacher's: it knows already what it should. `args.learning_rate`, a rate like 1e-4, is
+            that of memory layers. 0 for a body that stays as it is.
+        chunk_tokens (`int`, *optional*, defaults to 256): Tokens whose logits stand in memory at once.
+        args, train_dataset, and the others: as in `Trainer`.
+
+    Raises:
+        `ValueError`: for models that are not a hybrid with memories and its teacher, for numbers out of range, for label
+            smoothing, which a divergence has not, and for an optimizer from outside.
+    """
+
+    def __init__(
+        self,
+        model: MirasForCausalLM,
+        teacher: PreTrainedModel,
+        body_learning_rate: float = 7e-6,
+        chunk_tokens: int = 256,
+        **kwargs,
+    ):
+        check_pair(getattr(model, "get_base_model", lambda: model)(), teacher)
+        if not 0 <= body_learning_rate < 1:
+            raise ValueError(f"`body_learning_rate` must be at least 0 and below 1, got {body_learning_rate}.")
+        if type(chunk_tokens) is not int or chunk_tokens < 1:
+            raise ValueError(f"`chunk_tokens` must be an integer of at least 1, got {chunk_tokens!r}.")
+        for name in ("optimizers", "optimizer_cls_and_kwargs", "compute_loss_func"):
+            if kwargs.get(name) not in (None, (None, None)):
+                raise ValueError(f"`{name}` must be left out: rates and losses of this trainer are its own.")
+        super().__init__(model=model, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor` must be 0, got {self.args.label_smoothing_factor}: the teacher smooths labels."
+            )
+        self.teacher = teacher.to(self.args.device).eval()
+        self.body_learning_rate, self.chunk_tokens = body_learning_rate, chunk_tokens
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if any("is_body" in group for group in optimizer.param_groups):
+            return optimizer
+        of_memories = {
+            id(p)
+            for module in self.accelerator.unwrap_model(self.model).modules()
+            if type(module).__name__ == "MirasMixer"
+            for p in module.parameters()
+        }
+        groups = []
+        for group in optimizer.param_groups:
+            for is_body in (False, True):
+                params = [p for p in group["params"] if (id(p) not in of_memories) == is_body]
+                rate = self.body_learning_rate if is_body else self.args.learning_rate
+                if params:
+                    groups.append({**group, "params": params, "lr": rate, "is_body": is_body})
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        strange = sorted(inputs.keys() - {"input_ids", "attention_mask", "position_ids"})
+        if strange:
+            raise ValueError(
+                "Batches must hold `input_ids`, `attention_mask`, `position_ids` and `labels` alone, which the teacher "
+                f"understands as well, got {strange}."
+            )
+        # the same positions for both, which begin their texts with another number where pads stand before
+        sequences, position = _sequences(
+            inputs["input_ids"], inputs.pop("attention_mask", None), inputs.get("position_ids")
+        )
+        inputs |= {"position_ids": position.clamp(min=0), "use_cache": False}
+        if sequences.mask is not None:  # with one of ones, teachers see no packs
+            inputs["attention_mask"] = sequences.mask.long()
+        student = self.accelerator.unwrap_model(model)
+        hidden: list[Tensor] = []
+        base = getattr(student, "get_base_model", lambda: student)()
+        hook = base.model.register_forward_hook(lambda _, args, output: hidden.append(output[0]))
+        try:
+            # through whatever wraps the model
+            outputs = model(**inputs, logits_to_keep=1)
+        finally:
+            hook.remove()
+        with torch.no_grad():
+            expected = self.teacher.model(**inputs)[0]
+        counts = position >= 0
+        if labels is not None:
+            counts = F.pad(labels[:, 1:] != -100, (0, 1), value=False)
+        loss = chunked_divergence(
+            hidden[0][counts], expected[counts], base.lm_head, self.teacher.lm_head, self.chunk_tokens
+        )
+        loss = loss / (num_items_in_batch if num_items_in_batch is not None else counts.sum().clamp(min=1))
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+
+def chunked_divergence(
+    student: Tensor, teacher: Tensor, student_head: nn.Module, teacher_head: nn.Module, chunk_tokens: int
+) -> Tensor:
+    """
+    `sum_t KL(p_t || q_t)` of the teacher's distributions p and the student's q over the vocabulary, in float32.
+
+    Args:
+        student, teacher (`torch.Tensor` of shape `[tokens, hidden_size]`): last hidden states.
+        student_head, teacher_head (`nn.Module`): from there to logits.
+        chunk_tokens (`int`): tokens whose logits stand in memory at once, in the backward pass as well.
+    """
+
+    def divergence(mine: Tensor, theirs: Tensor) -> Tensor:
+        with torch.no_grad():
+            log_p = F.log_softmax(teacher_head(theirs).float(), dim=-1)
+        log_q = F.log_softmax(student_head(mine).float(), dim=-1)
+        return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+    total = student.new_zeros((), dtype=torch.float32)
+    for mine, theirs in zip(student.split(chunk_tokens), teacher.split(chunk_tokens), strict=True):
+        if torch.is_grad_enabled():
+            total = total + checkpoint(divergence, mine, theirs, use_reentrant=False)
+        else:
+            total = total + divergence(mine, theirs)
+    return total
+
+
+def check_pair(student: Any, teacher: Any) -> None:
+    """Raises a `ValueError` unless the one is a hybrid with memories that was made of a model like the other."""
+    if not isinstance(student, MirasForCausalLM) or not student.config.has_memory:
+        without = " without memory layers" if isinstance(student, MirasForCausalLM) else ""
+        raise ValueError(
+            f"The student must be a MirasForCausalLM with memories, got {type(student).__name__}{without}."
+        )
+    if not isinstance(teacher, PreTrainedModel) or not hasattr(getattr(teacher, "model", None), "layers"):
+        raise ValueError(f"`teacher` must be a decoder with a language modelling head, got {type(teacher).__name__}.")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        theirs, ours = getattr(teacher.config, name), getattr(student.config, name)
+        if theirs != ours:
+            raise ValueError(f"`teacher` must have the student's `{name}`, {ours}, got {theirs}.")
+    for i, kind in enumerate(student.config.layer_types):
+        if kind == "miras_memory" and not hasattr(teacher.model.layers[i], "self_attn"):
+            raise ValueError(f"`teacher` must have attention in layer {i}, where the student has a memory.")
+
+
+def _sequences(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> tuple[Sequences, Tensor]:
+    """The sequences of a call, and the place of every token in its own, -1 at pads."""
+    batch, tokens = input_ids.shape
+    padded = padded_sequences(attention_mask, batch, tokens, 0)
+    packed = packed_sequences(position_ids, batch, tokens, mask=padded.mask)
+    if packed is not None:
+        return packed, packed.position.view(batch, tokens)
+    if padded.mask is None:
+        return padded, torch.arange(tokens, device=input_ids.device).expand(batch, -1)
+    return padded, torch.where(padded.mask, padded.mask.long().cumsum(-1) - 1, -1)
+
+
+__all__ = ["Alignment", "AlignmentTrainer", "DistillationTrainer", "alignment_errors", "chunked_divergence"]
