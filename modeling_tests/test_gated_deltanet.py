@@ -80,5 +80,7 @@ def test_what_cannot_be_taken_is_refused():
         gated_deltanet_fields(layer_of(hidden_act="gelu"))
     layer = layer_of()
     other = MirasMixer(MirasConfig.from_preset("kda", **{"hidden_size": 24, "num_attention_heads": 3}), 0)
-    with pytest.raises(ValueError, match="`mixer` must be of a config with `gated_deltanet_fields`: `alpha.a_log` has"):
+    with pytest.raises(
+        ValueError, match="`mixer` must be of a config with `gated_deltanet_fields`: `alpha.a_log` has"
+    ):
         load_gated_deltanet(other, layer)
