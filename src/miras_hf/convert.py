@@ -130,11 +130,12 @@ def convert(
         `StrictDataclassError`, `TypeError`: for fields that a Miras config refuses.
 
     ```python
-    >>> from transformers import AutoModelForCausalLM
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> import miras_hf
 
-    >>> teacher = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
-    >>> student = miras_hf.convert(teacher, layers=[5, 11, 17, 23], memory="yaad")
+    >>> sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    >>> teacher = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))  # one that is pretrained, of course
+    >>> student = miras_hf.convert(teacher, layers=[1, 3], memory="yaad")
     ```"""
     family = _family(model)
     layers = _layers(layers, model.config.num_hidden_layers)

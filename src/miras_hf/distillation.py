@@ -135,8 +135,10 @@ class AlignmentTrainer(Trainer):
         args, train_dataset, and the others: as in `Trainer`.
 
     ```python
-    >>> student = miras_hf.convert(teacher, layers=[5, 11, 17, 23])
-    >>> AlignmentTrainer(student, teacher, args=args, train_dataset=rows, data_collator=collator).train()
+    >>> import miras_hf
+
+    >>> student = miras_hf.convert(teacher, layers=[1, 3])
+    >>> AlignmentTrainer(student, teacher, args=args, train_dataset=dataset).train()
     ```"""
 
     def __init__(self, student: MirasForCausalLM, teacher: PreTrainedModel, sink_tokens: int = 4, **kwargs):
