@@ -130,11 +130,13 @@ def convert(
         `StrictDataclassError`, `TypeError`: for fields that a Miras config refuses.
 
     ```python
-    >>> from transformers import AutoModelForCausalLM
-    >>> import miras_hf
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from miras_hf import convert
 
-    >>> teacher = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
-    >>> student = miras_hf.convert(teacher, layers=[5, 11, 17, 23], memory="yaad")
+    >>> teacher = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4))
+    >>> student = convert(teacher, layers=[1, 3], memory="yaad")
+    >>> student.config.layer_types
+    ['full_attention', 'miras_memory', 'full_attention', 'miras_memory']
     ```"""
     family = _family(model)
     layers = _layers(layers, model.config.num_hidden_layers)

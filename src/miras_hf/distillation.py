@@ -135,8 +135,13 @@ class AlignmentTrainer(Trainer):
         args, train_dataset, and the others: as in `Trainer`.
 
     ```python
-    >>> student = miras_hf.convert(teacher, layers=[5, 11, 17, 23])
-    >>> AlignmentTrainer(student, teacher, args=args, train_dataset=rows, data_collator=collator).train()
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from miras_hf import convert
+
+    >>> teacher = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4))
+    >>> student = convert(teacher, layers=[1, 3])
+    >>> trainer = AlignmentTrainer(student, teacher, args=args, train_dataset=dataset)
+    >>> result = trainer.train()
     ```"""
 
     def __init__(self, student: MirasForCausalLM, teacher: PreTrainedModel, sink_tokens: int = 4, **kwargs):
