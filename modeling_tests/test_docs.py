@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 import miras_hf
 
@@ -363,9 +363,6 @@ def docstring_examples() -> dict[str, str]:
     return found
 
 
-LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """A folder with `runs/demo`, a saved model and tokenizer."""
@@ -394,7 +391,6 @@ def test_docstring_examples(name, demo, monkeypatch):
         "inputs": lambda text: tokenizer(text, return_tensors="pt"),
         "args": TrainingArguments(output_dir="out", max_steps=1, report_to=[], save_strategy="no", use_cpu=True),
         "dataset": rows,
-        "teacher": LlamaForCausalLM(LlamaConfig(vocab_size=300, **LLAMA)),
         "segments": torch.tensor([row["input_ids"] for row in rows]).split(2),
     }
     if "SFTTrainer" in docstring_examples()[name]:

@@ -36,6 +36,7 @@ RUNS = {
     "classify": ["--output_dir", "classify"],
     "forecast": ["--output_dir", "forecast"],
     "convert_and_push": ["--output_dir", "converted"],
+    "distil": ["--output_dir", "distilled", "--report", "distilled/report.json"],
 }
 # One process for all: importing the libraries takes longer than the examples themselves.
 DRIVER = """
@@ -140,6 +141,22 @@ def check_convert_and_push(folder: Path, text: str) -> None:
     assert AutoModelForCausalLM.from_pretrained(folder / "converted").config.attention_layers == [0, 2]
 
 
+def check_distil(folder: Path, text: str) -> None:
+    result = json.loads((folder / "distilled" / "report.json").read_text())
+    errors = result["alignment_errors"]
+    assert (
+        errors["stage 1"]["1"] < 0.5 * errors["converted"]["1"] and errors["stage 2"]["1"] < errors["converted"]["1"]
+    )
+    ladder = result["nats_per_token"]
+    assert list(ladder) == ["teacher", "converted", "stage 1", "stage 2"]
+    assert abs(ladder["stage 2"] - ladder["teacher"]) < 0.05 and f"| stage 1 | {ladder['stage 1']:.3f} |" in text
+    # two of three layers have keys and values, of 2 heads of 16 numbers in float32, as the teacher's three have
+    sizes = result["cache_bytes"]
+    assert sizes["teacher"]["512"] == 3 * 2 * 2 * 16 * 4 * 512
+    assert sizes["hybrid"]["512"] - sizes["hybrid"]["64"] == 2 * 2 * 2 * 16 * 4 * (512 - 64)
+    assert AutoModelForCausalLM.from_pretrained(folder / "distilled").config.full_attention_layers == [0, 2]
+
+
 LLAMA = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -215,7 +232,7 @@ def test_examples_name_their_mistakes(tmp_path):
         forecast.main(["--context", "888", "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="--do takes train, read and ask, got rest"):
         load_example("long_document_qa").main(["--do", "rest", "--folder", str(tmp_path)])
-    for name in ("finetune_lora", "convert_and_push"):
+    for name in ("finetune_lora", "convert_and_push", "distil"):
         with pytest.raises(ValueError, match="--smoke"):
             load_example(name).main(["--output_dir", str(tmp_path)])
 

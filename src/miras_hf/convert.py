@@ -131,11 +131,12 @@ def convert(
 
     ```python
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> import miras_hf
+    >>> from miras_hf import convert
 
-    >>> sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    >>> teacher = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))  # one that is pretrained, of course
-    >>> student = miras_hf.convert(teacher, layers=[1, 3], memory="yaad")
+    >>> teacher = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4))
+    >>> student = convert(teacher, layers=[1, 3], memory="yaad")
+    >>> student.config.layer_types
+    ['full_attention', 'miras_memory', 'full_attention', 'miras_memory']
     ```"""
     family = _family(model)
     layers = _layers(layers, model.config.num_hidden_layers)

@@ -135,10 +135,13 @@ class AlignmentTrainer(Trainer):
         args, train_dataset, and the others: as in `Trainer`.
 
     ```python
-    >>> import miras_hf
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from miras_hf import convert
 
-    >>> student = miras_hf.convert(teacher, layers=[1, 3])
-    >>> AlignmentTrainer(student, teacher, args=args, train_dataset=dataset).train()
+    >>> teacher = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4))
+    >>> student = convert(teacher, layers=[1, 3])
+    >>> trainer = AlignmentTrainer(student, teacher, args=args, train_dataset=dataset)
+    >>> result = trainer.train()
     ```"""
 
     def __init__(self, student: MirasForCausalLM, teacher: PreTrainedModel, sink_tokens: int = 4, **kwargs):
