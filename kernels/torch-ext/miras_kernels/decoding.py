@@ -38,12 +38,12 @@ from .checks import (
 from .choices import Choices
 from .configuration import launch_configuration, threads
 from .ops import (
-    CHOICE_NAMES,
     CHOICE_SCHEMA,
     NAMESPACE,
     OPERATORS,
     asks_for_gradients,
     choice_values,
+    choices_of,
     default_precision,
     gate,
     kernel_constants,
@@ -266,7 +266,7 @@ def _decode(
     from .decode_matrix import matrix_decode_kernel
     from .decode_mlp import mlp_decode_kernel
 
-    c = dict(zip(CHOICE_NAMES, choices))
+    c = choices_of(*choices)
     rows, tokens, heads, head_dim = q.shape
     q, k, v = (x.contiguous() for x in (q, k, v))
     y = torch.empty_like(q)
@@ -276,11 +276,11 @@ def _decode(
     gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
     eta, log_alpha = (x.expand(*x.shape[:3], gate_dim).float().contiguous() for x in (eta, log_alpha))
     delta_dim = 0
-    if c["attentional_bias"].startswith("huber"):
+    if c.threshold:
         delta = gate(delta).float().contiguous()
         delta_dim = delta.shape[-1]
     initial = [a.contiguous() for a in initial]
-    norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if c["memory"] == "mlp" else []
+    norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if c.memory == "mlp" else []
     shapes = [tuple(a.shape[1:]) for a in initial]
     hidden_units = shapes[0][1]
     kernel_size = conv_weights[0].shape[-1] if conv_weights else 0
@@ -295,13 +295,13 @@ def _decode(
         "RAW": bool(conv_weights),
     }
     scratch = []
-    if c["memory"] == "mlp":
+    if c.memory == "mlp":
         scratch = [torch.empty(rows * heads, 3, hidden_units, device=q.device)]
-    kernel = mlp_decode_kernel if c["memory"] == "mlp" else matrix_decode_kernel
+    kernel = mlp_decode_kernel if c.memory == "mlp" else matrix_decode_kernel
     launch = launch_configuration(
-        f"{c['memory']}_decode", device=q.device, head_dim=head_dim, chunk_size=c["chunk_size"], precision=precision
+        f"{c.memory}_decode", device=q.device, head_dim=head_dim, chunk_size=c.chunk_size, precision=precision
     )
-    if c["memory"] == "mlp":
+    if c.memory == "mlp":
         launch["THREADS"] = threads(launch)
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(q):
@@ -317,8 +317,8 @@ def _decode(
             heads,
             0 if cos is None or cos.shape[0] == 1 else tokens,
             eta_max,
-            c["min_log_alpha"],
-            *(c["simplex_mass"] * hidden_units / math.sqrt(fan_in) for fan_in, _ in shapes),
+            c.min_log_alpha,
+            *(c.simplex_mass * hidden_units / math.sqrt(fan_in) for fan_in, _ in shapes),
             **constants,
             **launch,
         )

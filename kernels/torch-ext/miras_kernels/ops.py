@@ -268,36 +268,52 @@ def gate(x: Tensor) -> Tensor:
     return x.unsqueeze(-1) if x.dim() == 3 else x
 
 
-def kernel_constants(choices: dict, head_dim: int, gate_dim: int, delta_dim: int, precision: str) -> dict:
+def kernel_constants(choices: Choices, head_dim: int, gate_dim: int, delta_dim: int, precision: str) -> dict:
     """What every kernel is compiled for: the choices, and the sizes of a head."""
     constants = {
-        "C": choices["chunk_size"],
+        "C": choices.chunk_size,
         "D": head_dim,
         "BD": max(16, 1 << (head_dim - 1).bit_length()),
         "GATE_DIM": gate_dim,
         "DELTA_DIM": delta_dim,
-        "LOSS": ATTENTIONAL_BIASES.index(choices["attentional_bias"]),
-        "POWER": choices["lp_power"],
-        "SMOOTH_SIGN": choices["lp_smooth_sign"],
-        "SHARPNESS": choices["lp_sharpness"],
-        "ERROR_CAP": choices["lp_error_cap"],
-        "CLIP": choices["residual_clip"] * math.sqrt(head_dim),
-        "LINK": RETENTION_GATES.index(choices["retention"]),
-        "Q": choices["lq_power"],
-        "FLOOR": choices["lq_norm_floor"],
-        "CAP": choices["weight_cap"],
-        "TOWARD_INIT": choices["decay_target"] == "init",
+        "LOSS": ATTENTIONAL_BIASES.index(choices.attentional_bias),
+        "POWER": choices.lp_power,
+        "SMOOTH_SIGN": choices.lp_smooth_sign,
+        "SHARPNESS": choices.lp_sharpness,
+        "ERROR_CAP": choices.lp_error_cap,
+        "CLIP": choices.residual_clip * math.sqrt(head_dim),
+        "LINK": RETENTION_GATES.index(choices.retention),
+        "Q": choices.lq_power,
+        "FLOOR": choices.lq_norm_floor,
+        "CAP": choices.weight_cap or 0.0,
+        "TOWARD_INIT": choices.decay_target == "init",
         "PRECISION": "bf16_rounded" if precision == "bf16" and INTERPRETED else precision,
     }
-    if choices["memory"] == "mlp":
-        constants |= {"N": choices["expansion"] * head_dim, "NORM_EPS": choices["norm_eps"]}
+    if choices.memory == "mlp":
+        constants |= {"N": choices.expansion * head_dim, "NORM_EPS": choices.norm_eps}
     return constants
 
 
 class _Call:
     """What both passes need of a call's tensors: contiguous copies, where each row's tokens are, kernel constants."""
 
-    def __init__(self, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, **c):
+    def __init__(
+        self,
+        q,
+        k,
+        v,
+        eta,
+        log_alpha,
+        delta,
+        initial,
+        norm_weight,
+        norm_bias,
+        state,
+        cu_seqlens,
+        mask,
+        precision,
+        choices,
+    ):
         self.batch, self.tokens, self.heads, self.head_dim = q.shape
         self.device, self.rows, self.layers = q.device, _rows(q, cu_seqlens), len(initial)
         self.programs = self.rows * self.heads
@@ -307,12 +323,11 @@ class _Call:
         self.eta, self.log_alpha = (
             x.expand(*x.shape[:3], self.gate_dim).float().contiguous() for x in (eta, log_alpha)
         )
-        has_delta = c["attentional_bias"].startswith("huber")
-        self.delta = gate(delta).float().contiguous() if has_delta else self.eta
+        self.delta = gate(delta).float().contiguous() if choices.threshold else self.eta
         self.base = [a.contiguous() for a in initial]
         self.shapes = [tuple(a.shape[1:]) for a in initial]
-        self.toward_init = c["decay_target"] == "init"
-        has_norm = c["memory"] == "mlp"
+        self.toward_init = choices.decay_target == "init"
+        has_norm = choices.memory == "mlp"
         self.norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if has_norm else []
 
         order = None
@@ -328,7 +343,7 @@ class _Call:
         self.lengths = lengths
         self.where = [starts, lengths, lengths if order is None else order]
 
-        self.memory, self.chunk_size, self.min_log_alpha = c["memory"], c["chunk_size"], c["min_log_alpha"]
+        self.memory, self.chunk_size, self.min_log_alpha = choices.memory, choices.chunk_size, choices.min_log_alpha
         self.count = state[-1] if state else None
         self.phases = (self.count % self.chunk_size).contiguous() if state else lengths
         widths = [fan_in for fan_in, _ in self.shapes] + [fan_out for _, fan_out in self.shapes]
@@ -336,12 +351,12 @@ class _Call:
             (self.rows, self.heads, self.chunk_size, width) for width in (*widths, self.gate_dim, self.gate_dim)
         ]
         self.earlier = [x.float().contiguous() for x in state[self.layers : -1]]
-        self.hidden_units = c["expansion"] * self.head_dim if c["memory"] == "mlp" else self.head_dim
-        self.masses = [c["simplex_mass"] * self.hidden_units / math.sqrt(fan_in) for fan_in, _ in self.shapes]
-        precision = c["precision"] or default_precision(q.dtype)
+        self.hidden_units = choices.expansion * self.head_dim if choices.memory == "mlp" else self.head_dim
+        self.masses = [choices.simplex_mass * self.hidden_units / math.sqrt(fan_in) for fan_in, _ in self.shapes]
+        precision = precision or default_precision(q.dtype)
         self.precision = precision
-        delta_dim = self.delta.shape[-1] if has_delta else 0
-        self.constants = kernel_constants(c, self.head_dim, self.gate_dim, delta_dim, precision) | {
+        delta_dim = self.delta.shape[-1] if choices.threshold else 0
+        self.constants = kernel_constants(choices, self.head_dim, self.gate_dim, delta_dim, precision) | {
             "HAS_EARLIER": bool(state),
             "HAS_ORDER": order is not None,
         }
@@ -416,6 +431,13 @@ def choice_values(choices: Choices) -> list:
     return [0.0 if (value := getattr(choices, name)) is None else value for name in CHOICE_NAMES]
 
 
+@functools.lru_cache(maxsize=None, typed=True)
+def choices_of(*values) -> Choices:
+    """What `choice_values` was made of."""
+    named = dict(zip(CHOICE_NAMES, values))
+    return Choices(**named | {"weight_cap": named["weight_cap"] or None})
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::forward",
     mutates_args=(),
@@ -440,12 +462,12 @@ def _forward(
     precision: str,
     *choices,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    choices = dict(zip(CHOICE_NAMES, choices))
+    choices = choices_of(*choices)
     if cu_seqlens is not None:
         cu_seqlens = checked_borders(cu_seqlens, q.shape[1], q.device)
     call = _Call(
         q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
-        precision=precision, **choices,
+        precision, choices,
     )  # fmt: skip
     dual = call.starting_dual(state)
     final = [call.zeros(*shape) for shape in call.factor_shapes] if output_final_state else []
@@ -471,7 +493,7 @@ def _forward(
 @_forward.register_fake
 def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, *options):
     output_final_state, save_every, _precision, *choices = options
-    chunk_size = dict(zip(CHOICE_NAMES, choices))["chunk_size"]
+    chunk_size = dict(zip(CHOICE_NAMES, choices))["chunk_size"]  # a trace may have made a symbol of it
     rows, heads = _rows(q, cu_seqlens), q.shape[2]
     final, saved = [], []
     if output_final_state:
@@ -543,10 +565,10 @@ def _backward(
     """Adjoints of q, k, v, eta, log_alpha, delta (empty if there is none), the initial memory, the norm, the state."""
     from . import backward_matrix, backward_mlp
 
-    choices = dict(zip(CHOICE_NAMES, choices))
+    choices = choices_of(*choices)
     call = _Call(
         q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
-        precision=precision, **choices,
+        precision, choices,
     )  # fmt: skip
     heads, rows, layers = call.heads, call.rows, call.layers
     unused = [call.eta] * len(call.factor_shapes)
@@ -575,7 +597,7 @@ def _backward(
         if call.memory == "mlp":
             scratch.append(call.scratch(call.programs, *call.shapes[1]))
         # what the mirror map needs besides: the adjoints of the initial memory's image, and of the slope's means
-        mirrors = choices["retention"] == "lq_mirror"
+        mirrors = choices.retention == "lq_mirror"
         slopes = [call.scratch(call.programs, call.hidden_units) if mirrors else call.eta for _ in initial]
         places = module.places(launch["STREAM"])
         rows_of_chunk = call.scratch(
