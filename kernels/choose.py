@@ -25,7 +25,7 @@ import json
 import math
 from pathlib import Path
 
-from ahead_of_time import CAPABILITIES, Call, compiled
+from ahead_of_time import CAPABILITIES, Call, compiled, tiles
 
 from miras_kernels import configuration
 from miras_kernels.choices import Choices
@@ -101,11 +101,6 @@ def _by_clock(kernel: str, precision: str, found: list[dict[str, int]]) -> list[
         others += [{**launch, "num_warps": 4} for launch in (*found, *others)]
     others += [{**launch, "num_stages": 2} for launch in (*found, *others)]
     return [x for i, x in enumerate(others) if x not in found and x not in others[:i]]
-
-
-def tiles(call: Call, launch: dict[str, int]) -> int:
-    hidden = call.choices.weight_shapes(call.head_dim)[0][1]
-    return math.ceil(hidden / launch["TN"]) if "TN" in launch else 0
 
 
 def cost(call: Call, launch: dict[str, int], counts: dict[str, int]) -> float:
