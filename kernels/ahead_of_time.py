@@ -40,8 +40,7 @@ from miras_kernels import (
     decode_matrix,
     decode_mlp,
     decoding,
-    forward_matrix,
-    forward_mlp,
+    forward_pass,
     ops,
     resident_state,
 )
@@ -50,10 +49,10 @@ from miras_kernels.choices import Choices
 
 # where the operator finds a kernel when it launches it
 KERNELS = {
-    "mlp_forward": (forward_mlp, "mlp_forward_kernel"),
+    "mlp_forward": (forward_pass, "mlp_forward_kernel"),
     "mlp_backward": (backward_mlp, "mlp_backward_kernel"),
     "mlp_decode": (decode_mlp, "mlp_decode_kernel"),
-    "matrix_forward": (forward_matrix, "matrix_forward_kernel"),
+    "matrix_forward": (forward_pass, "matrix_forward_kernel"),
     "matrix_backward": (backward_matrix, "matrix_backward_kernel"),
     "matrix_decode": (decode_matrix, "matrix_decode_kernel"),
 }

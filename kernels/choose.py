@@ -73,7 +73,7 @@ def candidates(
     launches = [{"num_warps": w, "num_stages": 1, "maxnreg": 255} for w in warps]
     found = launches
     if kernel == "mlp_forward":
-        widths = {"bf16": (64, 32, 16), "ieee": (16,)}.get(precision, (32, 16))
+        widths = {"bf16": (128, 64, 32, 16), "ieee": (16,)}.get(precision, (32, 16))
         found = [{"TN": width, **launch} for width in widths for launch in launches]
     elif kernel == "mlp_decode":
         # products are at a chunk's end only: two programs of four warps on a multiprocessor wait less for memory than one
@@ -94,7 +94,7 @@ def candidates(
 def _by_clock(kernel: str, precision: str, found: list[dict[str, int]]) -> list[dict[str, int]]:
     others = []
     if kernel.endswith("_backward") and precision == "bf16":
-        others += [{**launch, "TN": 64} for launch in found if "STREAM" not in launch]
+        others += [{**launch, "TN": width} for width in (64, 128) for launch in found if "STREAM" not in launch]
     if kernel == "mlp_decode":
         others += [{**launch, "TN": 64} for launch in found]
     if precision == "bf16":

@@ -32,8 +32,7 @@ from miras_kernels import (
     decode_matrix,
     decode_mlp,
     forward,
-    forward_matrix,
-    forward_mlp,
+    forward_pass,
     ops,
     refusal,
     resident_state,
@@ -56,8 +55,8 @@ class Launched:
 
 def forbid_launches(monkeypatch):
     for module, name in (
-        (forward_mlp, "mlp_forward_kernel"),
-        (forward_matrix, "matrix_forward_kernel"),
+        (forward_pass, "mlp_forward_kernel"),
+        (forward_pass, "matrix_forward_kernel"),
         (decode_mlp, "mlp_decode_kernel"),
         (decode_matrix, "matrix_decode_kernel"),
     ):

@@ -124,3 +124,8 @@ class Choices:
             return ((head_dim, head_dim),)
         hidden = self.expansion * head_dim
         return (head_dim, hidden), (hidden, head_dim)
+
+
+def padded(head_dim: int) -> int:
+    """Channels of a tile that holds a head's."""
+    return max(16, 1 << (head_dim - 1).bit_length())

@@ -35,8 +35,8 @@ from .checks import (
     check_tensors,
     state_shapes,
 )
-from .choices import Choices
-from .configuration import launch_configuration, threads
+from .choices import ATTENTIONAL_BIASES, RETENTION_GATES, Choices, padded
+from .configuration import INTERPRETED, launch_configuration, threads
 from .ops import (
     CHOICE_SCHEMA,
     NAMESPACE,
@@ -46,7 +46,6 @@ from .ops import (
     choices_of,
     default_precision,
     gate,
-    kernel_constants,
     refuse,
 )
 
@@ -233,6 +232,32 @@ def decode(
     )
 
 
+def _constants(choices: Choices, head_dim: int, gate_dim: int, delta_dim: int, precision: str) -> dict:
+    """What every kernel is compiled for: the choices, and the sizes of a head."""
+    constants = {
+        "C": choices.chunk_size,
+        "D": head_dim,
+        "BD": padded(head_dim),
+        "GATE_DIM": gate_dim,
+        "DELTA_DIM": delta_dim,
+        "LOSS": ATTENTIONAL_BIASES.index(choices.attentional_bias),
+        "POWER": choices.lp_power,
+        "SMOOTH_SIGN": choices.lp_smooth_sign,
+        "SHARPNESS": choices.lp_sharpness,
+        "ERROR_CAP": choices.lp_error_cap,
+        "CLIP": choices.residual_clip * math.sqrt(head_dim),
+        "LINK": RETENTION_GATES.index(choices.retention),
+        "Q": choices.lq_power,
+        "FLOOR": choices.lq_norm_floor,
+        "CAP": choices.weight_cap or 0.0,
+        "TOWARD_INIT": choices.decay_target == "init",
+        "PRECISION": "bf16_rounded" if precision == "bf16" and INTERPRETED else precision,
+    }
+    if choices.memory == "mlp":
+        constants |= {"N": choices.expansion * head_dim, "NORM_EPS": choices.norm_eps}
+    return constants
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::decode",
     mutates_args=("state", "conv_tail"),
@@ -286,7 +311,7 @@ def _decode(
     kernel_size = conv_weights[0].shape[-1] if conv_weights else 0
     rotary = [eta, eta] if cos is None else [x.contiguous() for x in (cos, sin)]
     precision = precision or default_precision(q.dtype)
-    constants = kernel_constants(c, head_dim, gate_dim, delta_dim, precision) | {
+    constants = _constants(c, head_dim, gate_dim, delta_dim, precision) | {
         "HAS_MASK": mask is not None,
         "K": kernel_size,
         "KP": max(1, 1 << (kernel_size - 1).bit_length()),
