@@ -40,8 +40,7 @@ from miras_kernels import (
     decode_matrix,
     decode_mlp,
     decoding,
-    forward_matrix,
-    forward_mlp,
+    forward_pass,
     ops,
     resident_state,
 )
@@ -50,10 +49,10 @@ from miras_kernels.choices import Choices
 
 # where the operator finds a kernel when it launches it
 KERNELS = {
-    "mlp_forward": (forward_mlp, "mlp_forward_kernel"),
+    "mlp_forward": (forward_pass, "mlp_forward_kernel"),
     "mlp_backward": (backward_mlp, "mlp_backward_kernel"),
     "mlp_decode": (decode_mlp, "mlp_decode_kernel"),
-    "matrix_forward": (forward_matrix, "matrix_forward_kernel"),
+    "matrix_forward": (forward_pass, "matrix_forward_kernel"),
     "matrix_backward": (backward_matrix, "matrix_backward_kernel"),
     "matrix_decode": (decode_matrix, "matrix_decode_kernel"),
 }
@@ -100,10 +99,9 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
     v = normal(batch, tokens, heads, head_dim).to(dtype)
     gate = (batch, tokens, heads, *((head_dim,) if call.channel_gates else ()))
     eta, log_alpha = 0.01 * normal(*gate).sigmoid(), -0.01 * normal(*gate).sigmoid()
-    # the norm's threshold is a number for each token, the coordinates' one for each channel
     delta = None
-    if choices.attentional_bias.startswith("huber"):
-        per_channel = call.channel_gates and choices.attentional_bias == "huber_coordinate"
+    if choices.threshold:
+        per_channel = call.channel_gates and choices.threshold == "channel"
         delta = normal(*(gate if per_channel else gate[:3])).exp()
     shapes = choices.weight_shapes(head_dim)
     stored = torch.bfloat16 if call.narrow else torch.float32
@@ -159,7 +157,7 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
         Of one thread: `registers`, `stack` in bytes, spilled loads and stores in the program's text, and the bytes they
         move in the loop over chunks and in the loops over tiles inside it; `shared` memory of one program in bytes; how
         many instructions of the matrix units the text holds, `wgmma` and `tcgen05` those that only Hopper and Blackwell
-        have, `mma` those of all; how many products are `asynchronous`.
+        have, `mma` those of all; how many products are `asynchronous`; and what `work` counts.
 
     Raises:
         `RuntimeError`: of Triton or its assembler, if there is no such program; and for one that does not wait for each
@@ -178,7 +176,15 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
     asynchronous, unawaited = asynchronous_products(binaries[-1].asm["ttgir"])
     if unawaited:
         raise RuntimeError(f"{call.kernel} goes on before an asynchronous product has its result: {unawaited[0]}")
-    return _counts(binaries[-1]) | {"asynchronous": len(asynchronous)}
+    every_chunk, threads = not call.kernel.endswith("_decode"), 32 * launch["num_warps"]
+    done = work(_sass(binaries[-1], "-sass"), tiles(call, launch), threads, every_chunk)
+    return _counts(binaries[-1]) | {"asynchronous": len(asynchronous)} | done
+
+
+def tiles(call: Call, launch: dict[str, int]) -> int:
+    """How many tiles a pass over the memory's hidden units, or a matrix's outputs, has; one without tiles."""
+    width = call.choices.weight_shapes(call.head_dim)[0][1]
+    return -(-width // launch.get("TN", width))
 
 
 @contextlib.contextmanager
@@ -259,19 +265,65 @@ def _target(capability: int):
         yield
 
 
-def _counts(binary) -> dict[str, int]:
+def _sass(binary, option: str) -> str:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
-        usage, text = (
-            subprocess.run(
-                [knobs.nvidia.cuobjdump.path, option, str(path)], check=True, capture_output=True, text=True
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        command = [knobs.nvidia.cuobjdump.path, option, str(path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _instructions(text: str) -> list[tuple[int, str]]:
+    return [(int(a, 16), i) for a, i in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)]
+
+
+def work(text: str, tiles: int, threads: int, every_chunk: bool = True) -> dict[str, int]:
+    """What a program does in a chunk, or, where it has no loop over chunks, in its call, counted in its assembler's text.
+
+    What stands in a loop inside the one over chunks counts once for each tile, everything else once: of a branch both
+    sides, of a predicated instruction what it would do.
+
+    Args:
+        text (`str`): what `cuobjdump -sass` prints.
+        tiles (`int`): how often a loop over tiles goes round.
+        threads (`int`): of a program.
+        every_chunk (`bool`, *optional*, defaults to `True`): whether there is a loop over chunks. It is the longest.
+
+    Returns:
+        Of one thread: `instructions`, and those of the `special_functions` units; of the program: `global_bytes` and
+        `local_bytes`, the latter those of its threads' stacks, loads and stores together.
+    """
+    instructions = _instructions(text)
+    loops = _loops(instructions)
+    first, last = 0, instructions[-1][0]
+    if every_chunk and loops:
+        first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+        loops.remove((first, last))
+    done = dict.fromkeys(("instructions", "special_functions", "global_bytes", "local_bytes"), 0)
+    for address, instruction in instructions:
+        if not first <= address <= last or re.search(r"\bNOP\b", instruction):
+            continue
+        times = tiles if any(begin <= address <= end for begin, end in loops) else 1
+        done["instructions"] += times
+        done["special_functions"] += times * bool(re.search(r"\bMUFU\b", instruction))
+        for space, names in (("global_bytes", r"LDG|STG|LDGSTS"), ("local_bytes", r"LDL|STL")):
+            if access := re.search(rf"\b(?:{names})\b([.\w]*)", instruction):
+                done[space] += times * threads * _width(access[1])
+    return done
+
+
+def _width(options: str) -> int:
+    # bytes a thread, as in LDG.E.128 or STG.E.U16
+    bits = re.search(r"\.[US]?(8|16|64|128)\b", options)
+    return int(bits[1]) // 8 if bits else 4
+
+
+def _counts(binary) -> dict[str, int]:
+    usage, text = _sass(binary, "-res-usage"), _sass(binary, "-sass")
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    instructions = [(int(a, 16), i) for a, i in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)]
-    spills = [(address, _spilled_bytes(i)) for address, i in instructions if re.search(r"\b(LDL|STL)\b", i)]
+    instructions = _instructions(text)
+    accesses = [(address, re.search(r"\b(?:LDL|STL)\b([.\w]*)", i)) for address, i in instructions]
+    spills = [(address, _width(access[1])) for address, access in accesses if access]
     loops = _loops(instructions)
     depths = [sum(first <= address <= last for first, last in loops) for address, _ in spills]
     count = {name: len(re.findall(rf"\b{name}\b", text)) for name in ("LDL", "STL", "HGMMA", "HMMA", "UTCHMMA")}
@@ -287,11 +339,6 @@ def _counts(binary) -> dict[str, int]:
         "tcgen05": count["UTCHMMA"],
         "mma": count["HMMA"],
     }
-
-
-def _spilled_bytes(instruction: str) -> int:
-    width = re.search(r"\b(?:LDL|STL)[.\w]*?\.(64|128)\b", instruction)
-    return int(width[1]) // 8 if width else 4
 
 
 def _loops(instructions: list[tuple[int, str]]) -> list[tuple[int, int]]:

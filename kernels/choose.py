@@ -25,7 +25,7 @@ import json
 import math
 from pathlib import Path
 
-from ahead_of_time import CAPABILITIES, Call, compiled
+from ahead_of_time import CAPABILITIES, Call, compiled, tiles
 
 from miras_kernels import configuration
 from miras_kernels.choices import Choices
@@ -73,7 +73,7 @@ def candidates(
     launches = [{"num_warps": w, "num_stages": 1, "maxnreg": 255} for w in warps]
     found = launches
     if kernel == "mlp_forward":
-        widths = {"bf16": (64, 32, 16), "ieee": (16,)}.get(precision, (32, 16))
+        widths = {"bf16": (128, 64, 32, 16), "ieee": (16,)}.get(precision, (32, 16))
         found = [{"TN": width, **launch} for width in widths for launch in launches]
     elif kernel == "mlp_decode":
         # products are at a chunk's end only: two programs of four warps on a multiprocessor wait less for memory than one
@@ -94,18 +94,13 @@ def candidates(
 def _by_clock(kernel: str, precision: str, found: list[dict[str, int]]) -> list[dict[str, int]]:
     others = []
     if kernel.endswith("_backward") and precision == "bf16":
-        others += [{**launch, "TN": 64} for launch in found if "STREAM" not in launch]
+        others += [{**launch, "TN": width} for width in (64, 128) for launch in found if "STREAM" not in launch]
     if kernel == "mlp_decode":
         others += [{**launch, "TN": 64} for launch in found]
     if precision == "bf16":
         others += [{**launch, "num_warps": 4} for launch in (*found, *others)]
     others += [{**launch, "num_stages": 2} for launch in (*found, *others)]
     return [x for i, x in enumerate(others) if x not in found and x not in others[:i]]
-
-
-def tiles(call: Call, launch: dict[str, int]) -> int:
-    hidden = call.choices.weight_shapes(call.head_dim)[0][1]
-    return math.ceil(hidden / launch["TN"]) if "TN" in launch else 0
 
 
 def cost(call: Call, launch: dict[str, int], counts: dict[str, int]) -> float:

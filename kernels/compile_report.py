@@ -16,11 +16,15 @@
     python kernels/compile_report.py                                     # all again, an hour of one core
     python kernels/compile_report.py sm_90 --kernel matrix_forward       # what a change touches
     python kernels/compile_report.py --missing                           # what the reports lack: goes on where one stopped
+    python kernels/compile_report.py sm_90 --main                        # the main shape alone
+    python kernels/compile_report.py sm_90 --table                       # what the report holds of it, drawn as a table
     python kernels/compile_report.py --check --few                       # compare with the reports, a minute
 
 A report holds, for each program: registers, stack and spills of a thread, shared memory, instructions of the matrix
-units. `--check` fails where a program got worse, and leaves the reports alone. Each version of Triton has reports of its
-own, because each schedules and spills differently; `make test-triton36` checks those of the oldest.
+units, and what it does in a chunk, or in a call that decodes: a thread's instructions and special functions, the bytes that
+all threads move to and from global memory and their stacks. `--table` prints that of the main shape. `--check` fails where
+a program got worse, and leaves the reports alone. Each version of Triton has reports of its own, because each schedules
+and spills differently; `make test-triton36` checks those of the oldest.
 """
 
 import argparse
@@ -40,6 +44,7 @@ REPORTS = Path(__file__).parent / "reports"
 
 # Each link, each loss, both granularities of gates and of thresholds, each thing that a call may ask for, once.
 CALLS = {
+    "plain": Call(Choices(attentional_bias="l2", retention="decay")),
     "moneta": Call(Choices(attentional_bias="lp", retention="lq")),
     "yaad": Call(Choices(attentional_bias="huber_mixture", retention="decay"), continues=True, keeps=True),
     "memora": Call(Choices(attentional_bias="l2", retention="kl")),
@@ -55,12 +60,13 @@ CALLS = {
 MAIN = (64, 64, "bf16")
 
 # A program is worse when it spills more bytes, or takes more shared memory, than `factor` times the report's and `bytes`
-# more, or no longer uses matrix units. The same sources under the same Triton give the same counts. But register
-# allocation is a heuristic: a few lines anywhere in a kernel move some spills, and a change that does no more than that
-# should not have to redo the reports. Another Triton schedules everything anew.
+# more, or does that much more in a chunk, or no longer uses matrix units. The same sources under the same Triton give the
+# same counts. But register allocation is a heuristic: a few lines anywhere in a kernel move some spills, and a change that
+# does no more than that should not have to redo the reports. Another Triton schedules everything anew.
 SLACK = {"factor": 1.15, "bytes": 64}
 SLACK_OF_ANOTHER_TRITON = {"factor": 2.0, "bytes": 512}
-NOT_MORE = ("spilled_bytes_per_chunk", "spilled_bytes_per_tile", "shared")
+WORK = ("instructions", "special_functions", "global_bytes", "local_bytes")
+NOT_MORE = ("spilled_bytes_per_chunk", "spilled_bytes_per_tile", "shared", *WORK)
 NOT_NONE = ("wgmma", "tcgen05", "mma")
 
 
@@ -73,7 +79,10 @@ def programs(name: str, kernel: str) -> list[dict]:
         shape = (entry["head_dim"], entry["chunk_size"], entry["precision"])
         calls = list(CALLS) if shape == MAIN else ["memora"] if shape[2] == "bf16" else ["yaad"]
         if kernel.endswith("_backward"):
-            calls = ["yaad"]  # half a minute each
+            # half a minute each
+            calls = ["plain", "yaad"] if shape == MAIN else ["yaad"]
+        if name != "sm_90" or kernel.endswith("_decode"):
+            calls = [call for call in calls if call != "plain"]  # of the README's table
         wanted += [(shape, call) for call in calls]
     # widths between the entries' take a neighbour's launch
     if not kernel.endswith("_backward"):
@@ -111,7 +120,8 @@ def worse(reported: dict[str, int], counts: dict[str, int], slack: dict[str, flo
     more = [
         f"{name} {counts[name]}, reported {reported[name]}"
         for name in NOT_MORE
-        if counts[name] > slack["factor"] * reported[name] + slack["bytes"]
+        # what was reported before it was counted bounds nothing
+        if name in reported and counts[name] > slack["factor"] * reported[name] + slack["bytes"]
     ]
     gone = [f"no {name}, reported {reported[name]}" for name in NOT_NONE if reported[name] and not counts[name]]
     # one generation's units may take over from another's, as long as they are not the slower ones
@@ -147,7 +157,23 @@ def check(name: str, wanted: list[dict], report: dict) -> list[str]:
     return failures
 
 
+def is_main(program: dict) -> bool:
+    return tuple(program[part] for part in ("head_dim", "chunk_size", "precision")) == MAIN
+
+
+def table(report: dict) -> str:
+    """What programs of the main shape do in a chunk, or in a call that decodes, in Markdown."""
+    columns = ("program", *WORK, "registers", "shared", "wgmma")
+    rows = [columns, ["---"] * len(columns)]
+    for program in filter(is_main, report["programs"]):
+        counts = program["counts"]
+        rows.append([f"{program['kernel']}, {program['call']}", *(f"{counts.get(name, '')}" for name in columns[1:])])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def write(path: Path, name: str, found: list[dict]) -> None:
+    order = [program for kernel in KERNELS for program in programs(name, kernel)]
+    found = sorted(found, key=lambda program: order.index(key(program)) if key(program) in order else len(order))
     capability, shared = CAPABILITIES[name]
     head = {"command": f"python kernels/compile_report.py {name}", "triton": triton.__version__}
     head |= {"capability": capability, "shared_memory_kib": shared}
@@ -162,6 +188,8 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(CAPABILITIES)}; all by default")
     parser.add_argument("--kernel", choices=KERNELS, action="append")
     parser.add_argument("--check", action="store_true", help="compare with the reports instead of writing them")
+    parser.add_argument("--main", action="store_true", help="only the main shape; what is reported of others stays")
+    parser.add_argument("--table", action="store_true", help="print what a report holds of the main shape")
     parser.add_argument("--missing", action="store_true", help="compile only what the reports do not hold yet")
     parser.add_argument(
         "--few",
@@ -180,18 +208,22 @@ def main() -> int:
         wanted = [program for kernel in kernels for program in programs(name, kernel)]
         path = path_of_report(arguments.reports, name)
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"triton": None, "programs": []}
+        if arguments.main:
+            wanted = list(filter(is_main, wanted))
+        if arguments.table:
+            print(f"{name}, Triton {report['triton']}\n\n{table(report)}\n")
+            continue
         if arguments.check:
             if arguments.few:
-                shape = ("head_dim", "chunk_size", "precision", "call")
-                wanted = [program for program in wanted if tuple(program[part] for part in shape) == (*MAIN, "yaad")]
+                wanted = [program for program in wanted if is_main(program) and program["call"] == "yaad"]
                 if name != "sm_90":
                     wanted = [program for program in wanted if program["kernel"].endswith("_forward")]
             failures += check(name, wanted, report)
             continue
         path = arguments.reports / triton.__version__ / f"{name}.json"
         own = report["programs"] if report["triton"] == triton.__version__ else []
-        # those of other kernels stay; with --missing, also those that are still wanted
-        found = [program for program in own if program["kernel"] not in kernels]
+        # those of other kernels and, with --main, of other shapes stay; with --missing, also those that are still wanted
+        found = [p for p in own if p["kernel"] not in kernels or (arguments.main and not is_main(p))]
         if arguments.missing:
             found += [program for program in own if key(program) in wanted]
         if found != own:

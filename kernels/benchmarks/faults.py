@@ -82,7 +82,7 @@ def launches(what: str) -> Iterator[None]:
     if not active("does not fit", what):
         yield
         return
-    from miras_kernels import forward_mlp
+    from miras_kernels import forward_pass
 
-    with patch.object(forward_mlp, "mlp_forward_kernel", _TooLarge()):
+    with patch.object(forward_pass, "mlp_forward_kernel", _TooLarge()):
         yield

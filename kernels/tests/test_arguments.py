@@ -18,6 +18,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -31,12 +32,13 @@ from miras_kernels import (
     decode_matrix,
     decode_mlp,
     forward,
-    forward_matrix,
-    forward_mlp,
+    forward_pass,
+    ops,
     refusal,
     resident_state,
 )
 from miras_kernels.checks import checked_borders
+from miras_kernels.choices import ATTENTIONAL_BIASES, THRESHOLDS
 
 
 # sizes of which no two are equal, so that no wrong shape is right by chance
@@ -53,8 +55,8 @@ class Launched:
 
 def forbid_launches(monkeypatch):
     for module, name in (
-        (forward_mlp, "mlp_forward_kernel"),
-        (forward_matrix, "matrix_forward_kernel"),
+        (forward_pass, "mlp_forward_kernel"),
+        (forward_pass, "matrix_forward_kernel"),
         (decode_mlp, "mlp_decode_kernel"),
         (decode_matrix, "matrix_decode_kernel"),
     ):
@@ -273,3 +275,30 @@ def test_devices_that_are_not_there_are_a_reason():
         refusal(*right[:3], None)
     with pytest.raises(TypeError, match="`dtype` must be a dtype"):
         refusal(right[0], "float32", *right[2:])
+
+
+def test_biases_that_take_a_threshold_say_what_it_is_a_number_for():
+    # each bias is read with what it says that it takes, and with nothing else
+    found = {bias: Choices(attentional_bias=bias).threshold for bias in ATTENTIONAL_BIASES}
+    assert [bias for bias, threshold in found.items() if threshold] == list(THRESHOLDS)
+    for bias, threshold in found.items():
+        rule = make_rule("matrix", bias, "decay")
+        inputs, parameters = make_call(rule, 1, 3, HEADS, HEAD_DIM)
+        given = {"choices": kernel_choices(rule)[0], "initial": parameters.initial}
+        read = partial(forward, *inputs[:5], **given)
+        assert (inputs[5] is not None) == (threshold is not None)
+        read(inputs[5])
+        wrong = torch.ones(1, 3, HEADS, HEAD_DIM, device=DEVICE)
+        if threshold == "channel":
+            read(wrong)
+        else:
+            with pytest.raises(ValueError, match="`delta`"):
+                read(wrong)
+        if threshold:
+            with pytest.raises(ValueError, match="`delta` is required"):
+                read(None)
+
+
+def test_operators_take_the_choices_apart_and_put_them_together():
+    for choices in (Choices(), Choices("matrix", "lp", "kl", 16, "zero", weight_cap=None, lp_smooth_sign=True)):
+        assert ops.choices_of(*ops.choice_values(choices)) == choices

@@ -37,7 +37,7 @@ PAIRS = [(version, name) for version, names in HELD.items() for name in names]
 SLOW = pytest.mark.slow
 SHAPE = ("head_dim", "chunk_size", "precision")
 # what a kernel's numbers stand on, in the order in which they are to be looked at
-COUNTS = ("spilled_bytes_per_chunk", "spilled_bytes_per_tile", "shared")
+COUNTS = ("spilled_bytes_per_chunk", "spilled_bytes_per_tile", "shared", "instructions", "global_bytes", "local_bytes")
 
 
 def report(name, version="3.9.0"):
@@ -167,6 +167,65 @@ def test_compiling_refuses_a_late_wait_and_more_threads_than_numbers_of_a_tile()
     done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, env=environment())
     assert "matrix_forward goes on before an asynchronous product has its result" in done.stdout, done.stderr
     assert "more threads than one of its tiles has numbers" in done.stdout, done.stderr
+
+
+# As the assembler prints it: a prologue with a loop of its own, a loop over chunks with a loop over tiles inside, what
+# follows, and a barrier's waiting loop behind the end.
+ASSEMBLED = """
+        /*0000*/                   LDG.E.64 R2, desc[UR4][R2.64] ;           /* 0x0000000402027981 */
+        /*0010*/                   STL [R1], R2 ;                            /* 0x0000000201007387 */
+        /*0020*/               @P0 BRA 0x10 ;                                /* 0x0000000000000947 */
+        /*0030*/               @P1 LDG.E.U16 R4, desc[UR4][R4.64+0x80] ;     /* 0x0000800404048981 */
+        /*0040*/                   MUFU.RCP R5, R5 ;                         /* 0x0000000500057308 */
+        /*0050*/                   LDL.LU.64 R6, [R1+0x8] ;                  /* 0x0000080001067983 */
+        /*0060*/                   LDGSTS.E.BYPASS.128 [R7], [R8.64] ;       /* 0x0000000008077fae */
+        /*0070*/                   MUFU.EX2 R9, R9 ;                         /* 0x0000000900097308 */
+        /*0080*/                   NOP ;                                     /* 0x0000000000007918 */
+        /*0090*/               @P2 BRA 0x60 ;                                /* 0xffffffc000002947 */
+        /*00a0*/                   STG.E desc[UR4][R10.64], R9 ;             /* 0x000000090a007986 */
+        /*00b0*/               @P3 BRA 0x30 ;                                /* 0xffffff7000003947 */
+        /*00c0*/                   EXIT ;                                    /* 0x000000000000794d */
+        /*00d0*/                   BRA 0xd0;                                 /* 0xfffffffc00fc7947 */
+"""
+
+
+def test_work_is_counted_once_a_chunk_and_once_for_each_of_its_tiles(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    from ahead_of_time import work
+
+    # of a chunk: 5 instructions at 0x30, 0x40, 0x50, 0xa0 and 0xb0, and of 4 tiles 3 each
+    assert work(ASSEMBLED, tiles=4, threads=32) == {
+        "instructions": 5 + 4 * 3,
+        "special_functions": 1 + 4,
+        "global_bytes": 32 * (2 + 4 * 16 + 4),
+        "local_bytes": 32 * 8,
+    }
+    # a call that decodes has no loop over chunks: everything counts, each loop's part for each tile
+    without = ASSEMBLED.replace("@P3 BRA 0x30", "BRA 0xc0")
+    assert work(without, tiles=2, threads=1, every_chunk=False) == {
+        "instructions": 8 + 2 * 2 + 2 * 3,
+        "special_functions": 1 + 2,
+        "global_bytes": 8 + 2 + 2 * 16 + 4,
+        "local_bytes": 2 * 4 + 8,
+    }
+
+
+def test_a_report_s_table_holds_what_the_main_shape_does(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    import compile_report
+
+    program = {"kernel": "mlp_forward", "head_dim": 64, "chunk_size": 64, "precision": "bf16", "call": "plain"}
+    counts = {
+        "instructions": 7,
+        "special_functions": 6,
+        "global_bytes": 5,
+        "local_bytes": 4,
+        "registers": 3,
+        "shared": 2,
+    }
+    programs = [program | {"counts": counts | {"wgmma": 1}}, program | {"head_dim": 128, "counts": counts}]
+    lines = compile_report.table({"programs": programs}).split("\n")
+    assert lines[2:] == ["| mlp_forward, plain | 7 | 6 | 5 | 4 | 3 | 2 | 1 |"]
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -18,6 +18,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from miras_hf.backend import Carry, MemoryBackend, kernel_choices
 from miras_hf.memory import (
@@ -35,7 +37,7 @@ from miras_hf.memory import (
     RETENTION_GATES as GATES,
 )
 from miras_hf.sequences import Sequences
-from miras_kernels import Choices, forward, ops, refusal
+from miras_kernels import Choices, forward, ops, pieces, refusal
 from miras_kernels.choices import ATTENTIONAL_BIASES, CHUNK_SIZES, HEAD_DIMS, RETENTION_GATES
 
 
@@ -471,3 +473,42 @@ def test_compiled_without_a_break():
         got = torch.compile(read, fullgraph=True, backend="aot_eager")(*inputs)
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other)
+
+
+# -- gelu -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gelu_kernel(z, out, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    o = tl.arange(0, SIZE)
+    h, slope, curvature = pieces.gelu_slope_curvature(tl.load(z + o), PRECISION)
+    tl.store(out + o, h)
+    tl.store(out + SIZE + o, slope)
+    tl.store(out + 2 * SIZE + o, curvature)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter has no instructions")
+@pytest.mark.parametrize(("precision", "error"), [("bf16", 2.0**-11), ("bf16", 0.0), ("ieee", 0.0)])
+def test_gelu_and_its_derivatives_with_the_instruction_and_without(precision, error, monkeypatch):
+    asked = []
+
+    def instruction(text, constraints, arguments, **_):
+        asked.append(text)
+        x = arguments[0]
+        exact = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+        return exact * (1.0 + error)
+
+    monkeypatch.setattr(tl, "inline_asm_elementwise", instruction)
+    z = torch.linspace(-12.0, 12.0, 64)
+    out = torch.empty(3, 64)
+    gelu_kernel[(1,)](z, out, SIZE=64, PRECISION=precision)
+    assert bool(asked) == (precision == "bf16") and all("tanh.approx.f32" in text for text in asked)
+    wide = z.double().requires_grad_()
+    h = torch.nn.functional.gelu(wide, approximate="tanh")
+    (slope,) = torch.autograd.grad(h.sum(), wide, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), wide)
+    # the gate is off by half the instruction's error, h by z times that, its derivatives by polynomials of z times that
+    allowed = [scale * (2e-6 + error) for scale in (6.0, 12.0, 100.0)]
+    for got, expected, most in zip(out, (h, slope, curvature), allowed, strict=True):
+        near = z.abs() < 4.0 if error else torch.ones(64, dtype=torch.bool)
+        assert (got - expected)[near].abs().max() <= most

@@ -29,20 +29,19 @@ from miras_kernels import (
     decode_matrix,
     decode_mlp,
     decoding,
-    forward_matrix,
-    forward_mlp,
+    forward_pass,
     ops,
 )
 
 
 KERNELS = {
     "mlp": (
-        (forward_mlp, "mlp_forward_kernel"),
+        (forward_pass, "mlp_forward_kernel"),
         (backward_mlp, "mlp_backward_kernel"),
         (decode_mlp, "mlp_decode_kernel"),
     ),
     "matrix": (
-        (forward_matrix, "matrix_forward_kernel"),
+        (forward_pass, "matrix_forward_kernel"),
         (backward_matrix, "matrix_backward_kernel"),
         (decode_matrix, "matrix_decode_kernel"),
     ),
@@ -103,10 +102,10 @@ def test_dtypes_of_gates_and_norms_do_not_make_other_binaries(memory, monkeypatc
 def test_sizes_that_change_from_call_to_call_compile_nothing():
     program = (
         "import miras_kernels\n"
-        "from miras_kernels import backward_matrix, backward_mlp, decode_matrix, decode_mlp, forward_matrix, forward_mlp\n"
-        "for module in (backward_matrix, backward_mlp, decode_matrix, decode_mlp, forward_matrix, forward_mlp):\n"
-        "    kernel = next(x for name, x in vars(module).items() if name.endswith('_kernel'))\n"
-        "    print({p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)} & "
+        "from miras_kernels import backward_matrix, backward_mlp, decode_matrix, decode_mlp, forward_pass\n"
+        "for module in (backward_matrix, backward_mlp, decode_matrix, decode_mlp, forward_pass):\n"
+        "    for kernel in (x for name, x in vars(module).items() if name.endswith('_kernel')):\n"
+        "        print({p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)} & "
         "{'H', 'LONGEST', 'ROTARY_TOKENS'})\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}

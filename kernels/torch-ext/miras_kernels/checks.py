@@ -147,11 +147,11 @@ def check_inputs(
     for name, x in (("eta", eta), ("log_alpha", log_alpha)):
         check_tensor(name, x, FLOATS, device)
         check_shape(name, x, of_gate)
-    if choices.attentional_bias.startswith("huber"):
+    if choices.threshold:
         if delta is None:
             raise ValueError(f"`delta` is required by {choices.attentional_bias}, a threshold per token.")
         check_tensor("delta", delta, FLOATS, device)
-        check_shape("delta", delta, of_gate if choices.attentional_bias == "huber_coordinate" else of_gate[:2])
+        check_shape("delta", delta, of_gate if choices.threshold == "channel" else of_gate[:2])
     elif delta is not None:
         raise ValueError(f"`delta` must be None: {choices.attentional_bias} has no threshold.")
     check_tensors("initial", initial, device)

@@ -20,6 +20,8 @@ from numbers import Real
 
 MEMORIES = ("mlp", "matrix")
 ATTENTIONAL_BIASES = ("l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture")
+# which of them take a threshold for each token, and whether it is a number for each head or may be one for each channel
+THRESHOLDS = {"huber_coordinate": "channel", "huber_norm": "head", "huber_mixture": "head"}
 RETENTION_GATES = ("decay", "lq", "lq_mirror", "kl")
 HEAD_DIMS = (32, 48, 64, 96, 128)
 CHUNK_SIZES = (16, 32, 64)
@@ -110,9 +112,20 @@ class Choices:
         if not isinstance(self.min_log_alpha, Real) or not lowest <= self.min_log_alpha <= 0:
             raise ValueError(f"`min_log_alpha` must lie between {lowest:g} and 0, got {self.min_log_alpha!r}.")
 
+    @property
+    def threshold(self) -> str | None:
+        """What the attentional bias's threshold `delta` may be a number for: `"head"`, `"channel"` (or head), `None` for a
+        bias that has no threshold."""
+        return THRESHOLDS.get(self.attentional_bias)
+
     def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         """Shapes `[in, out]` of the memory's weights."""
         if self.memory == "matrix":
             return ((head_dim, head_dim),)
         hidden = self.expansion * head_dim
         return (head_dim, hidden), (hidden, head_dim)
+
+
+def padded(head_dim: int) -> int:
+    """Channels of a tile that holds a head's."""
+    return max(16, 1 << (head_dim - 1).bit_length())

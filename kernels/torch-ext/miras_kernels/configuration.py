@@ -25,6 +25,7 @@ take less of it. `kernels/choose.py` chooses entries by what the compiler report
 import functools
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ import torch
 
 DIRECTORY = Path(__file__).parent / "configurations"
 DEFAULT = "default"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 KERNELS = ("mlp_forward", "mlp_backward", "mlp_decode", "matrix_forward", "matrix_backward", "matrix_decode")
 PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
 

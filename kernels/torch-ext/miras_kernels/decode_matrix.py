@@ -23,11 +23,12 @@ from .decode_pieces import (
     load_token,
     load_token_gates,
 )
-from .forward_matrix import linked, scale_of_dual
+from .links import linked, start_of_sum, sum_of_dual
 from .pieces import (
     KL,
     LQ_MIRROR,
     chunk_gates,
+    frozen_scale,
     inverse_of_mean,
     power,
     product,
@@ -165,7 +166,9 @@ def matrix_decode_kernel(
             b_dual = b_state
             if TOWARD_INIT:
                 b_dual = b_base + b_state
-            b_w = linked(b_dual, m_dd, MASS, D, LINK, Q, FLOOR, CAP)
+            squares, powers, top, total = sum_of_dual(b_dual, m_dd, start_of_sum(BD, LINK), 1, LINK, Q)
+            scale = frozen_scale(squares, powers, 1.0 * D * D, LINK, Q, FLOOR, CAP)
+            b_w = tl.where(m_dd, linked(b_dual, scale, top, total, MASS, 0.0, 1, LINK, Q), 0.0)
             b_error = tl.sum(b_k[:, None] * b_w, 0) - b_v
             b_r = residual(
                 b_error[None, :], b_delta[None, :], m_d, LOSS, POWER, SMOOTH_SIGN, SHARPNESS, ERROR_CAP, CLIP
@@ -182,13 +185,12 @@ def matrix_decode_kernel(
                 b_written = tl.where(m_d[None, :], (MASS / D) * (b_written - mean), 0.0)
             elif LINK == LQ_MIRROR:
                 # the slope's best rank-one factorisation: row means times column means over the mean
-                b_slope = tl.where(m_dd, power(tl.abs(b_dual), Q - 2.0), 0.0)
-                inverse_mean = inverse_of_mean(tl.sum(b_slope) / (1.0 * D * D))
-                scale = scale_of_dual(b_dual, D, LINK, Q, FLOOR, CAP)
-                b_keyed = b_keyed * (tl.sum(b_slope, 1) / D)[None, :]
-                b_written = b_written * ((Q - 1.0) * scale * (tl.sum(b_slope, 0) / D * inverse_mean))[None, :]
+                b_slope = tl.sum(power(tl.abs(b_dual), Q - 2.0), 0) / D
+                inverse_mean = inverse_of_mean(tl.sum(top) / (1.0 * D * D))
+                b_keyed = b_keyed * (top / D)[None, :]
+                b_written = b_written * ((Q - 1.0) * scale * (b_slope * inverse_mean))[None, :]
             else:
-                b_x = b_q * scale_of_dual(b_dual, D, LINK, Q, FLOOR, CAP)
+                b_x = b_q * scale
             b_p = tl.sum(b_keyed * b_x[None, :], 1)
             b_y = -tl.sum(b_written * b_p[:, None], 0)
             if LINK == KL:
@@ -198,7 +200,9 @@ def matrix_decode_kernel(
                 if LINK == LQ_MIRROR:
                     b_decaying = b_w
                     if TOWARD_INIT:
-                        b_constant = linked(b_base, m_dd, MASS, D, LINK, Q, FLOOR, CAP)
+                        base_sums = sum_of_dual(b_base, m_dd, start_of_sum(BD, LINK), 1, LINK, Q)
+                        base_scale = frozen_scale(base_sums[0], base_sums[1], 1.0 * D * D, LINK, Q, FLOOR, CAP)
+                        b_constant = linked(b_base, base_scale, top, total, MASS, 0.0, 1, LINK, Q)
                         b_decaying = b_w - b_constant
                 b_y += tl.sum((b_x * b_decay)[:, None] * b_decaying, 0)
                 if TOWARD_INIT:

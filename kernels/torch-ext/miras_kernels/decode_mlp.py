@@ -36,7 +36,7 @@ from .decode_pieces import (
     load_token,
     load_token_gates,
 )
-from .forward_mlp import linked, start_of_sums, sum_of_link
+from .links import linked, start_of_sums, sum_of_link
 from .pieces import (
     KL,
     LQ_MIRROR,
@@ -246,7 +246,7 @@ def mlp_decode_kernel(
                         b_zq += tl.sum(b_x[:, None] * b_base1, 0)
                 tl.store(scratch + o_h, b_z1, mask=m_h)
                 tl.store(scratch + N + o_h, b_zq, mask=m_h)
-                b_sum += gelu(b_z1)[:, None] * b_w2
+                b_sum += gelu(b_z1, "ieee")[:, None] * b_w2
             b_z2 = tl.sum(b_sum, 0)[None, :]
             # threads read what others of this program have written
             tl.debug_barrier()
@@ -277,7 +277,7 @@ def mlp_decode_kernel(
                     if TOWARD_INIT:
                         b_a2 += tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
                     b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
-                    _, b_slope = gelu_and_slope(tl.load(scratch + o_h, mask=m_h, other=0.0))
+                    _, b_slope = gelu_and_slope(tl.load(scratch + o_h, mask=m_h, other=0.0), "ieee")
                     total += tl.sum(b_w2 * b_dz2, 1) * b_slope
                 mean = tl.sum(total) / N
                 tl.store(means + phase, mean)
@@ -303,7 +303,7 @@ def mlp_decode_kernel(
                     b_base2 = tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
                     b_a2 = b_base2 + b_d2
                 b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
-                b_h, b_slope = gelu_and_slope(tl.load(scratch + o_h, mask=m_h, other=0.0))
+                b_h, b_slope = gelu_and_slope(tl.load(scratch + o_h, mask=m_h, other=0.0), "ieee")
                 b_dz1 = tl.sum(b_w2 * b_dz2, 1) * b_slope
 
                 # the first layer's read
@@ -315,7 +315,7 @@ def mlp_decode_kernel(
                     b_columns = tl.load(scratch + 2 * N + o_h, mask=m_h, other=0.0)
                     b_written = b_written * ((Q - 1.0) * scale1 * (b_columns * inverse_of_mean(mean_slope1)))
                 b_zq = tl.load(scratch + N + o_h, mask=m_h, other=0.0) + b_written
-                b_hq = tl.where(m_h, gelu(b_zq), 0.0)
+                b_hq = tl.where(m_h, gelu(b_zq, "ieee"), 0.0)
 
                 # the second layer's
                 b_inputs2 = tl.load(inputs2 + o_ch, mask=m_ch, other=0.0)

@@ -35,18 +35,17 @@ from .checks import (
     check_tensors,
     state_shapes,
 )
-from .choices import Choices
-from .configuration import launch_configuration, threads
+from .choices import ATTENTIONAL_BIASES, RETENTION_GATES, Choices, padded
+from .configuration import INTERPRETED, launch_configuration, threads
 from .ops import (
-    CHOICE_NAMES,
     CHOICE_SCHEMA,
     NAMESPACE,
     OPERATORS,
     asks_for_gradients,
     choice_values,
+    choices_of,
     default_precision,
     gate,
-    kernel_constants,
     refuse,
 )
 
@@ -233,6 +232,32 @@ def decode(
     )
 
 
+def _constants(choices: Choices, head_dim: int, gate_dim: int, delta_dim: int, precision: str) -> dict:
+    """What every kernel is compiled for: the choices, and the sizes of a head."""
+    constants = {
+        "C": choices.chunk_size,
+        "D": head_dim,
+        "BD": padded(head_dim),
+        "GATE_DIM": gate_dim,
+        "DELTA_DIM": delta_dim,
+        "LOSS": ATTENTIONAL_BIASES.index(choices.attentional_bias),
+        "POWER": choices.lp_power,
+        "SMOOTH_SIGN": choices.lp_smooth_sign,
+        "SHARPNESS": choices.lp_sharpness,
+        "ERROR_CAP": choices.lp_error_cap,
+        "CLIP": choices.residual_clip * math.sqrt(head_dim),
+        "LINK": RETENTION_GATES.index(choices.retention),
+        "Q": choices.lq_power,
+        "FLOOR": choices.lq_norm_floor,
+        "CAP": choices.weight_cap or 0.0,
+        "TOWARD_INIT": choices.decay_target == "init",
+        "PRECISION": "bf16_rounded" if precision == "bf16" and INTERPRETED else precision,
+    }
+    if choices.memory == "mlp":
+        constants |= {"N": choices.expansion * head_dim, "NORM_EPS": choices.norm_eps}
+    return constants
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::decode",
     mutates_args=("state", "conv_tail"),
@@ -266,7 +291,7 @@ def _decode(
     from .decode_matrix import matrix_decode_kernel
     from .decode_mlp import mlp_decode_kernel
 
-    c = dict(zip(CHOICE_NAMES, choices))
+    c = choices_of(*choices)
     rows, tokens, heads, head_dim = q.shape
     q, k, v = (x.contiguous() for x in (q, k, v))
     y = torch.empty_like(q)
@@ -276,17 +301,17 @@ def _decode(
     gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
     eta, log_alpha = (x.expand(*x.shape[:3], gate_dim).float().contiguous() for x in (eta, log_alpha))
     delta_dim = 0
-    if c["attentional_bias"].startswith("huber"):
+    if c.threshold:
         delta = gate(delta).float().contiguous()
         delta_dim = delta.shape[-1]
     initial = [a.contiguous() for a in initial]
-    norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if c["memory"] == "mlp" else []
+    norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if c.memory == "mlp" else []
     shapes = [tuple(a.shape[1:]) for a in initial]
     hidden_units = shapes[0][1]
     kernel_size = conv_weights[0].shape[-1] if conv_weights else 0
     rotary = [eta, eta] if cos is None else [x.contiguous() for x in (cos, sin)]
     precision = precision or default_precision(q.dtype)
-    constants = kernel_constants(c, head_dim, gate_dim, delta_dim, precision) | {
+    constants = _constants(c, head_dim, gate_dim, delta_dim, precision) | {
         "HAS_MASK": mask is not None,
         "K": kernel_size,
         "KP": max(1, 1 << (kernel_size - 1).bit_length()),
@@ -295,13 +320,13 @@ def _decode(
         "RAW": bool(conv_weights),
     }
     scratch = []
-    if c["memory"] == "mlp":
+    if c.memory == "mlp":
         scratch = [torch.empty(rows * heads, 3, hidden_units, device=q.device)]
-    kernel = mlp_decode_kernel if c["memory"] == "mlp" else matrix_decode_kernel
+    kernel = mlp_decode_kernel if c.memory == "mlp" else matrix_decode_kernel
     launch = launch_configuration(
-        f"{c['memory']}_decode", device=q.device, head_dim=head_dim, chunk_size=c["chunk_size"], precision=precision
+        f"{c.memory}_decode", device=q.device, head_dim=head_dim, chunk_size=c.chunk_size, precision=precision
     )
-    if c["memory"] == "mlp":
+    if c.memory == "mlp":
         launch["THREADS"] = threads(launch)
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(q):
@@ -317,8 +342,8 @@ def _decode(
             heads,
             0 if cos is None or cos.shape[0] == 1 else tokens,
             eta_max,
-            c["min_log_alpha"],
-            *(c["simplex_mass"] * hidden_units / math.sqrt(fan_in) for fan_in, _ in shapes),
+            c.min_log_alpha,
+            *(c.simplex_mass * hidden_units / math.sqrt(fan_in) for fan_in, _ in shapes),
             **constants,
             **launch,
         )

@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import importlib.util
 import math
-import os
 import re
 
 import torch
@@ -35,8 +34,8 @@ from .checks import (
     check_record,
     checked_borders,
 )
-from .choices import ATTENTIONAL_BIASES, HEAD_DIMS, RETENTION_GATES, Choices
-from .configuration import PRECISIONS, launch_configuration, threads
+from .choices import HEAD_DIMS, Choices, padded
+from .configuration import INTERPRETED, PRECISIONS, launch_configuration, threads
 
 
 LARGEST_STATE_ADJOINT = 1e12  # as in pieces.py
@@ -46,7 +45,6 @@ OPERATORS = getattr(torch.ops, NAMESPACE)
 
 # known once, so that nothing has to be looked up while a graph is traced
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def refusal(
@@ -268,36 +266,28 @@ def gate(x: Tensor) -> Tensor:
     return x.unsqueeze(-1) if x.dim() == 3 else x
 
 
-def kernel_constants(choices: dict, head_dim: int, gate_dim: int, delta_dim: int, precision: str) -> dict:
-    """What every kernel is compiled for: the choices, and the sizes of a head."""
-    constants = {
-        "C": choices["chunk_size"],
-        "D": head_dim,
-        "BD": max(16, 1 << (head_dim - 1).bit_length()),
-        "GATE_DIM": gate_dim,
-        "DELTA_DIM": delta_dim,
-        "LOSS": ATTENTIONAL_BIASES.index(choices["attentional_bias"]),
-        "POWER": choices["lp_power"],
-        "SMOOTH_SIGN": choices["lp_smooth_sign"],
-        "SHARPNESS": choices["lp_sharpness"],
-        "ERROR_CAP": choices["lp_error_cap"],
-        "CLIP": choices["residual_clip"] * math.sqrt(head_dim),
-        "LINK": RETENTION_GATES.index(choices["retention"]),
-        "Q": choices["lq_power"],
-        "FLOOR": choices["lq_norm_floor"],
-        "CAP": choices["weight_cap"],
-        "TOWARD_INIT": choices["decay_target"] == "init",
-        "PRECISION": "bf16_rounded" if precision == "bf16" and INTERPRETED else precision,
-    }
-    if choices["memory"] == "mlp":
-        constants |= {"N": choices["expansion"] * head_dim, "NORM_EPS": choices["norm_eps"]}
-    return constants
-
-
 class _Call:
     """What both passes need of a call's tensors: contiguous copies, where each row's tokens are, kernel constants."""
 
-    def __init__(self, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, **c):
+    def __init__(
+        self,
+        q,
+        k,
+        v,
+        eta,
+        log_alpha,
+        delta,
+        initial,
+        norm_weight,
+        norm_bias,
+        state,
+        cu_seqlens,
+        mask,
+        precision,
+        choices,
+    ):
+        from .arguments import records_of
+
         self.batch, self.tokens, self.heads, self.head_dim = q.shape
         self.device, self.rows, self.layers = q.device, _rows(q, cu_seqlens), len(initial)
         self.programs = self.rows * self.heads
@@ -307,12 +297,11 @@ class _Call:
         self.eta, self.log_alpha = (
             x.expand(*x.shape[:3], self.gate_dim).float().contiguous() for x in (eta, log_alpha)
         )
-        has_delta = c["attentional_bias"].startswith("huber")
-        self.delta = gate(delta).float().contiguous() if has_delta else self.eta
+        self.delta = gate(delta).float().contiguous() if choices.threshold else None
         self.base = [a.contiguous() for a in initial]
         self.shapes = [tuple(a.shape[1:]) for a in initial]
-        self.toward_init = c["decay_target"] == "init"
-        has_norm = c["memory"] == "mlp"
+        self.toward_init = choices.decay_target == "init"
+        has_norm = choices.memory == "mlp"
         self.norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if has_norm else []
 
         order = None
@@ -326,9 +315,10 @@ class _Call:
                 order = torch.argsort(~mask, dim=-1, stable=True)
                 lengths = mask.sum(-1)
         self.lengths = lengths
-        self.where = [starts, lengths, lengths if order is None else order]
+        self.where = [starts, lengths, order]
 
-        self.memory, self.chunk_size, self.min_log_alpha = c["memory"], c["chunk_size"], c["min_log_alpha"]
+        self.choices = choices
+        self.memory, self.chunk_size, self.min_log_alpha = choices.memory, choices.chunk_size, choices.min_log_alpha
         self.count = state[-1] if state else None
         self.phases = (self.count % self.chunk_size).contiguous() if state else lengths
         widths = [fan_in for fan_in, _ in self.shapes] + [fan_out for _, fan_out in self.shapes]
@@ -336,15 +326,14 @@ class _Call:
             (self.rows, self.heads, self.chunk_size, width) for width in (*widths, self.gate_dim, self.gate_dim)
         ]
         self.earlier = [x.float().contiguous() for x in state[self.layers : -1]]
-        self.hidden_units = c["expansion"] * self.head_dim if c["memory"] == "mlp" else self.head_dim
-        self.masses = [c["simplex_mass"] * self.hidden_units / math.sqrt(fan_in) for fan_in, _ in self.shapes]
-        precision = c["precision"] or default_precision(q.dtype)
+        self.hidden_units = choices.expansion * self.head_dim if choices.memory == "mlp" else self.head_dim
+        self.masses = [choices.simplex_mass * self.hidden_units / math.sqrt(fan_in) for fan_in, _ in self.shapes]
+        precision = precision or default_precision(q.dtype)
         self.precision = precision
-        delta_dim = self.delta.shape[-1] if has_delta else 0
-        self.constants = kernel_constants(c, self.head_dim, self.gate_dim, delta_dim, precision) | {
-            "HAS_EARLIER": bool(state),
-            "HAS_ORDER": order is not None,
-        }
+        delta_dim = 0 if self.delta is None else self.delta.shape[-1]
+        products = "bf16_rounded" if precision == "bf16" and INTERPRETED else precision
+        self.rule = records_of(choices, self.head_dim, self.gate_dim, delta_dim, products)
+        self.continues = bool(state)
 
     def starting_dual(self, state: list[Tensor]) -> list[Tensor]:
         """Copies, which the kernel goes on from."""
@@ -361,30 +350,46 @@ class _Call:
 
     def saved_of_row(self, save_every: int) -> Tensor:
         span = self.chunk_size * save_every
-        phases = self.phases if self.constants["HAS_EARLIER"] else 0
+        phases = self.phases if self.continues else 0
         chunks = (self.lengths + phases + span - 1) // span
         return chunks.cumsum(0) - chunks
 
     def launch_forward(self, y, dual, final, where, saved, saved_of_row, save_every, begun=None) -> None:
         """Reads the tokens `where` says, from `dual` on, which it writes to."""
-        from .forward_matrix import matrix_forward_kernel
-        from .forward_mlp import mlp_forward_kernel
+        from . import forward_pass
+        from .arguments import Saved, slots_of
 
-        unused = [self.eta] * len(self.factor_shapes)
-        arguments = [self.q, self.k, self.v, self.eta, self.log_alpha, self.delta, y, *self.base, *self.norm, *dual]
-        arguments += [*(self.earlier or unused), self.phases, *(final or unused), *where]
-        if self.memory == "mlp":
-            arguments.append(self.scratch(self.programs, self.chunk_size, self.hidden_units))
-        arguments += [*(saved or [self.eta] * self.layers), saved_of_row, self.tokens, self.heads]
-        arguments += [self.min_log_alpha, *self.masses]
-        kernel = mlp_forward_kernel if self.memory == "mlp" else matrix_forward_kernel
-        constants = self.constants if begun is None else self.constants | {"HAS_EARLIER": begun}
+        tokens, rows, earlier = self.records(where, begun)
+        kept = Saved(tuple(saved), saved_of_row) if saved else None
+        factors = earlier, slots_of(final), rows, kept
         launch = self.configuration(f"{self.memory}_forward")
         if self.memory == "mlp":
-            launch["THREADS"] = threads(launch)
+            kernel, launch["THREADS"] = forward_pass.mlp_forward_kernel, threads(launch)
+            hidden = self.scratch(self.programs, self.hidden_units, self.chunk_size)
+            arguments = (tokens, y, tuple(self.base), self.norm_record(), tuple(dual), *factors, hidden)
+        else:
+            kernel, arguments = (
+                forward_pass.matrix_forward_kernel,
+                (tokens, y, tuple(self.base), tuple(dual), *factors),
+            )
         # Triton launches on the current device, which need not be the tensors'
         with torch.cuda.device_of(self.q):
-            kernel[(self.programs,)](*arguments, KEEP_FINAL=bool(final), SAVE_EVERY=save_every, **constants, **launch)
+            kernel[(self.programs,)](*arguments, self.tokens, self.heads, *self.rule, SAVE_EVERY=save_every, **launch)
+
+    def records(self, where, begun=None) -> tuple:
+        """The tokens, where they are, and what the state has of a chunk that was begun, as kernels are handed it."""
+        from .arguments import Rows, Tokens, slots_of
+
+        continues = self.continues if begun is None else begun
+        starts, lengths, order = where
+        tokens = Tokens(self.q, self.k, self.v, self.eta, self.log_alpha, self.delta)
+        rows = Rows(starts, lengths, self.phases if continues else None, order)
+        return tokens, rows, slots_of(self.earlier) if continues else None
+
+    def norm_record(self):
+        from .arguments import Norm, constant
+
+        return Norm(*self.norm, constant(float(self.choices.norm_eps)))
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, device=self.device)
@@ -416,6 +421,13 @@ def choice_values(choices: Choices) -> list:
     return [0.0 if (value := getattr(choices, name)) is None else value for name in CHOICE_NAMES]
 
 
+@functools.lru_cache(maxsize=None, typed=True)
+def choices_of(*values) -> Choices:
+    """What `choice_values` was made of."""
+    named = dict(zip(CHOICE_NAMES, values))
+    return Choices(**named | {"weight_cap": named["weight_cap"] or None})
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::forward",
     mutates_args=(),
@@ -440,12 +452,12 @@ def _forward(
     precision: str,
     *choices,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    choices = dict(zip(CHOICE_NAMES, choices))
+    choices = choices_of(*choices)
     if cu_seqlens is not None:
         cu_seqlens = checked_borders(cu_seqlens, q.shape[1], q.device)
     call = _Call(
         q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
-        precision=precision, **choices,
+        precision, choices,
     )  # fmt: skip
     dual = call.starting_dual(state)
     final = [call.zeros(*shape) for shape in call.factor_shapes] if output_final_state else []
@@ -471,7 +483,7 @@ def _forward(
 @_forward.register_fake
 def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, *options):
     output_final_state, save_every, _precision, *choices = options
-    chunk_size = dict(zip(CHOICE_NAMES, choices))["chunk_size"]
+    chunk_size = dict(zip(CHOICE_NAMES, choices))["chunk_size"]  # a trace may have made a symbol of it
     rows, heads = _rows(q, cu_seqlens), q.shape[2]
     final, saved = [], []
     if output_final_state:
@@ -490,7 +502,7 @@ def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu
 def _groups(call: _Call, saved: list[Tensor], every: int):
     """The groups of chunks that lie between two kept starts, last one first: whether it goes on in the middle of a chunk,
     where its tokens are, and the slots and states of all its chunks' starts, computed again."""
-    continues = call.constants["HAS_EARLIER"]
+    continues = call.continues
     if every == 1:
         yield continues, call.where, call.saved_of_row(1), saved
         return
@@ -502,8 +514,8 @@ def _groups(call: _Call, saved: list[Tensor], every: int):
     for group in reversed(range(groups)):
         first = (torch.full_like(lengths, group * span) - phases).clamp(min=0)
         length = (lengths.clamp(max=(group + 1) * span - phases) - first).clamp(min=0)
-        where = [starts + first, length, length]
-        if call.constants["HAS_ORDER"]:  # whose entries count from the row's start
+        where = [starts + first, length, None]
+        if order is not None:  # whose entries count from the row's start
             ranks = torch.arange(call.tokens, device=call.device) + first[:, None]
             where = [starts, length, order.gather(1, ranks.clamp(max=call.tokens - 1))]
         begun = continues and group == 0
@@ -542,63 +554,61 @@ def _backward(
 ) -> list[Tensor]:
     """Adjoints of q, k, v, eta, log_alpha, delta (empty if there is none), the initial memory, the norm, the state."""
     from . import backward_matrix, backward_mlp
+    from .arguments import Saved, Scratch, Tokens, slots_of
 
-    choices = dict(zip(CHOICE_NAMES, choices))
+    choices = choices_of(*choices)
     call = _Call(
         q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
-        precision=precision, **choices,
+        precision, choices,
     )  # fmt: skip
     heads, rows, layers = call.heads, call.rows, call.layers
-    unused = [call.eta] * len(call.factor_shapes)
     # pads are not written to
     new = torch.zeros_like if mask is not None else torch.empty_like
     bars = [new(x) for x in (call.q, call.k, call.v, call.eta, call.log_alpha)]
-    delta_bar = call.eta if delta is None else new(call.delta)
+    delta_bar = None if call.delta is None else new(call.delta)
     if final_bars:
         state_bars = [x.to(torch.float32, copy=True).contiguous() for x in final_bars[:layers]]
         factor_bars = [x.float().contiguous() for x in final_bars[layers:]]
     else:
-        state_bars, factor_bars = [call.zeros(rows, *a.shape) for a in initial], unused
+        state_bars, factor_bars = [call.zeros(rows, *a.shape) for a in initial], []
     base_bars = [call.zeros(rows, *a.shape) for a in initial] if call.toward_init else state_bars
     norm_bars = [call.zeros(rows, heads, call.head_dim) for _ in range(2)]
-    earlier_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else unused
+    earlier_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else []
     if call.programs > 0 and call.tokens > 0:
         y_bar = y_bar.contiguous()
         module = backward_mlp if call.memory == "mlp" else backward_matrix
         kernel = module.mlp_backward_kernel if call.memory == "mlp" else module.matrix_backward_kernel
         launch = {"STREAM": False, **call.configuration(f"{call.memory}_backward")}
         launch["THREADS"] = threads(launch)
-        scratch = []
-        if call.memory == "mlp":
-            scratch = [call.scratch(call.programs, call.chunk_size, call.hidden_units) for _ in range(4)]
-        scratch += [call.scratch(call.programs, *shape) for shape in call.shapes]
-        if call.memory == "mlp":
-            scratch.append(call.scratch(call.programs, *call.shapes[1]))
-        # what the mirror map needs besides: the adjoints of the initial memory's image, and of the slope's means
-        mirrors = choices["retention"] == "lq_mirror"
-        slopes = [call.scratch(call.programs, call.hidden_units) if mirrors else call.eta for _ in initial]
-        places = module.places(launch["STREAM"])
-        rows_of_chunk = call.scratch(
-            call.programs, places, call.chunk_size, max(call.chunk_size, call.constants["BD"])
+        mlp, mirrors = call.memory == "mlp", choices.retention == "lq_mirror"
+        shapes = [(call.programs, *shape) for shape in call.shapes]
+        places = module.places(launch["STREAM"]) * call.chunk_size * max(call.chunk_size, padded(call.head_dim))
+        scratch = Scratch(
+            hidden=tuple(call.scratch(call.programs, call.hidden_units, call.chunk_size) for _ in range(4 * mlp)),
+            weight_bar=tuple(call.scratch(*shape) for shape in shapes),
+            read_bar=call.scratch(*shapes[1]) if mlp else None,
+            link_bar=None,
+            slope_bar=tuple(call.scratch(call.programs, call.hidden_units) for _ in initial) if mirrors else None,
+            rows=call.scratch(call.programs, places),
         )
         for begun, where, slots, chunk_starts in _groups(call, saved, save_every):
             for bar in state_bars:  # inside a group the kernel does it
                 bar.mul_(LARGEST_STATE_ADJOINT / bar.abs().amax((-2, -1), keepdim=True).clamp(LARGEST_STATE_ADJOINT))
             of_group = [call.zeros(rows, heads, call.head_dim) for _ in call.norm]
-            images = [call.zeros(rows, *a.shape) if mirrors and call.toward_init else call.eta for a in initial]
-            arguments = [call.q, call.k, call.v, call.eta, call.log_alpha, call.delta, y_bar, *call.base, *call.norm]
-            arguments += [*chunk_starts, slots, *bars, delta_bar, *state_bars, *base_bars, *of_group]
-            arguments += [*(call.earlier or unused), call.phases, *earlier_bars, *factor_bars, *where, *scratch]
-            arguments += [*images, *slopes, rows_of_chunk]
+            images = tuple(call.zeros(rows, *a.shape) for a in initial) if mirrors and call.toward_init else None
+            tokens, of_rows, earlier = call.records(where, begun)
+            norm = [call.norm_record()] if mlp else []
+            arguments = [tokens, y_bar, tuple(call.base), *norm, Saved(tuple(chunk_starts), slots)]
+            arguments += [Tokens(*bars, delta_bar), tuple(state_bars), tuple(base_bars)]
+            arguments += [tuple(of_group)] if mlp else []
+            arguments += [earlier, slots_of(earlier_bars) if begun else None, slots_of(factor_bars), of_rows]
             with torch.cuda.device_of(q):
                 kernel[(call.programs,)](
                     *arguments,
+                    scratch._replace(link_bar=images),
                     call.tokens,
                     heads,
-                    call.min_log_alpha,
-                    *call.masses,
-                    KEEP_FINAL=bool(final_bars),
-                    **call.constants | {"HAS_EARLIER": begun},
+                    *call.rule,
                     **launch,
                 )
             norm_bars = [total + part for total, part in zip(norm_bars, of_group)] if of_group else norm_bars

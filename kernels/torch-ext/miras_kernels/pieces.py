@@ -18,6 +18,7 @@ beyond `D` hold zeros), `N` the hidden units, `TN` those of one tile. Equations 
 derivations are in README.md.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -36,6 +37,8 @@ KL = tl.constexpr(3)
 
 GELU_B = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 GELU_A = tl.constexpr(0.023784938757533416)  # 0.044715 / 3 of it
+# an instruction of NVIDIA's since Turing
+HAS_TANH = tl.constexpr(torch.version.hip is None)
 KEY_CAP = tl.constexpr(1e3)
 VALUE_CAP = tl.constexpr(1e15)
 LARGEST_STATE_ADJOINT = tl.constexpr(1e12)
@@ -104,14 +107,28 @@ def power(x, exponent: tl.constexpr):
 
 
 @triton.jit
-def gelu(z):
-    return z * sigmoid(z * (GELU_B + 3.0 * GELU_A * z * z))
+def gelu_gate(z, PRECISION: tl.constexpr):
+    # the tanh form of gelu is z s, s = (1 + tanh(z (b + 3 a z^2) / 2)) / 2. One instruction is right to 2^-11, which
+    # rounding a product's operands to bfloat16 is not; an exponential and a division take ten
+    if PRECISION == "bf16" and HAS_TANH:
+        half = z * (0.5 * GELU_B + 1.5 * GELU_A * z * z)
+        t = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=r,r", [half], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return 0.5 + 0.5 * t
+    else:
+        return sigmoid(z * (GELU_B + 3.0 * GELU_A * z * z))
 
 
 @triton.jit
-def gelu_and_slope(z):
-    # the tanh form is z s, s = sigmoid(z (b + 3 a z^2)); its slope is s (1 + z (1 - s) (b + 9 a z^2))
-    gate = sigmoid(z * (GELU_B + 3.0 * GELU_A * z * z))
+def gelu(z, PRECISION: tl.constexpr):
+    return z * gelu_gate(z, PRECISION)
+
+
+@triton.jit
+def gelu_and_slope(z, PRECISION: tl.constexpr):
+    # the slope of z s is s (1 + z (1 - s) (b + 9 a z^2))
+    gate = gelu_gate(z, PRECISION)
     return z * gate, gate * (1.0 + z * (1.0 - gate) * (GELU_B + 9.0 * GELU_A * z * z))
 
 
@@ -189,117 +206,9 @@ def frozen_scale(squares, powers, size, LINK: tl.constexpr, Q: tl.constexpr, FLO
         total = at_least(powers, power(FLOOR, Q))
         scale = tl.exp(-(Q - 2.0) / Q * tl.log(total))
     if CAP > 0.0:
-        rms = at_least(tl.sqrt(squares), 1e-12) / tl.sqrt(size)
+        rms = at_least(tl.sqrt(squares), 1e-12) / size**0.5
         scale = at_most(scale, CAP / rms)
     return scale
-
-
-@triton.jit
-def load_dual(state, base, offsets, mask, TOWARD_INIT: tl.constexpr):
-    # the decaying state, what it deviates from, and the dual state itself
-    b_state = tl.load(state + offsets, mask=mask, other=0.0)
-    b_base, b_dual = b_state, b_state
-    if TOWARD_INIT:
-        b_base = tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
-        b_dual = b_base + b_state
-    return b_state, b_base, b_dual
-
-
-@triton.jit
-def parts_of_read(
-    b_state, b_base, b_weight, base_scale, LINK: tl.constexpr, Q: tl.constexpr, TOWARD_INIT: tl.constexpr
-):
-    # what decays of a tile's read, and what does not
-    if LINK == LQ_MIRROR:
-        if TOWARD_INIT:
-            b_constant = base_scale * b_base * power(tl.abs(b_base), Q - 2.0)
-            return b_weight - b_constant, b_constant
-        else:
-            return b_weight, b_weight
-    else:
-        return b_state, b_base
-
-
-@triton.jit
-def load_gates(
-    eta,
-    log_alpha,
-    earlier_eta,
-    earlier_log_decay,
-    o_t,
-    m_t,
-    p_e,
-    m_e,
-    phase,
-    MIN_LOG_ALPHA,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    GATE_DIM: tl.constexpr,
-    HAS_EARLIER: tl.constexpr,
-):
-    # steps and log decay since the chunk's start of its slots, [C, BD], and the whole chunk's log decay, [BD]
-    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
-    o_g = 0 * o_d
-    if GATE_DIM > 1:
-        o_g = o_d
-    m_d = o_d < D
-    m_g = m_t[:, None] & m_d[None, :]
-    p_g = o_t[:, None] * GATE_DIM + o_g[None, :]
-    b_eta = tl.load(eta + p_g, mask=m_g, other=0.0).to(tl.float32)
-    b_log_alpha = tl.load(log_alpha + p_g, mask=m_g, other=0.0).to(tl.float32)
-    b_log_alpha = at_most(at_least(b_log_alpha, MIN_LOG_ALPHA), 0.0)
-    total = tl.sum(b_log_alpha, 0)
-    b_log_decay = tl.cumsum(b_log_alpha, 0)
-    if HAS_EARLIER:
-        # the chunk was begun before this call: its first slots come from the state
-        m_g = m_e[:, None] & m_d[None, :]
-        p_g = p_e + o_c[:, None] * GATE_DIM + o_g[None, :]
-        b_since = tl.load(earlier_log_decay + p_g, mask=m_g, other=0.0)
-        since = tl.sum(tl.where(m_e[:, None] & (o_c == phase - 1)[:, None], b_since, 0.0), 0)
-        b_log_decay = tl.where(m_e[:, None], b_since, b_log_decay + since[None, :])
-        total += since
-        b_eta = tl.where(m_e[:, None], tl.load(earlier_eta + p_g, mask=m_g, other=0.0), b_eta)
-    return b_eta, b_log_decay, total
-
-
-@triton.jit
-def first_broken(
-    b_k,
-    v,
-    eta,
-    log_alpha,
-    delta,
-    o_t,
-    m_t,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    GATE_DIM: tl.constexpr,
-    DELTA_DIM: tl.constexpr,
-):
-    # the slot of the chunk's first token whose write is not a number, C if there is none. A chunk's products multiply
-    # what later tokens write by zero, which a NaN survives: earlier tokens are read as if the chunk ended before it
-    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
-    m_td = m_t[:, None] & (o_d < D)[None, :]
-    p_td = o_t[:, None] * D + o_d[None, :]
-    b_v = tl.load(v + p_td, mask=m_td, other=0.0).to(tl.float32)
-    broken = (b_k != b_k) | (b_v != b_v)
-    if GATE_DIM == 1:
-        b_eta = tl.load(eta + o_t, mask=m_t, other=0.0)[:, None]
-        b_log_alpha = tl.load(log_alpha + o_t, mask=m_t, other=0.0)[:, None]
-    else:
-        b_eta = tl.load(eta + p_td, mask=m_td, other=0.0)
-        b_log_alpha = tl.load(log_alpha + p_td, mask=m_td, other=0.0)
-    # an infinite step is no better, the others are bounded
-    broken = broken | (b_log_alpha != b_log_alpha) | (b_eta - b_eta != 0.0)
-    if DELTA_DIM == 1:
-        b_delta = tl.load(delta + o_t, mask=m_t, other=0.0)[:, None]
-        broken = broken | (b_delta != b_delta)
-    elif DELTA_DIM > 1:
-        b_delta = tl.load(delta + p_td, mask=m_td, other=0.0)
-        broken = broken | (b_delta != b_delta)
-    return tl.min(tl.where(broken, o_c[:, None], C))
 
 
 @triton.jit
@@ -317,8 +226,8 @@ def chunk_gates(eta, log_decay, total_log_decay):
 
 
 @triton.jit
-def gelu_slope_curvature(z):
-    gate = sigmoid(z * (GELU_B + 3.0 * GELU_A * z * z))
+def gelu_slope_curvature(z, PRECISION: tl.constexpr):
+    gate = gelu_gate(z, PRECISION)
     rate = GELU_B + 9.0 * GELU_A * z * z
     spread = gate * (1.0 - gate)
     slope = gate + z * spread * rate
@@ -392,7 +301,7 @@ def frozen_scale_rates(
     first, second = scale_bar * 0.0, scale_bar * 0.0
     capped = scale_bar * 0.0 + 3.0e38
     if CAP > 0.0:
-        capped = CAP * tl.sqrt(size) / at_least(tl.sqrt(squares), 1e-12)
+        capped = (scale_bar * 0.0 + CAP * size**0.5) / at_least(tl.sqrt(squares), 1e-12)
     if LINK == DECAY:
         free = scale_bar * 0.0 + 1.0
     else:
@@ -427,76 +336,3 @@ def mirror_vjp(dual, weight_bar, slope_bar, scale, first, second, Q: tl.constexp
     powered = power(magnitude, Q - 2.0)
     along = (Q - 1.0) * (scale * weight_bar + first * dual * powered) + second * dual
     return powered * along + (Q - 2.0) * sign(dual) * power(magnitude, Q - 3.0) * slope_bar
-
-
-@triton.jit
-def store_gate_bars(
-    b_query_bar,
-    b_key_bar,
-    half_bar,
-    b_gq,
-    b_gk,
-    half,
-    log_alpha,
-    eta_bar,
-    log_alpha_bar,
-    earlier_eta_bar,
-    earlier_log_decay_bar,
-    final_eta_bar,
-    final_log_decay_bar,
-    o_t,
-    m_t,
-    p_e,
-    m_e,
-    m_f,
-    phase,
-    MIN_LOG_ALPHA,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    GATE_DIM: tl.constexpr,
-    HAS_EARLIER: tl.constexpr,
-    KEEP_FINAL: tl.constexpr,
-):
-    # from the adjoints of what `chunk_gates` makes its gates of, Gq and Gk [C, BD] and `half`, the root of B_C [BD], to
-    # those of the tokens' gates, and of a begun chunk's in both states
-    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
-    m_d = o_d < D
-    b_eta_bar = tl.where(m_d[None, :], b_key_bar / b_gq, 0.0)
-    b_log_decay_bar = tl.where(m_d[None, :], b_query_bar * b_gq - b_key_bar * b_gk, 0.0)
-    # the chunk's last slot decides its reference and its whole decay; slots without a token decay by nothing
-    reference_bar = tl.where(m_d, half_bar * half - tl.sum(b_log_decay_bar, 0), 0.0)
-    b_log_decay_bar += tl.where((o_c == C - 1)[:, None], 0.5 * reference_bar[None, :], 0.0)
-    # one number for all channels is given to the first of them: sums are taken in the end
-    o_g, m_g = o_d, m_d
-    if GATE_DIM == 1:
-        o_g, m_g = 0 * o_d, o_d == 0
-    p_g = p_e + o_c[:, None] * GATE_DIM + o_g[None, :]
-    if KEEP_FINAL:
-        m_fg = m_f[:, None] & m_g[None, :]
-        b_eta_bar += tl.load(final_eta_bar + p_g, mask=m_fg, other=0.0)
-        b_log_decay_bar += tl.load(final_log_decay_bar + p_g, mask=m_fg, other=0.0)
-    # log B_t is a sum over the tokens up to t: its adjoint one over those from t on
-    b_log_alpha_bar = tl.sum(b_log_decay_bar, 0)[None, :] - tl.cumsum(b_log_decay_bar, 0) + b_log_decay_bar
-    if HAS_EARLIER:
-        # the decay before this call stands in every later slot of the chunk
-        later = tl.sum(tl.where(m_e[:, None], 0.0, b_log_decay_bar), 0)
-        b_since_bar = b_log_decay_bar + tl.where((o_c == phase - 1)[:, None], later[None, :], 0.0)
-        if GATE_DIM == 1:
-            tl.store(earlier_eta_bar + p_e + o_c, tl.sum(b_eta_bar, 1), mask=m_e)
-            tl.store(earlier_log_decay_bar + p_e + o_c, tl.sum(b_since_bar, 1), mask=m_e)
-        else:
-            tl.store(earlier_eta_bar + p_g, b_eta_bar, mask=m_e[:, None] & m_g[None, :])
-            tl.store(earlier_log_decay_bar + p_g, b_since_bar, mask=m_e[:, None] & m_g[None, :])
-    if GATE_DIM == 1:
-        b_raw = tl.load(log_alpha + o_t, mask=m_t, other=0.0).to(tl.float32)
-        b_bar = tl.where((b_raw < MIN_LOG_ALPHA) | (b_raw > 0.0), 0.0, tl.sum(b_log_alpha_bar, 1))
-        tl.store(eta_bar + o_t, tl.sum(b_eta_bar, 1), mask=m_t)
-        tl.store(log_alpha_bar + o_t, b_bar, mask=m_t)
-    else:
-        m_tg = m_t[:, None] & m_g[None, :]
-        p_tg = o_t[:, None] * D + o_d[None, :]
-        b_raw = tl.load(log_alpha + p_tg, mask=m_tg, other=0.0).to(tl.float32)
-        b_bar = tl.where((b_raw < MIN_LOG_ALPHA) | (b_raw > 0.0), 0.0, b_log_alpha_bar)
-        tl.store(eta_bar + p_tg, b_eta_bar, mask=m_tg)
-        tl.store(log_alpha_bar + p_tg, b_bar, mask=m_tg)

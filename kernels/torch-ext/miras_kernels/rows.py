@@ -25,28 +25,26 @@ from .pieces import operand
 @triton.jit
 def put(rows, PLACE: tl.constexpr, x, C: tl.constexpr, BD: tl.constexpr):
     o_c, o_w = tl.arange(0, C), tl.arange(0, x.shape[1])
-    tl.store(rows + PLACE * C * (C if C > BD else BD) + o_c[:, None] * x.shape[1] + o_w[None, :], x)
+    tl.store(rows + o_c[:, None] * x.shape[1] + o_w[None, :] + PLACE * C * (C if C > BD else BD), x)
 
 
 @triton.jit
 def get(rows, PLACE: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
     o_c, o_w = tl.arange(0, C), tl.arange(0, WIDTH)
-    return tl.load(rows + PLACE * C * (C if C > BD else BD) + o_c[:, None] * WIDTH + o_w[None, :])
+    return tl.load(rows + o_c[:, None] * WIDTH + o_w[None, :] + PLACE * C * (C if C > BD else BD))
 
 
 @triton.jit
-def put_tile(rows, PLACE: tl.constexpr, x, j, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, TN: tl.constexpr):
-    # channels of tile j
-    o_c, o_n = tl.arange(0, C), j * TN + tl.arange(0, TN)
-    p_cn = PLACE * C * (C if C > BD else BD) + o_c[:, None] * BD + o_n[None, :]
-    tl.store(rows + p_cn, x, mask=(o_n < D)[None, :] & (o_c >= 0)[:, None])
+def put_tile(rows, PLACE: tl.constexpr, x, tile, C: tl.constexpr, BD: tl.constexpr):
+    # channels of a tile, [TN, C]
+    p_nc = tile.o_h[:, None] + tl.arange(0, C)[None, :] * BD + PLACE * C * (C if C > BD else BD)
+    tl.store(rows + p_nc, x, mask=tile.m_hc)
 
 
 @triton.jit
-def get_tile(rows, PLACE: tl.constexpr, j, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, TN: tl.constexpr):
-    o_c, o_n = tl.arange(0, C), j * TN + tl.arange(0, TN)
-    p_cn = PLACE * C * (C if C > BD else BD) + o_c[:, None] * BD + o_n[None, :]
-    return tl.load(rows + p_cn, mask=(o_n < D)[None, :] & (o_c >= 0)[:, None], other=0.0)
+def get_tile(rows, PLACE: tl.constexpr, tile, C: tl.constexpr, BD: tl.constexpr):
+    p_nc = tile.o_h[:, None] + tl.arange(0, C)[None, :] * BD + PLACE * C * (C if C > BD else BD)
+    return tl.load(rows + p_nc, mask=tile.m_hc, other=0.0)
 
 
 @triton.jit
