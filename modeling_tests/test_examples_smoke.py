@@ -22,8 +22,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from miras_hf import saved_memory
 
@@ -35,7 +34,6 @@ RUNS = {
     "long_document_qa": ["--folder", "document"],
     "classify": ["--output_dir", "classify"],
     "forecast": ["--output_dir", "forecast"],
-    "convert_and_push": ["--output_dir", "converted"],
     "distil": ["--output_dir", "distilled", "--report", "distilled/report.json"],
 }
 # One process for all: importing the libraries takes longer than the examples themselves.
@@ -134,13 +132,6 @@ def check_forecast(folder: Path, text: str) -> None:
     assert (folder / "forecast" / "forecast.png").read_bytes().startswith(b"\x89PNG")
 
 
-def check_convert_and_push(folder: Path, text: str) -> None:
-    source, converted, trained = (number(rf"([\d.]+) {n}", text) for n in ("source", "converted", "trained"))
-    assert abs(converted - source) < 0.5 and trained < converted
-    assert "LlamaForCausalLM to YaadForCausalLM, layers [1] are memories now" in text
-    assert AutoModelForCausalLM.from_pretrained(folder / "converted").config.attention_layers == [0, 2]
-
-
 def check_distil(folder: Path, text: str) -> None:
     result = json.loads((folder / "distilled" / "report.json").read_text())
     errors = result["alignment_errors"]
@@ -155,48 +146,6 @@ def check_distil(folder: Path, text: str) -> None:
     assert sizes["teacher"]["512"] == 3 * 2 * 2 * 16 * 4 * 512
     assert sizes["hybrid"]["512"] - sizes["hybrid"]["64"] == 2 * 2 * 2 * 16 * 4 * (512 - 64)
     assert AutoModelForCausalLM.from_pretrained(folder / "distilled").config.full_attention_layers == [0, 2]
-
-
-LLAMA = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-
-
-@pytest.mark.parametrize(
-    "config", [LlamaConfig(**LLAMA), MistralConfig(**LLAMA, sliding_window=8)], ids=["llama", "mistral"]
-)
-def test_layers_that_stay_attention_give_what_they_gave(config):
-    convert = load_example("convert_and_push").convert
-    torch.manual_seed(0)
-    llama = AutoModelForCausalLM.from_config(config).eval()
-    ids = torch.randint(0, 64, (2, 40))
-    for index in (0, 2):
-        model, new = convert(llama, [index], "moneta")
-        with torch.no_grad():
-            # of a model's hidden states the last one is normed
-            theirs, ours = (m.eval()(ids, output_hidden_states=True).hidden_states for m in (llama, model))
-        for i in range(index + 1):
-            torch.testing.assert_close(ours[i], theirs[i], rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(ours[index + 1], theirs[index + 1], atol=1e-3)
-        assert new and all(f"model.layers.{index}.mixer." in name for name in new)
-        # values are shared by two heads in the source, and each memory's own here
-        mine, old = model.model.layers[index].mixer.v_proj.weight, llama.model.layers[index].self_attn.v_proj.weight
-        assert torch.equal(mine.view(4, 8, 32)[0::2], old.view(2, 8, 32)) and torch.equal(mine[:8], mine[8:16])
-
-
-def test_conversion_drops_nothing_in_silence():
-    convert = load_example("convert_and_push").convert
-    with_bias = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA, mlp_bias=True))
-    with pytest.raises(ValueError, match="without a place in a Miras model: model.layers.0.mlp.gate_proj.bias"):
-        convert(with_bias, [1])
-    with pytest.raises(ValueError, match=r"indices below 3, at least one, got \[3\]"):
-        convert(AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA)), [3])
 
 
 def test_notebook_runs_and_is_stored_without_outputs(tmp_path, monkeypatch):
@@ -232,7 +181,7 @@ def test_examples_name_their_mistakes(tmp_path):
         forecast.main(["--context", "888", "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="--do takes train, read and ask, got rest"):
         load_example("long_document_qa").main(["--do", "rest", "--folder", str(tmp_path)])
-    for name in ("finetune_lora", "convert_and_push", "distil"):
+    for name in ("finetune_lora", "distil"):
         with pytest.raises(ValueError, match="--smoke"):
             load_example(name).main(["--output_dir", str(tmp_path)])
 

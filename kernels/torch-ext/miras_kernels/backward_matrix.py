@@ -139,7 +139,7 @@ def matrix_backward_kernel(
             for j in range(0, TILES):
                 tile = tile_of(j, sizes, TN)
                 b_base = tl.load(base + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
-                base_sums = add_to_sums(base_sums, b_base, tile.m_w, link)
+                base_sums = add_to_sums(base_sums, b_base, tile.m_w, link, 0)
     base_scale = scale_of(base_sums, link, sizes)
     # the largest entry of the state's adjoint, which bounds it
     largest = 0.0
@@ -170,7 +170,7 @@ def matrix_backward_kernel(
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
             _, _, b_dual = load_dual(saved_state, base, tile.o_1, tile.m_w, link)
-            sums = add_to_sums(sums, b_dual, tile.m_w, link)
+            sums = add_to_sums(sums, b_dual, tile.m_w, link, 0)
         scale = scale_of(sums, link, sizes)
         # the mirror map's slope as row means times column means, the latter over their mean and times this gain
         mean_slope = tl.sum(sums[2]) / (1.0 * D * D)
@@ -182,7 +182,7 @@ def matrix_backward_kernel(
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
             _, _, b_dual = load_dual(saved_state, base, tile.o_1, tile.m_w, link)
-            b_w = weight_of(b_dual, tile.m_w, sums, scale, mass, 0.0, link)
+            b_w = weight_of(b_dual, tile.m_w, sums, scale, mass, 0.0, link, 0)
             b_prediction = product(b_w, tl.trans(held(rows, K, k_operand, BD, C, BD, STREAM)), PRECISION)
             put_tile(rows, ERROR, b_prediction, tile, C, BD)
         tl.debug_barrier()
@@ -220,14 +220,14 @@ def matrix_backward_kernel(
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
             b_state, b_base, b_dual = load_dual(saved_state, base, tile.o_1, tile.m_w, link)
-            b_w = weight_of(b_dual, tile.m_w, sums, scale, mass, 0.0, link)
+            b_w = weight_of(b_dual, tile.m_w, sums, scale, mass, 0.0, link, 0)
             b_decaying, b_fixed = parts_of_read(b_state, b_base, b_w, base_scale, link)
             m_tile = tile.m_h[:, None] & at.m_t[None, :]
             p_tile = at.o_t[None, :] * D + tile.o_h[:, None]
             y_bar_tile = tl.load(y_bar + p_tile, mask=m_tile, other=0.0).to(tl.float32)
             r_tile = get_tile(rows, R, tile, C, BD)
             b_written = r_tile
-            slope = slope_of_hidden(b_dual, link, sizes) * inverse_mean
+            slope = slope_of_hidden(b_dual, link, sizes, 0) * inverse_mean
             if link.KIND == KL:
                 b_written = tl.where(tile.m_h[:, None], (r_tile - r_mean[None, :]) * (mass / D), 0.0)
             elif link.KIND == LQ_MIRROR:
@@ -359,7 +359,7 @@ def matrix_backward_kernel(
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
             _, _, b_dual = load_dual(saved_state, base, tile.o_1, tile.m_w, link)
-            b_w = weight_of(b_dual, tile.m_w, sums, scale, mass, 0.0, link)
+            b_w = weight_of(b_dual, tile.m_w, sums, scale, mass, 0.0, link, 0)
             error_bar_tile = get_tile(rows, R_BAR, tile, C, BD)
             b_k_bar += product(tl.trans(error_bar_tile), b_w, PRECISION)
             b_w_bar = product(error_bar_tile, held(rows, K, k_operand, BD, C, BD, STREAM), PRECISION)

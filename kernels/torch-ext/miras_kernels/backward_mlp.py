@@ -189,8 +189,8 @@ def mlp_backward_kernel(
                 tile = tile_of(j, sizes, TN)
                 b_base1 = tl.load(base1 + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
                 b_base2 = tl.load(base2 + tile.o_2, mask=tile.m_w, other=0.0).to(tl.float32)
-                base_sums1 = add_to_sums(base_sums1, b_base1, tile.m_w, link)
-                base_sums2 = add_to_sums(base_sums2, b_base2, tile.m_w, link)
+                base_sums1 = add_to_sums(base_sums1, b_base1, tile.m_w, link, 0)
+                base_sums2 = add_to_sums(base_sums2, b_base2, tile.m_w, link, 0)
     base_scale1, base_scale2 = scale_of(base_sums1, link, sizes), scale_of(base_sums2, link, sizes)
     # the largest entries of the state's adjoint, which bound it
     largest1, largest2 = 0.0, 0.0
@@ -224,7 +224,7 @@ def mlp_backward_kernel(
             tile = tile_of(j, sizes, TN)
             _, _, b_a1 = load_dual(saved1, base1, tile.o_1, tile.m_w, link)
             _, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
-            sums1, sums2 = add_to_sums(sums1, b_a1, tile.m_w, link), add_to_sums(sums2, b_a2, tile.m_w, link)
+            sums1, sums2 = add_to_sums(sums1, b_a1, tile.m_w, link, 0), add_to_sums(sums2, b_a2, tile.m_w, link, 0)
         scale1, scale2 = scale_of(sums1, link, sizes), scale_of(sums2, link, sizes)
         # the mirror map's slope as row means times column means, the latter over their mean and times these gains
         mean_slope1, mean_slope2 = tl.sum(sums1[2]) / (1.0 * D * N), tl.sum(sums2[2]) / (1.0 * D * N)
@@ -240,8 +240,8 @@ def mlp_backward_kernel(
             tile = tile_of(j, sizes, TN)
             _, _, b_a1 = load_dual(saved1, base1, tile.o_1, tile.m_w, link)
             _, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
-            b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link)
-            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link)
+            b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
+            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
             b_z1 = product(b_w1, tl.trans(held(rows, K, k_operand, BD, C, BD, STREAM)), PRECISION)
             tl.store(hidden + tile.o_hc, b_z1, mask=tile.m_hc)
             b_h = gelu(b_z1, PRECISION)
@@ -279,7 +279,7 @@ def mlp_backward_kernel(
             for j in range(0, TILES):
                 tile = tile_of(j, sizes, TN)
                 _, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
-                b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link)
+                b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
                 _, b_slope = gelu_and_slope(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
                 dz2_rows = held(rows, DZ2, dz2_operand, BD, C, BD, STREAM)
                 b_dz1 = product(b_w2, tl.trans(dz2_rows), PRECISION) * b_slope
@@ -294,8 +294,8 @@ def mlp_backward_kernel(
             tile = tile_of(j, sizes, TN)
             b_d1, b_base1, b_a1 = load_dual(saved1, base1, tile.o_1, tile.m_w, link)
             b_d2, b_base2, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
-            b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link)
-            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link)
+            b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
+            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
             b_decaying1, b_fixed1 = parts_of_read(b_d1, b_base1, b_w1, base_scale1, link)
             b_decaying2, b_fixed2 = parts_of_read(b_d2, b_base2, b_w2, base_scale2, link)
             b_h, b_slope = gelu_and_slope(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
@@ -309,8 +309,8 @@ def mlp_backward_kernel(
             if link.KIND == KL:
                 b_gradients = tl.where(tile.m_hc, (b_dz1 - gradient_mean[None, :]) * (mass1 / N), 0.0)
             elif link.KIND == LQ_MIRROR:
-                b_gradients = b_dz1 * (slope_gain1 * (slope_of_hidden(b_a1, link, sizes) * inverse_mean1))[:, None]
-                b_inputs = b_h * slope_of_hidden(b_a2, link, sizes)[:, None]
+                b_gradients = b_dz1 * (slope_gain1 * (slope_of_hidden(b_a1, link, sizes, 0) * inverse_mean1))[:, None]
+                b_inputs = b_h * slope_of_hidden(b_a2, link, sizes, 0)[:, None]
             b_z1q = product(b_gradients, tl.trans(held(rows, P, p_operand, C, C, BD, STREAM)), PRECISION)
             if link.KIND == KL:
                 b_z1q += product(b_w1, tl.trans(held(rows, X, x_operand, BD, C, BD, STREAM)), PRECISION)
@@ -385,14 +385,14 @@ def mlp_backward_kernel(
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
             b_d2, b_base2, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
-            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link)
+            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
             b_decaying2, b_fixed2 = parts_of_read(b_d2, b_base2, b_w2, base_scale2, link)
             b_h = gelu(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
             if earlier is not None:
                 b_h = begun_hidden(b_h, earlier.inputs[1] + activations, at, tile)
             b_hq, b_slope_q = gelu_and_slope(tl.load(read_hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
             b_inputs = b_h
-            slope2 = slope_of_hidden(b_a2, link, sizes)
+            slope2 = slope_of_hidden(b_a2, link, sizes, 0)
             if link.KIND == KL:
                 b_inputs = tl.where(tile.m_hc, (b_h - hidden_mean[None, :]) * (mass2 / N), 0.0)
             elif link.KIND == LQ_MIRROR:
@@ -444,11 +444,11 @@ def mlp_backward_kernel(
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
             b_d1, b_base1, b_a1 = load_dual(saved1, base1, tile.o_1, tile.m_w, link)
-            b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link)
+            b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
             b_decaying1, b_fixed1 = parts_of_read(b_d1, b_base1, b_w1, base_scale1, link)
             b_dz1 = tl.load(kept_hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
             b_gradients = b_dz1
-            slope1 = slope_of_hidden(b_a1, link, sizes) * inverse_mean1
+            slope1 = slope_of_hidden(b_a1, link, sizes, 0) * inverse_mean1
             if link.KIND == KL:
                 b_gradients = tl.where(tile.m_hc, (b_dz1 - gradient_mean[None, :]) * (mass1 / N), 0.0)
             elif link.KIND == LQ_MIRROR:
@@ -535,7 +535,7 @@ def mlp_backward_kernel(
             tile = tile_of(j, sizes, TN)
             b_d1 = tl.load(saved1 + tile.o_1, mask=tile.m_w, other=0.0)
             b_d2, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
-            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link)
+            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
             b_z1 = tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
             b_h, b_slope, b_curvature = gelu_slope_curvature(b_z1, PRECISION)
             dz2_rows = held(rows, DZ2, dz2_operand, BD, C, BD, STREAM)
@@ -633,8 +633,8 @@ def mlp_backward_kernel(
             tile = tile_of(j, sizes, TN)
             _, _, b_a1 = load_dual(saved1, base1, tile.o_1, tile.m_w, link)
             _, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
-            b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link)
-            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link)
+            b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
+            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
             b_h, b_slope = gelu_and_slope(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
             z2_rows = held(rows, Z2_BAR, z2_operand, BD, C, BD, STREAM)
             b_z1_bar = tl.load(hidden_bar + tile.o_hc, mask=tile.m_hc, other=0.0)

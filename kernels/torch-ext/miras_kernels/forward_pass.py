@@ -218,10 +218,10 @@ def mlp_forward_kernel(
         tile = tile_of(j, sizes, TN)
         _, b_base1, b_a1 = load_dual(dual1, base1, tile.o_1, tile.m_w, link)
         _, b_base2, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
-        sums1, sums2 = add_to_sums(sums1, b_a1, tile.m_w, link), add_to_sums(sums2, b_a2, tile.m_w, link)
+        sums1, sums2 = add_to_sums(sums1, b_a1, tile.m_w, link, 0), add_to_sums(sums2, b_a2, tile.m_w, link, 0)
         if link.KIND == LQ_MIRROR:
-            base_sums1 = add_to_sums(base_sums1, b_base1, tile.m_w, link)
-            base_sums2 = add_to_sums(base_sums2, b_base2, tile.m_w, link)
+            base_sums1 = add_to_sums(base_sums1, b_base1, tile.m_w, link, 0)
+            base_sums2 = add_to_sums(base_sums2, b_base2, tile.m_w, link, 0)
     base_scale1, base_scale2 = scale_of(base_sums1, link, sizes), scale_of(base_sums2, link, sizes)
 
     for i_c in range(0, place.chunks):
@@ -249,8 +249,8 @@ def mlp_forward_kernel(
                     slot = slot_of(saved, i_c // SAVE_EVERY, place, H, sizes)
                     tl.store(saved.duals[0] + slot + tile.o_1, b_d1, mask=tile.m_w)
                     tl.store(saved.duals[1] + slot + tile.o_2, b_d2, mask=tile.m_w)
-            b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link)
-            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link)
+            b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
+            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
             b_z1 = product(b_w1, b_columns, PRECISION)
             tl.store(hidden + tile.o_hc, b_z1, mask=tile.m_hc)
             b_h = gelu(b_z1, PRECISION)
@@ -301,7 +301,7 @@ def mlp_forward_kernel(
             for j in range(0, TILES):
                 tile = tile_of(j, sizes, TN)
                 _, _, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
-                b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link)
+                b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
                 _, b_slope = gelu_and_slope(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
                 b_dz1 = product(b_w2, b_dz2_columns, PRECISION) * b_slope
                 if earlier is not None:
@@ -322,7 +322,7 @@ def mlp_forward_kernel(
             tile = tile_of(j, sizes, TN)
             b_d1, b_base1, b_a1 = load_dual(dual1, base1, tile.o_1, tile.m_w, link)
             b_d2, b_base2, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
-            b_w2 = weight_of(b_a2, tile.m_w, read2, scale2, mass2, mass2 / N, link)
+            b_w2 = weight_of(b_a2, tile.m_w, read2, scale2, mass2, mass2 / N, link, 0)
             b_h, b_slope = gelu_and_slope(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
             b_dz1 = product(b_w2, b_dz2_columns, PRECISION) * b_slope
             if earlier is not None:
@@ -333,19 +333,19 @@ def mlp_forward_kernel(
             if link.KIND == KL:
                 b_written = tl.where(tile.m_hc, (b_dz1 - gradient_mean[None, :]) * (mass1 / N), 0.0)
             elif link.KIND == LQ_MIRROR:
-                b_written = b_dz1 * (gain1 * (slope_of_hidden(b_a1, link, sizes) * inverse_mean1))[:, None]
-                b_inputs = b_h * slope_of_hidden(b_a2, link, sizes)[:, None]
+                b_written = b_dz1 * (gain1 * (slope_of_hidden(b_a1, link, sizes, 0) * inverse_mean1))[:, None]
+                b_inputs = b_h * slope_of_hidden(b_a2, link, sizes, 0)[:, None]
 
             # the first layer's read, and the second's
             b_z1 = product(b_written, b_p, PRECISION)
             if link.KIND == KL:
-                b_w1 = weight_of(b_a1, tile.m_w, read1, scale1, mass1, 0.0, link)
+                b_w1 = weight_of(b_a1, tile.m_w, read1, scale1, mass1, 0.0, link, 0)
                 b_z1 += product(b_w1, b_x, PRECISION)
                 b_hq = gelu(b_z1, PRECISION)
                 read_sum += tl.sum(b_hq, 0)
                 b_constant += product(tl.trans(b_hq), b_w2, PRECISION)
             else:
-                b_w1 = weight_of(b_a1, tile.m_w, read1, scale1, mass1, 0.0, link)
+                b_w1 = weight_of(b_a1, tile.m_w, read1, scale1, mass1, 0.0, link, 0)
                 b_decaying, b_fixed = parts_of_read(b_d1, b_base1, b_w1, base_scale1, link)
                 b_z1 += product(b_decaying, b_x_decayed, PRECISION)
                 if link.TOWARD_INIT:
@@ -372,7 +372,7 @@ def mlp_forward_kernel(
                 if link.TOWARD_INIT:
                     b_a1 = b_base1 + b_d1
                     b_a2 = b_base2 + b_d2
-                sums1, sums2 = add_to_sums(sums1, b_a1, tile.m_w, link), add_to_sums(sums2, b_a2, tile.m_w, link)
+                sums1, sums2 = add_to_sums(sums1, b_a1, tile.m_w, link, 0), add_to_sums(sums2, b_a2, tile.m_w, link, 0)
         tl.debug_barrier()
 
         # -- the read's second layer, its norm, the output ------------------------------------------------------------

@@ -84,12 +84,12 @@ def scale_of(sums, link, sizes):
 
 
 @triton.jit
-def add_to_sums(sums, dual, mask, link, AXIS: tl.constexpr = 0):
+def add_to_sums(sums, dual, mask, link, AXIS: tl.constexpr):
     return sum_of_dual(dual, mask, sums, AXIS, link.KIND, link.Q)
 
 
 @triton.jit
-def weight_of(dual, mask, sums, scale, mass, uniform, link, AXIS: tl.constexpr = 0):
+def weight_of(dual, mask, sums, scale, mass, uniform, link, AXIS: tl.constexpr):
     _, _, first, second = sums
     weight = linked(dual, scale, first, second, mass, uniform, AXIS, link.KIND, link.Q)
     if link.KIND == KL:  # whose image of zero is not zero
@@ -111,7 +111,7 @@ def parts_of_read(b_state, b_base, b_weight, base_scale, link):
 
 
 @triton.jit
-def slope_of_hidden(dual, link, sizes, AXIS: tl.constexpr = 0):
+def slope_of_hidden(dual, link, sizes, AXIS: tl.constexpr):
     # the mirror map's slope |A|^(q-2), its means over the channels of each hidden unit
     return tl.sum(power(tl.abs(dual), link.Q - 2.0), 1 - AXIS) / sizes.D
 
@@ -131,7 +131,7 @@ def back_to_dual(dual, weight_bar, sums, scale, rates, inner, slope_bar, mass, t
     # the adjoint of a tile's dual state from the weight's; of KL `inner` is the sum of W o W_bar over c
     first, second = rates
     if link.KIND == KL:
-        return (weight_bar - inner[None, :]) * weight_of(dual, tile.m_w, sums, scale, mass, 0.0, link)
+        return (weight_bar - inner[None, :]) * weight_of(dual, tile.m_w, sums, scale, mass, 0.0, link, 0)
     elif link.KIND == LQ_MIRROR:
         return mirror_vjp(dual, weight_bar, slope_bar, scale, first, second, link.Q)
     else:
