@@ -417,6 +417,7 @@ def test_losses_of_the_page_are_those_of_the_trainings():
         "Gated DeltaNet": "gated-deltanet",
         "an MLP memory": "store-eps",
         "the same, its": "store-eps-no-write",
+        "Yaad with": "../ablations-long/yaad",
     }
     for words, name in lines.items():
         losses = validation(f"bridge-long/{name}")
@@ -426,6 +427,7 @@ def test_losses_of_the_page_are_those_of_the_trainings():
         "one gate a head": "yaad-head-gates",
         "rotary embedding, as": "yaad-rotary",
         "rotary embedding and": "yaad-rotary-head-gates",
+        "Memora with": "memora",
     }
     for words, name in changed.items():
         loss = validation(f"ablations/{name}")[400]

@@ -16,7 +16,6 @@
 import math
 import statistics
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,7 @@ from ablation_points import ABLATIONS, MODELS
 from bridge_report import LEGEND, plot_losses, protocol, summarise, table
 from bridge_training import Size
 from study import markdown, plain, read_results, write_report_files
-
-from miras_hf import MirasConfig
-from miras_hf.config_meaning import BEFORE_THERE_WAS
+from transformers import AutoConfig
 
 
 def is_todays(result: dict[str, Any], size: Size) -> bool:
@@ -38,9 +35,10 @@ def is_todays(result: dict[str, Any], size: Size) -> bool:
     now, then = plain(point_of(result["job"]["rung"], size.shape)), result["point"]
     if now is None or then is None:
         return False
-    before = {field.name: field.default for field in fields(MirasConfig)} | BEFORE_THERE_WAS
-    later = {name: plain(before.get(name)) for name in now["config"].keys() - then["config"].keys()}
-    return now == {**then, "config": {**later, **then["config"]}}
+    stored = {name: value for name, value in then["config"].items() if name != "model_type"}
+    read = AutoConfig.for_model(then["config"]["model_type"]).from_dict(stored | {"transformers_version": ""})
+    config = {name: plain(getattr(read, name)) for name in now["config"]}
+    return now == {**then, "config": config}
 
 
 def with_measures(entries: list[dict[str, Any]], results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
