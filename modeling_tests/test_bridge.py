@@ -114,7 +114,7 @@ def test_yaad_is_the_model_that_was_shipped_first():
     fields = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
     fields |= {"attentional_bias": "huber_mixture", "eta_max": 0.09 / 8, "initial_memory_scale": 1.0}
     fields |= {"value_norm": False, "output_norm_eps": None, "conv_initializer_range": None}
-    fields |= {"min_half_life": 32.0, "max_half_life": 32768.0}
+    fields |= {"min_half_life": 32.0, "max_half_life": 32768.0, "use_rope": True}
     shipped = YaadForCausalLM(YaadConfig(**fields)).eval()
     ids = torch.randint(0, 64, (2, 90))
     assert model.config.intermediate_size == shipped.config.intermediate_size

@@ -26,6 +26,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 import miras_hf
+from miras_hf.cache import StaticMirasLayer
 from miras_hf.compat import cache_of
 from miras_hf.weights_version import weights_version
 
@@ -214,14 +215,19 @@ def shared_by_copy(layer):
     return copy.copy(layer)
 
 
+def new_like(layer):
+    # static layers have the length of the caches that they stand in
+    return type(layer)(**({"max_cache_len": layer.max_cache_len} if isinstance(layer, StaticMirasLayer) else {}))
+
+
 def shared_by_update(layer):
-    other = type(layer)()
+    other = new_like(layer)
     other.update_memory(layer.memory, layer.conv_tail, int(layer.tokens_seen))
     return other
 
 
 def shared_by_views(layer):
-    other = type(layer)()
+    other = new_like(layer)
     other.update_memory(layer.memory.map(strided), strided(layer.conv_tail), int(layer.tokens_seen))
     return other
 

@@ -33,7 +33,8 @@ def compiled(form=chunk_miras, backend="aot_eager"):
 
 
 @pytest.mark.parametrize("final_state", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", MODELS)
+# the others' losses and gates are in the graphs below
+@pytest.mark.parametrize("name", ["yaad", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "yaad")])
 def test_compiled_is_eager(name, final_state):
     case = make_case(rule_of(name), tokens=13)
     expected = values_and_gradients(case, chunk_miras, final_state)
@@ -62,6 +63,7 @@ def test_from_a_state():
     assert_same(values_and_gradients(rest, compiled(), initial_state=state), expected, 1e-10)
 
 
+@pytest.mark.slow(reason="compiles twice what `test_compiled_is_eager` compiles once")
 def test_batches_of_many_sizes():
     form = compiled()
     for batch in (2, 3):
@@ -70,7 +72,7 @@ def test_batches_of_many_sizes():
         assert_same(values_and_gradients(case, form, final_state=False), expected, 1e-10)
 
 
-@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("inside", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_under_autocast(inside):
     """Around a compiled function autocast reaches the products of its gradient, whatever the function has left."""
     case = make_case(rule_of("yaad", chunk_size=8), tokens=21, dtype=torch.float32)

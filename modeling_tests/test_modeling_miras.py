@@ -353,6 +353,10 @@ class MirasMatrixModelTest(MirasHybridModelTestMixin, unittest.TestCase):
         "conv_act": "linear",
     }
 
+    @unittest.skip(reason="one layer of each of three kinds")
+    def test_num_layers_is_small(self):
+        pass
+
 
 class MonetaHybridModelTest(MirasHybridModelTestMixin, FSDPTesterMixin, unittest.TestCase):
     """A memory layer, then sliding-window attention with a window shorter than the texts of most tests.

@@ -26,7 +26,7 @@ from miras_hf import MemoraConfig, MonetaConfig, YaadConfig
 
 
 SIZES = {"vocab_size": 80, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-MEMORY = {"num_attention_heads": 2, "memory_expansion": 2, "eos_token_id": None, **SENSITIVE}
+MEMORY = {"num_attention_heads": 2, "memory_expansion": 2, "eos_token_id": None, "use_rope": True, **SENSITIVE}
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 BACKENDS = {

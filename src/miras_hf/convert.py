@@ -154,6 +154,8 @@ def heir_fields(teacher: PreTrainedConfig) -> dict[str, Any]:
     return {
         # keys and values are shared as they were
         "memory_num_key_value_heads": teacher.num_key_value_heads,
+        # queries and keys were trained to be turned
+        "use_rope": True,
         # without an activation a convolution can be the identity
         "conv_act": "linear",
         # half open at zero, and the norm after the memory doubles it
