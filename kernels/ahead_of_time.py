@@ -76,6 +76,7 @@ class Call:
     save_every: int = 0
     narrow: bool = False  # parameters in bfloat16, as a bfloat16 model has them
     several: bool = False  # tokens at once, of decoding
+    rotary: bool = True  # queries and keys are turned by their position, of decoding
     variant: int = 0  # which of `launches.changed`; 0 is the configured launch
 
     def at(self, kernel: str, head_dim: int, chunk_size: int, precision: str) -> "Call":
@@ -128,8 +129,8 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
             conv_tail=normal(batch, 3, 3 * width).to(dtype),
             a_log=torch.zeros(heads, device=device),
             eta_max=0.03,
-            cos=normal(1, tokens, head_dim).to(dtype),
-            sin=normal(1, tokens, head_dim).to(dtype),
+            cos=normal(1, tokens, head_dim).to(dtype) if call.rotary else None,
+            sin=normal(1, tokens, head_dim).to(dtype) if call.rotary else None,
             value_norm=True,
         )
         arguments |= {"state": state, "companions": companions, "projections": projections}

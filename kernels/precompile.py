@@ -103,12 +103,15 @@ def _programs() -> Iterator[tuple[str, Call]]:
         head_dim, chunk_size, precision = shape
         words = [] if (chunk_size, precision) == MAIN[1:] else [f"C {chunk_size}, {precision}"]
         words += [word for word in ("masked", "continues", "narrow") if word in asked]
-        words += ["head gates"] * (not call.channel_gates) + [f"variant {call.variant}"] * (call.variant > 0)
+        words += ["no rotary"] * (not call.rotary) + ["head gates"] * (not call.channel_gates)
+        words += [f"variant {call.variant}"] * (call.variant > 0)
         return ", ".join([f"{memory} {family} {head_dim} {kind}", *words]), call
 
     def models(head_dim) -> Iterator[tuple[str, Call]]:
         for family, kind in product(MODELS, KINDS):
-            yield program(family, kind, (head_dim, 64, "bf16"), **({} if kind == "training" else NARROW))
+            # models do not turn queries and keys by default
+            asked = ({} if kind == "training" else NARROW) | ({"rotary": False} if KINDS[kind][0] == "decode" else {})
+            yield program(family, kind, (head_dim, 64, "bf16"), **asked)
         for family in MODELS:  # under autocast, where convolutions in float32 stand before the memory
             yield program(family, "training", (head_dim, 64, "tf32x3"))
 

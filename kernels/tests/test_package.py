@@ -111,8 +111,12 @@ def test_copies_in_one_process_launch_their_own_kernels(tmp_path, monkeypatch):
             return lambda *_, **__: launched.append(self.names)
 
     for copy in copies:
-        for part in ("forward", "backward", "decode"):
-            module = importlib.import_module(f".{part}_matrix", copy.__name__)
+        for part, file in {
+            "forward": "forward_pass",
+            "backward": "backward_matrix",
+            "decode": "decode_matrix",
+        }.items():
+            module = importlib.import_module(f".{file}", copy.__name__)
             monkeypatch.setattr(module, f"matrix_{part}_kernel", Watched(copy.__name__, part))
     for copy in copies:
         launched.clear()
