@@ -88,7 +88,8 @@ ASKED = (
     ("memora", ("training", "prompt"), CONTINUES),
     ("moneta", CHECKED, HEAD_GATES | MASKED),
     ("matrix", ("training", "prompt"), HEAD_GATES | CONTINUES),
-    ("memora", ("prompt", "decode", "several"), NARROW),
+    ("memora", ("prompt",), NARROW),
+    ("memora", ("decode", "several"), NARROW | {"rotary": False}),
 )
 MAIN, WIDE = (64, 64, "bf16"), (128, 64, "bf16")
 INDEX = "precompiled.json"

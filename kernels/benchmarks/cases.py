@@ -39,7 +39,9 @@ class Case:
         masked (`bool`): rows have pads, before their tokens and between them; at decoding some have no token.
         packed (`bool`): sequences of different lengths lie in one row.
         continued (`bool`): every row goes on from a state in the middle of a chunk, each at a phase of its own.
-        narrow (`bool`): the parameters are in bfloat16, as those of a bfloat16 model.
+        narrow (`bool`):
+            The parameters are in bfloat16, as those of a bfloat16 model, and decoding does not turn queries and keys, as models
+            do not by default.
     """
 
     kind: str

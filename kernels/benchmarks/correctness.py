@@ -224,7 +224,7 @@ def compared_decode(case: Case, allowed: Callable[[str], Allowed], singly: bool 
     """The comparison of `check_decode`; with `singly` also of the same tokens one call each."""
     shape = case.shape
     found, rule = Comparison(shape.chunk_size), make_rule(case.model, shape.chunk_size)
-    raw, projections, parameters = make_projected(case.model, shape, case.gates)
+    raw, projections, parameters = make_projected(case.model, shape, case.gates, rotary=not case.narrow)
     parameters = stored(parameters, case)
     start = after_prompt(case, rule, parameters, shape.batch)
     mask = torch.ones(shape.batch, shape.tokens, dtype=torch.bool, device=shape.device)
@@ -238,7 +238,8 @@ def compared_decode(case: Case, allowed: Callable[[str], Allowed], singly: bool 
         tail, given = projections.conv_tail.clone(), []
         for piece in pieces:
             # tensors of their own, aligned as those of a model: a view's address may ask for another binary
-            at = {name: getattr(projections, name)[:, piece].clone() for name in ("cos", "sin")}
+            turns = {"cos": projections.cos, "sin": projections.sin}
+            at = {name: None if x is None else x[:, piece].clone() for name, x in turns.items()}
             y = decode(
                 *(None if x is None else x[:, piece].clone() for x in raw),
                 state=state,

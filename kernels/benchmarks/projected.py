@@ -27,7 +27,7 @@ from miras_kernels import Projections
 KERNEL_SIZE = 4
 
 
-def make_projected(model: str, shape: Shape, gates: str, seed: int = 0):
+def make_projected(model: str, shape: Shape, gates: str, seed: int = 0, rotary: bool = True):
     """q, k, v and the gates' logits as projections give them, what stands between them and the memory, and its
     parameters."""
     draw = torch.Generator(device=shape.device).manual_seed(seed)
@@ -51,8 +51,8 @@ def make_projected(model: str, shape: Shape, gates: str, seed: int = 0):
         conv_tail=normal(shape.batch, KERNEL_SIZE - 1, 3 * width).to(shape.dtype),
         a_log=0.3 * normal(shape.heads),
         eta_max=MODELS[model][2] * 64 / shape.chunk_size,
-        cos=angle.cos().to(shape.dtype),
-        sin=angle.sin().to(shape.dtype),
+        cos=angle.cos().to(shape.dtype) if rotary else None,
+        sin=angle.sin().to(shape.dtype) if rotary else None,
         value_norm=True,
     )
     _, parameters = make_inputs(model, replace(shape, tokens=1), gates, seed)
@@ -67,7 +67,6 @@ def finished(raw: list, projections: Projections, mask: torch.Tensor) -> list:
         mask (`torch.Tensor` of shape `[batch, tokens]`): where rows have tokens.
     """
     (batch, tokens, heads, head_dim), p = raw[0].shape, projections
-    cos, sin = p.cos.double().unsqueeze(2), p.sin.double().unsqueeze(2)
     width = heads * head_dim
     q, k, v = (torch.zeros(batch, tokens, width, dtype=torch.float64, device=mask.device) for _ in "qkv")
     for row in range(batch):
@@ -79,6 +78,9 @@ def finished(raw: list, projections: Projections, mask: torch.Tensor) -> list:
     q, k, v = (x.unflatten(-1, (heads, head_dim)) for x in (q, k, v))
 
     def turned(x):
+        if p.cos is None:
+            return x
+        cos, sin = p.cos.double().unsqueeze(2), p.sin.double().unsqueeze(2)
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-second, first), -1) * sin
 

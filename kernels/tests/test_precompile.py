@@ -210,7 +210,7 @@ def test_what_is_compiled_ahead_is_what_the_gpu_script_launches(tmp_path):
     assert {
         "mlp yaad 64 several, masked, continues, head gates",
         "matrix matrix 64 training, continues, head gates",
-        "mlp memora 64 decode, narrow",
+        "mlp memora 64 decode, narrow, no rotary",
     } <= set(steps["correctness"]["listed"])
     assert {"mlp memora 128 training", "mlp moneta 128 several, C 64, tf32x3"} <= set(
         steps["more_correctness"]["listed"]
