@@ -24,6 +24,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import miras_hf  # noqa: F401  whole, before a step takes its memory alone
+
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 ROOT = BENCHMARKS.parents[1]
