@@ -172,9 +172,7 @@ def cache_bytes(model: PreTrainedModel, lengths: list[int]) -> dict[str, int]:
     growing = constant = 0
     for layer in cache.layers:
         if isinstance(layer, miras_hf.MirasLayer):
-            sizes = []
-            layer.memory.map(lambda x, sizes=sizes: sizes.append(x.nbytes) or x)
-            constant += sum(sizes) + layer.conv_tail.nbytes
+            constant += sum(x.nbytes for x in (*layer.memory.leaves(), layer.conv_tail))
         else:
             growing += (layer.keys.nbytes + layer.values.nbytes) // 32
     return {str(length): constant + growing * length for length in lengths}

@@ -58,7 +58,7 @@ def rules(draw) -> MirasRule:
     return MirasRule(memory, bias(residual_clip=clip), gate, algorithm, chunk_size, decay_target)
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(
     rule=rules(),
     gates=st.sampled_from(("head", "channel", "alpha_channel", "eta_channel")),

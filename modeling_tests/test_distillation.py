@@ -30,6 +30,7 @@ from miras_hf.distillation import (
     alignment_errors,
     chunked_divergence,
 )
+from miras_hf.modeling_miras import MirasMixer
 
 
 LAYERS = [0, 2]
@@ -184,6 +185,18 @@ def test_distillation_measures_the_divergence_and_spares_the_body(pair, tmp_path
     assert {(group["is_body"], group["weight_decay"] > 0) for group in trainer.optimizer.param_groups} == {
         (False, False), (True, False)
     }  # fmt: skip
+
+
+def test_rates_are_told_apart_where_sharding_changes_the_classes_of_modules(pair, tmp_path):
+    student, teacher = copy.deepcopy(pair)
+    mixers = [module for module in student.modules() if isinstance(module, MirasMixer)]
+    for mixer in mixers:  # as `fully_shard` does
+        mixer.__class__ = type("FSDPMirasMixer", (MirasMixer,), {})
+    trainer = DistillationTrainer(student, teacher, args=arguments(tmp_path), train_dataset=ROWS)
+    groups = trainer.create_optimizer().param_groups
+    of_memories = {id(p) for mixer in mixers for p in mixer.parameters()}
+    assert {id(p) for group in groups if not group["is_body"] for p in group["params"]} == of_memories
+    assert {group["lr"] for group in groups if group["is_body"]} == {7e-6}
 
 
 @pytest.mark.parametrize("batches", ["labels", "no labels"])

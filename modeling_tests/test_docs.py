@@ -422,6 +422,20 @@ def test_losses_of_the_page_are_those_of_the_trainings():
     for words, name in lines.items():
         losses = validation(f"bridge-long/{name}")
         assert re.search(rf"^\| {words}[^|]*\| {losses[1000]} \| \**{losses[2000]}\** \|", page, re.M), name
+    by_interval = json.loads((folder / "ablations-long/yaad-lr0.004-seed0.json").read_text())["gradient_norm"]
+    largest = sorted((norm, step) for step, norm in by_interval)
+    assert [(round(norm), step) for norm, step in largest[-2:]] == [(21, 500), (2322, 200)] and largest[-3][0] < 6
+    assert "2,322 in steps 101 to 200, 21 in steps 401 to 500, and below 6" in " ".join(page.split())
+
+    exact, half = (
+        json.loads((folder / f"length/store-eps-lr0.004-seed0-long-{dtype}.json").read_text())["by_position"]
+        for dtype in ("float32", "bfloat16")
+    )
+    later = [(row["last"] - row["first"] + 1, row["restarted"] - row["loss"]) for row in exact if row["first"] >= 317]
+    gained = sum(tokens * gain for tokens, gain in later) / sum(tokens for tokens, _ in later)
+    assert f"goes on is {gained:.3f} nats better" in page
+    gaps = [abs(a["loss"] - b["loss"]) for a, b in zip(exact, half, strict=True) if a["first"] >= 38]
+    assert f"to {max(gaps):.3f} from token 38 on" in page
     changed = {
         "the defaults": "yaad",
         "one gate a head": "yaad-head-gates",

@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from miras_hf import MirasConfig
 from miras_hf.backend import MemoryBackend
 from miras_hf.memory import Factors, MirasRule, MLPMemory
+from miras_hf.memory.rule import least_log_alpha
 from miras_hf.modeling_miras import MirasMemory, MirasMixer
 
 
@@ -136,7 +137,7 @@ def served_at(model: nn.Module, chunk_size: int) -> Iterator[None]:
     memories = [module for module in model.modules() if isinstance(module, MirasMemory)]
     before = [memory.rule for memory in memories]
     for memory, rule in zip(memories, before, strict=True):
-        lowest = max(rule.min_log_alpha, -160.0 / chunk_size)
+        lowest = max(rule.min_log_alpha, least_log_alpha(chunk_size))
         set_rule(memory, replace(rule, chunk_size=chunk_size, min_log_alpha=lowest))
     try:
         yield

@@ -39,9 +39,8 @@ class Case:
         masked (`bool`): rows have pads, before their tokens and between them; at decoding some have no token.
         packed (`bool`): sequences of different lengths lie in one row.
         continued (`bool`): every row goes on from a state in the middle of a chunk, each at a phase of its own.
-        narrow (`bool`):
-            The parameters are in bfloat16, as those of a bfloat16 model, and decoding does not turn queries and keys, as models
-            do not by default.
+        narrow (`bool`): the parameters are in bfloat16, as those of a bfloat16 model.
+        rotary (`bool`): decoding turns queries and keys, which models do not by default.
     """
 
     kind: str
@@ -53,6 +52,7 @@ class Case:
     packed: bool = False
     continued: bool = False
     narrow: bool = False
+    rotary: bool = True
     repeats: int = 10
 
     def __post_init__(self):
@@ -61,6 +61,7 @@ class Case:
 
     def __str__(self) -> str:
         asked = [name for name in ("masked", "packed", "continued", "narrow") if getattr(self, name)]
+        asked += [] if self.rotary else ["no rotary"]
         words = [f"{self.kind} of {self.model}", str(self.shape), self.precision, f"{self.gates} gates", *asked]
         return ", ".join(words)
 
@@ -145,7 +146,8 @@ def main_cases(device: str, quick: bool) -> list[Case]:
         *(Case(kind, "memora", one_row, packed=True, continued=True) for kind in KINDS[:2]),
         *(Case(kind, "moneta", shape, gates="head", masked=True) for kind in KINDS),
         *(Case(kind, "matrix", one_row, gates="head", packed=True, continued=True) for kind in KINDS[:2]),
-        *(Case(kind, "memora", shape, narrow=True) for kind in ("forward", "decode")),
+        Case("forward", "memora", shape, narrow=True),
+        Case("decode", "memora", shape, narrow=True, rotary=False),
     ]
 
 

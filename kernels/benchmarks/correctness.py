@@ -224,7 +224,7 @@ def compared_decode(case: Case, allowed: Callable[[str], Allowed], singly: bool 
     """The comparison of `check_decode`; with `singly` also of the same tokens one call each."""
     shape = case.shape
     found, rule = Comparison(shape.chunk_size), make_rule(case.model, shape.chunk_size)
-    raw, projections, parameters = make_projected(case.model, shape, case.gates, rotary=not case.narrow)
+    raw, projections, parameters = make_projected(case.model, shape, case.gates, rotary=case.rotary)
     parameters = stored(parameters, case)
     start = after_prompt(case, rule, parameters, shape.batch)
     mask = torch.ones(shape.batch, shape.tokens, dtype=torch.bool, device=shape.device)

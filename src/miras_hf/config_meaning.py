@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .memory.registry import CHOICES, declared_keys
+from .memory.rule import default_min_log_alpha
 from .step_size import largest_step
 
 
@@ -121,7 +122,7 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
         inherited = {field.name for field in fields(PreTrainedConfig)}
         derived |= {
             "initial_memory_scale": {1.0, *(gate.last_layer_scale for gate in CHOICES["retention"].values())},
-            "min_log_alpha": (max(-2.5, -160.0 / config.chunk_size),),
+            "min_log_alpha": (default_min_log_alpha(config.chunk_size),),
             "eta_max": _default_step(config),
         }
         for name in defaults.keys() - inherited - _WITHOUT_MEMORY - found.keys():

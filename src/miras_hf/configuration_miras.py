@@ -39,6 +39,7 @@ from .config_keywords import check_keywords, refuse_unused, without_unknown
 from .config_meaning import check_meaning, with_later_fields, without_meaningless
 from .hub import WholeFilesOnly, auto_map, write_shim
 from .memory.registry import chosen
+from .memory.rule import default_min_log_alpha, least_log_alpha
 from .peft import register_peft_defaults
 from .presets import MODELS
 from .step_size import largest_step
@@ -341,7 +342,7 @@ class MirasConfig(PreTrainedConfig):
             of_mlp = self.memory_architecture == "mlp"
             self.initial_memory_scale = chosen(self, "retention").last_layer_scale if of_mlp else 1.0
         if self.min_log_alpha is None:
-            self.min_log_alpha = max(-2.5, -160.0 / self.chunk_size)
+            self.min_log_alpha = default_min_log_alpha(self.chunk_size)
         if self.eta_max is None:
             self.eta_max = largest_step(self)
         layer_types = kwargs.pop("layer_types", None)
@@ -507,9 +508,9 @@ class MirasConfig(PreTrainedConfig):
             raise ValueError(
                 f"`max_half_life` ({self.max_half_life}) must not be below `min_half_life` ({self.min_half_life})."
             )
-        if not -160.0 / self.chunk_size <= self.min_log_alpha < 0:
+        if not least_log_alpha(self.chunk_size) <= self.min_log_alpha < 0:
             raise ValueError(
-                f"`min_log_alpha` must lie between -160 / chunk_size = {-160.0 / self.chunk_size:g} and 0, "
+                f"`min_log_alpha` must lie between -160 / chunk_size = {least_log_alpha(self.chunk_size):g} and 0, "
                 f"got {self.min_log_alpha}."
             )
         granularities = chosen(self, "learning_algorithm").gate_granularities

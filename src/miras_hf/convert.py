@@ -248,7 +248,7 @@ def _config(
         fields["sliding_window"] = teacher.sliding_window
     if layers:
         own = {**heir_fields(teacher), **own}
-    if attends or own.get("use_rope", True):
+    if attends or own["use_rope"]:
         fields["rope_parameters"] = copy.deepcopy(teacher.rope_parameters)
     gate = own.get("output_gate_act")
     if gate in ACT2FN and not ACT2FN[gate](torch.zeros(())) > 0:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer
 
-from .modeling_miras import MirasForCausalLM
+from .configuration_miras import MEMORY_LAYER
+from .modeling_miras import MirasForCausalLM, MirasMixer
 from .sequences import Sequences, packed_sequences, padded_sequences
 from .weight_decay import exempt_from_trainer
 
@@ -57,7 +58,7 @@ class Alignment(nn.Module):
             raise ValueError(f"`sink_tokens` must be an integer of at least 0, got {sink_tokens!r}.")
         layers = enumerate(student.config.layer_types)
         self.mixers = nn.ModuleDict(
-            {str(i): student.model.layers[i].mixer for i, kind in layers if kind == "miras_memory"}
+            {str(i): student.model.layers[i].mixer for i, kind in layers if kind == MEMORY_LAYER}
         )
         self.sink_tokens = sink_tokens
         self._teacher = (teacher,)  # no module of this one: neither trained nor saved
@@ -189,11 +190,15 @@ def alignment_errors(
     """
     alignment, errors = Alignment(student, teacher, sink_tokens), []
     modes = student.training, teacher.training
-    student.eval(), teacher.eval()
-    for batch in batches:
-        inputs = {name: value.to(teacher.device) for name, value in batch.items() if name != "labels"}
-        errors.append(alignment(**inputs)["errors"])
-    student.train(modes[0]), teacher.train(modes[1])
+    student.eval()
+    teacher.eval()
+    try:
+        for batch in batches:
+            inputs = {name: value.to(teacher.device) for name, value in batch.items() if name != "labels"}
+            errors.append(alignment(**inputs)["errors"])
+    finally:
+        student.train(modes[0])
+        teacher.train(modes[1])
     if not errors:
         raise ValueError("`batches` must hold at least one batch, got none.")
     means = torch.stack(errors).mean(0).tolist()
@@ -252,7 +257,7 @@ class DistillationTrainer(Trainer):
         of_memories = {
             id(p)
             for module in self.accelerator.unwrap_model(self.model).modules()
-            if type(module).__name__ == "MirasMixer"
+            if isinstance(module, MirasMixer)
             for p in module.parameters()
         }
         groups = []
@@ -345,7 +350,7 @@ def check_pair(student: Any, teacher: Any) -> None:
         if theirs != ours:
             raise ValueError(f"`teacher` must have the student's `{name}`, {ours}, got {theirs}.")
     for i, kind in enumerate(student.config.layer_types):
-        if kind == "miras_memory" and not hasattr(teacher.model.layers[i], "self_attn"):
+        if kind == MEMORY_LAYER and not hasattr(teacher.model.layers[i], "self_attn"):
             raise ValueError(f"`teacher` must have attention in layer {i}, where the student has a memory.")
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .memory.rule import least_log_alpha
 from .modeling_miras import MirasMixer
 from .presets import MODELS
 
@@ -57,7 +58,7 @@ def gated_deltanet_fields(layer: nn.Module) -> dict[str, Any]:
         "conv_kernel_size": layer.conv_kernel_size,
         "output_norm_eps": layer.layer_norm_epsilon * layer.head_v_dim,
         "chunk_size": CHUNK_SIZE,
-        "min_log_alpha": -160.0 / CHUNK_SIZE,
+        "min_log_alpha": least_log_alpha(CHUNK_SIZE),
     }
 
 
@@ -112,7 +113,9 @@ def load_gated_deltanet(mixer: MirasMixer, layer: nn.Module) -> None:
 
 
 def _check(layer: nn.Module) -> None:
-    if type(layer).__name__ != "Qwen3NextGatedDeltaNet":
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+    if not isinstance(layer, Qwen3NextGatedDeltaNet):
         raise TypeError(f"`layer` must be a `Qwen3NextGatedDeltaNet`, got a `{type(layer).__name__}`.")
 
 

@@ -77,6 +77,20 @@ def slot_of(saved, nth, place, H, sizes):
     return slot.to(tl.int64) * sizes.D * sizes.N
 
 
+@triton.jit
+def keys_of(i_c, tokens, y, earlier, place, rows, LONGEST, H, sizes):
+    # where a chunk's tokens are up to the first that is broken, their keys behind those of slots filled before, and that slot
+    at = chunk_of(i_c, place, rows, LONGEST, H, sizes)
+    b_k = load_rows(tokens.k, at)
+    broken = first_broken(b_k, tokens, at, sizes)
+    store_broken(y, broken, at, sizes)
+    at = ends_before(broken, at, sizes)
+    b_k = bounded(tl.where(at.m_td, b_k, 0.0), KEY_CAP)
+    if earlier is not None:
+        b_k = begun(b_k, earlier.inputs[0], at)
+    return at, b_k, broken
+
+
 @triton.jit(do_not_specialize=["LONGEST", "H"])
 def matrix_forward_kernel(
     tokens, y, base, dual, earlier, final, rows, saved, LONGEST, H, loss, link, sizes, SAVE_EVERY: tl.constexpr
@@ -94,14 +108,7 @@ def matrix_forward_kernel(
     b_state = tl.load(dual + o_w, mask=m_w, other=0.0)
 
     for i_c in range(0, place.chunks):
-        at = chunk_of(i_c, place, rows, LONGEST, H, sizes)
-        b_k = load_rows(tokens.k, at)
-        broken = first_broken(b_k, tokens, at, sizes)
-        store_broken(y, broken, at, sizes)
-        at = ends_before(broken, at, sizes)
-        b_k = bounded(tl.where(at.m_td, b_k, 0.0), KEY_CAP)
-        if earlier is not None:
-            b_k = begun(b_k, earlier.inputs[0], at)
+        at, b_k, broken = keys_of(i_c, tokens, y, earlier, place, rows, LONGEST, H, sizes)
 
         # -- the link at the chunk's start, the write -----------------------------------------------------------------
         if SAVE_EVERY > 0:
@@ -225,14 +232,7 @@ def mlp_forward_kernel(
     base_scale1, base_scale2 = scale_of(base_sums1, link, sizes), scale_of(base_sums2, link, sizes)
 
     for i_c in range(0, place.chunks):
-        at = chunk_of(i_c, place, rows, LONGEST, H, sizes)
-        b_k = load_rows(tokens.k, at)
-        broken = first_broken(b_k, tokens, at, sizes)
-        store_broken(y, broken, at, sizes)
-        at = ends_before(broken, at, sizes)
-        b_k = bounded(tl.where(at.m_td, b_k, 0.0), KEY_CAP)
-        if earlier is not None:
-            b_k = begun(b_k, earlier.inputs[0], at)
+        at, b_k, broken = keys_of(i_c, tokens, y, earlier, place, rows, LONGEST, H, sizes)
         of_chunk = place.program * C * N
         scale1, scale2 = scale_of(sums1, link, sizes), scale_of(sums2, link, sizes)
 

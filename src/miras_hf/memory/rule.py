@@ -30,6 +30,17 @@ from .retention import ChunkWeights, Decay, RetentionGate
 
 # exp(80) is the largest factor 1/B_i that leaves float32 room for the numbers it multiplies
 _LARGEST_CHUNK_LOG_DECAY = 160.0
+_MIN_LOG_ALPHA = -2.5
+
+
+def least_log_alpha(chunk_size: int) -> float:
+    """The lowest bound of a token's log retention that chunks of so many tokens allow."""
+    return -_LARGEST_CHUNK_LOG_DECAY / chunk_size
+
+
+def default_min_log_alpha(chunk_size: int) -> float:
+    """The bound of a token's log retention where nobody gives one."""
+    return max(_MIN_LOG_ALPHA, least_log_alpha(chunk_size))
 
 
 @dataclass(frozen=True)
@@ -57,17 +68,17 @@ class MirasRule:
     algorithm: LearningAlgorithm = field(default_factory=GradientDescent)
     chunk_size: int = 64
     decay_target: str = "init"
-    min_log_alpha: float = -2.5
+    min_log_alpha: float = _MIN_LOG_ALPHA
 
     def __post_init__(self):
         if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"`chunk_size` must be an integer of at least 1, got {self.chunk_size}.")
         if self.decay_target not in ("init", "zero"):
             raise ValueError(f"`decay_target` must be 'init' or 'zero', got {self.decay_target!r}.")
-        if not -_LARGEST_CHUNK_LOG_DECAY / self.chunk_size <= self.min_log_alpha <= 0:
+        if not least_log_alpha(self.chunk_size) <= self.min_log_alpha <= 0:
             raise ValueError(
                 f"`min_log_alpha` must lie between {-_LARGEST_CHUNK_LOG_DECAY} / chunk_size = "
-                f"{-_LARGEST_CHUNK_LOG_DECAY / self.chunk_size:g} and 0, got {self.min_log_alpha}."
+                f"{least_log_alpha(self.chunk_size):g} and 0, got {self.min_log_alpha}."
             )
         refusal = self.algorithm.refusal(self.architecture, self.attentional_bias, self.retention)
         if refusal is not None:

@@ -140,12 +140,13 @@ def step_miras_(
     if any(t.dtype != dtype or not t.is_contiguous() for t in state._replace(count=state.eta).leaves()):
         raise ValueError(f"`state` must be contiguous and in {dtype} to be updated in place.")
     x, norm = bound_inputs(x, rule).merged(), parameters.norm(rows, dtype)
+    merged = state.merged(dtype)  # views, through which what is written below is seen
     compiling = by_formulas()
     if weights is None:
         if rule.decay_target != "init":  # rows that have not read anything
             for d, new in zip(state.dual, starting_dual(rule, parameters, state), strict=True):
                 d.copy_(new)
-        weights = rule.weights(state.merged(dtype).matrices, parameters.base(rule, rows, dtype))
+        weights = rule.weights(merged.matrices, parameters.base(rule, rows, dtype))
 
     phase = state.count % rule.chunk_size
     row = torch.arange(rows, device=phase.device)
@@ -154,7 +155,7 @@ def step_miras_(
         since = torch.where((phase > 0).view(-1, 1, 1), log[row, :, phase - 1], 0.0)
         before.append(since.flatten(0, 1).unsqueeze(1))
     logs = [since + new for since, new in zip(before, x.logs, strict=True)]
-    inputs, gradients = zip(*_write(rule, weights, state.merged(dtype), x, before[0], logs[0], norm), strict=True)
+    inputs, gradients = zip(*_write(rule, weights, merged, x, before[0], logs[0], norm), strict=True)
 
     def take(slots: Tensor, token: Tensor) -> Tensor:
         token = token.view(rows, heads, -1)
@@ -162,7 +163,6 @@ def step_miras_(
         return slots
 
     state.map_slots(take, MemoryState((), inputs, gradients, x.eta, logs[0], state.count, (), tuple(logs[1:])))
-    merged = state.merged(dtype)
     y = _read(rule, weights, merged, x.q, logs[0], norm, mask).to(q.dtype)
 
     state.count.add_(1 if mask is None else mask[:, 0].long())
