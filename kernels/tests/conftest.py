@@ -32,3 +32,5 @@ ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT / "src", ROOT / "kernels", ROOT / "kernels" / "torch-ext"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+import quick_interpreter  # noqa: E402, F401
