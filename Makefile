@@ -19,7 +19,9 @@ PYTEST_FLAGS ?= -n 2 --dist worksteal
 PIP_FLAGS ?= $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input
+# Compiling all that is installed takes minutes, most of it for modules that are never imported.
+INSTALL := -m pip install --disable-pip-version-check --no-input --no-compile
+PIP := $(BIN)/python $(INSTALL)
 
 .PHONY: demo test test-slow test-oldest test-triton36 triton36 lint clean
 
@@ -68,12 +70,12 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints-cpu.txt
 	touch $@
 
 $(OLDEST_VENV)/.test: $(OLDEST_VENV)/bin/python pyproject.toml constraints-oldest.txt
-	$(OLDEST_VENV)/bin/python -m pip install --disable-pip-version-check --no-input -c constraints-oldest.txt \
+	$(OLDEST_VENV)/bin/python $(INSTALL) -c constraints-oldest.txt \
 		-e '.[train,peft,trl,test]'
 	touch $@
 
 $(TRITON36_VENV)/.triton36: $(TRITON36_VENV)/bin/python constraints-triton36.txt
-	$(TRITON36_VENV)/bin/python -m pip install --disable-pip-version-check --no-input -c constraints-triton36.txt \
+	$(TRITON36_VENV)/bin/python $(INSTALL) -c constraints-triton36.txt \
 		torch triton numpy pytest pytest-xdist
 	touch $@
 
