@@ -24,7 +24,6 @@ from functools import partial
 import compilations
 import faults
 import memory_alone  # noqa: F401
-import quick_interpreter  # noqa: F401
 import rounded_interpreter  # noqa: F401
 import torch
 from cases import CASES, FLOAT32, Case

@@ -23,7 +23,6 @@ from dataclasses import replace
 
 import compilations
 import memory_alone  # noqa: F401
-import quick_interpreter  # noqa: F401
 import torch
 from clock import per_call, sets_beyond_l2
 from decoding import decode_call

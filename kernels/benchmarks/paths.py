@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import quick_interpreter  # noqa: F401
 import torch
 import torch.nn.functional as F
 

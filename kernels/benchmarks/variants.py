@@ -21,7 +21,6 @@ from functools import partial
 
 import compilations
 import memory_alone  # noqa: F401
-import quick_interpreter  # noqa: F401
 import torch
 from clock import per_call
 from comparison import Allowed

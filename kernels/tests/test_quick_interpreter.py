@@ -13,7 +13,10 @@
 # limitations under the License.
 """The tests' interpreter computes what Triton's does, bit for bit, and prepares its language once a launch."""
 
+import dataclasses
+
 import pytest
+import quick_interpreter
 import torch
 from test_forward import by_kernel, make_call, make_rule
 from torch.utils._pytree import tree_leaves
@@ -43,8 +46,6 @@ def test_bits_are_those_of_tritons_interpreter(monkeypatch):
 
 
 def test_a_launch_prepares_each_module_of_the_language_once(monkeypatch):
-    import quick_interpreter
-
     usual, calls = interpreter._patch_lang.__wrapped__, []
 
     def counted(fn):
@@ -63,3 +64,16 @@ def test_the_language_is_restored_after_a_launch():
     before = dict(vars(interpreter.tl))
     results()
     assert dict(vars(interpreter.tl)) == before
+
+
+def test_sums_are_not_checked_for_overflow_where_nothing_is_asserted_of_them(monkeypatch):
+    builder, semantic = interpreter.interpreter_builder, interpreter.interpreter_semantic
+    usual, checked, asserted = semantic.device_assert, [], []
+    monkeypatch.setattr(semantic, "device_assert", lambda *x: checked.append(x) or usual(*x))
+    monkeypatch.setattr(builder, "create_assert", lambda *x: asserted.append(x))
+    quick = results()
+    assert not checked
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True))
+    whole = results()
+    assert len(checked) > 100 and not asserted
+    assert all(map(torch.equal, quick, whole))
