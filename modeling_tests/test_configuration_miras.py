@@ -79,6 +79,10 @@ def test_starts_of_convolutions_and_of_the_memory_s_last_layer():
     mixer = YaadForCausalLM(YaadConfig(**fields)).model.layers[0].mixer
     assert mixer.v_conv.weight.abs().max().item() == pytest.approx(0.5, rel=0.01)
     assert mixer.memory.initial_state[-1].std().item() == pytest.approx(1.0 / 16.0, rel=0.02)
+    for config_class in (MonetaConfig, YaadConfig, MemoraConfig):
+        assert config_class().initial_memory_scale == 0.1
+        assert config_class(initial_memory_scale=1.0).initial_memory_scale == 1.0
+    assert MirasConfig(memory_architecture="matrix").initial_memory_scale == 1.0
 
 
 def test_stored_configs_from_before_there_was_a_field_mean_what_they_meant(tmp_path):

@@ -441,7 +441,10 @@ def test_losses_of_the_page_are_those_of_the_trainings():
         "one gate a head": "yaad-head-gates",
         "rotary embedding, as": "yaad-rotary",
         "rotary embedding and": "yaad-rotary-head-gates",
+        "Moneta with": "moneta",
+        "Moneta, its": "moneta-full-start",
         "Memora with": "memora",
+        "Memora, its": "memora-full-start",
     }
     for words, name in changed.items():
         loss = validation(f"ablations/{name}")[400]

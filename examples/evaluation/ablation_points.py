@@ -96,6 +96,7 @@ def _fill() -> None:
             gate_granularity="head",
         )
         _add(f"{model}-to-zero", model, "decay toward zero", decay_target="zero")
+        _add(f"{model}-full-start", model, "the initial memory's last layer at full size", initial_memory_scale=1.0)
         for chunk in (16, 256):
             _add(f"{model}-chunk-{chunk}", model, f"trained with chunks of {chunk}", served=True, chunk_size=chunk)
         # the reviewers'

@@ -223,8 +223,8 @@ class MirasConfig(PreTrainedConfig):
             Standard deviation of initial convolutions; `None` for uniform in +-1 / sqrt(conv_kernel_size).
         initial_memory_scale (`float`, *optional*):
             Factor on the initial weights of the memory's last layer, with KL retention on their logarithms; their
-            deviation is `1 / sqrt(fan_in)` without it. 0, with decay only, for a memory that starts empty. `None` for 0.1 in an MLP memory with decay, so that what is written
-            soon outweighs it, and 1 elsewhere.
+            deviation is `1 / sqrt(fan_in)` without it. 0, with decay only, for a memory that starts empty. `None` for
+            0.1 in an MLP memory, so that what is written soon outweighs it, and 1 elsewhere.
         output_gate_act (`str`, *optional*, defaults to `"silu"`): Activation of the output gate, `"linear"` for none.
         output_norm_eps (`float`, *optional*, defaults to 1.0):
             Epsilon of the norm after the memory; `None` for `rms_norm_eps`. Where it is large against the mean square of

@@ -73,8 +73,8 @@ class RetentionGate(Choice):
     norm_eps: ClassVar[float] = 0.1
     """Epsilon that an MLP memory's layer norm has by default: large against the variance that it meets."""
 
-    last_layer_scale: ClassVar[float] = 1.0
-    """Factor on the initial weights of an MLP memory's last layer by default."""
+    last_layer_scale: ClassVar[float] = 0.1
+    """Factor on the initial weights of an MLP memory's last layer by default: what is written soon outweighs it."""
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
         """`W = phi(A)`, shape `[..., in, out]`, norms and simplices taken over each weight of each head alone."""
@@ -139,8 +139,6 @@ class FrozenScale(RetentionGate):
 @dataclass(frozen=True)
 class Decay(FrozenScale):
     """l2 retention, `W = A`: equation (26) with eta and alpha decoupled."""
-
-    last_layer_scale: ClassVar[float] = 0.1  # so that what is written soon outweighs it
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         return weight
