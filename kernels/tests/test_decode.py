@@ -270,6 +270,23 @@ def test_mistakes_are_named():
     assert needs_grad == "gradients are needed, and decoding has none"
 
 
+@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+def test_operator_is_well_formed(memory):
+    rule = make_rule(memory)
+    inputs, parameters = make_call(rule, 1, 4, heads=1)
+    state, companions = after_prompt(rule, inputs, parameters, 2)
+    weights = [torch.ones(32, 4, device=DEVICE) for _ in "qkv"]
+    tail, a_log = torch.zeros(1, 3, 96, device=DEVICE), torch.zeros(1, device=DEVICE)
+    choices = vars(kernel_choices(rule)[0]).values()
+    arguments = (*cut(inputs, 2, 3), list(parameters.initial), *parameters[1:], [*state, *companions])
+    projections = (weights, tail, a_log, 0.1, None, None, False)
+    torch.library.opcheck(
+        torch.ops.miras_kernels.decode.default,
+        (*arguments, *projections, None, "ieee", *choices),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+    )
+
+
 def test_backend_reads_in_place_only_without_gradients():
     rule = make_rule("mlp", "l2")
     inputs, parameters = make_call(rule, 1, 20, heads=1)

@@ -17,11 +17,12 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_decode import after_prompt, by_decode, cut
-from test_forward import by_kernel, make_call, make_rule
+from test_forward import DEVICE, by_kernel, make_call, make_rule
 
 from miras_kernels import (
     backward_matrix,
@@ -97,6 +98,17 @@ def test_dtypes_of_gates_and_norms_do_not_make_other_binaries(memory, monkeypatc
             by_decode(rule, new, parameters._replace(**norm), state, companions)
     dtypes = [[x.dtype for x in arguments if isinstance(x, torch.Tensor)] for arguments in found]
     assert dtypes[0] == dtypes[1] == dtypes[2] and torch.float32 in dtypes[0]
+
+
+def test_time_in_front_of_a_launch(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    import in_front
+
+    monkeypatch.setattr(in_front, "CALLS", 2)
+    monkeypatch.setattr(in_front, "BATCHES", 1)
+    kernel = decode_mlp.mlp_decode_kernel
+    taken = in_front.microseconds("yaad", in_front.Shape(1, 1, 1, 32, 16, torch.float32, DEVICE))
+    assert taken > 0.0 and decode_mlp.mlp_decode_kernel is kernel
 
 
 def test_sizes_that_change_from_call_to_call_compile_nothing():

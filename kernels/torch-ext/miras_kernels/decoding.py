@@ -17,11 +17,13 @@ It updates the state where it lies, so a state is first made resident: contiguou
 would otherwise have to compute from all weights at every token.
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, strided
+from torch.nn import Parameter
 
 from .checks import (
     FLOATS,
@@ -198,15 +200,24 @@ def decode(
     """
     check_query(q, choices)
     needs_grad = asks_for_gradients([q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state])
-    refuse(q, choices, needs_grad, precision, decode=True)
-    if not 1 <= q.shape[1] <= LARGEST_CALL:
-        raise ValueError(
-            f"`q` must hold 1 to {LARGEST_CALL} tokens a row, got {q.shape[1]}: longer calls take `forward`."
-        )
-    check_tensors("state", state, last=(*INTEGERS, *FLOATS))
-    check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, None, mask)
-    check_resident(state, companions, choices, q)
-    check_projections(projections, Projections, q)
+    inputs, parameters = (q, k, v, eta, log_alpha, delta), (initial, norm_weight, norm_bias)
+    call = None
+    if (
+        not torch.compiler.is_compiling()
+    ):  # a token's call is like the one before, and checks cost more than to see that
+        looks = tuple(map(_looks, (inputs, parameters, state, companions, projections, mask)))
+        call = (looks, choices, precision, precision or default_precision(q.dtype), needs_grad)
+    if call is None or call not in _served:
+        refuse(q, choices, needs_grad, precision, decode=True)
+        if not 1 <= q.shape[1] <= LARGEST_CALL:
+            raise ValueError(
+                f"`q` must hold 1 to {LARGEST_CALL} tokens a row, got {q.shape[1]}: longer calls take `forward`."
+            )
+        check_tensors("state", state, last=(*INTEGERS, *FLOATS))
+        check_inputs(*inputs, choices, *parameters, state, None, mask)
+        check_resident(state, companions, choices, q)
+        check_projections(projections, Projections, q)
+        _remember(call)
     p = projections
     return OPERATORS.decode(
         q,
@@ -232,8 +243,44 @@ def decode(
     )
 
 
-def _constants(choices: Choices, head_dim: int, gate_dim: int, delta_dim: int, precision: str) -> dict:
-    """What every kernel is compiled for: the choices, and the sizes of a head."""
+_served: set[tuple] = set()
+"""Calls that have passed the checks of `decode`, as far as these look at them."""
+
+
+def _remember(call: tuple | None) -> None:
+    if call is not None:
+        if len(_served) >= 4096:  # of a server that has seen every batch size
+            _served.clear()
+        _served.add(call)
+
+
+def _looks(x: Any) -> Any:
+    # all that a check reads of an argument; an object that is equal to no other where there is more to it
+    if x is None:
+        return None
+    kind = type(x)
+    if kind is Tensor or kind is Parameter:
+        if x.layout is strided and not x.is_nested:
+            return kind, x.shape, x.dtype, x.device, x.is_contiguous()
+        return object()
+    if isinstance(x, (tuple, list)):
+        return kind, *map(_looks, x)
+    return object() if isinstance(x, Tensor) else kind
+
+
+@functools.cache
+def _constants(
+    choices: Choices,
+    head_dim: int,
+    gate_dim: int,
+    delta_dim: int,
+    precision: str,
+    has_mask: bool,
+    kernel_size: int,
+    rotary: bool,
+    value_norm: bool,
+) -> dict:
+    """What every kernel is compiled for: the choices, the sizes of a head, and what a call brings. Not to be changed."""
     constants = {
         "C": choices.chunk_size,
         "D": head_dim,
@@ -252,20 +299,30 @@ def _constants(choices: Choices, head_dim: int, gate_dim: int, delta_dim: int, p
         "CAP": choices.weight_cap or 0.0,
         "TOWARD_INIT": choices.decay_target == "init",
         "PRECISION": "bf16_rounded" if precision == "bf16" and INTERPRETED else precision,
+        "HAS_MASK": has_mask,
+        "K": kernel_size,
+        "KP": max(1, 1 << (kernel_size - 1).bit_length()),
+        "ROTARY": rotary,
+        "VALUE_SCALE": math.sqrt(head_dim) if value_norm else 0.0,
+        "RAW": kernel_size > 0,
     }
     if choices.memory == "mlp":
         constants |= {"N": choices.expansion * head_dim, "NORM_EPS": choices.norm_eps}
     return constants
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::decode",
-    mutates_args=("state", "conv_tail"),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor eta, Tensor log_alpha, Tensor? delta, Tensor[] initial, "
+# Defined in the dispatcher itself: an operator of `torch.library.custom_op` with this many arguments takes 0.3 ms of Python
+# to be called, which a training step does not notice, and a token does.
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_LIBRARY.define(
+    "decode(Tensor q, Tensor k, Tensor v, Tensor eta, Tensor log_alpha, Tensor? delta, Tensor[] initial, "
     "Tensor? norm_weight, Tensor? norm_bias, Tensor(a!)[] state, Tensor[] conv_weights, Tensor(b!)? conv_tail, "
-    f"Tensor? a_log, float eta_max, Tensor? cos, Tensor? sin, bool value_norm, "
-    f"Tensor? mask, str precision, {CHOICE_SCHEMA}) -> Tensor",
+    "Tensor? a_log, float eta_max, Tensor? cos, Tensor? sin, bool value_norm, "
+    f"Tensor? mask, str precision, {CHOICE_SCHEMA}) -> Tensor"
 )
+
+
+@torch.library.impl(_LIBRARY, "decode", "CompositeExplicitAutograd")
 def _decode(
     q: Tensor,
     k: Tensor,
@@ -288,41 +345,34 @@ def _decode(
     precision: str,
     *choices,
 ) -> Tensor:
-    from .decode_matrix import matrix_decode_kernel
-    from .decode_mlp import mlp_decode_kernel
-
     c = choices_of(*choices)
     rows, tokens, heads, head_dim = q.shape
-    q, k, v = (x.contiguous() for x in (q, k, v))
+    q, k, v = [x.contiguous() for x in (q, k, v)]
     y = torch.empty_like(q)
     if rows == 0:
         return y
     eta, log_alpha = gate(eta), gate(log_alpha)
     gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
-    eta, log_alpha = (x.expand(*x.shape[:3], gate_dim).float().contiguous() for x in (eta, log_alpha))
+    eta, log_alpha = [x.expand(rows, tokens, heads, gate_dim).float().contiguous() for x in (eta, log_alpha)]
     delta_dim = 0
     if c.threshold:
         delta = gate(delta).float().contiguous()
         delta_dim = delta.shape[-1]
     initial = [a.contiguous() for a in initial]
     norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if c.memory == "mlp" else []
-    shapes = [tuple(a.shape[1:]) for a in initial]
-    hidden_units = shapes[0][1]
+    hidden_units = initial[0].shape[2]
     kernel_size = conv_weights[0].shape[-1] if conv_weights else 0
     rotary = [eta, eta] if cos is None else [x.contiguous() for x in (cos, sin)]
     precision = precision or default_precision(q.dtype)
-    constants = _constants(c, head_dim, gate_dim, delta_dim, precision) | {
-        "HAS_MASK": mask is not None,
-        "K": kernel_size,
-        "KP": max(1, 1 << (kernel_size - 1).bit_length()),
-        "ROTARY": cos is not None,
-        "VALUE_SCALE": math.sqrt(head_dim) if value_norm else 0.0,
-        "RAW": bool(conv_weights),
-    }
+    brings = (mask is not None, kernel_size, cos is not None, value_norm)
+    constants = _constants(c, head_dim, gate_dim, delta_dim, precision, *brings)
     scratch = []
     if c.memory == "mlp":
+        from .decode_mlp import mlp_decode_kernel as kernel
+
         scratch = [torch.empty(rows * heads, 3, hidden_units, device=q.device)]
-    kernel = mlp_decode_kernel if c.memory == "mlp" else matrix_decode_kernel
+    else:
+        from .decode_matrix import matrix_decode_kernel as kernel
     launch = launch_configuration(
         f"{c.memory}_decode", device=q.device, head_dim=head_dim, chunk_size=c.chunk_size, precision=precision
     )
@@ -343,13 +393,13 @@ def _decode(
             0 if cos is None or cos.shape[0] == 1 else tokens,
             eta_max,
             c.min_log_alpha,
-            *(c.simplex_mass * hidden_units / math.sqrt(fan_in) for fan_in, _ in shapes),
+            *[c.simplex_mass * hidden_units / math.sqrt(a.shape[1]) for a in initial],
             **constants,
             **launch,
         )
     return y
 
 
-@_decode.register_fake
+@torch.library.register_fake(f"{NAMESPACE}::decode", lib=_LIBRARY)
 def _(q, *_):
     return q.new_empty(q.shape)

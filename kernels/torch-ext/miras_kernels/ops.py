@@ -416,9 +416,10 @@ CHOICE_NAMES = {field.name: getattr(field.type, "__name__", "float") for field i
 CHOICE_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in CHOICE_NAMES.items())
 
 
-def choice_values(choices: Choices) -> list:
+@functools.lru_cache(maxsize=None, typed=True)
+def choice_values(choices: Choices) -> tuple:
     """The choices as an operator takes them."""
-    return [0.0 if (value := getattr(choices, name)) is None else value for name in CHOICE_NAMES]
+    return tuple(0.0 if (value := getattr(choices, name)) is None else value for name in CHOICE_NAMES)
 
 
 @functools.lru_cache(maxsize=None, typed=True)
