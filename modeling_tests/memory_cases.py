@@ -26,8 +26,10 @@ from torch import Tensor
 
 from miras_hf.memory import (
     KL,
+    L1,
     L2,
     Bregman,
+    ChiSquared,
     Decay,
     Dot,
     ElasticNet,
@@ -80,6 +82,13 @@ RULES = {
 OTHER_RULES = {
     "bounded": MirasRule(attentional_bias=Robust(), retention=Bregman()),
     "hebbian": MirasRule(architecture=MatrixMemory(), attentional_bias=Dot(), retention=Decay(), decay_target="zero"),
+    "nearest": MirasRule(attentional_bias=L1(), retention=ChiSquared()),
+    "nearest_zero": MirasRule(
+        architecture=MatrixMemory(),
+        attentional_bias=L1(residual_clip=None),
+        retention=ChiSquared(),
+        decay_target="zero",
+    ),
     "sparse": MirasRule(attentional_bias=L2(), retention=ElasticNet(threshold=0.1), decay_target="zero"),
 }
 

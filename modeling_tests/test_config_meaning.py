@@ -51,8 +51,8 @@ OTHER = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 3.0},
 }
 CHOICES = {
-    "attentional_bias": ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture", "robust", "dot"],
-    "retention": ["decay", "lq", "kl", "bregman", "elastic_net"],
+    "attentional_bias": ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture", "robust", "dot", "l1"],
+    "retention": ["decay", "lq", "kl", "chi_squared", "bregman", "elastic_net"],
     "memory_architecture": ["mlp", "matrix"],
     "learning_algorithm": ["gradient_descent", "delta_rule"],
     "lp_sign": ["exact", "tanh"],

@@ -25,6 +25,7 @@ from miras_hf.memory import (
     Decay,
     DeltaRule,
     GradientDescent,
+    Implicit,
     MatrixMemory,
     MirasRule,
     MLPMemory,
@@ -45,9 +46,11 @@ BIASES, GATES = (
 def rules(draw) -> MirasRule:
     """Any point that the rule accepts, a chunk of 1 to 6 tokens."""
     chunk_size, decay_target = draw(st.integers(1, 6)), draw(st.sampled_from(("init", "zero")))
-    algorithm = draw(st.sampled_from((GradientDescent(), Momentum(), DeltaRule(), DeltaRule(gradient_at="previous"))))
+    algorithm = draw(
+        st.sampled_from((GradientDescent(), Momentum(), DeltaRule(), DeltaRule(gradient_at="previous"), Implicit()))
+    )
     cap = draw(st.sampled_from((None, 0.5, 2.0)))
-    if isinstance(algorithm, DeltaRule):
+    if algorithm.gradient_at != "chunk":
         return MirasRule(
             MatrixMemory(), L2(residual_clip=None), Decay(weight_cap=cap), algorithm, chunk_size, decay_target
         )
@@ -70,10 +73,10 @@ def rules(draw) -> MirasRule:
 def test_a_text_means_the_same_however_it_is_read(rule, gates, tokens, split, pads, seed):
     if isinstance(rule.algorithm, Momentum):
         gates = "head"
-    elif isinstance(rule.algorithm, DeltaRule):
+    elif rule.algorithm.gradient_at != "chunk":
         gates = {"channel": "alpha_channel", "eta_channel": "head"}.get(gates, gates)
     case = make_case(rule, batch=1, tokens=tokens, heads=1, head_dim=4, gates=gates, seed=seed)
-    if isinstance(rule.algorithm, DeltaRule):  # up to steps that are cut
+    if rule.algorithm.gradient_at != "chunk":  # up to steps that are cut
         case.inputs["eta"] = case.inputs["eta"] * (2.2 / step_size(rule))
     if rule.algorithm.has_momentum:
         case.inputs["log_momentum"] = 2 * case.inputs["log_alpha"] - 0.1

@@ -22,8 +22,10 @@ from memory_cases import make_case, relative_error
 
 from miras_hf.memory import (
     KL,
+    L1,
     L2,
     Bregman,
+    ChiSquared,
     Decay,
     Dot,
     ElasticNet,
@@ -50,6 +52,7 @@ BIASES = {
     "lp_2.5": Lp(power=2.5),
     "lp_3": Lp(power=3.0),
     "lp_4": Lp(power=4.0),
+    "l1": L1(),
     "huber_coordinate": HuberCoordinate(),
     "huber_norm": HuberNorm(),
     "huber_mixture": HuberMixture(),
@@ -57,7 +60,9 @@ BIASES = {
 }
 SCALED_LINKS = {"decay": Decay(), "lq": Lq(), "lq_5": Lq(power=5.0)}
 ELEMENTWISE = {"bregman": Bregman(bound=4.0), "elastic_net": ElasticNet(threshold=0.2)}
-LINKS = {**SCALED_LINKS, **ELEMENTWISE, "mirror": LqMirror(), "mirror_3": LqMirror(power=3.0), "kl": KL()}
+LINKS = {**SCALED_LINKS, **ELEMENTWISE, "mirror": LqMirror(), "mirror_3": LqMirror(power=3.0)}
+SIMPLICES = {"kl": KL(), "chi_squared": ChiSquared()}
+LINKS |= SIMPLICES
 SHAPES = {-1: (6, 10), -2: (10, 6)}  # the hidden axis is the longer one
 
 
@@ -192,7 +197,7 @@ def test_chunk_start_is_the_link(name, hidden_axis, with_base):
 
 
 @pytest.mark.parametrize("hidden_axis", SHAPES)
-@pytest.mark.parametrize("name", [name for name in LINKS if name != "kl"])
+@pytest.mark.parametrize("name", [name for name in LINKS if name not in SIMPLICES])
 def test_complete_decay_reads_the_base(name, hidden_axis):
     """With everything decayed, toward zero nothing is left, toward the base the base is (its scalar held)."""
     gate = LINKS[name]
@@ -205,8 +210,9 @@ def test_complete_decay_reads_the_base(name, hidden_axis):
 
 
 @pytest.mark.parametrize("hidden_axis", SHAPES)
-def test_kl_slices_sum_to_the_mass(hidden_axis):
-    gate = KL(mass=1.7)
+@pytest.mark.parametrize("link", [KL, ChiSquared])
+def test_slices_of_a_simplex_sum_to_the_mass(link, hidden_axis):
+    gate = link(mass=1.7)
     fan_in, fan_out = SHAPES[hidden_axis]
     dual = 30 * normal(3, fan_in, fan_out)
     weights = gate.link(dual, hidden_axis)
@@ -219,8 +225,9 @@ def test_kl_slices_sum_to_the_mass(hidden_axis):
 
 
 @pytest.mark.parametrize("hidden_axis", SHAPES)
-def test_kl_writes_are_the_derivative_of_the_softmax_at_uniform_weights(hidden_axis):
-    gate, write = KL(), normal(*SHAPES[hidden_axis])
+@pytest.mark.parametrize("name", SIMPLICES)
+def test_writes_to_a_simplex_are_the_derivative_of_its_link_at_uniform_weights(name, hidden_axis):
+    gate, write = SIMPLICES[name], normal(*SHAPES[hidden_axis])
     uniform = torch.zeros_like(write)
     _, expected = torch.autograd.functional.jvp(lambda a: gate.link(a, hidden_axis), uniform, write)
     writes = gate.writes_matrix(gate.at_chunk_start(uniform, None, hidden_axis), write, hidden_axis)
@@ -260,6 +267,44 @@ def test_norms_are_those_of_each_head_alone(name):
         assert relative_error(together[head], gate.link(dual[head], -1)) < 1e-12
 
 
+def test_l1_is_the_sign_but_near_zero():
+    errors = torch.tensor([-7.0, -0.5, 0.5, 7.0, 1e-2, 1e-6, 0.0], dtype=torch.float64)
+    gradient = L1().gradient(errors)
+    torch.testing.assert_close(gradient[:4], errors[:4].sign(), rtol=2e-4, atol=0.0)
+    expected = torch.tensor([2**-0.5, 1e-4, 0.0], dtype=torch.float64)  # one and a ten-thousandth of its width
+    torch.testing.assert_close(gradient[4:], expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("hidden_axis", SHAPES)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e30])
+def test_chi_squared_is_the_nearest_point_of_the_simplex(scale, hidden_axis):
+    """Found by halving intervals, where the link sorts."""
+    gate = ChiSquared(mass=3.0)
+    dual = scale * normal(3, *SHAPES[hidden_axis])
+    weight, size = gate.link(dual, hidden_axis), dual.shape[hidden_axis]
+    unit = gate.mass / math.sqrt(dual.shape[-2])  # c / n
+    low, high = (dual.amax(hidden_axis, keepdim=True) - size * where for where in (1.0, 0.0))
+    for _ in range(200):
+        middle = (low + high) / 2
+        too_much = (dual - middle).clamp(min=0.0).sum(hidden_axis, keepdim=True) > size
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    if scale < 1e15:  # above, rounding is larger than what is looked for
+        assert relative_error(weight, unit * (dual - low).clamp(min=0.0)) < 1e-12
+    assert (weight >= 0.0).all()
+    torch.testing.assert_close(weight.sum(hidden_axis), torch.full_like(weight.sum(hidden_axis), unit * size))
+    assert (weight == 0.0).any() == (scale >= 1.0)
+
+
+def test_chi_squared_keeps_what_is_not_a_number_where_it_is():
+    dual = normal(2, 6, 10)
+    dual[0, 2, 3] = math.nan
+    for axis in SHAPES:
+        weight = ChiSquared().link(dual, axis)
+        met = torch.zeros(6, 10, dtype=torch.bool)
+        met[2 if axis == -1 else slice(None), 3 if axis == -2 else slice(None)] = True
+        assert torch.equal(weight[0].isnan(), met) and weight[1].isfinite().all()
+
+
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_slopes_and_maps_of_single_entries(name):
     gate = ELEMENTWISE[name]
@@ -278,10 +323,10 @@ def test_slopes_and_maps_of_single_entries(name):
 @pytest.mark.parametrize("hidden_axis", SHAPES)
 @pytest.mark.parametrize("name", LINKS)
 def test_inverse(name, hidden_axis):
-    """`phi(inverse(W)) = W`: exactly, or for the softmax to first order in the deviation from its mean."""
+    """`phi(inverse(W)) = W`: exactly, or for a simplex to first order in the deviation from its mean."""
     gate = LINKS[name]
     weight = 0.5 * normal(3, *SHAPES[hidden_axis])
-    if isinstance(gate, KL):
+    if name in SIMPLICES:
         weight = 1e-4 * weight
         weight = weight - weight.mean(hidden_axis, keepdim=True)
         image = gate.link(gate.inverse(weight, hidden_axis), hidden_axis)
@@ -299,7 +344,7 @@ def test_inverse_of_a_map_without_scale_keeps_the_direction(power):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e3, 1e8])
-@pytest.mark.parametrize("name", [name for name in LINKS if name != "kl"])
+@pytest.mark.parametrize("name", [name for name in LINKS if name not in SIMPLICES])
 def test_weight_cap(name, size):
     """`rms(W)` stays below the cap at every size of A, in float32, and the cap changes no direction."""
     gate = LINKS[name]

@@ -62,6 +62,8 @@ CASES = {
     "kl": {"retention": "kl"},
     "dot": {"attentional_bias": "dot"},
     "robust": {"attentional_bias": "robust"},
+    "l1": {"attentional_bias": "l1"},
+    "chi_squared": {"retention": "chi_squared"},
     "bregman": {"retention": "bregman"},
     "elastic_net": {"retention": "elastic_net"},
     "matrix": {"memory_architecture": "matrix"},

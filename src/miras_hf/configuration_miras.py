@@ -156,8 +156,8 @@ class MirasConfig(PreTrainedConfig):
         memory_norm_eps (`float`, *optional*):
             Epsilon of the memory's layer norm, which bounds its backward; `None` for 0.1, or 0.01 with KL retention.
         attentional_bias (`str`, *optional*, defaults to `"l2"`):
-            Choice (ii). `"l2"`, `"dot"` (8), `"lp"` (11), `"huber_coordinate"` (14), `"huber_norm"` (15), `"huber_mixture"` (16),
-            `"robust"` (17), or one that is registered (`miras_hf.memory.register_attentional_bias`).
+            Choice (ii). `"l2"`, `"dot"` (8), `"lp"` (11), `"l1"` (12), `"huber_coordinate"` (14), `"huber_norm"` (15),
+            `"huber_mixture"` (16), `"robust"` (17), or one that is registered (`miras_hf.memory.register_attentional_bias`).
             The mixture jumps at its threshold: errors close to it amplify rounding, so that with steps well above the
             default, forms that sum in another order (decoding, kernels) drift apart over hundreds of tokens.
         lp_power (`float`, *optional*, defaults to 3.0): p.
@@ -167,15 +167,15 @@ class MirasConfig(PreTrainedConfig):
         residual_clip (`float`, *optional*, defaults to 3.0):
             Largest root mean square of a token's residual; `None` for no limit.
         retention (`str`, *optional*, defaults to `"decay"`):
-            Choice (iii). `"decay"` (26), `"lq"` (24), `"kl"` (27), `"bregman"` (variant 5, bounded weights),
-            `"elastic_net"` (23), or one that is registered.
+            Choice (iii). `"decay"` (26), `"lq"` (24), `"kl"` (27), `"chi_squared"` (18), `"bregman"` (variant 5,
+            bounded weights), `"elastic_net"` (23), or one that is registered.
         lq_power (`float`, *optional*, defaults to 4.0): q.
         lq_map (`str`, *optional*, defaults to `"paper"`):
             `"paper"`: `A / ||A||_q^(q-2)` as printed; `"mirror"`: `sign(A)|A|^(q-1) / ||A||_q^(q-2)`, the mirror map
             of its derivation.
         lq_norm_floor (`float`, *optional*, defaults to 0.01): Smallest norm that is divided by.
         simplex_mass (`float`, *optional*, defaults to 2.0):
-            KL retention: weights are `c softmax(A)` with `c = simplex_mass * hidden / sqrt(fan_in)`.
+            KL and chi-squared retention: weights sum to `c = simplex_mass * hidden / sqrt(fan_in)`, `c softmax(A)` with KL.
         bregman_bound (`float`, *optional*, defaults to 1.0): Bregman retention: magnitude that no weight reaches.
         elastic_net_threshold (`float`, *optional*, defaults to 0.03):
             Elastic net retention: states far below it have weights of nearly zero.
@@ -186,7 +186,7 @@ class MirasConfig(PreTrainedConfig):
         learning_algorithm (`str`, *optional*, defaults to `"gradient_descent"`):
             Choice (iv). `"momentum"` is that of Titans, data-dependent, with `gate_granularity="head"`; `"delta_rule"` takes
             every token's gradient at the memory of its own time, of a matrix memory with l2 loss, `residual_clip=None` and
-            decay. Both in PyTorch only.
+            decay; `"implicit"` does, too, and takes Longhorn's step, `eta / (1 + eta |k|^2)`. All three in PyTorch only.
         gradient_at (`str`, *optional*, defaults to `"decayed"`):
             The delta rule: whether an error is that of the memory after its decay, `"decayed"` as in Gated DeltaNet, or
             before it, `"previous"`.

@@ -144,10 +144,10 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
         "longhorn": Preset(
             "Longhorn (arXiv 2407.14207)",
             "S = argmin |S - S'|^2 + beta |k S - v|^2, S' the state before",
-            "eta = beta / (1 + beta |k|^2), alpha = 1: the implicit step is an explicit one with this step size",
+            "eta = beta, alpha = 1",
             "one beta a head, where Longhorn has one a channel of the value",
             "",
-            {**_DELTA, **_KEEPS_ALL, "gate_granularity": "head"},
+            {**_DELTA, **_KEEPS_ALL, "learning_algorithm": "implicit", "gate_granularity": "head"},
         ),
         "titans-lmm": Preset(
             "Titans, long-term memory (arXiv 2501.00663)",

@@ -18,6 +18,7 @@
 from .architecture import MEMORY_ARCHITECTURES, Factors, MatrixMemory, MemoryArchitecture, MLPMemory
 from .attentional_bias import (
     ATTENTIONAL_BIASES,
+    L1,
     L2,
     AttentionalBias,
     Dot,
@@ -29,7 +30,7 @@ from .attentional_bias import (
 )
 from .chunk import chunk_miras
 from .declared import parameter
-from .delta_rule import DeltaRule
+from .delta_rule import DeltaRule, Implicit
 from .learning import GradientDescent, Momentum
 from .recurrent import recurrent_miras
 from .registry import (
@@ -38,7 +39,18 @@ from .registry import (
     register_memory_architecture,
     register_retention_gate,
 )
-from .retention import KL, RETENTION_GATES, Bregman, ChunkWeights, Decay, ElasticNet, Lq, LqMirror, RetentionGate
+from .retention import (
+    KL,
+    RETENTION_GATES,
+    Bregman,
+    ChiSquared,
+    ChunkWeights,
+    Decay,
+    ElasticNet,
+    Lq,
+    LqMirror,
+    RetentionGate,
+)
 from .rule import MirasRule
 from .state import MemoryParameters, MemoryState, initial_memory_state
 from .step import step_miras, step_miras_
@@ -47,12 +59,14 @@ from .step import step_miras, step_miras_
 __all__ = [
     "ATTENTIONAL_BIASES",
     "KL",
+    "L1",
     "L2",
     "LEARNING_ALGORITHMS",
     "MEMORY_ARCHITECTURES",
     "RETENTION_GATES",
     "AttentionalBias",
     "Bregman",
+    "ChiSquared",
     "ChunkWeights",
     "Decay",
     "DeltaRule",
@@ -63,6 +77,7 @@ __all__ = [
     "HuberCoordinate",
     "HuberMixture",
     "HuberNorm",
+    "Implicit",
     "Lp",
     "Lq",
     "LqMirror",

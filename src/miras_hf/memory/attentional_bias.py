@@ -141,6 +141,23 @@ class Lp(AttentionalBias):
 
 
 @dataclass(frozen=True)
+class L1(AttentionalBias):
+    """Equation (12), `sum |e|`: `r = sign(e)`, a write that says of each channel no more than whether it is too large.
+
+    The sign turns around within a small distance of zero, `e / sqrt(e^2 + smoothing)`: where it jumps, as that of `Lp` with
+    p = 1 does, a difference of rounding is a difference of writes, and memories come to errors of zero.
+    """
+
+    smoothing: ClassVar[float] = 1e-4
+
+    def loss(self, error: Tensor, delta: Any = None) -> Tensor:
+        return (error.square() + self.smoothing).sqrt().sum(-1, keepdim=True)
+
+    def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
+        return error / (error.square() + self.smoothing).sqrt()
+
+
+@dataclass(frozen=True)
 class HuberCoordinate(AttentionalBias):
     """Equation (14): the Huber loss of each coordinate, `r = clamp(e, -delta, delta)`, delta per channel."""
 
@@ -218,6 +235,7 @@ ATTENTIONAL_BIASES: dict[str, type[AttentionalBias]] = {
     "l2": L2,
     "dot": Dot,
     "lp": Lp,
+    "l1": L1,
     "huber_coordinate": HuberCoordinate,
     "huber_norm": HuberNorm,
     "huber_mixture": HuberMixture,

@@ -27,12 +27,12 @@ from .retention import ChunkWeights, Decay, RetentionGate
 
 
 @dataclass(frozen=True)
-class DeltaRule(GradientDescent):
-    """Gradient descent whose gradients are taken at every token's own time, not at its chunk's start: the delta rule as
-    DeltaNet, Gated DeltaNet and Kimi Delta Attention publish it, of a matrix memory with l2 loss:
+class TokenByToken(GradientDescent):
+    """Base class: gradient descent whose gradients are taken at every token's own time, not at its chunk's start, of a
+    matrix memory with l2 loss, after its decay (9) or before it (26):
 
-        previous:  A_t = alpha_t A_{t-1} - eta_t k_t^T (k_t A_{t-1} - v_t)                       (26), token by token
-        decayed:   A_t = alpha_t A_{t-1} - eta_t k_t^T (k_t (alpha_t A_{t-1}) - v_t)             (9)
+        decayed:   A_t = alpha_t A_{t-1} - eta_t k_t^T (k_t (alpha_t A_{t-1}) - v_t)
+        previous:  A_t = alpha_t A_{t-1} - eta_t k_t^T (k_t A_{t-1} - v_t)
 
     The residuals r of a chunk then depend on each other, linearly: with what the state at its start, decayed, returns
     for the keys, `p_t = (k_t B_t) A_c`, they solve a triangular system,
@@ -42,21 +42,10 @@ class DeltaRule(GradientDescent):
     (B_{t-1} in the place of B_t for `"previous"`), and all the rest is that of gradient descent. Numbers do not depend on
     `chunk_size`, which says how much is computed at once, but for the weights' cap, which is met at chunk starts.
 
-    Steps are one number a head: a write erases along the key what it writes along the key. Steps of more than
-    `largest_step / |k|^2` are cut there: without end, the memory would grow by a factor with every token.
-
-    Args:
-        gradient_at (`str`, *optional*, defaults to `"decayed"`): `"decayed"` or `"previous"`.
+    Steps are one number a head: a write erases along the key what it writes along the key.
     """
 
     step_granularities: ClassVar[tuple[str, ...]] = ("head",)
-
-    gradient_at: str = parameter("gradient_at", "decayed", one_of=("decayed", "previous"))
-
-    @property
-    def largest_step(self) -> float:
-        # neither diag(alpha) - eta k^T k nor (1 - eta k^T k) diag(alpha) makes any vector longer then
-        return 1.0 if self.gradient_at == "previous" else 2.0
 
     def refusal(self, architecture: MemoryArchitecture, bias: AttentionalBias, retention: RetentionGate) -> str | None:
         # of the classes themselves: what a subclass computes may not be linear in the writes
@@ -78,10 +67,6 @@ class DeltaRule(GradientDescent):
                 "decay"
             )
         return None
-
-    def bound_step(self, eta: Tensor, k: Tensor) -> Tensor:
-        limit = self.largest_step
-        return eta * (limit / (eta * k.square().sum(-1, keepdim=True)).clamp(min=limit))
 
     def chunk_gradient_gates(self, eta: Tensor, log_decay: Tensor) -> Gates:
         of_queries = log_decay
@@ -109,3 +94,40 @@ class DeltaRule(GradientDescent):
             of_others = torch.where(known.where, 0.0, of_others)
         solved = torch.linalg.solve_triangular(of_others, alone, upper=False, unitriangular=True)
         return Factors(k, solved.contiguous())  # it comes column by column
+
+
+@dataclass(frozen=True)
+class DeltaRule(TokenByToken):
+    """The delta rule as DeltaNet, Gated DeltaNet and Kimi Delta Attention publish it. Steps of more than
+    `largest_step / |k|^2` are cut there: without end, the memory would grow by a factor with every token.
+
+    Args:
+        gradient_at (`str`, *optional*, defaults to `"decayed"`): `"decayed"` or `"previous"`.
+    """
+
+    gradient_at: str = parameter("gradient_at", "decayed", one_of=("decayed", "previous"))
+
+    @property
+    def largest_step(self) -> float:
+        # neither diag(alpha) - eta k^T k nor (1 - eta k^T k) diag(alpha) makes any vector longer then
+        return 1.0 if self.gradient_at == "previous" else 2.0
+
+    def bound_step(self, eta: Tensor, k: Tensor) -> Tensor:
+        limit = self.largest_step
+        return eta * (limit / (eta * k.square().sum(-1, keepdim=True)).clamp(min=limit))
+
+
+@dataclass(frozen=True)
+class Implicit(TokenByToken):
+    """The implicit step (Longhorn, arXiv 2407.14207), the online learner's closed form:
+
+        A_t = argmin_A |A - alpha_t A_{t-1}|^2 / 2 + eta_t |k_t A - v_t|^2 / 2
+
+    whose gradient is that of the memory after the step. It is the explicit step of size `eta_t / (1 + eta_t |k_t|^2)`, which
+    moves towards the value and never beyond it, however large eta is.
+    """
+
+    gradient_at: ClassVar[str] = "decayed"
+
+    def bound_step(self, eta: Tensor, k: Tensor) -> Tensor:
+        return eta / (1.0 + eta * k.square().sum(-1, keepdim=True))

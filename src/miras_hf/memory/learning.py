@@ -85,7 +85,7 @@ class LearningAlgorithm(Choice):
     """How many times its step a write moves the state by in the end, at the gates that a model starts with."""
 
     gradient_at: ClassVar[str] = "chunk"
-    """The memory at which a token's gradient is taken: `"chunk"` for that of its chunk's start, else see `DeltaRule`."""
+    """The memory at which a token's gradient is taken: `"chunk"` for that of its chunk's start, else see `TokenByToken`."""
 
     @property
     def largest_step(self) -> float:
@@ -97,7 +97,7 @@ class LearningAlgorithm(Choice):
         return None
 
     def bound_step(self, eta: Tensor, k: Tensor) -> Tensor:
-        """Steps `[..., c]`, cut at the largest for keys `[..., head_dim]`."""
+        """The steps that are taken, of steps `[..., c]` and keys `[..., head_dim]`: cut, where larger ones do harm."""
         return eta
 
     def chunk_gradient_gates(self, eta: Tensor, *logs: Tensor) -> Gates | None:

@@ -20,7 +20,7 @@ from typing import Any
 from .architecture import MEMORY_ARCHITECTURES, MemoryArchitecture
 from .attentional_bias import ATTENTIONAL_BIASES, AttentionalBias
 from .declared import Choice, Parameter
-from .delta_rule import DeltaRule
+from .delta_rule import DeltaRule, Implicit
 from .learning import GradientDescent, LearningAlgorithm, Momentum
 from .retention import RETENTION_GATES, RetentionGate
 
@@ -29,6 +29,7 @@ LEARNING_ALGORITHMS: dict[str, type[LearningAlgorithm]] = {
     "gradient_descent": GradientDescent,
     "momentum": Momentum,
     "delta_rule": DeltaRule,
+    "implicit": Implicit,
 }
 
 CHOICES: dict[str, dict[str, Any]] = {

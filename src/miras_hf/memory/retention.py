@@ -247,18 +247,17 @@ class LqMirror(Lq):
 
 
 @dataclass(frozen=True)
-class KL(RetentionGate):
-    """KL retention, equations (21), (27): `W = c softmax(A)` along the hidden axis, A the log-weights.
+class Simplex(RetentionGate):
+    """Base class of f-divergence retention (18), whose weights are positive and sum to c along the hidden axis of n:
 
-    `alpha log W - eta g` differs from the linear recurrence of A by a constant per simplex, which the softmax removes,
-    exactly, because gates do not vary along the hidden axis. The paper's linear step in weight space between two
-    chunks turns weights negative, where the next logarithm is undefined; the dual form cannot.
-    Reads see a chunk's writes through the softmax's Jacobian at the uniform distribution, `(c/n) (I - 11^T/n)`;
-    the base's decay acts at the next chunk's start.
+        W = (c/n) g(A - zeta),     g = (f')^(-1) increasing, g(0) = 1 at the uniform weights c/n,
+
+    with the number zeta that makes the sum right. Reads see a chunk's writes through the Jacobian at the uniform weights,
+    which is the same for every f, `(c/n) (I - 11^T/n)`; the base's decay acts at the next chunk's start.
 
     Args:
         mass (`float`, *optional*, defaults to 2.0):
-            `c = mass * n / sqrt(fan_in)`. Log-weights of standard deviation `1 / mass` then give weights that deviate
+            `c = mass * n / sqrt(fan_in)`. Dual states of standard deviation `1 / mass` then give weights that deviate
             from their mean by about `1 / sqrt(fan_in)`.
     """
 
@@ -271,12 +270,9 @@ class KL(RetentionGate):
         return self.mass * size / math.sqrt(dual.shape[-2]), size
 
     def slope(self, dual: Tensor, hidden_axis: int) -> float:
-        """Of the softmax at the uniform distribution."""
+        """Of the link at the uniform weights."""
         mass, size = self.simplex(dual, hidden_axis)
         return mass / size
-
-    def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
-        return self.simplex(dual, hidden_axis)[0] * torch.softmax(dual, dim=hidden_axis)
 
     def at_chunk_start(self, state: Tensor, base: Tensor | None, hidden_axis: int) -> ChunkWeights:
         dual = state if base is None else base + state
@@ -294,8 +290,50 @@ class KL(RetentionGate):
         return self.slope(matrix, hidden_axis) * (matrix - matrix.mean(hidden_axis, keepdim=True))
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
-        # to first order: the deviations of c softmax(A) from its mean are (c/n) A
+        # to first order: weights deviate from their mean by (c/n) A
         return weight / self.slope(weight, hidden_axis)
+
+
+@dataclass(frozen=True)
+class KL(Simplex):
+    """KL retention, equations (21), (27): `W = c softmax(A)` along the hidden axis, A the log-weights; (18) with g = exp.
+
+    `alpha log W - eta g` differs from the linear recurrence of A by a constant per simplex, which the softmax removes,
+    exactly, because gates do not vary along the hidden axis. The paper's linear step in weight space between two
+    chunks turns weights negative, where the next logarithm is undefined; the dual form cannot.
+    """
+
+    def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
+        return self.simplex(dual, hidden_axis)[0] * torch.softmax(dual, dim=hidden_axis)
+
+
+@dataclass(frozen=True)
+class ChiSquared(Simplex):
+    """f-divergence retention (18) with the chi-squared divergence, `f(t) = (t - 1)^2 / 2`: weights that are small are zero.
+
+        W = (c/n) max(A - zeta, 0),     sum_i max(A_i - zeta, 0) = n,
+
+    the point of the scaled simplex that is nearest to `(c/n) A`.
+    """
+
+    def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
+        support = self.support(dual, hidden_axis)
+        size, present = dual.shape[hidden_axis], support.sum(hidden_axis, keepdim=True)
+        # of few numbers that are close to each other, whatever the largest is
+        above = torch.where(support, dual - dual.amax(hidden_axis, keepdim=True).detach(), 0.0)
+        zeta = (above.sum(hidden_axis, keepdim=True) - size) / present
+        return self.slope(dual, hidden_axis) * torch.where(support, above - zeta, 0.0)
+
+    def support(self, dual: Tensor, hidden_axis: int) -> Tensor:
+        """Where weights are above zero: the largest entries, as many as leave each of them something."""
+        size = dual.shape[hidden_axis]
+        below = dual.detach() - dual.detach().amax(hidden_axis, keepdim=True)
+        ordered = below.sort(dim=hidden_axis, descending=True).values
+        ranks = torch.arange(1, size + 1, device=dual.device, dtype=dual.dtype).view(-1, *[1] * (-1 - hidden_axis))
+        zetas = (ordered.cumsum(hidden_axis) - size) / ranks
+        last = (ordered > zetas).sum(hidden_axis, keepdim=True).clamp(min=1) - 1
+        # the other way around, so that what is not a number stays one
+        return ~(below <= zetas.gather(hidden_axis, last))
 
 
 @dataclass(frozen=True)
@@ -395,6 +433,7 @@ RETENTION_GATES: dict[str, type[RetentionGate]] = {
     "lq": Lq,
     "lq_mirror": LqMirror,
     "kl": KL,
+    "chi_squared": ChiSquared,
     "bregman": Bregman,
     "elastic_net": ElasticNet,
 }

@@ -51,9 +51,9 @@ class MirasRule:
         architecture (`MLPMemory` or `MatrixMemory`): choice (i).
         attentional_bias (`AttentionalBias`): choice (ii).
         retention (`RetentionGate`): choice (iii).
-        algorithm (`GradientDescent`, `DeltaRule` or `Momentum`): choice (iv).
+        algorithm (`GradientDescent`, `Momentum`, `DeltaRule` or `Implicit`): choice (iv).
         chunk_size (`int`, *optional*, defaults to 64):
-            Tokens whose gradients are taken at the same weights (equation (28)), or with `DeltaRule` at once. Part of
+            Tokens whose gradients are taken at the same weights (equation (28)), or with `DeltaRule` and `Implicit` at once. Part of
             the trained model: the grid starts at a sequence's first real token, in training, prefill and decoding alike.
         decay_target (`str`, *optional*, defaults to `"init"`):
             `"init"` decays toward the learned initial memory, `"zero"` toward zero as printed in the paper. Toward

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..attentional_bias import (
+    L1,
     L2,
     AttentionalBias,
     Dot,
@@ -91,6 +92,12 @@ def lp(bias: Lp, error: Tensor, delta: None) -> WithErrorVjp:
         return bar * slope * (error.abs() <= bias.error_cap), None
 
     return signed * squared, vjp
+
+
+@derivative_of(L1.gradient)
+def l1(bias: L1, error: Tensor, delta: None) -> WithErrorVjp:
+    inverse = (error.square() + bias.smoothing).rsqrt()
+    return error * inverse, lambda bar: (bar * (bias.smoothing * inverse**3), None)
 
 
 @derivative_of(HuberCoordinate.gradient)

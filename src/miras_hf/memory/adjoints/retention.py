@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..architecture import Factors
-from ..retention import KL, LARGEST_LQ_SCALE, ChunkWeights, FrozenScale, Lq, RetentionGate, rms
+from ..retention import KL, LARGEST_LQ_SCALE, ChiSquared, ChunkWeights, FrozenScale, Lq, RetentionGate, Simplex, rms
 from ..vjp import derivative_of, with_vjp
 
 
@@ -99,23 +99,45 @@ def scaled_writes(gate: RetentionGate, weights: ChunkWeights, factors: Factors, 
     return gate.writes(weights, factors, hidden_axis), vjp
 
 
-@derivative_of(KL.at_chunk_start, KL.link)
-def kl(gate: KL, state: Tensor, base: Tensor | None, hidden_axis: int):
-    weights = gate.at_chunk_start(state, base, hidden_axis)
-    weight, (mass, _) = weights.weight, gate.simplex(state, hidden_axis)
+@derivative_of(Simplex.at_chunk_start)
+def simplex(gate: Simplex, state: Tensor, base: Tensor | None, hidden_axis: int):
+    weight, link_vjp = with_vjp(gate.link, state if base is None else base + state, hidden_axis)
 
     def vjp(bars: ChunkWeights) -> tuple[Tensor, Tensor | None, None]:
-        # c softmax(A) along an axis: W o (bar - sum(bar o W) / c)
-        bar = bars.weight + bars.constant
-        inner = (bar * weight).sum(hidden_axis, keepdim=True).div_(mass)
-        dual_bar = bar.sub_(inner).mul_(weight)
+        dual_bar, _ = link_vjp(bars.weight + bars.constant)
         return dual_bar, None if base is None else dual_bar, None
 
-    return weights, vjp
+    return ChunkWeights(weight, constant=weight), vjp
 
 
-@derivative_of(KL.writes)
-def kl_writes(gate: KL, weights: ChunkWeights, factors: Factors, hidden_axis: int):
+@derivative_of(KL.link)
+def softmax(gate: KL, dual: Tensor, hidden_axis: int):
+    weight, (mass, _) = gate.link(dual, hidden_axis), gate.simplex(dual, hidden_axis)
+
+    def vjp(bar: Tensor) -> tuple[Tensor, None]:
+        # c softmax(A) along an axis: W o (bar - sum(bar o W) / c)
+        inner = (bar * weight).sum(hidden_axis, keepdim=True).div_(mass)
+        return (bar - inner).mul_(weight), None
+
+    return weight, vjp
+
+
+@derivative_of(ChiSquared.link, ChiSquared.support)
+def chi_squared(gate: ChiSquared, dual: Tensor, hidden_axis: int):
+    weight, slope = gate.link(dual, hidden_axis), gate.slope(dual, hidden_axis)
+    support = gate.support(dual, hidden_axis)
+
+    def vjp(bar: Tensor) -> tuple[Tensor, None]:
+        # among those above zero (c/n) (A - mean(A)) but for a constant; the map is its own adjoint
+        met = bar * support
+        mean = met.sum(hidden_axis, keepdim=True) / support.sum(hidden_axis, keepdim=True)
+        return torch.where(support, slope * (met - mean), 0.0), None
+
+    return weight, vjp
+
+
+@derivative_of(Simplex.writes)
+def simplex_writes(gate: Simplex, weights: ChunkWeights, factors: Factors, hidden_axis: int):
     # centring is symmetric: the map on the writes is its own adjoint
     return gate.writes(weights, factors, hidden_axis), lambda bars: (
         None,
