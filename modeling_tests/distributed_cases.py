@@ -14,6 +14,7 @@
 """Models and data that one process and two processes are compared on, see `test_distributed.py`."""
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 import miras_hf
 
@@ -100,6 +101,14 @@ def padded_examples() -> list[dict]:
             }
         )
     return examples
+
+
+def conversion_pair():
+    """A hybrid of one memory layer and one of attention, and the Llama that it was made of."""
+    set_seed(0)
+    sizes = {name: SIZES[name] for name in SIZES if name != "chunk_size"}
+    teacher = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4))
+    return miras_hf.convert(teacher, layers=[0], memory={"chunk_size": 4}), teacher
 
 
 def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -31,7 +31,15 @@ from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from distributed_cases import CONFIGS, INDIVISIBLE, TRAINER_ARGUMENTS, optimizer_of, padded_examples, token_ids
+from distributed_cases import (
+    CONFIGS,
+    INDIVISIBLE,
+    TRAINER_ARGUMENTS,
+    conversion_pair,
+    optimizer_of,
+    padded_examples,
+    token_ids,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torchao.quantization import Float8WeightOnlyConfig
@@ -39,6 +47,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingA
 from transformers.distributed import DistributedConfig
 
 import miras_hf  # noqa: F401  (registers the models)
+from miras_hf.distillation import AlignmentTrainer
 
 
 def largest_difference(one, other) -> float:
@@ -163,6 +172,28 @@ def trainer(folder: Path) -> dict:
     return result
 
 
+def alignment(folder: Path) -> dict:
+    """Stage 1 of a conversion, on rows of different lengths, which leave each process other tokens."""
+    student, teacher = conversion_pair()
+    arguments = TrainingArguments(
+        output_dir=str(folder / "alignment"),
+        per_device_train_batch_size=2,
+        ddp_backend="gloo",
+        max_grad_norm=0.0,
+        optim="sgd",
+        **TRAINER_ARGUMENTS,
+    )
+    trainer = AlignmentTrainer(student, teacher, sink_tokens=1, args=arguments, train_dataset=padded_examples())
+    trainer.train()
+    result = {
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "weights": {name: p.tolist() for name, p in student.model.layers[0].mixer.named_parameters()},
+    }
+    AcceleratorState._reset_state()
+    return result
+
+
 def sharded_by_transformers(folder: Path) -> dict:
     results = {}
     for name in CONFIGS:
@@ -267,6 +298,7 @@ def main(folder: Path) -> None:
         refusals,
         data_parallel,
         trainer,
+        alignment,
         sharded_by_transformers,
         by_kernel,
         sharded_by_accelerate,

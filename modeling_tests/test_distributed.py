@@ -33,12 +33,21 @@ from accelerate.big_modeling import _refuse_recurrent_layers_under_sequence_para
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from distributed_cases import BY_KERNEL, CONFIGS, INDIVISIBLE, TRAINER_ARGUMENTS, padded_examples, token_ids
+from distributed_cases import (
+    BY_KERNEL,
+    CONFIGS,
+    INDIVISIBLE,
+    TRAINER_ARGUMENTS,
+    conversion_pair,
+    padded_examples,
+    token_ids,
+)
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, set_seed
 
 from miras_hf import YaadConfig
+from miras_hf.distillation import AlignmentTrainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +157,32 @@ def test_trainer_on_two_processes(results, folder, tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(folder / "trainer")
     for (name, a), b in zip(model.named_parameters(), saved.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0, msg=name)
+
+
+def test_alignment_on_two_processes(results, tmp_path):
+    """Errors are those of all rows over the size of all: of each process's alone, another loss would be learned."""
+    student, teacher = conversion_pair()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        max_grad_norm=0.0,
+        optim="sgd",
+        **TRAINER_ARGUMENTS,
+    )
+    before = {name: p.clone() for name, p in student.model.layers[0].mixer.named_parameters()}
+    trainer = AlignmentTrainer(student, teacher, sink_tokens=1, args=arguments, train_dataset=padded_examples())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    for rank, found in enumerate(results("alignment")):
+        assert found["wrapper"] == "DistributedDataParallel"
+        if rank == 0:  # the one that logs
+            assert found["losses"] == pytest.approx(losses, abs=1e-6)
+        moved = 0.0
+        for name, p in student.model.layers[0].mixer.named_parameters():
+            way = (p - before[name]).norm().item()
+            moved = max(moved, way)
+            assert (torch.tensor(found["weights"][name]) - p).norm().item() <= 1e-3 * way + 1e-7, name
+        assert moved > 1e-3
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -82,8 +82,9 @@ class Alignment(nn.Module):
             return_loss (`bool`): what `Trainer` looks for before it evaluates without labels.
 
         Returns:
-            `loss`, the mean of the layers' errors, and `errors` of shape `[memory layers]`: the mean norm of the difference
-            over the mean norm of what the teacher returns. An untrained memory that returns nothing has 1.
+            `loss`, the mean of the layers' errors; `errors` of shape `[memory layers]`: the norms of the difference, summed
+            over tokens, over those of what the teacher returns; and `sizes` of the same shape, the latter sums. An untrained
+            memory that returns nothing has an error of 1.
         """
         sequences, position = _sequences(input_ids, attention_mask, position_ids)
         counts = position >= self.sink_tokens
@@ -93,13 +94,14 @@ class Alignment(nn.Module):
                 f"{tuple(input_ids.shape)}."
             )
         attention_mask = None if sequences.mask is None else attention_mask  # with one, teachers see no packs
-        errors = []
+        errors, sizes = [], []
         for i, (hidden_states, positions, expected) in self._attention(input_ids, attention_mask, position).items():
             output, _ = self.mixers[i](hidden_states, position_embeddings=positions, sequences=sequences)
             expected = expected[counts].float()
-            errors.append((output[counts].float() - expected).norm(dim=-1).mean() / expected.norm(dim=-1).mean())
+            sizes.append(expected.norm(dim=-1).sum())
+            errors.append((output[counts].float() - expected).norm(dim=-1).sum() / sizes[-1])
         stacked = torch.stack(errors)
-        return {"loss": stacked.mean(), "errors": stacked.detach()}
+        return {"loss": stacked.mean(), "errors": stacked, "sizes": torch.stack(sizes)}
 
     @torch.no_grad()
     def _attention(self, input_ids: Tensor, attention_mask: Tensor | None, position: Tensor) -> dict[str, tuple]:
@@ -131,6 +133,9 @@ class AlignmentTrainer(Trainer):
     process, and its checkpoints hold the memory layers alone. Train with a rate like 1e-3; the student has learned when
     `train()` returns: save it by `student.save_pretrained`.
 
+    Errors are those of the rows of all processes together, whatever their lengths; with `gradient_accumulation_steps` the
+    loss is the mean of the batches'.
+
     Args:
         student, teacher, sink_tokens: as in [`Alignment`].
         args, train_dataset, and the others: as in `Trainer`.
@@ -153,9 +158,14 @@ class AlignmentTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = outputs["loss"]
         if model.training:
-            self._errors.append(outputs["errors"])
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+            self._errors.append(outputs["errors"].detach())
+            if self.accelerator.num_processes > 1:
+                # gradients are averaged over processes, whose rows do not hold as many tokens
+                together = self.accelerator.reduce(outputs["sizes"], reduction="mean")
+                loss = (outputs["errors"] * (outputs["sizes"] / together)).mean()
+        return (loss, outputs) if return_outputs else loss
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
