@@ -69,15 +69,15 @@ def right_call(function, memory="mlp"):
     inputs, parameters = make_call(rule, BATCH, TOKENS, HEADS, HEAD_DIM)
     choices = kernel_choices(rule)[0]
     _, state, _ = by_kernel(rule, inputs, parameters)
-    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool, device=DEVICE)
+    lengths = torch.tensor([TOKENS, TOKENS - 1], device=DEVICE, dtype=torch.int32)
     shared = {"choices": choices, "initial": parameters.initial}
     if function is resident_state:
         return shared | {"state": state}
-    shared |= dict(zip(TENSORS, inputs)) | {"mask": mask, "precision": "ieee"}
+    shared |= dict(zip(TENSORS, inputs)) | {"lengths": lengths, "precision": "ieee"}
     shared |= {"norm_weight": parameters.norm_weight, "norm_bias": parameters.norm_bias}
     if function is forward:
         return shared | {"state": state, "output_final_state": True, "save_every": 1}
-    state, companions = resident_state(state, choices=choices, initial=parameters.initial)
+    state, link_cache = resident_state(state, choices=choices, initial=parameters.initial)
     width = HEADS * HEAD_DIM
     projections = Projections(
         tuple(torch.randn(width, 4, device=DEVICE) for _ in "qkv"),
@@ -87,7 +87,7 @@ def right_call(function, memory="mlp"):
         torch.ones(1, TOKENS, HEAD_DIM, device=DEVICE),
         torch.ones(1, TOKENS, HEAD_DIM, device=DEVICE),
     )
-    return shared | {"state": state, "companions": companions, "projections": projections}
+    return shared | {"state": state, "link_cache": link_cache, "projections": projections}
 
 
 def wrong_tensors(x):
@@ -126,7 +126,7 @@ OTHER = {
     "output_final_state": [("number", 1), ("none", None), ("text", "yes")],
     "save_every": [("negative", -1), ("float", 1.5), ("none", None), ("bool", True)],
 }
-REQUIRED = ("q", "k", "v", "eta", "log_alpha", "delta", "initial", "norm_weight", "norm_bias", "companions")
+REQUIRED = ("q", "k", "v", "eta", "log_alpha", "delta", "initial", "norm_weight", "norm_bias", "link_cache")
 
 
 def wrong_calls(function):

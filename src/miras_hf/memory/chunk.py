@@ -53,7 +53,7 @@ def chunk_miras(
     initial_state: MemoryState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     chunks_per_group: int | None = None,
     kept_bytes: int = 160 * 2**20,
 ) -> tuple[Tensor, MemoryState | None]:
@@ -79,8 +79,9 @@ def chunk_miras(
         cu_seqlens (`torch.Tensor` of shape `[sequences + 1]`, *optional*):
             Borders of sequences packed into one row (`batch` is 1 then). Each has its own grid and start state;
             states have one row a sequence.
-        mask (`torch.Tensor` of shape `[batch, tokens]`, bool, *optional*):
-            False at pad tokens, which neither write nor decay nor advance the grid; their output is zero.
+        lengths (`torch.Tensor` of shape `[batch]`, int32 or int64, *optional*):
+            Tokens of each row, from 0 to `tokens`. What stands behind them are pads, which neither write nor decay nor
+            advance the grid; their output is zero.
         chunks_per_group (`int`, *optional*):
             Chunks whose activations are recomputed together in the backward pass (`adjoint.py`); only the states
             between groups are kept. Defaults to the number that balances the two.
@@ -96,7 +97,7 @@ def chunk_miras(
     """
     x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters)
     batch, tokens, heads, head_dim = q.shape
-    check_layout_arguments(batch, tokens, cu_seqlens, mask)
+    check_layout_arguments(batch, tokens, cu_seqlens, lengths)
     if chunks_per_group is not None and chunks_per_group < 1:
         raise ValueError(f"`chunks_per_group` must be at least 1, got {chunks_per_group}.")
     if kept_bytes < 0:
@@ -106,7 +107,9 @@ def chunk_miras(
     if initial_state is not None:
         check_state(initial_state, rule, heads, head_dim, rows, x.eta.shape[-1])
         phase = initial_state.count % rule.chunk_size
-    layout = build_layout(batch, tokens, rule.chunk_size, q.device, cu_seqlens=cu_seqlens, mask=mask, phase=phase)
+    layout = build_layout(
+        batch, tokens, rule.chunk_size, q.device, cu_seqlens=cu_seqlens, lengths=lengths, phase=phase
+    )
     memory = _Memory.build(rule, parameters, initial_state, layout, x, output_final_state)
 
     steps = len(layout.active)
