@@ -16,6 +16,7 @@ an error that names it, and nothing is launched."""
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -236,6 +237,29 @@ def test_borders_of_the_host_are_moved_to_where_the_queries_are():
     # their values are looked at before
     with pytest.raises(ValueError, match="`cu_seqlens` must begin with 0, never decrease and end with 21"):
         checked_borders(borders, 21, torch.device("meta"))
+
+
+@pytest.mark.skipif(
+    DEVICE != "cpu", reason="on a device an assertion looks, and decoding takes what is too large for all"
+)
+@pytest.mark.parametrize("function", [forward, decode])
+@pytest.mark.parametrize("lengths", [[-1, 5], [2, 6]])
+def test_lengths_beyond_the_tokens_are_named(function, lengths, monkeypatch):
+    right = right_call(function)
+    forbid_launches(monkeypatch)
+    with pytest.raises(ValueError, match=f"`lengths` must lie between 0 and 5, .* got {re.escape(str(lengths))}"):
+        function(**right | {"lengths": torch.tensor(lengths)})
+
+
+def test_lengths_of_either_integer_are_one_answer():
+    for function in (forward, decode):
+        ys = []
+        for dtype in (torch.int32, torch.int64):
+            torch.manual_seed(0)
+            right = right_call(function)
+            y = function(**right | {"lengths": right["lengths"].to(dtype)})
+            ys.append(y if function is decode else y[0])
+        assert torch.equal(*ys) and ys[0][1, : TOKENS - 1].any() and not ys[0][1, TOKENS - 1 :].any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="an assertion on the device")
