@@ -83,16 +83,12 @@ class MemoryBackend:
         self.rule, self.backend = rule, backend
         self.choices, self.reason = kernel_choices(rule)
 
-    def why_pytorch(self, v: Tensor, needs_grad: bool, in_place: bool = False) -> str | None:
-        """The reason for which no kernel serves values like `v`, `None` if one does."""
-        if self.choices is None:
-            return self.reason
-        return refusal(v.device, v.dtype, v.shape[-1], self.choices, needs_grad, decode=in_place)
-
     def _takes_kernel(self, v: Tensor, needs_grad: bool, in_place: bool = False) -> bool:
         if self.backend == "pytorch":
             return False
-        reason = self.why_pytorch(v, needs_grad, in_place)
+        reason = self.reason
+        if self.choices is not None:
+            reason = refusal(v.device, v.dtype, v.shape[-1], self.choices, needs_grad, decode=in_place)
         if reason is None:
             return True
         if self.backend == "triton":

@@ -69,7 +69,7 @@ class Projections(NamedTuple):
         conv_tail (`torch.Tensor` of shape `[rows, kernel - 1, 3 * heads * head_dim]`):
             The convolutions' last inputs, queries, keys and values side by side. Updated where it lies.
         a_log (`torch.Tensor` of shape `[heads]`): log rate of retention.
-        eta_max (`float`): largest step.
+        eta_max (`float`): largest step size.
         cos, sin (`torch.Tensor` of shape `[rows or 1, tokens, head_dim]`, *optional*): of the rotary embedding.
         value_norm (`bool`, *optional*, defaults to `False`):
             Whether values are divided by their l2 norm, too, and multiplied by `sqrt(head_dim)`.

@@ -149,7 +149,7 @@ def forward(
         q, k (`torch.Tensor` of shape `[batch, tokens, heads, head_dim]`): queries and keys, l2-normalised by the caller.
         v (`torch.Tensor` of the same shape): values.
         eta, log_alpha (`torch.Tensor` of shape `[batch, tokens, heads]` or `[batch, tokens, heads, head_dim]`):
-            Step, and log retention, of every token.
+            Step size, and log retention, of every token.
         delta (`torch.Tensor`, as `eta`, *optional*): threshold of the Huber biases.
         choices (`Choices`): what the memory is.
         initial (`tuple` of `torch.Tensor` of shape `[heads, in, out]`): initial dual state of each weight.

@@ -37,7 +37,7 @@ class MemoryStatistics(NamedTuple):
             delta rule the token: what equation (28) descends.
         inner_loss_initial (`torch.Tensor` of shape `[heads]`):
             The same at the learned initial memory. A memory that learns from the text stays below it.
-        write_strength (`torch.Tensor` of shape `[heads]`): eta, the step of a token.
+        write_strength (`torch.Tensor` of shape `[heads]`): eta, the step size of a token.
         retention (`torch.Tensor` of shape `[heads]`): alpha, what is left of the memory after a token.
         half_life (`torch.Tensor` of shape `[heads]`):
             Tokens after which half of a write is left; the geometric mean over channels, of whose rates the initial

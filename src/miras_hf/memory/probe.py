@@ -62,7 +62,7 @@ class MemoryProbe(NamedTuple):
         write_cosine (`torch.Tensor` of shape `[heads]`): cosine of a write and the token's value.
         write_share (`torch.Tensor` of shape `[heads]`):
             The part of the error at its own key that a write takes away, `sum(write . error) / sum(|error|^2)` with
-            `error = value - read`: the step in units of the read. Above 2 a write leaves a larger error than it found.
+            `error = value - read`: the step size in units of the read. Above 2 a write leaves a larger error than it found.
         recall (`torch.Tensor` of shape `[lags, heads]`):
             Cosine of a token's value and what its key gives some tokens later, less what it gave at the start; at lag
             0, right after the token. NaN for lags that no row is long enough for.
@@ -203,7 +203,7 @@ def _recalled_and_written(
         gates = rule.algorithm.chunk_gradient_gates(chunk.eta, *(log.cumsum(-2) for log in chunk.logs))
         factors = rule.write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
         asked = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
-        # with and without the step in one way: what does not come from the write is the same to the last bit
+        # with and without the step size in one way: what does not come from the write is the same to the last bit
         before, after = (
             rule.read(weights, factors, chunk.k, rule.algorithm.own_gates(eta), norm)
             for eta in (torch.zeros_like(chunk.eta), chunk.eta)
