@@ -299,7 +299,7 @@ def _recurrent_memory(memory: nn.Module):
             initial_state=state,
             output_final_state=cached is not None,
             cu_seqlens=sequences.cu_seqlens,
-            mask=sequences.valid,
+            lengths=sequences.lengths,
         )
         if cached is not None:
             tail = tokens.next_tail(tail, sequences.lengths)

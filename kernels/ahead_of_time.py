@@ -72,7 +72,7 @@ class Call:
     channel_gates: bool = True
     continues: bool = False  # from a state in the middle of a chunk
     keeps: bool = False  # the state after the last token
-    masked: bool = False
+    padded: bool = False
     save_every: int = 0
     narrow: bool = False  # parameters in bfloat16, as a bfloat16 model has them
     several: bool = False  # tokens at once, of decoding
@@ -114,15 +114,15 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
     if choices.memory == "mlp":
         arguments["norm_weight"] = torch.ones(heads, head_dim, device=device, dtype=stored)
         arguments["norm_bias"] = torch.zeros(heads, head_dim, device=device, dtype=stored)
-    if call.masked:
-        arguments["mask"] = torch.arange(tokens, device=device).expand(batch, tokens) >= 3
+    if call.padded:
+        arguments["lengths"] = torch.full((batch,), max(tokens - 3, 0), dtype=torch.int32, device=device)
     if call.continues or decodes:
         widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + 2 * [(*gate, 1)[3]]
         factors = (torch.zeros(batch, heads, choices.chunk_size, width, device=device) for width in widths)
         dual = (torch.zeros(batch, heads, *shape, device=device) for shape in shapes)
         arguments["state"] = (*dual, *factors, torch.full((batch,), 5, device=device))
     if decodes:
-        state, companions = resident_state(arguments["state"], choices=choices, initial=arguments["initial"])
+        state, link_cache = resident_state(arguments["state"], choices=choices, initial=arguments["initial"])
         width = heads * head_dim
         projections = Projections(
             conv_weights=tuple(normal(width, 4).to(dtype) for _ in "qkv"),
@@ -133,7 +133,7 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
             sin=normal(1, tokens, head_dim).to(dtype) if call.rotary else None,
             value_norm=True,
         )
-        arguments |= {"state": state, "companions": companions, "projections": projections}
+        arguments |= {"state": state, "link_cache": link_cache, "projections": projections}
         return lambda: decoding.decode(q, k, v, eta, log_alpha, delta, **arguments)
     arguments |= {"output_final_state": call.keeps, "save_every": call.save_every}
     if not call.kernel.endswith("_backward"):

@@ -49,7 +49,7 @@ CALLS = {
     "yaad": Call(Choices(attentional_bias="huber_mixture", retention="decay"), continues=True, keeps=True),
     "memora": Call(Choices(attentional_bias="l2", retention="kl")),
     "mirror": Call(
-        Choices(attentional_bias="huber_coordinate", retention="lq_mirror"), continues=True, keeps=True, masked=True
+        Choices(attentional_bias="huber_coordinate", retention="lq_mirror"), continues=True, keeps=True, padded=True
     ),
     "head gates": Call(
         Choices(attentional_bias="huber_norm", retention="decay", decay_target="zero"),

@@ -80,13 +80,13 @@ KINDS = {
 # kinds of calls that the GPU script checks at every shape, and times with other launches
 CHECKED = ("training", "prompt", "decode", "several")
 TIMED = ("training", "prompt", "decode")
-HEAD_GATES, MASKED = {"channel_gates": False}, {"masked": True}
+HEAD_GATES, PADDED = {"channel_gates": False}, {"padded": True}
 CONTINUES, NARROW = {"continues": True}, {"narrow": True}
 # what it asks of calls beside, at the main shape: packs launch what rows do
 ASKED = (
-    ("yaad", CHECKED, HEAD_GATES | MASKED | CONTINUES),
+    ("yaad", CHECKED, HEAD_GATES | PADDED | CONTINUES),
     ("memora", ("training", "prompt"), CONTINUES),
-    ("moneta", CHECKED, HEAD_GATES | MASKED),
+    ("moneta", CHECKED, HEAD_GATES | PADDED),
     ("matrix", ("training", "prompt"), HEAD_GATES | CONTINUES),
     ("memora", ("prompt",), NARROW),
     ("memora", ("decode", "several"), NARROW | {"rotary": False}),
@@ -103,7 +103,7 @@ def _programs() -> Iterator[tuple[str, Call]]:
         call = Call(choices, **options | asked).at(f"{memory}_{part}", *shape)
         head_dim, chunk_size, precision = shape
         words = [] if (chunk_size, precision) == MAIN[1:] else [f"C {chunk_size}, {precision}"]
-        words += [word for word in ("masked", "continues", "narrow") if word in asked]
+        words += [word for word in ("padded", "continues", "narrow") if word in asked]
         words += ["no rotary"] * (not call.rotary) + ["head gates"] * (not call.channel_gates)
         words += [f"variant {call.variant}"] * (call.variant > 0)
         return ", ".join([f"{memory} {family} {head_dim} {kind}", *words]), call

@@ -49,6 +49,7 @@ from miras_hf.memory import (
     recurrent_miras,
     step_miras,
 )
+from miras_hf.sequences import Sequences
 
 
 # on tensors this small, threads that wait for each other cost up to a hundred times the work on a busy machine
@@ -151,8 +152,20 @@ class Case(NamedTuple):
         )
         return self.map(lambda x: x.detach().clone().requires_grad_())._replace(parameters=parameters)
 
-    def __call__(self, form, **options):
-        return form(**self.inputs, rule=self.rule, parameters=self.parameters, **options)
+    def __call__(self, form, mask=None, **options):
+        """What a form makes of the case; with a mask `[batch, tokens]`, of its true tokens, brought to the front as models
+        bring them."""
+        if mask is None:
+            return form(**self.inputs, rule=self.rule, parameters=self.parameters, **options)
+        sequences = Sequences(mask)
+        first = self.map(lambda x: sequences.gather(x.flatten(2)).view_as(x))
+        found = first(form, lengths=sequences.lengths, **options)
+        if not isinstance(found[0], Tensor) or found[0].shape[:2] != mask.shape:
+            return found
+        y, *rest = found
+        pads = torch.arange(mask.shape[1]) >= sequences.lengths[:, None]
+        assert not y[pads].any()
+        return sequences.scatter(y.flatten(2), len(mask)).view_as(y), *rest
 
 
 def make_parameters(rule: MirasRule, heads: int, head_dim: int, generator: torch.Generator) -> MemoryParameters:
@@ -209,12 +222,12 @@ def make_case(
 # -- forms ----------------------------------------------------------------------------------------------------------------
 
 
-def decode_miras(*, rule, parameters, initial_state=None, output_final_state=False, mask=None, **inputs: Tensor):
+def decode_miras(*, rule, parameters, initial_state=None, output_final_state=False, lengths=None, **inputs: Tensor):
     """`step_miras`, token by token, with the arguments of the other forms."""
     state, outputs = initial_state, []
     for t in range(inputs["q"].shape[1]):
         now = {name: x[:, t : t + 1] for name, x in inputs.items()}
-        options = {} if mask is None else {"mask": mask[:, t : t + 1]}
+        options = {} if lengths is None else {"lengths": (lengths - t).clamp(0, 1)}
         y, state = step_miras(**now, rule=rule, parameters=parameters, initial_state=state, **options)
         outputs.append(y)
     return torch.cat(outputs, dim=1), state if output_final_state else None

@@ -103,7 +103,7 @@ def ignores_mask() -> None:
     """Pads are read as if they were text."""
 
     def unmasked(kwargs: dict) -> None:
-        kwargs["mask"] = None
+        kwargs["lengths"] = None
 
     read = MirasMixer.forward
 

@@ -46,6 +46,7 @@ import torch
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 import miras_hf
+from miras_hf.modeling_miras import MirasMixer
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -335,6 +336,38 @@ def test_tested_versions_are_those_of_the_constraints():
 def test_changelog_names_the_version():
     version = miras_hf.__version__.removesuffix(".dev0")
     assert re.search(rf"^## \[?{re.escape(version)}\]? - unreleased$", read("CHANGELOG.md"), re.M)
+
+
+def test_the_way_of_a_query_is_the_one_it_takes():
+    text = read("CONTRIBUTING.md").split("## The way of a query")[1].split("## ")[0]
+    names, last = [], None
+    stations = {}
+    for name, place in re.findall(r"^\d+\. `([\w.]+)`, (`[\w/.]+`|there):", text, re.M):
+        last = last if place == "there" else place.strip("`")
+        module = importlib.import_module(last.removeprefix("src/").removesuffix(".py").replace("/", "."))
+        function = inspect.unwrap(functools.reduce(getattr, name.split("."), module))
+        assert Path(inspect.getsourcefile(function)).resolve() == ROOT / last, name
+        stations[function.__code__] = name
+        names.append(name)
+    assert 5 < len(names) <= 12 and len(names) == len(re.findall(r"^\d+\.", text, re.M))
+    config = miras_hf.YaadConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, chunk_size=16, memory_backend="pytorch"
+    )
+    mixer = MirasMixer(config, 0)
+    entered = []
+
+    def look(frame, event, _):
+        if event == "call" and frame.f_code in stations and stations[frame.f_code] not in entered:
+            entered.append(stations[frame.f_code])
+
+    before = sys.getprofile()
+    with torch.no_grad():
+        sys.setprofile(look)
+        try:
+            mixer(torch.randn(1, 20, 32))
+        finally:
+            sys.setprofile(before)
+    assert entered == names
 
 
 # Docstrings

@@ -123,7 +123,7 @@ def test_arguments_are_checked():
     case = make_case(rule_of("memora"))
     with pytest.raises(ValueError, match="`q` must hold at least one real token"):
         case(memory_statistics, mask=torch.zeros(2, 13, dtype=torch.bool))
-    with pytest.raises(ValueError, match="`mask` must be a bool tensor of shape"):
-        case(memory_statistics, mask=torch.ones(2, 12, dtype=torch.bool))
+    with pytest.raises(ValueError, match="`lengths` must be an int32 or int64 tensor of shape"):
+        case(memory_statistics, lengths=torch.ones(3, dtype=torch.int32))
     with pytest.raises(ValueError, match="`delta` must be None"):
         case._replace(inputs=case.inputs | {"delta": case.inputs["eta"]})(memory_statistics)

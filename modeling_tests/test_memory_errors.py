@@ -139,24 +139,39 @@ def test_borders_of_a_batch(form):
 
 
 @pytest.mark.parametrize("form", WHOLE)
-def test_borders_with_a_mask(form):
-    options = {"cu_seqlens": torch.tensor([0, 5]), "mask": torch.ones(1, 5, dtype=torch.bool)}
-    assert_refused(yaad(batch=1), FORMS[form], "`mask`", "`cu_seqlens`", **options)
+def test_borders_with_lengths(form):
+    options = {"cu_seqlens": torch.tensor([0, 5]), "lengths": torch.tensor([5])}
+    assert_refused(yaad(batch=1), FORMS[form], "`lengths`", "`cu_seqlens`", **options)
 
 
 @pytest.mark.parametrize("form", WHOLE)
 @pytest.mark.parametrize(
-    "mask",
-    [torch.ones(2, 5), torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool), torch.ones(5) > 0],
+    "lengths",
+    [
+        torch.ones(2),
+        torch.ones(2, 5) > 0,
+        torch.ones(2) > 0,
+        torch.ones(3).int(),
+        torch.ones(2, 1).long(),
+        torch.tensor(5),
+    ],
 )
-def test_masks(mask, form):
-    assert_refused(yaad(), FORMS[form], "`mask`", mask.dtype, tuple(mask.shape), "bool", "(2, 5)", mask=mask)
+def test_lengths(lengths, form):
+    found = (lengths.dtype, tuple(lengths.shape))
+    assert_refused(yaad(), FORMS[form], "`lengths`", *found, "int32 or int64", "(2,)", lengths=lengths)
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, 1), torch.ones(1, 1) > 0, torch.ones(2) > 0])
-def test_masks_of_a_step(mask):
-    case = yaad().tokens(0, 1)
-    assert_refused(case, step_miras, "`mask`", mask.dtype, tuple(mask.shape), "bool", "(2, 1)", mask=mask)
+@pytest.mark.parametrize("form", WHOLE)
+@pytest.mark.parametrize("lengths", [[-1, 5], [6, 0]])
+def test_lengths_beyond_the_tokens(lengths, form):
+    assert_refused(yaad(), FORMS[form], "`lengths`", "between 0 and 5", lengths, lengths=torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("lengths", [torch.ones(2, 1), torch.ones(1).int(), torch.ones(2) > 0, torch.tensor([0, 2])])
+def test_lengths_of_a_step(lengths):
+    case, wrong = yaad().tokens(0, 1), lengths.tolist() == [0, 2]
+    found = ("between 0 and 1", [0, 2]) if wrong else (lengths.dtype, tuple(lengths.shape), "int32 or int64", "(2,)")
+    assert_refused(case, step_miras, "`lengths`", *found, lengths=lengths)
 
 
 # -- states ---------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Case:
         shape (`Shape`): bfloat16 inputs if the precision is `"bf16"`, float32 if not.
         precision (`str`): operands of the products.
         gates (`str`): `"channel"` or `"head"`.
-        masked (`bool`): rows have pads, before their tokens and between them; at decoding some have no token.
+        padded (`bool`): rows have pads behind their tokens; at decoding some have no token.
         packed (`bool`): sequences of different lengths lie in one row.
         continued (`bool`): every row goes on from a state in the middle of a chunk, each at a phase of its own.
         narrow (`bool`): the parameters are in bfloat16, as those of a bfloat16 model.
@@ -48,7 +48,7 @@ class Case:
     shape: Shape
     precision: str = "bf16"
     gates: str = "channel"
-    masked: bool = False
+    padded: bool = False
     packed: bool = False
     continued: bool = False
     narrow: bool = False
@@ -60,7 +60,7 @@ class Case:
             object.__setattr__(self, "shape", replace(self.shape, tokens=min(DECODED, self.shape.tokens)))
 
     def __str__(self) -> str:
-        asked = [name for name in ("masked", "packed", "continued", "narrow") if getattr(self, name)]
+        asked = [name for name in ("padded", "packed", "continued", "narrow") if getattr(self, name)]
         asked += [] if self.rotary else ["no rotary"]
         words = [f"{self.kind} of {self.model}", str(self.shape), self.precision, f"{self.gates} gates", *asked]
         return ", ".join(words)
@@ -86,7 +86,7 @@ def key(case: Case) -> str:
     of decoding, which rounds operands in the fold alone, on the model and about the width."""
     if case.kind == "decode":
         return f"decode of {case.model}, {64 if case.shape.head_dim <= 64 else 128}"
-    asked = [name for name in ("masked", "packed", "continued") if getattr(case, name)]
+    asked = [name for name in ("padded", "packed", "continued") if getattr(case, name)]
     words = [
         f"{case.kind} of {case.model}",
         f"{case.shape.head_dim}, C {case.shape.chunk_size}",
@@ -132,8 +132,8 @@ def main_cases(device: str, quick: bool) -> list[Case]:
             Case("forward", "yaad", shape, repeats=2),
             *(Case("forward", model, replace(shape, tokens=9), repeats=1) for model in MODELS if model != "yaad"),
             Case("backward", "memora", replace(shape, tokens=9), repeats=1),
-            Case("backward", "yaad", replace(shape, tokens=9), gates="head", masked=True, continued=True, repeats=1),
-            Case("decode", "yaad", replace(shape, batch=2, tokens=2), masked=True, repeats=2),
+            Case("backward", "yaad", replace(shape, tokens=9), gates="head", padded=True, continued=True, repeats=1),
+            Case("decode", "yaad", replace(shape, batch=2, tokens=2), padded=True, repeats=2),
             Case("decode", "moneta", replace(shape, tokens=2), gates="head", repeats=1),
             Case("forward", "matrix", shape, packed=True, continued=True, repeats=1),
         ]
@@ -142,9 +142,9 @@ def main_cases(device: str, quick: bool) -> list[Case]:
     one_row = replace(shape, batch=1, tokens=shape.batch * shape.tokens)
     return [
         *plain,
-        *(Case(kind, "yaad", shape, gates="head", masked=True, continued=True) for kind in KINDS),
+        *(Case(kind, "yaad", shape, gates="head", padded=True, continued=True) for kind in KINDS),
         *(Case(kind, "memora", one_row, packed=True, continued=True) for kind in KINDS[:2]),
-        *(Case(kind, "moneta", shape, gates="head", masked=True) for kind in KINDS),
+        *(Case(kind, "moneta", shape, gates="head", padded=True) for kind in KINDS),
         *(Case(kind, "matrix", one_row, gates="head", packed=True, continued=True) for kind in KINDS[:2]),
         Case("forward", "memora", shape, narrow=True),
         Case("decode", "memora", shape, narrow=True, rotary=False),

@@ -71,10 +71,9 @@ class Prepared:
         self.arguments = kernel_arguments(self.rule, self.parameters) | {"precision": case.precision}
         self.where: dict[str, Tensor] = {}
         draw = torch.Generator().manual_seed(2)
-        if case.masked:
-            mask = torch.rand(shape.batch, shape.tokens, generator=draw) > 0.1
-            pads = torch.arange(shape.batch) * max(1, shape.tokens // (2 * shape.batch))
-            self.where["mask"] = (mask & (torch.arange(shape.tokens) >= pads[:, None])).to(shape.device)
+        if case.padded:
+            pads = torch.arange(1, shape.batch + 1) * max(1, shape.tokens // (2 * shape.batch))
+            self.where["lengths"] = (shape.tokens - pads).to(shape.device, torch.int32)
         rows = shape.batch
         if case.packed:
             rows = 2 if shape.tokens < 64 else 8
@@ -134,9 +133,9 @@ def after_prompt(case: Case, rule, parameters, rows: int) -> MemoryState:
     prompt = type(shape)(rows, 2 * chunk, shape.heads, shape.head_dim, chunk, shape.dtype, shape.device)
     inputs, _ = make_inputs(case.model, prompt, case.gates, seed=3)
     lengths = torch.tensor([2 * chunk - 1 - (7 * row) % (chunk - 2) for row in range(rows)])
-    mask = (torch.arange(2 * chunk) < lengths[:, None]).to(shape.device)
+    lengths = lengths.to(shape.device)
     double = [None if x is None else x.double() for x in inputs]
-    _, state = chunk_miras(*double, rule=rule, parameters=wide(parameters), mask=mask, output_final_state=True)
+    _, state = chunk_miras(*double, rule=rule, parameters=wide(parameters), lengths=lengths, output_final_state=True)
     return state.map(lambda x: x.float() if x.is_floating_point() else x)
 
 
@@ -227,14 +226,14 @@ def compared_decode(case: Case, allowed: Callable[[str], Allowed], singly: bool 
     raw, projections, parameters = make_projected(case.model, shape, case.gates, rotary=case.rotary)
     parameters = stored(parameters, case)
     start = after_prompt(case, rule, parameters, shape.batch)
-    mask = torch.ones(shape.batch, shape.tokens, dtype=torch.bool, device=shape.device)
-    if case.masked:
-        mask[0, 1] = mask[-1, ::2] = False
+    lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32, device=shape.device)
+    if case.padded:
+        lengths[0], lengths[-1] = shape.tokens - 1, shape.tokens // 2
     arguments = kernel_arguments(rule, parameters) | {"precision": case.precision}
     chosen = {"choices": arguments["choices"], "initial": arguments["initial"]}
 
     def decoded(pieces: list[slice]) -> list[Tensor]:
-        state, companions = resident_state(tuple(x.clone() for x in flat(start)), **chosen)
+        state, link_cache = resident_state(tuple(x.clone() for x in flat(start)), **chosen)
         tail, given = projections.conv_tail.clone(), []
         for piece in pieces:
             # tensors of their own, aligned as those of a model: a view's address may ask for another binary
@@ -243,28 +242,28 @@ def compared_decode(case: Case, allowed: Callable[[str], Allowed], singly: bool 
             y = decode(
                 *(None if x is None else x[:, piece].clone() for x in raw),
                 state=state,
-                companions=companions,
+                link_cache=link_cache,
                 projections=projections._replace(conv_tail=tail, **at),
-                mask=mask[:, piece].clone() if case.masked else None,
+                lengths=(lengths - piece.start).clamp(0, piece.stop - piece.start) if case.padded else None,
                 **arguments,
             )
             given.append(y)
-        return [torch.cat(given, 1), *state, *companions, tail]
+        return [torch.cat(given, 1), *state, *link_cache, tail]
 
     first: list[Tensor] = []
     for repeat in range(case.repeats):
         with fresh_memory_is_nan():
-            got = decoded([slice(None)])
+            got = decoded([slice(0, shape.tokens)])
         got[0] = faults.spoilt("y", got[0], str(case), repeat)
         first = first or got
         for i, (one, other) in enumerate(zip(first, got, strict=True)):
             found.equal(f"result {i}", one, other, repeat)
     expected, after = chunk_miras(
-        *finished(raw, projections, mask),
+        *finished(raw, projections, lengths),
         rule=rule,
         parameters=wide(parameters),
         initial_state=start.map(in_float64),
-        mask=mask,
+        lengths=lengths,
         output_final_state=True,
     )
     wanted = flat(after)
@@ -281,16 +280,16 @@ def compared_decode(case: Case, allowed: Callable[[str], Allowed], singly: bool 
     _, fresh = resident_state(tuple(first[1 : 1 + len(wanted)]), **chosen)
     for i, (one, other) in enumerate(zip(first[1 + len(wanted) : -1], fresh, strict=True)):
         # what the kernel has kept is what would be made anew
-        found.add(f"companion {i}", one, other, FLOAT32, STATE)
-    check_tail(found, first[-1], raw, projections, mask)
+        found.add(f"link cache {i}", one, other, FLOAT32, STATE)
+    check_tail(found, first[-1], raw, projections, lengths)
     return found
 
 
-def check_tail(found: Comparison, tail: Tensor, raw: list, projections: Projections, mask: Tensor) -> None:
+def check_tail(found: Comparison, tail: Tensor, raw: list, projections: Projections, lengths: Tensor) -> None:
     """The convolution's last inputs, each row's, to the bit."""
     given = torch.cat([x.flatten(-2) for x in raw[:3]], -1)
     for row in range(tail.shape[0]):
-        seen = torch.cat((projections.conv_tail[row], given[row, mask[row]]))[-tail.shape[1] :]
+        seen = torch.cat((projections.conv_tail[row], given[row, : lengths[row]]))[-tail.shape[1] :]
         found.equal(f"the convolution's tail of row {row}", tail[row], seen.to(tail.dtype), 0)
 
 

@@ -37,10 +37,10 @@ def decode_call(
     with torch.no_grad():
         _, state, _ = forward(*prompt, output_final_state=True, **arguments)
     chosen = {"choices": arguments["choices"], "initial": arguments["initial"]}
-    state, companions = resident_state(state, **chosen)
+    state, link_cache = resident_state(state, **chosen)
 
     def call() -> torch.Tensor:
-        return decode(*raw, state=state, companions=companions, projections=projections, **arguments)
+        return decode(*raw, state=state, link_cache=link_cache, projections=projections, **arguments)
 
     layers = len(parameters.initial)
     slots = sum(x.numel() * x.element_size() for x in state[layers:-1]) // shape.chunk_size

@@ -59,18 +59,18 @@ def make_projected(model: str, shape: Shape, gates: str, seed: int = 0, rotary: 
     return raw, projections, parameters
 
 
-def finished(raw: list, projections: Projections, mask: torch.Tensor) -> list:
+def finished(raw: list, projections: Projections, lengths: torch.Tensor) -> list:
     """The memory's inputs in float64. Rows without a token there have none: the convolution does not see it.
 
     Args:
         raw (`list` of `torch.Tensor`): of `make_projected`.
-        mask (`torch.Tensor` of shape `[batch, tokens]`): where rows have tokens.
+        lengths (`torch.Tensor` of shape `[batch]`): tokens of each row, before its pads.
     """
     (batch, tokens, heads, head_dim), p = raw[0].shape, projections
     width = heads * head_dim
-    q, k, v = (torch.zeros(batch, tokens, width, dtype=torch.float64, device=mask.device) for _ in "qkv")
+    q, k, v = (torch.zeros(batch, tokens, width, dtype=torch.float64, device=lengths.device) for _ in "qkv")
     for row in range(batch):
-        real = mask[row].nonzero().squeeze(-1)
+        real = slice(0, int(lengths[row]))
         for i, out in enumerate((q, k, v)):
             x = raw[i][row : row + 1, real].flatten(-2).double()
             tail = p.conv_tail[row : row + 1, :, i * width : (i + 1) * width].double()

@@ -16,6 +16,7 @@ an error that names it, and nothing is launched."""
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -69,15 +70,15 @@ def right_call(function, memory="mlp"):
     inputs, parameters = make_call(rule, BATCH, TOKENS, HEADS, HEAD_DIM)
     choices = kernel_choices(rule)[0]
     _, state, _ = by_kernel(rule, inputs, parameters)
-    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool, device=DEVICE)
+    lengths = torch.tensor([TOKENS, TOKENS - 1], device=DEVICE, dtype=torch.int32)
     shared = {"choices": choices, "initial": parameters.initial}
     if function is resident_state:
         return shared | {"state": state}
-    shared |= dict(zip(TENSORS, inputs)) | {"mask": mask, "precision": "ieee"}
+    shared |= dict(zip(TENSORS, inputs)) | {"lengths": lengths, "precision": "ieee"}
     shared |= {"norm_weight": parameters.norm_weight, "norm_bias": parameters.norm_bias}
     if function is forward:
         return shared | {"state": state, "output_final_state": True, "save_every": 1}
-    state, companions = resident_state(state, choices=choices, initial=parameters.initial)
+    state, link_cache = resident_state(state, choices=choices, initial=parameters.initial)
     width = HEADS * HEAD_DIM
     projections = Projections(
         tuple(torch.randn(width, 4, device=DEVICE) for _ in "qkv"),
@@ -87,7 +88,7 @@ def right_call(function, memory="mlp"):
         torch.ones(1, TOKENS, HEAD_DIM, device=DEVICE),
         torch.ones(1, TOKENS, HEAD_DIM, device=DEVICE),
     )
-    return shared | {"state": state, "companions": companions, "projections": projections}
+    return shared | {"state": state, "link_cache": link_cache, "projections": projections}
 
 
 def wrong_tensors(x):
@@ -126,7 +127,7 @@ OTHER = {
     "output_final_state": [("number", 1), ("none", None), ("text", "yes")],
     "save_every": [("negative", -1), ("float", 1.5), ("none", None), ("bool", True)],
 }
-REQUIRED = ("q", "k", "v", "eta", "log_alpha", "delta", "initial", "norm_weight", "norm_bias", "companions")
+REQUIRED = ("q", "k", "v", "eta", "log_alpha", "delta", "initial", "norm_weight", "norm_bias", "link_cache")
 
 
 def wrong_calls(function):
@@ -236,6 +237,29 @@ def test_borders_of_the_host_are_moved_to_where_the_queries_are():
     # their values are looked at before
     with pytest.raises(ValueError, match="`cu_seqlens` must begin with 0, never decrease and end with 21"):
         checked_borders(borders, 21, torch.device("meta"))
+
+
+@pytest.mark.skipif(
+    DEVICE != "cpu", reason="on a device an assertion looks, and decoding takes what is too large for all"
+)
+@pytest.mark.parametrize("function", [forward, decode])
+@pytest.mark.parametrize("lengths", [[-1, 5], [2, 6]])
+def test_lengths_beyond_the_tokens_are_named(function, lengths, monkeypatch):
+    right = right_call(function)
+    forbid_launches(monkeypatch)
+    with pytest.raises(ValueError, match=f"`lengths` must lie between 0 and 5, .* got {re.escape(str(lengths))}"):
+        function(**right | {"lengths": torch.tensor(lengths)})
+
+
+def test_lengths_of_either_integer_are_one_answer():
+    for function in (forward, decode):
+        ys = []
+        for dtype in (torch.int32, torch.int64):
+            torch.manual_seed(0)
+            right = right_call(function)
+            y = function(**right | {"lengths": right["lengths"].to(dtype)})
+            ys.append(y if function is decode else y[0])
+        assert torch.equal(*ys) and ys[0][1, : TOKENS - 1].any() and not ys[0][1, TOKENS - 1 :].any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="an assertion on the device")

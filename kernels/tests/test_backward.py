@@ -17,7 +17,7 @@ import itertools
 
 import pytest
 import torch
-from test_forward import DEVICE, by_kernel, flat, make_call, make_rule
+from test_forward import DEVICE, by_kernel, flat, make_call, make_rule, masked
 
 from miras_hf.backend import kernel_choices
 from miras_hf.memory import RETENTION_GATES, MemoryParameters, chunk_miras, recurrent_miras
@@ -41,6 +41,10 @@ def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+def by_form(rule, inputs, parameters, form, **kwargs):
+    return form(*inputs, rule=rule, parameters=parameters, output_final_state=True, **kwargs)
+
+
 def gradients(rule, inputs, parameters, cuts=(), mask=None, cu_seqlens=None, form=None, of_state=True, every=0):
     """Of a random linear function of the outputs and of the final state; by kernel, or by a form in float64."""
     draw = torch.Generator().manual_seed(5)
@@ -54,8 +58,7 @@ def gradients(rule, inputs, parameters, cuts=(), mask=None, cu_seqlens=None, for
         if form is None:
             y, state, _ = by_kernel(rule, piece, memory, state=state, save_every=every, **where)
         else:
-            options = {"rule": rule, "parameters": memory, "initial_state": state, "output_final_state": True}
-            y, state = form(*piece, **options, **where)
+            y, state = masked(by_form)(rule, piece, memory, form=form, initial_state=state, **where)
         outputs.append(y)
     outputs = [torch.cat(outputs, 1), *(state if form is None else flat(state))[: -1 if of_state else 0]]
     weighted = [x * torch.randn(x.shape, generator=draw).to(x) for x in outputs]

@@ -25,6 +25,7 @@ from test_forward import (
     in_float64,
     make_call,
     make_rule,
+    masked,
 )
 
 from miras_hf.backend import MemoryBackend, kernel_choices
@@ -38,12 +39,13 @@ def cut(inputs, first, last):
 
 
 def after_prompt(rule, inputs, parameters, tokens, mask=None):
-    """Resident state after the first tokens, and its companions."""
+    """Resident state after the first tokens, and its link cache."""
     _, state, _ = by_kernel(rule, cut(inputs, 0, tokens), parameters, mask=mask)
     return resident_state(state, choices=kernel_choices(rule)[0], initial=parameters.initial)
 
 
-def by_decode(rule, inputs, parameters, state, companions, precision="ieee", **kwargs):
+@masked
+def by_decode(rule, inputs, parameters, state, link_cache, precision="ieee", **kwargs):
     return decode(
         *inputs,
         choices=kernel_choices(rule)[0],
@@ -51,7 +53,7 @@ def by_decode(rule, inputs, parameters, state, companions, precision="ieee", **k
         norm_weight=parameters.norm_weight,
         norm_bias=parameters.norm_bias,
         state=state,
-        companions=companions,
+        link_cache=link_cache,
         precision=precision,
         **kwargs,
     )
@@ -63,11 +65,11 @@ def check(rule, prompt=(14, 3), tokens=4, tolerance=None, holes=False, **call):
     inputs, parameters = make_call(rule, len(prompt), max(prompt) + tokens, **call)
     lengths = torch.tensor(prompt, device=DEVICE)
     real = torch.arange(max(prompt), device=DEVICE) < lengths[:, None]
-    state, companions = after_prompt(rule, inputs, parameters, max(prompt), real)
+    state, link_cache = after_prompt(rule, inputs, parameters, max(prompt), real)
     new = torch.ones(len(prompt), tokens, dtype=torch.bool, device=DEVICE)
     if holes:
         new[0, 1] = new[1] = False
-    y = by_decode(rule, cut(inputs, max(prompt), None), parameters, state, companions, mask=new if holes else None)
+    y = by_decode(rule, cut(inputs, max(prompt), None), parameters, state, link_cache, mask=new if holes else None)
     mask = torch.cat((real, new), dim=1)
     expected, final = in_float64(rule, inputs, parameters, mask=mask)
     name = next(name for name, gate in GATES.items() if type(rule.retention) is gate)
@@ -77,8 +79,8 @@ def check(rule, prompt=(14, 3), tokens=4, tolerance=None, holes=False, **call):
         assert_close(f"state[{i}]", got, wanted, 3 * tolerance)
     # what the kernel has kept is what would be made anew
     _, fresh = resident_state(state, choices=kernel_choices(rule)[0], initial=parameters.initial)
-    for i, (got, wanted) in enumerate(zip(companions, fresh, strict=True)):
-        assert_close(f"companions[{i}]", got, wanted, 1e-5)
+    for i, (got, wanted) in enumerate(zip(link_cache, fresh, strict=True)):
+        assert_close(f"link_cache[{i}]", got, wanted, 1e-5)
 
 
 @pytest.mark.parametrize("decay_target", ["init", "zero"])
@@ -124,11 +126,11 @@ def test_bits_do_not_depend_on_company(retention):
     rule = make_rule("mlp", "huber_mixture", retention)
     inputs, parameters = make_call(rule, 3, 17, heads=2, dtype=torch.bfloat16)
     prompt = torch.arange(13, device=DEVICE) < torch.tensor([[13], [2], [7]], device=DEVICE)
-    start, companions = after_prompt(rule, inputs, parameters, 13, prompt)
+    start, link_cache = after_prompt(rule, inputs, parameters, 13, prompt)
     new = cut(inputs, 13, None)
 
     def fresh(rows=slice(None)):
-        return tuple(x[rows].clone() for x in start), tuple(x[rows].clone() for x in companions)
+        return tuple(x[rows].clone() for x in start), tuple(x[rows].clone() for x in link_cache)
 
     batch = fresh()
     y = by_decode(rule, new, parameters, *batch, precision="bf16")
@@ -145,8 +147,8 @@ def test_bits_do_not_depend_on_company(retention):
 def test_bfloat16():
     rule = make_rule("mlp", "lp", "lq")
     inputs, parameters = make_call(rule, 1, 18, heads=1, dtype=torch.bfloat16)
-    state, companions = after_prompt(rule, inputs, parameters, 14)
-    y = by_decode(rule, cut(inputs, 14, None), parameters, state, companions, precision="bf16")
+    state, link_cache = after_prompt(rule, inputs, parameters, 14)
+    y = by_decode(rule, cut(inputs, 14, None), parameters, state, link_cache, precision="bf16")
     assert y.dtype == torch.bfloat16
     expected, _ = in_float64(rule, inputs, parameters)
     assert_close("y", y, expected[:, 14:], 0.02)
@@ -159,8 +161,8 @@ def test_first_token_needs_no_prompt():
         empty = flat(initial_memory_state(rule, parameters, 1, 32))
         if target == "zero":
             empty[:2] = [torch.zeros_like(x) for x in empty[:2]]  # a row of zeros is at the learned initial memory
-        state, companions = resident_state(tuple(empty), choices=kernel_choices(rule)[0], initial=parameters.initial)
-        y = by_decode(rule, inputs, parameters, state, companions)
+        state, link_cache = resident_state(tuple(empty), choices=kernel_choices(rule)[0], initial=parameters.initial)
+        y = by_decode(rule, inputs, parameters, state, link_cache)
         assert_close("y", y, in_float64(rule, inputs, parameters)[0], 3e-6)
 
 
@@ -209,10 +211,10 @@ def test_projections(gates, size, value_norm):
         torch.nn.functional.softplus(logits[2].double()) + 1e-4,
     ]
     expected, _ = in_float64(rule, finished, parameters)
-    state, companions = resident_state(tuple(flat(start)), choices=kernel_choices(rule)[0], initial=parameters.initial)
+    state, link_cache = resident_state(tuple(flat(start)), choices=kernel_choices(rule)[0], initial=parameters.initial)
     new_tail = tail.clone()
     projections = Projections(weights, new_tail, a_log, 0.05, angle.cos(), angle.sin(), value_norm)
-    y = by_decode(rule, [q, k, v, *logits], parameters, state, companions, projections=projections)
+    y = by_decode(rule, [q, k, v, *logits], parameters, state, link_cache, projections=projections)
     assert_close("y", y, expected, 5e-6)
     assert_close("eta", state[-3][:, :, :3].transpose(1, 2).reshape(of_gate), finished[3], 1e-6)
     log_decay = finished[4].cumsum(1).clamp(min=-2.5 * 3)
@@ -229,8 +231,8 @@ def test_hidden_state_passes_between_kernels_and_pytorch():
     """One token by the kernel, one by PyTorch, a longer piece by the forward kernel: one memory."""
     rule = make_rule("mlp", "lp", "lq")
     inputs, parameters = make_call(rule, 1, 24, heads=1)
-    state, companions = after_prompt(rule, inputs, parameters, 13)
-    ys = [by_decode(rule, cut(inputs, 13, 15), parameters, state, companions)]
+    state, link_cache = after_prompt(rule, inputs, parameters, 13)
+    ys = [by_decode(rule, cut(inputs, 13, 15), parameters, state, link_cache)]
     parts = (tuple(state[i : i + 2]) for i in (0, 2, 4))
     y, after = step_miras(
         *cut(inputs, 15, 16), rule=rule, parameters=parameters, initial_state=MemoryState(*parts, *state[6:])
@@ -238,8 +240,8 @@ def test_hidden_state_passes_between_kernels_and_pytorch():
     ys.append(y)
     y, last, _ = by_kernel(rule, cut(inputs, 16, 23), parameters, state=tuple(flat(after)))
     ys.append(y)
-    state, companions = resident_state(last, choices=kernel_choices(rule)[0], initial=parameters.initial)
-    ys.append(by_decode(rule, cut(inputs, 23, 24), parameters, state, companions))
+    state, link_cache = resident_state(last, choices=kernel_choices(rule)[0], initial=parameters.initial)
+    ys.append(by_decode(rule, cut(inputs, 23, 24), parameters, state, link_cache))
     expected, _ = in_float64(rule, inputs, parameters)
     assert_close("y", torch.cat(ys, dim=1), expected[:, 13:], 3e-6)
 
@@ -247,18 +249,18 @@ def test_hidden_state_passes_between_kernels_and_pytorch():
 def test_mistakes_are_named():
     rule = make_rule("mlp", "huber_mixture")
     inputs, parameters = make_call(rule, 1, 20, heads=1)
-    state, companions = after_prompt(rule, inputs, parameters, 2)
+    state, link_cache = after_prompt(rule, inputs, parameters, 2)
     one = cut(inputs, 2, 3)
 
-    def fails(words, inputs=one, state=state, companions=companions, **kwargs):
+    def fails(words, inputs=one, state=state, link_cache=link_cache, **kwargs):
         with pytest.raises(ValueError, match=words):
-            by_decode(rule, inputs, parameters, state, companions, **kwargs)
+            by_decode(rule, inputs, parameters, state, link_cache, **kwargs)
 
     fails(f"`q` must hold 1 to {LARGEST_CALL} tokens", cut(inputs, 2, 20))
-    fails("`companions` must have shapes", companions=companions[:1])
+    fails("`link_cache` must have shapes", link_cache=link_cache[:1])
     fails("`state` must have shapes", state=state[1:])
     fails("`state` must be contiguous and float32", state=(state[0].double(), *state[1:]))
-    fails("`mask` must be a bool tensor", mask=torch.ones(1, 1, device=DEVICE))
+    fails("`lengths` must be of int", lengths=torch.ones(1, device=DEVICE))
     weights = tuple(torch.ones(32, 4, device=DEVICE) for _ in "qkv")
     tail, a_log = torch.zeros(1, 3, 96, device=DEVICE), torch.zeros(1, device=DEVICE)
     fails(
@@ -274,11 +276,11 @@ def test_mistakes_are_named():
 def test_operator_is_well_formed(memory):
     rule = make_rule(memory)
     inputs, parameters = make_call(rule, 1, 4, heads=1)
-    state, companions = after_prompt(rule, inputs, parameters, 2)
+    state, link_cache = after_prompt(rule, inputs, parameters, 2)
     weights = [torch.ones(32, 4, device=DEVICE) for _ in "qkv"]
     tail, a_log = torch.zeros(1, 3, 96, device=DEVICE), torch.zeros(1, device=DEVICE)
     choices = vars(kernel_choices(rule)[0]).values()
-    arguments = (*cut(inputs, 2, 3), list(parameters.initial), *parameters[1:], [*state, *companions])
+    arguments = (*cut(inputs, 2, 3), list(parameters.initial), *parameters[1:], [*state, *link_cache])
     projections = (weights, tail, a_log, 0.1, None, None, False)
     torch.library.opcheck(
         torch.ops.miras_kernels.decode.default,

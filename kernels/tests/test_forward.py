@@ -13,6 +13,7 @@
 # limitations under the License.
 """The forward kernels against the PyTorch chunk form in float64, over choices, sizes, lengths, packs and states."""
 
+import functools
 import itertools
 import math
 
@@ -95,6 +96,25 @@ def flat(state: MemoryState) -> list[torch.Tensor]:
     return [*state.dual, *state.inputs, *state.gradients, state.eta, state.log_decay, state.count]
 
 
+def masked(read):
+    """`read`, which also takes a mask `[batch, tokens]`: true tokens are brought to the front, as models bring them."""
+
+    @functools.wraps(read)
+    def wrapped(rule, inputs, parameters, *args, mask=None, **kwargs):
+        if mask is None:
+            return read(rule, inputs, parameters, *args, **kwargs)
+        sequences = Sequences(mask)
+        first = [None if x is None else sequences.gather(x.flatten(2)).view_as(x) for x in inputs]
+        found = read(rule, first, parameters, *args, lengths=sequences.lengths, **kwargs)
+        y, *rest = found if isinstance(found, tuple) else (found,)
+        assert not y[torch.arange(mask.shape[1], device=y.device) >= sequences.lengths[:, None]].any()
+        y = sequences.scatter(y.flatten(2), len(mask)).view_as(y)
+        return (y, *rest) if rest else y
+
+    return wrapped
+
+
+@masked
 def by_kernel(rule, inputs, parameters, state=None, precision="ieee", **kwargs):
     choices, reason = kernel_choices(rule)
     assert choices is not None, reason
@@ -112,6 +132,7 @@ def by_kernel(rule, inputs, parameters, state=None, precision="ieee", **kwargs):
 
 
 @torch.no_grad()
+@masked
 def in_float64(rule, inputs, parameters, form=chunk_miras, state=None, **kwargs):
     double = [None if x is None else x.double() for x in inputs]
     wide = MemoryParameters(tuple(a.double() for a in parameters.initial), *(p.double() for p in parameters[1:]))
@@ -420,10 +441,10 @@ def test_arguments_that_do_not_fit_are_named():
         by_kernel(make_rule("mlp", "l2", "lq"), inputs, parameters)
     with pytest.raises(ValueError, match="`norm_weight` must have shape"):
         by_kernel(rule, inputs, parameters._replace(norm_weight=parameters.norm_weight[:1]))
-    with pytest.raises(ValueError, match="`mask` must have shape"):
-        by_kernel(rule, inputs, parameters, mask=torch.ones(1, 20, dtype=torch.bool, device=DEVICE))
-    with pytest.raises(ValueError, match="`mask` must be a bool tensor"):
-        by_kernel(rule, inputs, parameters, mask=torch.ones(1, 21, device=DEVICE))
+    with pytest.raises(ValueError, match="`lengths` must have shape"):
+        by_kernel(rule, inputs, parameters, lengths=torch.ones(2, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match="`lengths` must be of int"):
+        by_kernel(rule, inputs, parameters, lengths=torch.ones(1, device=DEVICE))
     with pytest.raises(ValueError, match="`cu_seqlens` must have shape"):
         by_kernel(rule, inputs, parameters, cu_seqlens=torch.tensor([21], device=DEVICE))
     _, state, _ = by_kernel(rule, inputs, parameters)

@@ -82,7 +82,7 @@ def test_quick_run_takes_every_step_and_says_what_each_did(tmp_path):
     checked = [row for what, row in rows.items() if "block" in row]
     assert all(0 < row[kind] < 0.3 for row in checked for kind in ("largest", "norm", "block"))
     text = " ".join(what for what, row in rows.items() if "block" in row)
-    kinds = ("forward", "backward", "decode", "yaad", "moneta", "memora", "matrix", "head gates", "masked", "packed")
+    kinds = ("forward", "backward", "decode", "yaad", "moneta", "memora", "matrix", "head gates", "padded", "packed")
     assert all(word in text for word in (*kinds, "continued", "bf16", "ieee", "tf32x3"))
     assert rows["one token of yaad, B 1, T 1, 1 x 32, C 16"]["tb_per_s"] > 0
     trained = [row for what, row in rows.items() if what.startswith("training of")]

@@ -63,7 +63,7 @@ class Watched:
 def test_launches_are_made_on_the_tensors_device(memory, monkeypatch):
     rule = make_rule(memory)
     inputs, parameters = make_call(rule, tokens=20)
-    state, companions = after_prompt(rule, inputs, parameters, 18)
+    state, link_cache = after_prompt(rule, inputs, parameters, 18)
     active, launched = [], []
 
     @contextlib.contextmanager
@@ -77,7 +77,7 @@ def test_launches_are_made_on_the_tensors_device(memory, monkeypatch):
         monkeypatch.setattr(module, name, Watched(lambda _, name=name: launched.append((name, *active))))
     y, _, _ = by_kernel(rule, [None if x is None else x.clone().requires_grad_() for x in inputs], parameters)
     y.sum().backward()
-    by_decode(rule, cut(inputs, 18, None), parameters, state, companions)
+    by_decode(rule, cut(inputs, 18, None), parameters, state, link_cache)
     assert {name for name, *_ in launched} == {name for _, name in KERNELS[memory]}
     assert all(devices == [inputs[0].device] for _, *devices in launched)
 
@@ -88,14 +88,14 @@ def test_dtypes_of_gates_and_norms_do_not_make_other_binaries(memory, monkeypatc
     inputs, parameters = make_call(rule, tokens=20)
     found = []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        state, companions = after_prompt(rule, inputs, parameters, 18)
+        state, link_cache = after_prompt(rule, inputs, parameters, 18)
         norm = {name: getattr(parameters, name).to(dtype) for name in ("norm_weight", "norm_bias")}
         with monkeypatch.context() as patch:
             module, name = KERNELS[memory][2]
             patch.setattr(module, name, Watched(found.append))
             gates = [x.to(dtype) for x in inputs[3:]]
             new = cut([*inputs[:3], *gates], 18, None)
-            by_decode(rule, new, parameters._replace(**norm), state, companions)
+            by_decode(rule, new, parameters._replace(**norm), state, link_cache)
     dtypes = [[x.dtype for x in arguments if isinstance(x, torch.Tensor)] for arguments in found]
     assert dtypes[0] == dtypes[1] == dtypes[2] and torch.float32 in dtypes[0]
 
@@ -118,7 +118,7 @@ def test_sizes_that_change_from_call_to_call_compile_nothing():
         "for module in (backward_matrix, backward_mlp, decode_matrix, decode_mlp, forward_pass):\n"
         "    for kernel in (x for name, x in vars(module).items() if name.endswith('_kernel')):\n"
         "        print({p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)} & "
-        "{'H', 'LONGEST', 'ROTARY_TOKENS'})\n"
+        "{'H', 'ROTARY_TOKENS'})\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
@@ -144,7 +144,7 @@ def test_more_threads_than_numbers_of_a_tile_are_refused(kernel, tile, warps, fi
     memory, _, part = kernel.partition("_")
     rule = make_rule(memory, chunk_size=16)
     inputs, parameters = make_call(rule, tokens=20)
-    state, companions = after_prompt(rule, inputs, parameters, 18)
+    state, link_cache = after_prompt(rule, inputs, parameters, 18)
     usual = ops.launch_configuration
 
     def launch_configuration(name, **shape):
@@ -155,7 +155,7 @@ def test_more_threads_than_numbers_of_a_tile_are_refused(kernel, tile, warps, fi
 
     def call():
         if part == "decode":
-            return by_decode(rule, cut(inputs, 18, None), parameters, state, companions)
+            return by_decode(rule, cut(inputs, 18, None), parameters, state, link_cache)
         leaves = [None if x is None else x.clone().requires_grad_(part == "backward") for x in inputs]
         y, _, _ = by_kernel(rule, leaves, parameters)
         return y.sum().backward() if part == "backward" else y

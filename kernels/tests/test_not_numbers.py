@@ -182,8 +182,8 @@ def test_nan_while_decoding(memory, bias, retention):
     clean, _ = in_float64(rule, inputs, parameters)
     for name in names_of(inputs):
         wrong = broken(inputs, name, 14)
-        state, companions = after_prompt(rule, wrong, parameters, 12)
-        y = by_decode(rule, cut(wrong, 12, None), parameters, state, companions)
+        state, link_cache = after_prompt(rule, wrong, parameters, 12)
+        y = by_decode(rule, cut(wrong, 12, None), parameters, state, link_cache)
         assert_pattern(y, clean[:, 12:], expected_nan(y, name, 2), TOLERANCE[retention], name)
 
 
@@ -222,8 +222,8 @@ def test_mirror_map_of_small_weights(size, memory, q):
     rule = make_rule(memory, "l2", "lq_mirror", q=q, decay_target="zero")
     inputs, parameters = make_call(rule, tokens=21, heads=1)
     parameters = parameters._replace(initial=tuple(size * a for a in parameters.initial))
-    state, companions = after_prompt(rule, inputs, parameters, 3)
-    decoded = by_decode(rule, cut(inputs, 3, 5), parameters, state, companions)
+    state, link_cache = after_prompt(rule, inputs, parameters, 3)
+    decoded = by_decode(rule, cut(inputs, 3, 5), parameters, state, link_cache)
     leaves = [None if x is None else x.clone().requires_grad_() for x in (*inputs, *parameters.initial)]
     y, final, _ = by_kernel(rule, leaves[:6], MemoryParameters(tuple(leaves[6:]), *parameters[1:]))
     assert torch.isfinite(decoded).all() and all(torch.isfinite(x).all() for x in (y, *final))

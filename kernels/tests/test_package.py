@@ -100,7 +100,7 @@ def test_copies_in_one_process_launch_their_own_kernels(tmp_path, monkeypatch):
     copies = [miras_kernels, get_local_kernel(folder, backend="cpu")]
     rule = make_rule("matrix")
     inputs, parameters = make_call(rule, tokens=3)
-    state, companions = after_prompt(rule, inputs, parameters, 2)
+    state, link_cache = after_prompt(rule, inputs, parameters, 2)
     launched = []
 
     class Watched:
@@ -123,7 +123,7 @@ def test_copies_in_one_process_launch_their_own_kernels(tmp_path, monkeypatch):
         call = {"choices": copy.Choices(memory="matrix", chunk_size=16), "initial": parameters.initial}
         y, _, _ = copy.forward(*(x if x is None else x.clone().requires_grad_() for x in inputs), **call)
         y.sum().backward()
-        copy.decode(*cut(inputs, 2, None), **call, state=state, companions=companions)
+        copy.decode(*cut(inputs, 2, None), **call, state=state, link_cache=link_cache)
         assert launched == [(copy.__name__, part) for part in ("forward", "backward", "decode")]
 
 

@@ -208,7 +208,7 @@ def test_what_is_compiled_ahead_is_what_the_gpu_script_launches(tmp_path):
         assert whole or all("SDPA" in what for what in step["without"]), (name, step["without"])
     # not all the same: what is asked of calls makes programs of their own
     assert {
-        "mlp yaad 64 several, masked, continues, head gates",
+        "mlp yaad 64 several, padded, continues, head gates",
         "matrix matrix 64 training, continues, head gates",
         "mlp memora 64 decode, narrow, no rotary",
     } <= set(steps["correctness"]["listed"])

@@ -36,7 +36,7 @@ SHAPE = {"head_dim": 64, "chunk_size": 64, "precision": "bf16"}
 def test_a_launch_reaches_the_kernel_it_is_for_and_no_other(part, monkeypatch):
     rule = make_rule()
     inputs, parameters = make_call(rule, tokens=20)
-    state, companions = after_prompt(rule, inputs, parameters, 18)
+    state, link_cache = after_prompt(rule, inputs, parameters, 18)
     seen = {}
 
     class Watched:
@@ -52,7 +52,7 @@ def test_a_launch_reaches_the_kernel_it_is_for_and_no_other(part, monkeypatch):
         y, _, _ = by_kernel(rule, [None if x is None else x.clone().requires_grad_() for x in inputs], parameters)
         y.sum().backward()
         with torch.no_grad():
-            by_decode(rule, cut(inputs, 18, None), parameters, state, companions)
+            by_decode(rule, cut(inputs, 18, None), parameters, state, link_cache)
     assert seen.pop(f"mlp_{part}") == 7
     assert len(seen) == 2 and 7 not in seen.values()
 

@@ -83,16 +83,12 @@ class MemoryBackend:
         self.rule, self.backend = rule, backend
         self.choices, self.reason = kernel_choices(rule)
 
-    def why_pytorch(self, v: Tensor, needs_grad: bool, in_place: bool = False) -> str | None:
-        """The reason for which no kernel serves values like `v`, `None` if one does."""
-        if self.choices is None:
-            return self.reason
-        return refusal(v.device, v.dtype, v.shape[-1], self.choices, needs_grad, decode=in_place)
-
     def _takes_kernel(self, v: Tensor, needs_grad: bool, in_place: bool = False) -> bool:
         if self.backend == "pytorch":
             return False
-        reason = self.why_pytorch(v, needs_grad, in_place)
+        reason = self.reason
+        if self.choices is not None:
+            reason = refusal(v.device, v.dtype, v.shape[-1], self.choices, needs_grad, decode=in_place)
         if reason is None:
             return True
         if self.backend == "triton":
@@ -137,7 +133,7 @@ class MemoryBackend:
             x, tail = tokens.finished(tail, sequences.position), next_tail
             v = x[2]
             tokens.release()
-        arguments = {"parameters": parameters, "mask": sequences.valid}
+        arguments = {"parameters": parameters, "lengths": sequences.lengths}
         after = {"initial_state": state, "output_final_state": carry is not None}
         if decodes:
             y, state, link_cache = self._decode(*x[:6], state, known, projections=projections, **arguments)
@@ -178,21 +174,21 @@ class MemoryBackend:
             return False
         return v.shape[1] == 1 or (v.shape[1] <= LARGEST_CALL and self._takes_kernel(v, False, in_place=True))
 
-    def _decode(self, q, k, v, eta, log_alpha, delta, state, link_cache, *, parameters, mask, projections):
+    def _decode(self, q, k, v, eta, log_alpha, delta, state, link_cache, *, parameters, lengths, projections):
         if not isinstance(link_cache, tuple):
             state, link_cache = self._resident(state, parameters)
         y = decode(
             *(q.to(v.dtype), k.to(v.dtype), v, eta, log_alpha, delta),
             **self._memory(parameters),
             state=_flat(state),
-            companions=link_cache,
+            link_cache=link_cache,
             projections=projections,
-            mask=mask,
+            lengths=lengths,
         )
         return y, state, link_cache
 
     def _by_kernel(
-        self, q, k, v, eta, log_alpha, delta, *, parameters, initial_state, output_final_state, cu_seqlens, mask
+        self, q, k, v, eta, log_alpha, delta, *, parameters, initial_state, output_final_state, cu_seqlens, lengths
     ):
         # queries and keys come from their norm in float32: the values' dtype is the one that the model computes in
         y, final, _ = forward(
@@ -201,7 +197,7 @@ class MemoryBackend:
             state=_flat(initial_state) or None,
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
-            mask=mask,
+            lengths=lengths,
         )
         state = MemoryState.of_leaves(final) if output_final_state else None
         if state is None or torch.is_grad_enabled():

@@ -240,7 +240,7 @@ class MirasLowRankGate(nn.Module):
 
 
 class MirasStepGate(MirasLowRankGate):
-    """Step of every token, `eta = eta_max sigmoid(.)`, float32."""
+    """Step size of every token, `eta = eta_max sigmoid(.)`, float32."""
 
     def __init__(self, config: MirasConfig):
         granularities = chosen(config, "learning_algorithm").step_granularities
@@ -252,7 +252,7 @@ class MirasStepGate(MirasLowRankGate):
         return scaled_sigmoid(self.logits(hidden_states), self.eta_max)
 
     def initial_bias(self) -> Tensor:
-        # a third of the largest step: the one that simulations found stable; or all of it, to the last bit of float32
+        # a third of the largest step size: the one that simulations found stable; or all of it, to the last bit of float32
         return torch.full_like(self.bias, math.log(0.5) if self.learned else 30.0)
 
 

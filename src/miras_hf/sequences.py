@@ -28,7 +28,7 @@ class Sequences:
     """How the tokens of a call fall into sequences; made by `padded_sequences` or `packed_sequences`.
 
     A memory reads a sequence's real tokens only, one after the other. `gather` brings the rows of a call into that
-    form (real tokens first, pads behind them, or one packed row), `scatter` undoes it.
+    form (real tokens first, `lengths` of them in each row, pads behind them; or one packed row), `scatter` undoes it.
 
     Args:
         mask (`torch.Tensor` of shape `[batch, tokens]`, bool, *optional*): true at real tokens, before `gather`.
@@ -39,11 +39,10 @@ class Sequences:
     cu_seqlens: Tensor | None = None
 
     def __post_init__(self):
-        self.token_order = self.lengths = self.valid = self.position = None
+        self.token_order = self.lengths = self.position = None
         if self.mask is not None:
-            self.lengths = self.mask.sum(-1)
+            self.lengths = self.mask.sum(-1, dtype=torch.int32)
             self.token_order = torch.argsort(~self.mask, dim=-1, stable=True)
-            self.valid = torch.arange(self.mask.shape[1], device=self.mask.device) < self.lengths[:, None]
         if self.cu_seqlens is not None:
             total = self.cu_seqlens[-1]
             tokens = torch.arange(total, device=self.cu_seqlens.device)

@@ -39,12 +39,11 @@ class Tokens(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where each row's tokens are."""
+    """Where each row's tokens are: one after the other, pads behind them."""
 
     starts: Any
     lengths: Any
     phases: Any  # None: no row goes on in the middle of a chunk
-    order: Any  # of a row's real tokens; None: they stand one after the other
 
 
 class Slots(NamedTuple):

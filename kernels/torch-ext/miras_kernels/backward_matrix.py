@@ -85,7 +85,7 @@ def places(stream: bool) -> int:
     return 12 if stream else 9
 
 
-@triton.jit(do_not_specialize=["LONGEST", "H"])
+@triton.jit(do_not_specialize=["H"])
 def matrix_backward_kernel(
     tokens,
     y_bar,
@@ -99,7 +99,6 @@ def matrix_backward_kernel(
     final_bar,
     rows_of_call,
     scratch,
-    LONGEST,
     H,
     loss,
     link,
@@ -150,7 +149,7 @@ def matrix_backward_kernel(
         bound = LARGEST_STATE_ADJOINT / tl.maximum(largest, LARGEST_STATE_ADJOINT)
 
         # -- the chunk's tokens, gates and link -----------------------------------------------------------------------
-        at = chunk_of(i_c, place, rows_of_call, LONGEST, H, sizes)
+        at = chunk_of(i_c, place, H, sizes)
         # slots that the final state has taken
         is_partial = (i_c == place.chunks - 1) & (place.taken > 0)
         m_f = o_c < tl.where(is_partial, place.taken, 0)

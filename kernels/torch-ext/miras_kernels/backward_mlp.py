@@ -120,7 +120,7 @@ def error_of_write(b_z2, b_k, b_gamma, b_beta, tokens, at, norm, loss, sizes):
     return b_normed, inverse_std, b_error, residual_of(b_error, tokens, at, loss, sizes)
 
 
-@triton.jit(do_not_specialize=["LONGEST", "H"])
+@triton.jit(do_not_specialize=["H"])
 def mlp_backward_kernel(
     tokens,
     y_bar,
@@ -136,7 +136,6 @@ def mlp_backward_kernel(
     final_bar,
     rows_of_call,
     scratch,
-    LONGEST,
     H,
     loss,
     link,
@@ -203,7 +202,7 @@ def mlp_backward_kernel(
         bound2 = LARGEST_STATE_ADJOINT / tl.maximum(largest2, LARGEST_STATE_ADJOINT)
 
         # -- the chunk's tokens, gates and links ----------------------------------------------------------------------
-        at = chunk_of(i_c, place, rows_of_call, LONGEST, H, sizes)
+        at = chunk_of(i_c, place, H, sizes)
         # slots that the final state has taken
         is_partial = (i_c == place.chunks - 1) & (place.taken > 0)
         m_f = o_c < tl.where(is_partial, place.taken, 0)

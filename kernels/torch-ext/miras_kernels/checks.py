@@ -129,7 +129,7 @@ def check_inputs(
     norm_bias: Any,
     state: Any,
     cu_seqlens: Any,
-    mask: Any,
+    lengths: Any,
 ) -> None:
     """Types, dtypes, devices and shapes of what `forward` and `decode` share; `q` has passed `check_query`.
 
@@ -162,12 +162,9 @@ def check_inputs(
             check_shape(name, x, [(heads, head_dim)])
         elif choices.memory == "mlp":
             raise ValueError(f"`{name}` is required by an MLP memory.")
-    if mask is not None:
-        check_instance("mask", mask, Tensor)
-        if mask.dtype != torch.bool:
-            raise ValueError(f"`mask` must be a bool tensor, got {mask.dtype}.")
-        check_tensor("mask", mask, (torch.bool,), device)
-        check_shape("mask", mask, [(batch, tokens)])
+    if lengths is not None:
+        check_tensor("lengths", lengths, INTEGERS, device)
+        check_shape("lengths", lengths, [(batch,)])
     rows = batch
     if cu_seqlens is not None:
         # its own values are looked at where it lies, and it may come from the host
@@ -210,6 +207,21 @@ def checked_borders(cu_seqlens: Tensor, tokens: int, device: torch.device) -> Te
     return cu_seqlens.to(device, torch.int64)
 
 
+def check_lengths(lengths: Tensor, tokens: int) -> None:
+    """Looks at the values of `lengths` as `checked_borders` does at those of `cu_seqlens`.
+
+    Raises:
+        `ValueError`: for lengths on the host below 0 or above `tokens`; on a device as there.
+    """
+    if is_on_host(lengths):
+        values = lengths.tolist()
+        if any(not 0 <= length <= tokens for length in values):
+            raise ValueError(f"`lengths` must lie between 0 and {tokens}, the tokens of a row, got {_few(values)}.")
+    else:
+        fits = ((lengths >= 0) & (lengths <= tokens)).all()
+        torch._assert_async(fits, "`lengths` must lie between 0 and the tokens of a row.")
+
+
 def _few(values: list[int]) -> str:
     return str(values) if len(values) <= 16 else f"{str(values[:12])[:-1]}, ..., {values[-1]}]"
 
@@ -221,17 +233,17 @@ def check_options(output_final_state: Any, save_every: Any) -> None:
         raise ValueError(f"`save_every` must be 0 or more chunks, got {save_every}.")
 
 
-def check_resident(state: tuple[Tensor, ...], companions: Any, choices: Choices, q: Tensor) -> None:
+def check_resident(state: tuple[Tensor, ...], link_cache: Any, choices: Choices, q: Tensor) -> None:
     """What `decode` updates where it lies has to lie as `resident_state` returns it."""
     rows, _, heads, head_dim = q.shape
     phases = (torch.int32, *FLOATS)
-    check_tensors("companions", companions, q.device, first=phases, last=phases)
+    check_tensors("link_cache", link_cache, q.device, first=phases, last=phases)
     expected = [(rows, heads)]
     if choices.memory == "mlp":
         expected.append((rows, heads, 4 + 4 * head_dim + choices.chunk_size))
-    check_shapes("companions", companions, expected)
-    dtypes = {"state": [torch.float32] * (len(state) - 1) + [torch.int64], "companions": [torch.int32, torch.float32]}
-    for name, tensors in (("state", state), ("companions", companions)):
+    check_shapes("link_cache", link_cache, expected)
+    dtypes = {"state": [torch.float32] * (len(state) - 1) + [torch.int64], "link_cache": [torch.int32, torch.float32]}
+    for name, tensors in (("state", state), ("link_cache", link_cache)):
         if any(t.dtype != d or not t.is_contiguous() for t, d in zip(tensors, dtypes[name])):
             raise ValueError(
                 f"`{name}` must be contiguous and float32, counts int64 and phases int32, as `resident_state` returns it."

@@ -61,13 +61,11 @@ def place_of(rows, H, sizes):
 
 
 @triton.jit
-def chunk_of(i_c, place, rows, LONGEST, H, sizes):
+def chunk_of(i_c, place, H, sizes):
     o_c, o_d = tl.arange(0, sizes.C), tl.arange(0, sizes.BD)
     m_d = o_d < sizes.D
     o_t = o_c + i_c * sizes.C - place.phase
     m_t = (o_t >= 0) & (o_t < place.length)
-    if rows.order is not None:
-        o_t = tl.load(rows.order + place.row * LONGEST + o_t, mask=m_t, other=0)
     o_t = ((place.start + o_t) * H + place.head).to(tl.int64)
     p_e = place.program * sizes.C * sizes.D + o_c[:, None] * sizes.D + o_d[None, :]
     m_e = o_c < tl.where(i_c == 0, place.phase, 0)

@@ -87,7 +87,7 @@ def mlp_decode_kernel(
     cos,
     sin,
     a_log,
-    mask,
+    lengths,
     scratch,
     T,
     H,
@@ -115,7 +115,7 @@ def mlp_decode_kernel(
     CAP: tl.constexpr,
     NORM_EPS: tl.constexpr,
     TOWARD_INIT: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
     ROTARY: tl.constexpr,
@@ -153,11 +153,14 @@ def mlp_decode_kernel(
     # whatever stands there, no slot beyond the chunk is written to
     phase = tl.load(phases + program) & (C - 1)
     read = 0
+    length = T
+    if HAS_LENGTHS:
+        length = tl.load(lengths + row).to(tl.int32)
     for t in range(0, T):
         token = row * T + t
         live = 1
-        if HAS_MASK:
-            live = tl.load(mask + token).to(tl.int32)
+        if HAS_LENGTHS:
+            live = t < length
         if live == 0:
             tl.store(y + (token * H + head) * D + o_d, tl.zeros([BD], tl.float32).to(y.dtype.element_ty), mask=m_d)
         else:

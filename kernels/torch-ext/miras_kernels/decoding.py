@@ -29,12 +29,14 @@ from .checks import (
     FLOATS,
     INTEGERS,
     check_inputs,
+    check_lengths,
     check_projections,
     check_query,
     check_record,
     check_resident,
     check_shapes,
     check_tensors,
+    is_on_host,
     state_shapes,
 )
 from .choices import ATTENTIONAL_BIASES, RETENTION_GATES, Choices, padded
@@ -67,7 +69,7 @@ class Projections(NamedTuple):
         conv_tail (`torch.Tensor` of shape `[rows, kernel - 1, 3 * heads * head_dim]`):
             The convolutions' last inputs, queries, keys and values side by side. Updated where it lies.
         a_log (`torch.Tensor` of shape `[heads]`): log rate of retention.
-        eta_max (`float`): largest step.
+        eta_max (`float`): largest step size.
         cos, sin (`torch.Tensor` of shape `[rows or 1, tokens, head_dim]`, *optional*): of the rotary embedding.
         value_norm (`bool`, *optional*, defaults to `False`):
             Whether values are divided by their l2 norm, too, and multiplied by `sqrt(head_dim)`.
@@ -92,9 +94,9 @@ def resident_state(
         choices, initial: as in `forward`.
 
     Returns:
-        The state, its tensors as they are where nothing has to change; and its companions: the phase of every row and
+        The state, its tensors as they are where nothing has to change; and its link cache: the phase of every row and
         head, `[rows, heads]`, and for an MLP memory what its link needs of the whole weights, `[rows, heads, numbers]`.
-        They belong together: after a change of the state by anything but `decode` the companions have to be made anew.
+        They belong together: after a change of the state by anything but `decode` the link cache has to be made anew.
 
     Raises:
         `TypeError`: if an argument is not of its type.
@@ -120,11 +122,11 @@ def resident_state(
         rest[:layers] = [torch.where(fresh, a.float(), d) for a, d in zip(initial, rest)]
     heads = rest[0].shape[1]
     phases = (count % choices.chunk_size).to(torch.int32)[:, None].expand(-1, heads).contiguous()
-    companions = [phases]
+    link_cache = [phases]
     if choices.memory == "mlp":
         gradients = rest[2 * layers]
-        companions.append(_links(choices, initial, rest[:layers], gradients))
-    return (*rest, count), tuple(companions)
+        link_cache.append(_links(choices, initial, rest[:layers], gradients))
+    return (*rest, count), tuple(link_cache)
 
 
 def _links(choices: Choices, initial, duals, gradients: Tensor) -> Tensor:
@@ -175,9 +177,9 @@ def decode(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     state: tuple[Tensor, ...],
-    companions: tuple[Tensor, ...],
+    link_cache: tuple[Tensor, ...],
     projections: Projections | None = None,
-    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
     """Reads a few tokens per row; several at once give the bits of one after the other, and a row those of the row alone.
@@ -186,10 +188,11 @@ def decode(
         q, k, v, eta, log_alpha, delta: as in `forward`, or, with `projections`, what the layer's projections give.
         choices, initial, norm_weight, norm_bias, precision: as in `forward`; `precision` is that of the fold at a chunk's
             end, everything else is float32.
-        state, companions (`tuple` of `torch.Tensor`): what `resident_state` returns. Updated where they lie.
+        state, link_cache (`tuple` of `torch.Tensor`): what `resident_state` returns. Updated where they lie.
         projections (`Projections`, *optional*): what stands before the memory, to be done in the same launch.
-        mask (`torch.Tensor` of shape `[rows, tokens]`, bool, *optional*):
-            False where a row has no token: its state stays, its output is zero.
+        lengths (`torch.Tensor` of shape `[rows]`, int32 or int64, *optional*):
+            Tokens of each row, from 0 to `tokens`. What stands behind them are pads: outputs there are zero, and the state
+            stays. On a device nothing looks at the values, and more than `tokens` are `tokens`.
 
     Returns:
         `y` of the shape and dtype of `q`.
@@ -205,7 +208,7 @@ def decode(
     if (
         not torch.compiler.is_compiling()
     ):  # a token's call is like the one before, and checks cost more than to see that
-        looks = tuple(map(_looks, (inputs, parameters, state, companions, projections, mask)))
+        looks = tuple(map(_looks, (inputs, parameters, state, link_cache, projections, lengths)))
         call = (looks, choices, precision, precision or default_precision(q.dtype), needs_grad)
     if call is None or call not in _served:
         refuse(q, choices, needs_grad, precision, decode=True)
@@ -214,8 +217,8 @@ def decode(
                 f"`q` must hold 1 to {LARGEST_CALL} tokens a row, got {q.shape[1]}: longer calls take `forward`."
             )
         check_tensors("state", state, last=(*INTEGERS, *FLOATS))
-        check_inputs(*inputs, choices, *parameters, state, None, mask)
-        check_resident(state, companions, choices, q)
+        check_inputs(*inputs, choices, *parameters, state, None, lengths)
+        check_resident(state, link_cache, choices, q)
         check_projections(projections, Projections, q)
         _remember(call)
     p = projections
@@ -229,7 +232,7 @@ def decode(
         list(initial),
         norm_weight,
         norm_bias,
-        [*state, *companions],
+        [*state, *link_cache],
         [] if p is None else list(p.conv_weights),
         None if p is None else p.conv_tail,
         None if p is None else p.a_log,
@@ -237,7 +240,7 @@ def decode(
         None if p is None else p.cos,
         None if p is None else p.sin,
         False if p is None else p.value_norm,
-        mask,
+        lengths,
         precision or "",
         *choice_values(choices),
     )
@@ -275,7 +278,7 @@ def _constants(
     gate_dim: int,
     delta_dim: int,
     precision: str,
-    has_mask: bool,
+    has_lengths: bool,
     kernel_size: int,
     rotary: bool,
     value_norm: bool,
@@ -299,7 +302,7 @@ def _constants(
         "CAP": choices.weight_cap or 0.0,
         "TOWARD_INIT": choices.decay_target == "init",
         "PRECISION": "bf16_rounded" if precision == "bf16" and INTERPRETED else precision,
-        "HAS_MASK": has_mask,
+        "HAS_LENGTHS": has_lengths,
         "K": kernel_size,
         "KP": max(1, 1 << (kernel_size - 1).bit_length()),
         "ROTARY": rotary,
@@ -318,7 +321,7 @@ _LIBRARY.define(
     "decode(Tensor q, Tensor k, Tensor v, Tensor eta, Tensor log_alpha, Tensor? delta, Tensor[] initial, "
     "Tensor? norm_weight, Tensor? norm_bias, Tensor(a!)[] state, Tensor[] conv_weights, Tensor(b!)? conv_tail, "
     "Tensor? a_log, float eta_max, Tensor? cos, Tensor? sin, bool value_norm, "
-    f"Tensor? mask, str precision, {CHOICE_SCHEMA}) -> Tensor"
+    f"Tensor? lengths, str precision, {CHOICE_SCHEMA}) -> Tensor"
 )
 
 
@@ -341,12 +344,14 @@ def _decode(
     cos: Tensor | None,
     sin: Tensor | None,
     value_norm: bool,
-    mask: Tensor | None,
+    lengths: Tensor | None,
     precision: str,
     *choices,
 ) -> Tensor:
     c = choices_of(*choices)
     rows, tokens, heads, head_dim = q.shape
+    if lengths is not None and is_on_host(lengths):
+        check_lengths(lengths, tokens)
     q, k, v = [x.contiguous() for x in (q, k, v)]
     y = torch.empty_like(q)
     if rows == 0:
@@ -364,7 +369,7 @@ def _decode(
     kernel_size = conv_weights[0].shape[-1] if conv_weights else 0
     rotary = [eta, eta] if cos is None else [x.contiguous() for x in (cos, sin)]
     precision = precision or default_precision(q.dtype)
-    brings = (mask is not None, kernel_size, cos is not None, value_norm)
+    brings = (lengths is not None, kernel_size, cos is not None, value_norm)
     constants = _constants(c, head_dim, gate_dim, delta_dim, precision, *brings)
     scratch = []
     if c.memory == "mlp":
@@ -386,7 +391,7 @@ def _decode(
             *([w.contiguous() for w in conv_weights] or [q, q, q]),
             *rotary,
             eta if a_log is None else a_log.float(),
-            eta if mask is None else mask.contiguous(),
+            eta if lengths is None else lengths.to(torch.int32).contiguous(),
             *scratch,
             tokens,
             heads,

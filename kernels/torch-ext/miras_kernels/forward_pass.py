@@ -78,9 +78,9 @@ def slot_of(saved, nth, place, H, sizes):
 
 
 @triton.jit
-def keys_of(i_c, tokens, y, earlier, place, rows, LONGEST, H, sizes):
+def keys_of(i_c, tokens, y, earlier, place, H, sizes):
     # where a chunk's tokens are up to the first that is broken, their keys behind those of slots filled before, and that slot
-    at = chunk_of(i_c, place, rows, LONGEST, H, sizes)
+    at = chunk_of(i_c, place, H, sizes)
     b_k = load_rows(tokens.k, at)
     broken = first_broken(b_k, tokens, at, sizes)
     store_broken(y, broken, at, sizes)
@@ -91,9 +91,9 @@ def keys_of(i_c, tokens, y, earlier, place, rows, LONGEST, H, sizes):
     return at, b_k, broken
 
 
-@triton.jit(do_not_specialize=["LONGEST", "H"])
+@triton.jit(do_not_specialize=["H"])
 def matrix_forward_kernel(
-    tokens, y, base, dual, earlier, final, rows, saved, LONGEST, H, loss, link, sizes, SAVE_EVERY: tl.constexpr
+    tokens, y, base, dual, earlier, final, rows, saved, H, loss, link, sizes, SAVE_EVERY: tl.constexpr
 ):
     place = place_of(rows, H, sizes)
     o_c, o_d = tl.arange(0, sizes.C), tl.arange(0, sizes.BD)
@@ -108,7 +108,7 @@ def matrix_forward_kernel(
     b_state = tl.load(dual + o_w, mask=m_w, other=0.0)
 
     for i_c in range(0, place.chunks):
-        at, b_k, broken = keys_of(i_c, tokens, y, earlier, place, rows, LONGEST, H, sizes)
+        at, b_k, broken = keys_of(i_c, tokens, y, earlier, place, H, sizes)
 
         # -- the link at the chunk's start, the write -----------------------------------------------------------------
         if SAVE_EVERY > 0:
@@ -174,7 +174,7 @@ def matrix_forward_kernel(
         tl.store(dual + o_w, b_state, mask=m_w)
 
 
-@triton.jit(do_not_specialize=["LONGEST", "H"])
+@triton.jit(do_not_specialize=["H"])
 def mlp_forward_kernel(
     tokens,
     y,
@@ -186,7 +186,6 @@ def mlp_forward_kernel(
     rows,
     saved,
     hidden,
-    LONGEST,
     H,
     loss,
     link,
@@ -232,7 +231,7 @@ def mlp_forward_kernel(
     base_scale1, base_scale2 = scale_of(base_sums1, link, sizes), scale_of(base_sums2, link, sizes)
 
     for i_c in range(0, place.chunks):
-        at, b_k, broken = keys_of(i_c, tokens, y, earlier, place, rows, LONGEST, H, sizes)
+        at, b_k, broken = keys_of(i_c, tokens, y, earlier, place, H, sizes)
         of_chunk = place.program * C * N
         scale1, scale2 = scale_of(sums1, link, sizes), scale_of(sums2, link, sizes)
 

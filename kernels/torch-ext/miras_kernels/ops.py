@@ -29,6 +29,7 @@ from .checks import (
     DTYPES,
     check_inputs,
     check_instance,
+    check_lengths,
     check_options,
     check_query,
     check_record,
@@ -138,7 +139,7 @@ def forward(
     state: tuple[Tensor, ...] | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     precision: str | None = None,
     save_every: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -148,7 +149,7 @@ def forward(
         q, k (`torch.Tensor` of shape `[batch, tokens, heads, head_dim]`): queries and keys, l2-normalised by the caller.
         v (`torch.Tensor` of the same shape): values.
         eta, log_alpha (`torch.Tensor` of shape `[batch, tokens, heads]` or `[batch, tokens, heads, head_dim]`):
-            Step, and log retention, of every token.
+            Step size, and log retention, of every token.
         delta (`torch.Tensor`, as `eta`, *optional*): threshold of the Huber biases.
         choices (`Choices`): what the memory is.
         initial (`tuple` of `torch.Tensor` of shape `[heads, in, out]`): initial dual state of each weight.
@@ -163,7 +164,9 @@ def forward(
             Borders of sequences packed into one row, from 0 to `tokens`; a sequence may be empty. They may lie on the host,
             where wrong ones raise; on a device an assertion there stops what follows, and nothing waits for it. A call
             that is captured into a CUDA graph needs them on the device.
-        mask (`torch.Tensor` of shape `[batch, tokens]`, bool, *optional*): false at pads, anywhere in a row.
+        lengths (`torch.Tensor` of shape `[batch]`, int32 or int64, *optional*):
+            Tokens of each row, from 0 to `tokens`. What stands behind them are pads: they are not read, and their outputs
+            are zero. A wrong number raises as wrong borders do.
         precision (`str`, *optional*):
             Operands of the products: `"bf16"`, `"tf32"`, `"tf32x3"` or `"ieee"`. By default bf16 for bfloat16 inputs,
             tf32 for float16, and for float32 what `torch.get_float32_matmul_precision()` allows. Sums, states, norms
@@ -184,9 +187,9 @@ def forward(
     check_options(output_final_state, save_every)
     needs_grad = asks_for_gradients([q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state])
     refuse(q, choices, needs_grad, precision)
-    if mask is not None and cu_seqlens is not None:
-        raise ValueError("`mask` and `cu_seqlens` exclude each other: a pack has no pad tokens.")
-    check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, cu_seqlens, mask)
+    if lengths is not None and cu_seqlens is not None:
+        raise ValueError("`lengths` and `cu_seqlens` exclude each other: a pack has no pad tokens.")
+    check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, cu_seqlens, lengths)
     if needs_grad and save_every == 0:
         save_every = chunks_between_starts(choices, q.shape[-1], q.element_size())
     y, final, saved = OPERATORS.forward(
@@ -201,7 +204,7 @@ def forward(
         norm_bias,
         list(state or ()),
         cu_seqlens,
-        mask,
+        lengths,
         output_final_state,
         save_every,
         precision or "",
@@ -282,7 +285,7 @@ class _Call:
         norm_bias,
         state,
         cu_seqlens,
-        mask,
+        lengths,
         precision,
         choices,
     ):
@@ -304,18 +307,16 @@ class _Call:
         has_norm = choices.memory == "mlp"
         self.norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if has_norm else []
 
-        order = None
         if cu_seqlens is not None:
             borders = cu_seqlens.to(q.device, torch.int64)
             starts, lengths = borders[:-1].contiguous(), borders.diff()
         else:
             starts = torch.arange(self.rows, device=q.device) * self.tokens
-            lengths = torch.full((self.rows,), self.tokens, device=q.device)
-            if mask is not None:
-                order = torch.argsort(~mask, dim=-1, stable=True)
-                lengths = mask.sum(-1)
+            if lengths is None:
+                lengths = torch.full((self.rows,), self.tokens, device=q.device)
+            lengths = lengths.to(torch.int64)
         self.lengths = lengths
-        self.where = [starts, lengths, order]
+        self.where = [starts, lengths]
 
         self.choices = choices
         self.memory, self.chunk_size, self.min_log_alpha = choices.memory, choices.chunk_size, choices.min_log_alpha
@@ -374,16 +375,15 @@ class _Call:
             )
         # Triton launches on the current device, which need not be the tensors'
         with torch.cuda.device_of(self.q):
-            kernel[(self.programs,)](*arguments, self.tokens, self.heads, *self.rule, SAVE_EVERY=save_every, **launch)
+            kernel[(self.programs,)](*arguments, self.heads, *self.rule, SAVE_EVERY=save_every, **launch)
 
     def records(self, where, begun=None) -> tuple:
         """The tokens, where they are, and what the state has of a chunk that was begun, as kernels are handed it."""
         from .arguments import Rows, Tokens, slots_of
 
         continues = self.continues if begun is None else begun
-        starts, lengths, order = where
         tokens = Tokens(self.q, self.k, self.v, self.eta, self.log_alpha, self.delta)
-        rows = Rows(starts, lengths, self.phases if continues else None, order)
+        rows = Rows(*where, self.phases if continues else None)
         return tokens, rows, slots_of(self.earlier) if continues else None
 
     def norm_record(self):
@@ -409,7 +409,7 @@ class _Call:
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor eta, Tensor log_alpha, Tensor? delta, Tensor[] initial, Tensor? norm_weight, "
-    "Tensor? norm_bias, Tensor[] state, Tensor? cu_seqlens, Tensor? mask"
+    "Tensor? norm_bias, Tensor[] state, Tensor? cu_seqlens, Tensor? lengths"
 )
 # the choices, one argument each, in the order of the dataclass; `weight_cap` 0 is no cap
 CHOICE_NAMES = {field.name: getattr(field.type, "__name__", "float") for field in dataclasses.fields(Choices)}
@@ -447,7 +447,7 @@ def _forward(
     norm_bias: Tensor | None,
     state: list[Tensor],
     cu_seqlens: Tensor | None,
-    mask: Tensor | None,
+    lengths: Tensor | None,
     output_final_state: bool,
     save_every: int,
     precision: str,
@@ -456,8 +456,10 @@ def _forward(
     choices = choices_of(*choices)
     if cu_seqlens is not None:
         cu_seqlens = checked_borders(cu_seqlens, q.shape[1], q.device)
+    if lengths is not None:
+        check_lengths(lengths, q.shape[1])
     call = _Call(
-        q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
+        q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths,
         precision, choices,
     )  # fmt: skip
     dual = call.starting_dual(state)
@@ -469,7 +471,7 @@ def _forward(
         saved_of_row = call.saved_of_row(save_every)
 
     # pads are not written to
-    y = torch.zeros_like(call.q) if mask is not None else torch.empty_like(call.q)
+    y = torch.zeros_like(call.q) if lengths is not None else torch.empty_like(call.q)
     if call.programs > 0 and call.tokens > 0:
         call.launch_forward(y, dual, final, call.where, saved, saved_of_row, save_every)
     elif output_final_state and state:
@@ -482,7 +484,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, *options):
+def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths, *options):
     output_final_state, save_every, _precision, *choices = options
     chunk_size = dict(zip(CHOICE_NAMES, choices))["chunk_size"]  # a trace may have made a symbol of it
     rows, heads = _rows(q, cu_seqlens), q.shape[2]
@@ -508,17 +510,14 @@ def _groups(call: _Call, saved: list[Tensor], every: int):
         yield continues, call.where, call.saved_of_row(1), saved
         return
     span, phases = every * call.chunk_size, call.phases if continues else 0
-    starts, lengths, order = call.where
+    starts, lengths = call.where
     slots = torch.arange(call.rows, device=call.device) * every
     nothing = torch.empty_like(call.q)
     groups = -(-(call.tokens + (call.chunk_size - 1 if continues else 0)) // span)
     for group in reversed(range(groups)):
         first = (torch.full_like(lengths, group * span) - phases).clamp(min=0)
         length = (lengths.clamp(max=(group + 1) * span - phases) - first).clamp(min=0)
-        where = [starts + first, length, None]
-        if order is not None:  # whose entries count from the row's start
-            ranks = torch.arange(call.tokens, device=call.device) + first[:, None]
-            where = [starts, length, order.gather(1, ranks.clamp(max=call.tokens - 1))]
+        where = [starts + first, length]
         begun = continues and group == 0
         kept = (call.saved_of_row(every) + group).clamp(max=saved[0].shape[0] - 1)
         dual = [x.index_select(0, kept) for x in saved]
@@ -549,7 +548,7 @@ def _backward(
     norm_bias: Tensor | None,
     state: list[Tensor],
     cu_seqlens: Tensor | None,
-    mask: Tensor | None,
+    lengths: Tensor | None,
     precision: str,
     *choices,
 ) -> list[Tensor]:
@@ -559,12 +558,12 @@ def _backward(
 
     choices = choices_of(*choices)
     call = _Call(
-        q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
+        q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths,
         precision, choices,
     )  # fmt: skip
     heads, rows, layers = call.heads, call.rows, call.layers
     # pads are not written to
-    new = torch.zeros_like if mask is not None else torch.empty_like
+    new = torch.zeros_like if lengths is not None else torch.empty_like
     bars = [new(x) for x in (call.q, call.k, call.v, call.eta, call.log_alpha)]
     delta_bar = None if call.delta is None else new(call.delta)
     if final_bars:
@@ -607,7 +606,6 @@ def _backward(
                 kernel[(call.programs,)](
                     *arguments,
                     scratch._replace(link_bar=images),
-                    call.tokens,
                     heads,
                     *call.rule,
                     **launch,
@@ -668,19 +666,19 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask, *rest = inputs
+    q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths, *rest = inputs
     ctx.keeps, ctx.save_every, *rest = rest
     _, final, saved = output
     ctx.sizes = (len(initial), len(state), len(saved))
     ctx.rest = rest
     ctx.save_for_backward(
-        q, k, v, eta, log_alpha, delta, norm_weight, norm_bias, cu_seqlens, mask, *initial, *state, *saved
+        q, k, v, eta, log_alpha, delta, norm_weight, norm_bias, cu_seqlens, lengths, *initial, *state, *saved
     )
     ctx.final_shapes = [(x.shape, x.dtype) for x in final]
 
 
 def _adjoint(ctx, y_bar, final_bars, saved_bars):
-    q, k, v, eta, log_alpha, delta, norm_weight, norm_bias, cu_seqlens, mask, *lists = ctx.saved_tensors
+    q, k, v, eta, log_alpha, delta, norm_weight, norm_bias, cu_seqlens, lengths, *lists = ctx.saved_tensors
     layers, states, kept = ctx.sizes
     initial, state, saved = lists[:layers], lists[layers : layers + states], lists[layers + states :]
     if not saved:
@@ -694,7 +692,7 @@ def _adjoint(ctx, y_bar, final_bars, saved_bars):
             for bar, (shape, dtype) in zip(final_bars[:-1], ctx.final_shapes)
         ]
     bars = OPERATORS.backward(
-        y_bar, finals, saved, ctx.save_every, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, mask,
+        y_bar, finals, saved, ctx.save_every, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths,
         *ctx.rest,
     )  # fmt: skip
     delta_bar = None if delta is None else bars[5]

@@ -26,9 +26,10 @@ which the derivatives of second order are met, `adjoints/retention.py` the link,
 
 Links other than the identity and losses have derivatives of their own, all of them in `adjoints/`. A bias or a retention
 gate without is differentiated by autograd, on its own, inside this backward pass; with an architecture or an algorithm
-without, the whole group is, recomputed by `torch.utils.checkpoint`. So are, in training only, chunks that go on from
-the middle of a chunk or leave a begun chunk to the final state, and everything under `torch.compile`, which fuses what is slow in eager mode. Under `create_graph`, for second derivatives, the group is
-differentiated by autograd; inside transforms of `torch.func`, forward mode and traces the whole call is.
+without, the whole group is, recomputed by `torch.utils.checkpoint`. So are, in training only, chunks that an
+earlier call has begun (`partial_in`) or that a later one ends (`partial_out`), and everything under `torch.compile`, which
+fuses what is slow in eager mode. Under `create_graph`, for second derivatives, the group is differentiated by autograd;
+inside transforms of `torch.func`, forward mode and traces the whole call is.
 """
 
 from collections.abc import Callable
@@ -57,17 +58,17 @@ def has_adjoint(rule: MirasRule) -> bool:
     return all(find_derivative(method) is not None for method in methods)
 
 
-class ReadGroup(torch.autograd.Function):
-    """Reads a group of chunks, keeping the state before it only, or all that its adjoint needs.
+class ProcessGroup(torch.autograd.Function):
+    """Processes a group of chunks, keeping the state before it only, or all that its adjoint needs.
 
-    Called as `apply(read, rule, sizes, keep, *inputs, *states, *base, *norm)`: `read` maps the last four to the outputs
+    Called as `apply(process, rule, sizes, keep, *inputs, *states, *base, *norm)`: `process` maps the last four to the outputs
     and the states after the group, `sizes` are the rows of every step, `keep` is whether the adjoint is to find the
     group's activations instead of computing them again.
     """
 
     @staticmethod
-    def forward(ctx, read: Callable, rule: MirasRule, sizes: list[int], keep: bool, *tensors: Tensor | None):
-        ctx.read, ctx.rule, ctx.sizes = read, rule, sizes
+    def forward(ctx, process: Callable, rule: MirasRule, sizes: list[int], keep: bool, *tensors: Tensor | None):
+        ctx.process, ctx.rule, ctx.sizes = process, rule, sizes
         ctx.set_materialize_grads(False)
         # the activations hang on a saved tensor, so that hooks on saved tensors meet them: activation checkpointing
         # and offloading put another tensor in its place, and what hung on this one is freed
@@ -75,7 +76,7 @@ class ReadGroup(torch.autograd.Function):
         if keep:
             y, states, vars(holder)["tape"] = _run(rule, sizes, *_parted(rule, tensors), reads=True)
         else:
-            y, states = read(*_parted(rule, tensors))
+            y, states = process(*_parted(rule, tensors))
         ctx.save_for_backward(*tensors, holder)
         return y, *states
 
@@ -83,7 +84,13 @@ class ReadGroup(torch.autograd.Function):
     def backward(ctx, y_bar: Tensor | None, *state_bars: Tensor | None):
         *tensors, holder = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, None, None, None, *_differentiable_adjoint(ctx.read, ctx.rule, tensors, (y_bar, *state_bars))
+            return (
+                None,
+                None,
+                None,
+                None,
+                *_differentiable_adjoint(ctx.process, ctx.rule, tensors, (y_bar, *state_bars)),
+            )
         x, states, base, norm = _parted(ctx.rule, tensors)
         if y_bar is None:
             y_bar = torch.zeros_like(merge_chunks(x.q))
@@ -96,11 +103,11 @@ class ReadGroup(torch.autograd.Function):
         return None, None, None, None, *bars
 
 
-def _differentiable_adjoint(read: Callable, rule: MirasRule, tensors, bars) -> tuple[Tensor | None, ...]:
+def _differentiable_adjoint(process: Callable, rule: MirasRule, tensors, bars) -> tuple[Tensor | None, ...]:
     """The group's adjoint under `create_graph`."""
 
     def group(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        y, states = read(*_parted(rule, tensors))
+        y, states = process(*_parted(rule, tensors))
         return y, *states
 
     device = next(bar for bar in bars if bar is not None).device.type

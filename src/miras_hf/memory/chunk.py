@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .adjoint import ReadGroup, has_adjoint
+from .adjoint import ProcessGroup, has_adjoint
 from .architecture import Factors, Known
 from .inputs import MemoryInputs, bound_inputs, check_inputs, hold_broken, without_autocast
 from .layout import ChunkLayout, build_layout, check_layout_arguments, merge_chunks
@@ -53,7 +53,7 @@ def chunk_miras(
     initial_state: MemoryState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     chunks_per_group: int | None = None,
     kept_bytes: int = 160 * 2**20,
 ) -> tuple[Tensor, MemoryState | None]:
@@ -66,7 +66,7 @@ def chunk_miras(
         q, k (`torch.Tensor` of shape `[batch, tokens, heads, head_dim]`): queries and keys, l2-normalised by the caller.
         v (`torch.Tensor` of the same shape): values.
         eta (`torch.Tensor` of shape `[batch, tokens, heads]` or `[batch, tokens, heads, head_dim]`):
-            Step of every token, per head or per channel, not negative.
+            Step size of every token, per head or per channel, not negative.
         log_alpha (`torch.Tensor`, as `eta`):
             Log retention of every token, at most 0; cut at `rule.min_log_alpha`.
         delta (`torch.Tensor`, as `eta`, *optional*): threshold of the Huber biases, positive.
@@ -79,8 +79,9 @@ def chunk_miras(
         cu_seqlens (`torch.Tensor` of shape `[sequences + 1]`, *optional*):
             Borders of sequences packed into one row (`batch` is 1 then). Each has its own grid and start state;
             states have one row a sequence.
-        mask (`torch.Tensor` of shape `[batch, tokens]`, bool, *optional*):
-            False at pad tokens, which neither write nor decay nor advance the grid; their output is zero.
+        lengths (`torch.Tensor` of shape `[batch]`, int32 or int64, *optional*):
+            Tokens of each row, from 0 to `tokens`. What stands behind them are pads, which neither write nor decay nor
+            advance the grid; their output is zero.
         chunks_per_group (`int`, *optional*):
             Chunks whose activations are recomputed together in the backward pass (`adjoint.py`); only the states
             between groups are kept. Defaults to the number that balances the two.
@@ -96,7 +97,7 @@ def chunk_miras(
     """
     x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters)
     batch, tokens, heads, head_dim = q.shape
-    check_layout_arguments(batch, tokens, cu_seqlens, mask)
+    check_layout_arguments(batch, tokens, cu_seqlens, lengths)
     if chunks_per_group is not None and chunks_per_group < 1:
         raise ValueError(f"`chunks_per_group` must be at least 1, got {chunks_per_group}.")
     if kept_bytes < 0:
@@ -106,7 +107,9 @@ def chunk_miras(
     if initial_state is not None:
         check_state(initial_state, rule, heads, head_dim, rows, x.eta.shape[-1])
         phase = initial_state.count % rule.chunk_size
-    layout = build_layout(batch, tokens, rule.chunk_size, q.device, cu_seqlens=cu_seqlens, mask=mask, phase=phase)
+    layout = build_layout(
+        batch, tokens, rule.chunk_size, q.device, cu_seqlens=cu_seqlens, lengths=lengths, phase=phase
+    )
     memory = _Memory.build(rule, parameters, initial_state, layout, x, output_final_state)
 
     steps = len(layout.active)
@@ -122,35 +125,35 @@ def chunk_miras(
     if chunks_per_group is None:
         chunks_per_group = _chunks_per_group(rule, head_dim, steps) if recompute and not keep else 8
 
-    # a group either is plain or does one of the rare things that only `read_group` knows
+    # a group either is plain or does one of the rare things that only `process_group` knows
     borders = sorted({*range(0, steps, chunks_per_group), steps, *memory.special_borders()})
     groups = list(itertools.pairwise(borders))
     pieces = [itertools.repeat(None) if t is None else layout.to_groups(t, borders) for t in x]
 
-    states, captured = memory.start, memory.captured
+    states, partial_out = memory.start, memory.partial_out
     outputs = []
     for (first, last), *group in zip(groups, *pieces, strict=False):
         group = MemoryInputs(*group)
         if by_hand and memory.is_plain(first, last):
-            y, states = memory.read_group_by_hand(first, last, group, states, keep)
-            if captured is not None and last == layout.full_steps:
-                captured = captured.with_matrices(states)
+            y, states = memory.process_group_by_hand(first, last, group, states, keep)
+            if partial_out is not None and last == layout.full_steps:
+                partial_out = partial_out.with_matrices(states)
         elif recompute and len(groups) > 1:  # a single group would be computed twice for nothing
-            y, states, captured = checkpoint(
-                memory.read_group,
+            y, states, partial_out = checkpoint(
+                memory.process_group,
                 first,
                 last,
                 group,
                 states,
-                captured,
+                partial_out,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
         else:
-            y, states, captured = memory.read_group(first, last, group, states, captured)
+            y, states, partial_out = memory.process_group(first, last, group, states, partial_out)
         outputs.append(y)
     y = layout.from_groups(outputs, heads) if outputs else x.q
-    final_state = None if captured is None else memory.final_state(captured)
+    final_state = None if partial_out is None else memory.final_state(partial_out)
     return y.to(q.dtype), final_state
 
 
@@ -177,18 +180,18 @@ class _Memory:
     start: tuple[Tensor, ...]
     base: tuple[Tensor | None, ...]
     norm: tuple[Tensor, Tensor]  # [rows * heads, 1, head_dim]
-    earlier: MemoryState | None  # the initial state
-    captured: MemoryState | None  # the final state so far
+    partial_in: MemoryState | None  # the initial state, with a chunk that may have begun
+    partial_out: MemoryState | None  # the final state so far, with a chunk that may be left over
 
     @staticmethod
     def build(
         rule: MirasRule, parameters: MemoryParameters, state, layout: ChunkLayout, x: MemoryInputs, capture: bool
     ) -> "_Memory":
         rows, heads, dtype = layout.rows, x.q.shape[2], x.q.dtype
-        base, earlier, captured = parameters.base(rule, rows, dtype), None, None
+        base, partial_in, partial_out = parameters.base(rule, rows, dtype), None, None
         if state is not None:
-            earlier = state._replace(dual=starting_dual(rule, parameters, state)).merged(dtype, layout.row_order)
-            start = earlier.matrices
+            partial_in = state._replace(dual=starting_dual(rule, parameters, state)).merged(dtype, layout.row_order)
+            start = partial_in.matrices
         else:
             # a copy: who decodes on writes into the final state, which before the first chunk's end is this one
             start = tuple(
@@ -199,54 +202,54 @@ class _Memory:
                 start = (*start, *map(torch.zeros_like, start))
         if capture:
             empty = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], dtype)
-            captured = empty.merged(dtype).with_matrices(start)
-        return _Memory(rule, layout, heads, start, base, parameters.norm(rows, dtype), earlier, captured)
+            partial_out = empty.merged(dtype).with_matrices(start)
+        return _Memory(rule, layout, heads, start, base, parameters.norm(rows, dtype), partial_in, partial_out)
 
     def tensors(self) -> list[Tensor]:
-        earlier = [] if self.earlier is None else self.earlier.leaves()
-        return [*self.start, *self.norm, *(b for b in self.base if b is not None), *earlier]
+        begun = [] if self.partial_in is None else self.partial_in.leaves()
+        return [*self.start, *self.norm, *(b for b in self.base if b is not None), *begun]
 
     def special_borders(self) -> set[int]:
         """Where groups end besides: after a chunk that a state has begun, before the chunk that the new state begins."""
         steps = len(self.layout.active)
-        borders = {1} if self.earlier is not None and steps else set()
-        if self.captured is not None and self.layout.full_steps is not None:
+        borders = {1} if self.partial_in is not None and steps else set()
+        if self.partial_out is not None and self.layout.full_steps is not None:
             borders.add(self.layout.full_steps)
         return borders
 
     def is_plain(self, first: int, last: int) -> bool:
-        """Whether these steps neither go on from a begun chunk nor leave anything for the final state."""
-        if first == 0 and self.earlier is not None:
+        """Whether these steps neither go on from the chunk of `partial_in` nor leave anything for the final state."""
+        if first == 0 and self.partial_in is not None:
             return False
         full_steps = self.layout.full_steps
-        return self.captured is None or (full_steps is not None and last <= full_steps)
+        return self.partial_out is None or (full_steps is not None and last <= full_steps)
 
     def activation_bytes(self) -> int:
         """About what the adjoints of all chunks read of their forwards."""
         _, activations = _sizes(self.rule, self.norm[0].shape[-1])
         return sum(self.layout.active) * self.heads * activations * self.norm[0].element_size()
 
-    def read_group_by_hand(self, first: int, last: int, x: MemoryInputs, states, keep: bool):
-        """`read_group` of plain steps, with the adjoint of `adjoint.py`."""
+    def process_group_by_hand(self, first: int, last: int, x: MemoryInputs, states, keep: bool):
+        """`process_group` of plain steps, with the adjoint of `adjoint.py`."""
 
-        def read(x: MemoryInputs, states, base, norm):
+        def process(x: MemoryInputs, states, base, norm):
             # those given: under `create_graph` they are not this object's own
-            return replace(self, base=base, norm=norm).read_group(first, last, x, states, None)[:2]
+            return replace(self, base=base, norm=norm).process_group(first, last, x, states, None)[:2]
 
         sizes = [rows * self.heads for rows in self.layout.active[first:last]]
-        y, *states = ReadGroup.apply(read, self.rule, sizes, keep, *x, *states, *self.base, *self.norm)
+        y, *states = ProcessGroup.apply(process, self.rule, sizes, keep, *x, *states, *self.base, *self.norm)
         return y, tuple(states)
 
-    def read_group(self, first: int, last: int, x: MemoryInputs, states, captured):
-        """Reads the chunks of steps `first` to `last`; `x` holds their slots (`to_groups`), `states` the living rows' dual states."""
+    def process_group(self, first: int, last: int, x: MemoryInputs, states, partial_out):
+        """Processes the chunks of steps `first` to `last`; `x` holds their slots (`to_groups`), `states` the living rows' dual states."""
         rule, heads = self.rule, self.heads
         # here, where it is recomputed: copies of the whole length would be kept
         x, broken = hold_broken(bound_inputs(x.map(merge_chunks), rule))
         # what is left of the state at the chunk's start, and of its momentum
         eta, logs = x.eta, [t.cumsum(-2) for t in x.logs]
-        if first == 0 and self.earlier is not None:
-            eta = self._with_earlier_slots(eta, self.earlier.eta)
-            logs = list(map(self._with_earlier_log, logs, self.earlier.logs))
+        if first == 0 and self.partial_in is not None:
+            eta = self._behind_partial_in(eta, self.partial_in.eta)
+            logs = list(map(self._log_behind_partial_in, logs, self.partial_in.logs))
         sizes = [rows * heads for rows in self.layout.active[first:last]]
         gates = rule.algorithm.chunk_gates(eta, *logs)
         gates_of_gradients = rule.algorithm.chunk_gradient_gates(eta, *logs)
@@ -270,64 +273,64 @@ class _Memory:
                 base = tuple(None if b is None else b[: sizes[i]] for b in base)
                 norm = tuple(p[: sizes[i]] for p in norm)
             weights = rule.weights(states, base)
-            known = self._known(sizes[0]) if step == 0 and self.earlier is not None else None
+            known = self._known(sizes[0]) if step == 0 and self.partial_in is not None else None
             factors = rule.write(weights, k[i], v[i], delta[i], norm, gates_of_gradients[i], known)
             outputs.append(rule.read(weights, factors, q[i], gates_of_step[i], norm))
             states = tuple(map(with_bounded_adjoint, rule.fold(states, factors, gates_of_step[i])))
-            if captured is not None:
-                captured = self._capture(step, captured, states, factors, eta[i], *(log[i] for log in logs))
-        return torch.cat(outputs), states, captured
+            if partial_out is not None:
+                partial_out = self._capture(step, partial_out, states, factors, eta[i], *(log[i] for log in logs))
+        return torch.cat(outputs), states, partial_out
 
     # -- continuing in the middle of a chunk ------------------------------------------------------------------------
 
-    def _earlier_slots(self, rows: int) -> Tensor:
-        phase = (self.earlier.count % self.rule.chunk_size).repeat_interleave(self.heads)[:rows]
+    def _slots_of_partial_in(self, rows: int) -> Tensor:
+        phase = (self.partial_in.count % self.rule.chunk_size).repeat_interleave(self.heads)[:rows]
         return torch.arange(self.rule.chunk_size, device=phase.device).view(1, -1, 1) < phase.view(-1, 1, 1)
 
-    def _with_earlier_slots(self, slots: Tensor, before: Tensor) -> Tensor:
-        """With the slots of the chunks that were begun before; of tensors of chunks, in those of the first step."""
+    def _behind_partial_in(self, slots: Tensor, before: Tensor) -> Tensor:
+        """With the slots of the chunks that `partial_in` has begun; of tensors of chunks, in those of the first step."""
         rows = self.layout.active[0] * self.heads
-        begun = torch.where(self._earlier_slots(rows), before[:rows], slots[:rows])
+        begun = torch.where(self._slots_of_partial_in(rows), before[:rows], slots[:rows])
         return torch.cat((begun, slots[rows:]))
 
-    def _with_earlier_log(self, log: Tensor, before: Tensor) -> Tensor:
-        """As `_with_earlier_slots`, and cumulative: what comes after goes on from the last slot before."""
+    def _log_behind_partial_in(self, log: Tensor, before: Tensor) -> Tensor:
+        """As `_behind_partial_in`, and cumulative: what comes after goes on from the last slot before."""
         rows = self.layout.active[0] * self.heads
-        earlier = self._earlier_slots(rows)
-        last = earlier & ~F.pad(earlier[:, 1:], (0, 0, 0, 1))  # the slot before the phase
+        begun = self._slots_of_partial_in(rows)
+        last = begun & ~F.pad(begun[:, 1:], (0, 0, 0, 1))  # the slot before the phase
         since = torch.where(last, before[:rows], 0.0).sum(-2, keepdim=True)
-        return self._with_earlier_slots(torch.cat((since + log[:rows], log[rows:])), before)
+        return self._behind_partial_in(torch.cat((since + log[:rows], log[rows:])), before)
 
     def _known(self, rows: int) -> Known:
-        first_rows = (Factors(*(t[:rows] for t in of_layer)) for of_layer in self.earlier.factors)
-        return Known(self._earlier_slots(rows), tuple(first_rows))
+        first_rows = (Factors(*(t[:rows] for t in of_layer)) for of_layer in self.partial_in.factors)
+        return Known(self._slots_of_partial_in(rows), tuple(first_rows))
 
     # -- the state after the last token -----------------------------------------------------------------------------
 
     def _capture(
-        self, step: int, captured: MemoryState, states, factors, eta, log_decay, *log_momentum
+        self, step: int, partial_out: MemoryState, states, factors, eta, log_decay, *log_momentum
     ) -> MemoryState:
         """Keeps what the final state needs of this step: rows end at different steps, the others go on."""
         inputs, gradients = zip(*factors, strict=True)
-        now = MemoryState((), inputs, gradients, eta, log_decay, captured.count, (), log_momentum)
+        now = MemoryState((), inputs, gradients, eta, log_decay, partial_out.count, (), log_momentum)
         full_steps = self.layout.full_steps
         if full_steps is not None:
-            captured = captured.with_matrices(states) if step + 1 == full_steps else captured
-            return now.with_matrices(captured.matrices) if step == full_steps else captured
+            partial_out = partial_out.with_matrices(states) if step + 1 == full_steps else partial_out
+            return now.with_matrices(partial_out.matrices) if step == full_steps else partial_out
         ends = (self.layout.used // self.rule.chunk_size).repeat_interleave(self.heads).view(-1, 1, 1)
 
         def keep(when: Tensor, new: Tensor, old: Tensor) -> Tensor:
             rows = new.shape[0]
             return torch.cat((torch.where(when[:rows], new, old[:rows]), old[rows:]))
 
-        matrices = [keep(ends == step + 1, new, old) for new, old in zip(states, captured.matrices, strict=True)]
-        return now.map_slots(functools.partial(keep, ends == step), captured).with_matrices(matrices)
+        matrices = [keep(ends == step + 1, new, old) for new, old in zip(states, partial_out.matrices, strict=True)]
+        return now.map_slots(functools.partial(keep, ends == step), partial_out).with_matrices(matrices)
 
-    def final_state(self, captured: MemoryState) -> MemoryState:
+    def final_state(self, partial_out: MemoryState) -> MemoryState:
         layout, size = self.layout, self.rule.chunk_size
         taken = (layout.used % size).repeat_interleave(self.heads).view(-1, 1, 1)
         filled = torch.arange(size, device=taken.device).view(1, -1, 1) < taken
-        # the slots used are those of this call's tokens, behind those of the chunk that was begun before
-        count = layout.used if self.earlier is None else layout.used + self.earlier.count // size * size
-        state = captured.map_slots(lambda t: torch.where(filled, t, 0.0))._replace(count=count)
+        # the slots used are those of this call's tokens, behind those of the chunk that `partial_in` has begun
+        count = layout.used if self.partial_in is None else layout.used + self.partial_in.count // size * size
+        state = partial_out.map_slots(lambda t: torch.where(filled, t, 0.0))._replace(count=count)
         return state.parted(self.heads, layout.row_order)

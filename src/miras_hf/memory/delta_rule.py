@@ -42,7 +42,7 @@ class TokenByToken(GradientDescent):
     (B_{t-1} in the place of B_t for `"previous"`), and all the rest is that of gradient descent. Numbers do not depend on
     `chunk_size`, which says how much is computed at once, but for the weights' cap, which is met at chunk starts.
 
-    Steps are one number a head: a write erases along the key what it writes along the key.
+    Step sizes are one number a head: a write erases along the key what it writes along the key.
     """
 
     step_granularities: ClassVar[tuple[str, ...]] = ("head",)
@@ -98,7 +98,7 @@ class TokenByToken(GradientDescent):
 
 @dataclass(frozen=True)
 class DeltaRule(TokenByToken):
-    """The delta rule as DeltaNet, Gated DeltaNet and Kimi Delta Attention publish it. Steps of more than
+    """The delta rule as DeltaNet, Gated DeltaNet and Kimi Delta Attention publish it. Step sizes of more than
     `largest_step / |k|^2` are cut there: without end, the memory would grow by a factor with every token.
 
     Args:
@@ -112,7 +112,7 @@ class DeltaRule(TokenByToken):
         # neither diag(alpha) - eta k^T k nor (1 - eta k^T k) diag(alpha) makes any vector longer then
         return 1.0 if self.gradient_at == "previous" else 2.0
 
-    def bound_step(self, eta: Tensor, k: Tensor) -> Tensor:
+    def bound_step_size(self, eta: Tensor, k: Tensor) -> Tensor:
         limit = self.largest_step
         return eta * (limit / (eta * k.square().sum(-1, keepdim=True)).clamp(min=limit))
 
@@ -129,5 +129,5 @@ class Implicit(TokenByToken):
 
     gradient_at: ClassVar[str] = "decayed"
 
-    def bound_step(self, eta: Tensor, k: Tensor) -> Tensor:
+    def bound_step_size(self, eta: Tensor, k: Tensor) -> Tensor:
         return eta / (1.0 + eta * k.square().sum(-1, keepdim=True))

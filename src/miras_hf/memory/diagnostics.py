@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .chunk import chunk_miras
 from .inputs import MemoryInputs, bound_inputs, check_inputs, tokens_first, without_autocast
-from .layout import check_layout_arguments
+from .layout import check_layout_arguments, is_token
 from .retention import ChunkWeights
 from .rule import MirasRule
 from .state import MemoryParameters, MemoryState, initial_memory_state
@@ -37,7 +37,7 @@ class MemoryStatistics(NamedTuple):
             delta rule the token: what equation (28) descends.
         inner_loss_initial (`torch.Tensor` of shape `[heads]`):
             The same at the learned initial memory. A memory that learns from the text stays below it.
-        write_strength (`torch.Tensor` of shape `[heads]`): eta, the step of a token.
+        write_strength (`torch.Tensor` of shape `[heads]`): eta, the step size of a token.
         retention (`torch.Tensor` of shape `[heads]`): alpha, what is left of the memory after a token.
         half_life (`torch.Tensor` of shape `[heads]`):
             Tokens after which half of a write is left; the geometric mean over channels, of whose rates the initial
@@ -67,7 +67,7 @@ def memory_statistics(
     rule: MirasRule,
     parameters: MemoryParameters,
     cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> MemoryStatistics:
     """Reads tokens as [`chunk_miras`] does, chunk by chunk, and tells what their memories did. Arguments as there.
 
@@ -79,8 +79,9 @@ def memory_statistics(
     """
     x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
     batch, tokens, heads, _ = q.shape
-    check_layout_arguments(batch, tokens, cu_seqlens, mask)
-    x, valid = real_rows(x, cu_seqlens, mask)
+    check_layout_arguments(batch, tokens, cu_seqlens, lengths)
+    x, lengths = real_rows(x, cu_seqlens, lengths)
+    valid = is_token(lengths, x.q.shape[1])
     count = valid.sum()
     if count == 0:
         raise ValueError(f"`q` must hold at least one real token, got shape {tuple(q.shape)}.")
@@ -90,7 +91,7 @@ def memory_statistics(
 
     norm = parameters.norm(valid.shape[0], x.q.dtype)
     initial, losses, initial_losses = None, [], []
-    for chunk, weights, state in chunks(x, valid, rule, parameters):
+    for chunk, weights, state in chunks(x, lengths, rule, parameters):
         initial = weights if initial is None else initial
         gates = rule.algorithm.chunk_gradient_gates(chunk.eta, *(log.cumsum(-2) for log in chunk.logs))
         before_write = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
@@ -115,47 +116,45 @@ def memory_statistics(
     )
 
 
-def real_rows(x: MemoryInputs, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[MemoryInputs, Tensor]:
-    """One sequence a row, real tokens first, so that all rows share the chunk grid; and which tokens are real."""
+def real_rows(x: MemoryInputs, cu_seqlens: Tensor | None, lengths: Tensor | None) -> tuple[MemoryInputs, Tensor]:
+    """One sequence a row, so that all rows share the chunk grid; and how many tokens each has."""
     batch, tokens = x.q.shape[:2]
     device = x.q.device
     if cu_seqlens is not None:
-        lengths = cu_seqlens.diff().to(device=device, dtype=torch.long)
-        column = torch.arange(int(lengths.max()), device=device)
-        valid = column < lengths[:, None]
-        source = torch.where(valid, cu_seqlens[:-1, None].to(device=device, dtype=torch.long) + column, 0)
-        return x.map(lambda t: t[0, source]), valid
-    if mask is None:
-        return x, torch.ones(batch, tokens, dtype=torch.bool, device=device)
-    token_order = torch.argsort(~mask, dim=-1, stable=True)
-    valid = torch.arange(tokens, device=device) < mask.sum(-1, keepdim=True)
+        borders = cu_seqlens.to(device=device, dtype=torch.long)
+        lengths = borders.diff()
+        longest = int(lengths.max())
+        source = borders[:-1, None] + torch.arange(longest, device=device)
+        source = torch.where(is_token(lengths, longest), source, 0)
+        return x.map(lambda t: t[0, source]), lengths
+    if lengths is None:
+        return x, torch.full((batch,), tokens, device=device)
     # what a pad holds may be no number, which products with zeros would hand to others
-    return x.map(
-        lambda t: torch.where(valid[..., None, None], t.gather(1, token_order[..., None, None].expand_as(t)), 0.0)
-    ), valid
+    valid = is_token(lengths, tokens)[..., None, None]
+    return x.map(lambda t: torch.where(valid, t, 0.0)), lengths
 
 
 def chunks(
-    x: MemoryInputs, valid: Tensor, rule: MirasRule, parameters: MemoryParameters
+    x: MemoryInputs, lengths: Tensor, rule: MirasRule, parameters: MemoryParameters
 ) -> Iterator[tuple[MemoryInputs, tuple[ChunkWeights, ...], MemoryState]]:
     """Reads `real_rows` chunk by chunk: its tokens, the weights at its start and the state after it, all with rows and
     heads in one axis."""
-    rows, size, dtype = valid.shape[0], rule.chunk_size, x.q.dtype
+    rows, size, dtype = lengths.shape[0], rule.chunk_size, x.q.dtype
     base = parameters.base(rule, rows, dtype)
     state = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], dtype)
-    for start in range(0, valid.shape[1], size):
+    for start in range(0, x.q.shape[1], size):
         chunk = x.map(lambda t, start=start: t[:, start : start + size])
         weights = rule.weights(state.merged(dtype).matrices, base)
-        state = state_after(chunk, valid[:, start : start + size], state, rule, parameters)
+        state = state_after(chunk, (lengths - start).clamp(0, chunk.q.shape[1]), state, rule, parameters)
         yield chunk.merged(), weights, state.merged(dtype)
 
 
 def state_after(
-    x: MemoryInputs, valid: Tensor, state: MemoryState, rule: MirasRule, parameters: MemoryParameters
+    x: MemoryInputs, lengths: Tensor, state: MemoryState, rule: MirasRule, parameters: MemoryParameters
 ) -> MemoryState:
     """The state that reading makes of another."""
     after = chunk_miras(
-        *x, rule=rule, parameters=parameters, initial_state=state, output_final_state=True, mask=valid
+        *x, rule=rule, parameters=parameters, initial_state=state, output_final_state=True, lengths=lengths
     )[1]
     assert after is not None
     return after

@@ -166,7 +166,7 @@ def bound_inputs(x: MemoryInputs, rule: MirasRule) -> MemoryInputs:
         q=x.q.clamp(-KEY_CAP, KEY_CAP),
         k=k,
         v=x.v.clamp(-VALUE_CAP, VALUE_CAP),
-        eta=rule.algorithm.bound_step(x.eta, k),
+        eta=rule.algorithm.bound_step_size(x.eta, k),
         log_alpha=x.log_alpha.clamp(rule.min_log_alpha, 0.0),
         log_momentum=None if x.log_momentum is None else x.log_momentum.clamp(MIN_LOG_MOMENTUM, 0.0),
     )

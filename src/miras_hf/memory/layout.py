@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .vjp import can_look_at
+
 
 @dataclass
 class ChunkLayout:
@@ -106,17 +108,17 @@ def build_layout(
     device: torch.device,
     *,
     cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     phase: Tensor | None = None,
 ) -> ChunkLayout:
     """Lays tokens out on the grid.
 
     Args:
         cu_seqlens (`torch.Tensor` of shape `[sequences + 1]`, *optional*): borders of a pack; read on the host.
-        mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): true at real tokens, anywhere in the row.
+        lengths (`torch.Tensor` of shape `[batch]`, *optional*): real tokens of every row, before its pads.
         phase (`torch.Tensor` of shape `[rows]`, *optional*): slots of the first chunk that a state has filled.
     """
-    if cu_seqlens is None and mask is None and phase is None:
+    if cu_seqlens is None and lengths is None and phase is None:
         used = torch.full((batch,), tokens, device=device)
         steps = -(-tokens // chunk_size)
         return ChunkLayout(
@@ -127,19 +129,15 @@ def build_layout(
     if cu_seqlens is None:
         rows, row_order = batch, None
         row_of_token = torch.arange(batch, device=device).repeat_interleave(tokens)
-        if mask is None:
-            rank = torch.arange(tokens, device=device).repeat(batch)
-            lengths = torch.full((batch,), tokens, device=device)
-        else:
-            rank = (mask.long().cumsum(-1) - 1).flatten()
-            lengths = mask.long().sum(-1)
+        rank = torch.arange(tokens, device=device).repeat(batch)
+        taken = torch.full((batch,), tokens, device=device) if lengths is None else lengths.long()
         steps_of_row = [-(-(tokens + extra) // chunk_size)] * batch
     else:
-        lengths = cu_seqlens.diff().to(device=device, dtype=torch.long)
-        rows = lengths.shape[0]
-        row_of_token = torch.arange(rows, device=device).repeat_interleave(lengths, output_size=tokens)
+        taken = cu_seqlens.diff().to(device=device, dtype=torch.long)
+        rows = taken.shape[0]
+        row_of_token = torch.arange(rows, device=device).repeat_interleave(taken, output_size=tokens)
         rank = torch.arange(tokens, device=device) - cu_seqlens.to(device=device, dtype=torch.long)[row_of_token]
-        steps_of_row = [-(-(length + extra) // chunk_size) for length in lengths.tolist()]
+        steps_of_row = [-(-(length + extra) // chunk_size) for length in taken.tolist()]
         row_order = torch.tensor(
             sorted(range(rows), key=lambda row: -steps_of_row[row]), device=device, dtype=torch.long
         )
@@ -149,25 +147,30 @@ def build_layout(
     offsets = torch.tensor([0, *itertools.accumulate(active)], device=device)
 
     slot = rank if phase is None else rank + phase[row_of_token]
-    used = lengths if phase is None else lengths + phase
+    used = taken if phase is None else taken + phase
     position = row_of_token
     if row_order is not None:
         position = torch.argsort(row_order)[row_of_token]
         used = used[row_order]
     slot_of_token = (offsets[:-1][slot // chunk_size] + position) * chunk_size + slot % chunk_size
-    if mask is not None:
-        slot_of_token = torch.where(mask.flatten(), slot_of_token, sum(active) * chunk_size)
+    if lengths is not None:
+        slot_of_token = torch.where(rank < taken[row_of_token], slot_of_token, sum(active) * chunk_size)
     return ChunkLayout(batch, tokens, rows, chunk_size, active, row_order, slot_of_token, used, full_steps=None)
 
 
-def check_layout_arguments(batch: int, tokens: int, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
-    """Raises a `ValueError` that names the argument, for packs that do not cover the tokens and masks of wrong shape."""
-    if mask is not None:
+def check_layout_arguments(batch: int, tokens: int, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
+    """Raises a `ValueError` that names the argument, for packs that do not cover the tokens and lengths that do not fit."""
+    if lengths is not None:
         if cu_seqlens is not None:
-            raise ValueError("`mask` and `cu_seqlens` exclude each other: a pack has no pad tokens.")
-        if mask.shape != (batch, tokens) or mask.dtype != torch.bool:
+            raise ValueError("`lengths` and `cu_seqlens` exclude each other: a pack has no pad tokens.")
+        if lengths.shape != (batch,) or lengths.dtype not in (torch.int32, torch.int64):
             raise ValueError(
-                f"`mask` must be a bool tensor of shape {(batch, tokens)}, got {mask.dtype} {tuple(mask.shape)}."
+                f"`lengths` must be an int32 or int64 tensor of shape {(batch,)}, got {lengths.dtype} "
+                f"{tuple(lengths.shape)}."
+            )
+        if can_look_at(lengths) and bool(((lengths < 0) | (lengths > tokens)).any()):
+            raise ValueError(
+                f"`lengths` must lie between 0 and {tokens}, the tokens of a row, got {_abbreviated(lengths.tolist())}."
             )
     if cu_seqlens is not None:
         if batch != 1:
@@ -182,6 +185,11 @@ def check_layout_arguments(batch: int, tokens: int, cu_seqlens: Tensor | None, m
             raise ValueError(
                 f"`cu_seqlens` must rise from 0 to the number of tokens, {tokens}, got {_abbreviated(borders)}."
             )
+
+
+def is_token(lengths: Tensor, tokens: int) -> Tensor:
+    """Which slots of `[rows, tokens]` hold a token: the first `lengths`, `[rows]`, of every row."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
 
 
 def _abbreviated(numbers: list[int]) -> str:

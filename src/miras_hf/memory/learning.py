@@ -32,7 +32,7 @@ from .vjp import in_transform
 
 
 class Gates(NamedTuple):
-    """Retention and step of the tokens of a chunk, `B` the decay since its start, last axis `head_dim` or 1.
+    """Retention and step size of the tokens of a chunk, `B` the decay since its start, last axis `head_dim` or 1.
 
     Args:
         decay (`torch.Tensor` of shape `[..., queries, c]`): B_t of the tokens that read.
@@ -76,7 +76,7 @@ class LearningAlgorithm(Choice):
     """Whether a layer's state is a second matrix besides the dual state."""
 
     gate_granularities: ClassVar[tuple[str, ...]] = ("channel", "head")
-    """What step and retention may be one number of."""
+    """What step size and retention may be one number of."""
 
     step_granularities: ClassVar[tuple[str, ...]] = ("channel", "head")
     """What steps may be one number of; where it is one a head alone, retention may still be one a channel."""
@@ -89,15 +89,15 @@ class LearningAlgorithm(Choice):
 
     @property
     def largest_step(self) -> float:
-        """The step above which writes along a key of norm 1 would make the memory grow without end."""
+        """The step size above which writes along a key of norm 1 would make the memory grow without end."""
         return math.inf
 
     def refusal(self, architecture: MemoryArchitecture, bias: AttentionalBias, retention: RetentionGate) -> str | None:
         """Why it does not learn under other choices, behind its name; `None` if it does."""
         return None
 
-    def bound_step(self, eta: Tensor, k: Tensor) -> Tensor:
-        """The steps that are taken, of steps `[..., c]` and keys `[..., head_dim]`: cut, where larger ones do harm."""
+    def bound_step_size(self, eta: Tensor, k: Tensor) -> Tensor:
+        """The step sizes that are taken, of step sizes `[..., c]` and keys `[..., head_dim]`: cut, where larger ones do harm."""
         return eta
 
     def chunk_gradient_gates(self, eta: Tensor, *logs: Tensor) -> Gates | None:
@@ -127,7 +127,7 @@ class LearningAlgorithm(Choice):
         """Gates of whole chunks.
 
         Args:
-            eta (`torch.Tensor` of shape `[..., chunk_size, c]`): step of every token.
+            eta (`torch.Tensor` of shape `[..., chunk_size, c]`): step size of every token.
             log_decay (`torch.Tensor` of shape `[..., chunk_size, c]`): log B_t, cumulative inside the chunk.
         """
         raise NotImplementedError

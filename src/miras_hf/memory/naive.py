@@ -42,7 +42,7 @@ def naive_miras(
 
     Args:
         q, k, v (`torch.Tensor` of shape `[tokens, head_dim]`): queries, keys, values.
-        eta, alpha (`torch.Tensor` of shape `[tokens, head_dim or 1]`): step and retention of every token.
+        eta, alpha (`torch.Tensor` of shape `[tokens, head_dim or 1]`): step size and retention of every token.
         delta (`torch.Tensor` of shape `[tokens, head_dim or 1]`, *optional*): threshold of the Huber biases.
         mu (`torch.Tensor` of shape `[tokens, 1]`, *optional*): momentum, with `rule.algorithm=Momentum()`.
         rule (`MirasRule`): the four choices.

@@ -27,7 +27,7 @@ from torch import Tensor
 from .chunk import chunk_miras
 from .diagnostics import chunks, real_rows, state_after
 from .inputs import MemoryInputs, bound_inputs, check_inputs, tokens_first, without_autocast
-from .layout import check_layout_arguments
+from .layout import check_layout_arguments, is_token
 from .rule import MirasRule
 from .state import MemoryParameters, initial_memory_state
 
@@ -62,7 +62,7 @@ class MemoryProbe(NamedTuple):
         write_cosine (`torch.Tensor` of shape `[heads]`): cosine of a write and the token's value.
         write_share (`torch.Tensor` of shape `[heads]`):
             The part of the error at its own key that a write takes away, `sum(write . error) / sum(|error|^2)` with
-            `error = value - read`: the step in units of the read. Above 2 a write leaves a larger error than it found.
+            `error = value - read`: the step size in units of the read. Above 2 a write leaves a larger error than it found.
         recall (`torch.Tensor` of shape `[lags, heads]`):
             Cosine of a token's value and what its key gives some tokens later, less what it gave at the start; at lag
             0, right after the token. NaN for lags that no row is long enough for.
@@ -113,7 +113,7 @@ def probe_memory(
     rule: MirasRule,
     parameters: MemoryParameters,
     cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     lags: Sequence[int] = LAGS,
 ) -> MemoryProbe:
     """Reads tokens as [`chunk_miras`] does, and asks the memory for what it has read. Arguments as there, without
@@ -128,8 +128,9 @@ def probe_memory(
     if any(lag < 0 for lag in lags):
         raise ValueError(f"`lags` must not be negative, got {tuple(lags)}.")
     x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
-    check_layout_arguments(*q.shape[:2], cu_seqlens, mask)
-    x, live = real_rows(x, cu_seqlens, mask)
+    check_layout_arguments(*q.shape[:2], cu_seqlens, lengths)
+    x, lengths = real_rows(x, cu_seqlens, lengths)
+    live = is_token(lengths, x.q.shape[1])
     if not live.any():
         raise ValueError(f"`q` must hold at least one real token, got shape {tuple(q.shape)}.")
 
@@ -140,10 +141,9 @@ def probe_memory(
         return mean(values.square().mean(-1)).sqrt()
 
     def read(queries: Tensor) -> Tensor:
-        return chunk_miras(queries, *x[1:], rule=rule, parameters=parameters, mask=live)[0]
+        return chunk_miras(queries, *x[1:], rule=rule, parameters=parameters, lengths=lengths)[0]
 
-    at_start, errors, writes = _recalled_and_written(x, live, rule, parameters)
-    lengths = live.sum(-1)
+    at_start, errors, writes = _recalled_and_written(x, lengths, rule, parameters)
     # the token half a row away, for what values have in common
     token = torch.arange(live.shape[1], device=live.device)
     elsewhere = (token + (lengths // 2)[:, None]) % lengths.clamp(min=1)[:, None]
@@ -169,7 +169,7 @@ def probe_memory(
         recall=torch.stack(recall),
         chance=torch.stack(chance),
         half_lives=math.log(2.0) / rate,
-        log_growth=_log_growth(x, live, rule, parameters),
+        log_growth=_log_growth(x, lengths, rule, parameters),
         chunk_size=rule.chunk_size,
     )
 
@@ -193,17 +193,17 @@ def summary(probe: MemoryProbe, lags: Sequence[int] = LAGS) -> dict[str, float]:
 
 
 def _recalled_and_written(
-    x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: MemoryParameters
+    x: MemoryInputs, lengths: Tensor, rule: MirasRule, parameters: MemoryParameters
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the initial memory returns for the keys, errors `v - M(k)` where gradients are taken, and each token's write,
     all `[rows, tokens, heads, head_dim]`."""
-    norm, initial, found = parameters.norm(live.shape[0], x.k.dtype), None, []
-    for chunk, weights, _ in chunks(x, live, rule, parameters):
+    norm, initial, found = parameters.norm(lengths.shape[0], x.k.dtype), None, []
+    for chunk, weights, _ in chunks(x, lengths, rule, parameters):
         initial = weights if initial is None else initial
         gates = rule.algorithm.chunk_gradient_gates(chunk.eta, *(log.cumsum(-2) for log in chunk.logs))
         factors = rule.write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
         asked = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
-        # with and without the step in one way: what does not come from the write is the same to the last bit
+        # with and without the step size in one way: what does not come from the write is the same to the last bit
         before, after = (
             rule.read(weights, factors, chunk.k, rule.algorithm.own_gates(eta), norm)
             for eta in (torch.zeros_like(chunk.eta), chunk.eta)
@@ -215,11 +215,11 @@ def _recalled_and_written(
     return tokens_first(at_start, heads), tokens_first(errors, heads), tokens_first(writes, heads)
 
 
-def _log_growth(x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: MemoryParameters) -> Tensor:
+def _log_growth(x: MemoryInputs, lengths: Tensor, rule: MirasRule, parameters: MemoryParameters) -> Tensor:
     """Log growth, chunk by chunk, of a difference that is brought back to its size after each: in float64, `[chunks,
     heads]`."""
-    size, rows, heads = rule.chunk_size, live.shape[0], x.k.shape[2]
-    chunks = int(live.sum(-1).min()) // size
+    size, rows, heads = rule.chunk_size, lengths.shape[0], x.k.shape[2]
+    chunks = int(lengths.min()) // size
     if chunks < 2:
         return x.k.new_zeros(0, heads)
     x = x.map(lambda t: t[:, : chunks * size].double())
@@ -228,11 +228,12 @@ def _log_growth(x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: Memo
     )
     state = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], torch.float64)
     generator = torch.Generator().manual_seed(0)
+    full = lengths.new_full((rows,), size)
     difference, growth = None, []
     for start in range(0, chunks * size, size):
         chunk = x.map(lambda t, start=start: t[:, start : start + size])
         if difference is None:
-            state = state_after(chunk, live[:, :size], state, rule, parameters)
+            state = state_after(chunk, full, state, rule, parameters)
             difference = [torch.randn(d.shape, generator=generator, dtype=d.dtype).to(d.device) for d in state.dual]
             difference = _resized(difference)[0]
             continue
@@ -241,8 +242,7 @@ def _log_growth(x: MemoryInputs, live: Tensor, rule: MirasRule, parameters: Memo
         both = both._replace(
             dual=tuple(torch.cat((d, d + e)) for d, e in zip(state.dual, difference, strict=True)),
         )
-        mask = live.new_ones(2 * rows, size)
-        both = state_after(chunk.map(lambda t: torch.cat((t, t))), mask, both, rule, parameters)
+        both = state_after(chunk.map(lambda t: torch.cat((t, t))), full.repeat(2), both, rule, parameters)
         state = both.map(lambda t: t[:rows])
         difference, factor = _resized([d[rows:] - d[:rows] for d in both.dual])
         growth.append(factor.log().clamp(min=SMALLEST_GROWTH).mean(0))

@@ -41,7 +41,7 @@ def recurrent_miras(
     initial_state: MemoryState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     read: str = "linearised",
 ) -> tuple[Tensor, MemoryState | None]:
     """The memory, token by token. Same arguments as [`chunk_miras`], and one more.
@@ -58,7 +58,7 @@ def recurrent_miras(
         raise ValueError(f"`read` must be 'linearised' or 'exact', got {read!r}.")
     x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
     batch, tokens, heads, head_dim = q.shape
-    check_layout_arguments(batch, tokens, cu_seqlens, mask)
+    check_layout_arguments(batch, tokens, cu_seqlens, lengths)
     gate_dim = x.eta.shape[-1]
     rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is None:
@@ -73,7 +73,7 @@ def recurrent_miras(
         for index, (start, stop) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
             one = state if cu_seqlens is None else state.map(lambda t, i=index: t[i : i + 1])
             tokens_of_one = x.map(lambda t, start=start, stop=stop: t[:, start:stop])
-            y, one = _read_sequence(tokens_of_one, one, rule, parameters, mask, read == "exact")
+            y, one = _read_sequence(tokens_of_one, one, rule, parameters, lengths, read == "exact")
             outputs.append(y)
             states.append(one)
     y = torch.cat(outputs, dim=1).to(q.dtype)
@@ -84,7 +84,7 @@ def recurrent_miras(
     return y, MemoryState.map(states[0], lambda *parts: torch.cat(parts), *states[1:])
 
 
-def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, parameters, mask, exact: bool):
+def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, parameters, lengths, exact: bool):
     architecture, layers = rule.architecture, range(len(rule.architecture.gate_axes))
     rows, tokens, heads, head_dim = x.q.shape
     dtype = x.q.dtype
@@ -125,7 +125,7 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
     outputs = []
     for t in range(tokens):
         q, k, v, eta_t, log_alpha_t, delta_t, log_momentum_t = x.map(lambda of_all, t=t: of_all[:, t].unsqueeze(2))
-        live = torch.ones(rows, dtype=torch.bool, device=q.device) if mask is None else mask[:, t]
+        live = torch.ones(rows, dtype=torch.bool, device=q.device) if lengths is None else t < lengths
         live = live.view(rows, 1, 1, 1)
         weights = fresh_chunk(start)
 

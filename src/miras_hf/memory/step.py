@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .inputs import MemoryInputs, bound_inputs, check_inputs, tokens_first, without_autocast
+from .layout import check_layout_arguments, is_token
 from .retention import ChunkWeights
 from .rule import MirasRule
 from .state import MemoryParameters, MemoryState, check_state, initial_memory_state, starting_dual
@@ -46,20 +47,21 @@ def step_miras(
     parameters: MemoryParameters,
     initial_state: MemoryState | None = None,
     output_final_state: bool = True,
-    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState | None]:
     """Reads one token per row. Arguments as in [`chunk_miras`], with `tokens == 1`.
 
     Args:
-        mask (`torch.Tensor` of shape `[batch, 1]`, bool, *optional*):
-            False for rows that have no token in this call: their state stays, their output is zero.
+        lengths (`torch.Tensor` of shape `[batch]`, int32 or int64, *optional*):
+            0 for rows that have no token in this call, 1 for the others: the state of the former stays, their output is
+            zero.
 
     Returns:
         `y` of shape `[batch, 1, heads, head_dim]`, and the new `MemoryState`.
     """
     x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters)
     rows, _, heads, head_dim = q.shape
-    _check_step(q, mask)
+    mask = _check_step(q, lengths)
     gate_dim = x.eta.shape[-1]
     if initial_state is None:
         state = initial_memory_state(rule, parameters, rows, gate_dim, x.q.dtype)
@@ -112,7 +114,7 @@ def step_miras_(
     parameters: MemoryParameters,
     state: MemoryState,
     weights: Sequence[ChunkWeights] | None = None,
-    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Sequence[ChunkWeights] | None]:
     """`step_miras` in place: the tensors of `state` are the new state afterwards.
 
@@ -134,7 +136,7 @@ def step_miras_(
         )
     x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters)
     rows, _, heads, head_dim = q.shape
-    _check_step(q, mask)
+    mask = _check_step(q, lengths)
     check_state(state, rule, heads, head_dim, rows, x.eta.shape[-1])
     dtype = x.q.dtype
     if any(t.dtype != dtype or not t.is_contiguous() for t in state._replace(count=state.eta).leaves()):
@@ -178,13 +180,12 @@ def step_miras_(
     return y, None if compiling else weights
 
 
-def _check_step(q: Tensor, mask: Tensor | None) -> None:
+def _check_step(q: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """Which rows have a token, `[rows, 1]`; `None` if all have."""
     if q.shape[1] != 1:
         raise ValueError(f"`q` must hold one token per row, got {q.shape[1]}; longer calls go through `chunk_miras`.")
-    if mask is not None and (mask.shape != (q.shape[0], 1) or mask.dtype != torch.bool):
-        raise ValueError(
-            f"`mask` must be a bool tensor of shape {(q.shape[0], 1)}, got {mask.dtype} {tuple(mask.shape)}."
-        )
+    check_layout_arguments(q.shape[0], 1, None, lengths)
+    return None if lengths is None else is_token(lengths, 1)
 
 
 def _write(rule: MirasRule, weights, state: MemoryState, x: MemoryInputs, before: Tensor, now: Tensor, norm):
