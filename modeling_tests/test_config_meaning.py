@@ -29,7 +29,10 @@ from miras_hf.config_meaning import means_something_with
 
 # far enough from the defaults to be seen in what a small model computes
 OTHER = {
+    "memory_depth": 3,
     "memory_expansion": 2,
+    "memory_norm": False,
+    "memory_residual": False,
     "memory_norm_eps": 3e-1,
     "lp_power": 1.5,
     "lp_sign": "tanh",
@@ -54,6 +57,8 @@ CHOICES = {
     "attentional_bias": ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture", "robust", "dot", "l1"],
     "retention": ["decay", "lq", "kl", "chi_squared", "bregman", "elastic_net"],
     "memory_architecture": ["mlp", "matrix"],
+    "memory_depth": [1, 2],
+    "memory_norm": [True, False],
     "learning_algorithm": ["gradient_descent", "delta_rule"],
     "lp_sign": ["exact", "tanh"],
     "gate_granularity": ["channel", "head"],
@@ -97,6 +102,10 @@ def test_a_field_changes_what_is_computed_or_is_refused(name, monkeypatch):
         if choices.get("attention_layers") and choices.get("full_attention_layers"):  # no memory is left
             continue
         if choices.get("attentional_bias") != "lp" and choices.get("lp_sign") == "tanh":
+            continue
+        if choices.get("memory_architecture") == "matrix" and (
+            choices.get("memory_depth") == 1 or choices.get("memory_norm") is False
+        ):
             continue
         if choices.get("learning_algorithm") == "delta_rule":
             choices |= {"memory_architecture": "matrix", "residual_clip": None, "retention": "decay"}

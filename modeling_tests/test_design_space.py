@@ -42,6 +42,12 @@ BIASES, GATES = (
 )
 
 
+def networks() -> st.SearchStrategy[MLPMemory]:
+    """MLP memories, those of two layers with norm and residual first."""
+    depth = st.sampled_from((2, 1, 3, 4))
+    return st.builds(MLPMemory, st.just(2), depth=depth, norm=st.sampled_from((True, False)), residual=st.booleans())
+
+
 @st.composite
 def rules(draw) -> MirasRule:
     """Any point that the rule accepts, a chunk of 1 to 6 tokens."""
@@ -57,7 +63,7 @@ def rules(draw) -> MirasRule:
     bias, gate = draw(st.sampled_from(BIASES)), draw(st.sampled_from(GATES))
     gate = gate(**{"weight_cap": cap} if "weight_cap" in gate.parameters() else {})
     clip = draw(st.sampled_from((None, 0.5, 3.0)))
-    memory = draw(st.sampled_from((MatrixMemory(), MLPMemory(expansion=2))))
+    memory = draw(st.one_of(st.just(MatrixMemory()), networks()))
     return MirasRule(memory, bias(residual_clip=clip), gate, algorithm, chunk_size, decay_target)
 
 

@@ -25,6 +25,7 @@ import weakref
 import pytest
 import torch
 from memory_cases import (
+    ARCHITECTURES,
     FORMS,
     MODELS,
     RULES,
@@ -75,7 +76,7 @@ def groups_by_hand(monkeypatch) -> list:
 # -- which path -----------------------------------------------------------------------------------------------------------
 
 
-WITH_ADJOINT = [*RULES, "nearest", "nearest_zero"]
+WITH_ADJOINT = [*RULES, *ARCHITECTURES, "nearest", "nearest_zero"]
 
 
 @pytest.mark.parametrize("name", WITH_ADJOINT)

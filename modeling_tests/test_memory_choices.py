@@ -375,7 +375,18 @@ def test_floor_of_the_printed_map():
 # -- architectures --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", [MLPMemory(), MLPMemory(expansion=1, norm_eps=1e-3), MatrixMemory()])
+NETWORKS = [
+    MLPMemory(),
+    MLPMemory(expansion=1, norm_eps=1e-3),
+    MLPMemory(depth=1),
+    MLPMemory(expansion=2, depth=4),
+    MLPMemory(residual=False),
+    MLPMemory(depth=3, norm=False),
+    MatrixMemory(),
+]
+
+
+@pytest.mark.parametrize("architecture", NETWORKS, ids=str)
 def test_write_is_the_gradient_of_the_read(architecture):
     """Rank-one factors times each other are the gradients by autograd, and so are their derivatives."""
     d, tokens = 6, 5
@@ -387,7 +398,7 @@ def test_write_is_the_gradient_of_the_read(architecture):
 
     prediction = architecture.read(lambda layer, x: x @ weights[layer], k, *norm)
     expected = torch.autograd.grad((prediction - v).pow(4).sum() / 4, weights, create_graph=True)
-    leaves = [*weights, k, *(norm if isinstance(architecture, MLPMemory) else [])]
+    leaves = [*weights, k, *(norm if architecture.has_norm else [])]
     for got, want in zip(written, expected, strict=True):
         assert relative_error(got, want) < 1e-12
     first, second = (
@@ -396,6 +407,28 @@ def test_write_is_the_gradient_of_the_read(architecture):
     )
     for got, want in zip(first, second, strict=True):
         assert relative_error(got, want) < 1e-11
+
+
+def test_other_depths_and_what_stands_around():
+    d, x, affine = 6, normal(5, 6, seed=3), (normal(6, seed=4), normal(6, seed=5))
+
+    def read(memory):
+        weights = [normal(*shape, seed=i) for i, shape in enumerate(memory.weight_shapes(d))]
+        return weights, memory.read(lambda layer, h: h @ weights[layer], x, *affine)
+
+    (w,), found = read(MLPMemory(depth=1, norm_eps=1e-6))
+    assert w.shape == (d, d) and relative_error(found, x + F.layer_norm(x @ w, (d,), *affine, 1e-6)) < 1e-12
+    memory = MLPMemory(expansion=3, depth=4, norm=False)
+    (a, b, c, e), found = read(memory)
+    assert [tuple(w.shape) for w in (a, b, c, e)] == [(d, 3 * d), (3 * d, 3 * d), (3 * d, 3 * d), (3 * d, d)]
+    assert memory.gate_axes == ("input", "hidden", "hidden", "output")
+
+    def act(z):
+        return F.gelu(z, approximate="tanh")
+
+    expected = act(act(act(x @ a) @ b) @ c) @ e
+    assert relative_error(found, x + expected) < 1e-12
+    assert relative_error(read(MLPMemory(expansion=3, depth=4, norm=False, residual=False))[1], expected) < 1e-12
 
 
 def test_mlp_memory_is_the_equation():

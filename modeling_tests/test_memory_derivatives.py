@@ -19,7 +19,7 @@ one. Here it is held against finite differences of gradients and against derivat
 
 import pytest
 import torch
-from memory_cases import RULES, make_case, rule_of
+from memory_cases import ARCHITECTURES, RULES, make_case, rule_of
 from torch import func
 from torch.autograd import gradgradcheck
 
@@ -54,7 +54,7 @@ def stacked(x):
 
 
 @pytest.mark.parametrize("final_state", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [*RULES, *ARCHITECTURES])
 def test_second_derivatives(name, final_state):
     """Against finite differences of gradients; with a final state the last chunk goes back by other means."""
     case = make_case(rule_of(name), tokens=6, batch=1, heads=1, head_dim=3)

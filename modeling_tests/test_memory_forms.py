@@ -18,6 +18,7 @@ import functools
 import pytest
 import torch
 from memory_cases import (
+    ARCHITECTURES,
     FORMS,
     GATES,
     MODELS,
@@ -159,7 +160,7 @@ def test_recomputation_saves_memory(name):
 
 
 @pytest.mark.parametrize("final_state", [True, False])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [*RULES, *ARCHITECTURES])
 def test_gradcheck(name, final_state):
     """Analytic gradients of the chunk form against finite differences, along random directions."""
     case = make_case(rule_of(name, chunk_size=2), batch=1, tokens=5, heads=1, head_dim=4).requires_grad()

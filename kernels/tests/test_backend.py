@@ -293,6 +293,10 @@ def test_rules_that_kernels_do_not_know_say_why(ids):
     with pytest.raises(ValueError, match="backend is 'triton': `chunk_size` must be one of"), torch.no_grad():
         fast(input_ids=ids)
     assert MemoryBackend(MirasRule(MLPMemory(expansion=2), L2(), chunk_size=16)).choices.expansion == 2
+    for changed in ({"depth": 3}, {"depth": 1}, {"norm": False}, {"residual": False}):
+        ((name, value),) = changed.items()
+        choices, reason = kernel_choices(MirasRule(MLPMemory(**changed), L2(), chunk_size=16))
+        assert choices is None and reason == f"kernels do not know `memory_{name}={value}`"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the slow path is only slow where there is a GPU")

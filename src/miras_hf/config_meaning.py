@@ -22,6 +22,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from .memory.declared import is_made
 from .memory.registry import CHOICES, declared_keys
 from .memory.rule import default_min_log_alpha
 from .step_size import largest_step
@@ -81,7 +82,9 @@ def means_something_with() -> dict[str, Alternatives]:
                 continue
             for parameter in cls.parameters().values():
                 if not all(parameter in other.parameters().values() for other in table.values()):
-                    line = {field: name, **parameter.only_with}
+                    taken = {p.key for p in cls.parameters().values()}
+                    others = {key: value for key, value in parameter.only_with.items() if key in taken}
+                    line = {field: name, **others}
                     found[parameter.key] = (*found.get(parameter.key, ()), line)
     thresholds = (name for name, cls in CHOICES["attentional_bias"].items() if cls.delta_granularity == "channel")
     found["gate_rank"] = ({"gate_granularity": "channel"}, *({"attentional_bias": name} for name in thresholds))
@@ -114,7 +117,7 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     }
     found = {}
     for name, alternatives in means_something_with().items():
-        if any(all(getattr(config, n) == v for n, v in choices.items()) for choices in alternatives):
+        if any(all(is_made(getattr(config, n), v) for n, v in choices.items()) for choices in alternatives):
             continue
         if getattr(config, name, defaults[name]) not in (defaults[name], *derived.get(name, ())):
             found[name] = defaults[name]
@@ -186,6 +189,10 @@ def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 
 def _in_words(alternatives: Alternatives) -> str:
     return " or ".join(
-        " and ".join(_IN_WORDS.get(name, f"`{name}={value!r}`") for name, value in choices.items())
+        " and ".join(_IN_WORDS.get(name, _value_in_words(name, value)) for name, value in choices.items())
         for choices in alternatives
     )
+
+
+def _value_in_words(name: str, value: Any) -> str:
+    return f"`{name}` of at least {value.start}" if isinstance(value, range) else f"`{name}={value!r}`"

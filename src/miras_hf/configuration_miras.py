@@ -38,7 +38,7 @@ from .config_fields import (
 from .config_keywords import check_keywords, refuse_unused, without_unknown
 from .config_meaning import check_meaning, with_later_fields, without_meaningless
 from .hub import WholeFilesOnly, auto_map, write_shim
-from .memory.registry import chosen
+from .memory.registry import choice_of, chosen
 from .memory.rule import default_min_log_alpha, least_log_alpha
 from .peft import register_peft_defaults
 from .presets import MODELS
@@ -152,7 +152,13 @@ class MirasConfig(PreTrainedConfig):
         sliding_window (`int`, *optional*, defaults to 2048): Window of sliding-window attention layers, in tokens.
         memory_architecture (`str`, *optional*, defaults to `"mlp"`):
             Choice (i). `"mlp"`: `x + LN(gelu(x W1) W2)`; `"matrix"`: `x W`.
+        memory_depth (`int`, *optional*, defaults to 2):
+            Weights of the MLP memory, with gelu between them; 1 for `x + LN(x W)`. Those between hidden units, of a depth of
+            3 and more, have gates that are the means of the channels'. Other depths than 2 run in PyTorch only.
         memory_expansion (`int`, *optional*, defaults to 4): Hidden width of the MLP memory over `head_dim`.
+        memory_norm, memory_residual (`bool`, *optional*, default to `True`):
+            Whether the MLP memory has its layer norm, and adds what it is asked with to what it returns. Without either it
+            runs in PyTorch only.
         memory_norm_eps (`float`, *optional*):
             Epsilon of the memory's layer norm, which bounds its backward; `None` for 0.1, or 0.01 with KL retention.
         attentional_bias (`str`, *optional*, defaults to `"l2"`):
@@ -283,7 +289,10 @@ class MirasConfig(PreTrainedConfig):
     sliding_window: int = bounded(2048, 1, 2**31 - 1)
 
     memory_architecture: str = choice("memory_architecture", "mlp")
+    memory_depth: int = declared("memory_depth")
     memory_expansion: int = declared("memory_expansion")
+    memory_norm: bool = declared("memory_norm")
+    memory_residual: bool = declared("memory_residual")
     memory_norm_eps: float | None = declared("memory_norm_eps", default=None)
     attentional_bias: str = choice("attentional_bias", "l2")
     lp_power: int | float = declared("lp_power")
@@ -618,7 +627,7 @@ class MirasConfig(PreTrainedConfig):
             for gate in (name for name, there in gates.items() if there):
                 mixer |= {gate: "heads"} if fixed.get(gate) else {gate: "heads", f"{gate}.up_proj": "colwise"}
             mixer["memory.initial_state"] = "heads"
-            if chosen(self, "memory_architecture").has_norm:
+            if choice_of(self, "memory_architecture").has_norm:
                 mixer["memory"] = "heads"
             mixer |= {"o_norm": "replicated_with_grad_allreduce", "o_proj": "rowwise"}
             plan |= {f"layers.*.mixer.{name}": style for name, style in mixer.items()}

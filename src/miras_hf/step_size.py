@@ -21,14 +21,17 @@ link takes both into the weights, with a slope each, and the read at the token's
 
     G = (|h|^2 slope_2 + E[gelu'^2] |W2|^2 slope_1) gain / s^2,     gain = <r, e> / <e, e>.
 
-All factors are expectations for the weights that a model starts from. The default of `eta_max` is `1 / G`, and a step
-starts at a third of it.
+All factors are expectations for the weights that a model starts from. Of a memory of another form (`is_derived`) G is
+measured instead, on weights, keys and errors that are drawn. The default of `eta_max` is `1 / G`, and a step starts at a
+third of it.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .memory import (
     KL,
@@ -42,10 +45,12 @@ from .memory import (
     Lq,
     LqMirror,
     MatrixMemory,
+    MirasRule,
     MLPMemory,
 )
+from .memory.architecture import MemoryArchitecture
 from .memory.attentional_bias import AttentionalBias
-from .memory.registry import choice_of, chosen
+from .memory.registry import choice_of
 from .memory.retention import Elementwise, RetentionGate
 
 
@@ -146,6 +151,51 @@ def lq_weights(weights: int, std: float, q: float, mirror: bool) -> tuple[float,
     return std, math.exp(max(-80.0, min(80.0, math.log(norm) * (q - 2.0) / (q - 3.0))))
 
 
+def is_derived(memory: MemoryArchitecture) -> bool:
+    """Whether G is known in closed form: of a matrix, and of an MLP memory of two layers under a layer norm."""
+    return type(memory) is MatrixMemory or (type(memory) is MLPMemory and memory.depth == 2 and memory.norm)
+
+
+def start_deviations(memory: MemoryArchitecture, head_dim: int, last_scale: float) -> list[float]:
+    """Deviations of the weights that a model starts from, layer by layer."""
+    shapes = memory.weight_shapes(head_dim)
+    scales = [FIRST_LAYER_SCALE] * (len(shapes) - 1) + [last_scale]
+    return [scale / math.sqrt(fan_in) for (fan_in, _), scale in zip(shapes, scales, strict=True)]
+
+
+@functools.lru_cache(maxsize=256)
+def measured_gain(
+    memory: MemoryArchitecture, bias: AttentionalBias, gate: RetentionGate, head_dim: int, last_scale: float
+) -> float:
+    """G as it is met by 32 keys and values, each alone, at the new memories of 8 heads."""
+    rule = MirasRule(memory, bias, gate)
+    shapes, generator = memory.weight_shapes(head_dim), torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    with torch.no_grad():
+        deviations = start_deviations(memory, head_dim, last_scale)
+        states = [
+            gate.inverse(std * normal(8, *shape), rule.hidden_axis(layer))
+            for layer, (shape, std) in enumerate(zip(shapes, deviations, strict=True))
+        ]
+        weights = rule.weights(states, [None] * len(states))
+        k, v = F.normalize(normal(8, 32, head_dim), dim=-1), normal(8, 32, head_dim)
+        delta = None
+        if bias.delta_granularity is not None:
+            delta = torch.full_like(v[..., :1], sum(bias.initial_delta(head_dim)) / 2.0)
+        norm = [torch.ones_like(v[:, :1]), torch.zeros_like(v[:, :1])]
+        factors = rule.write(weights, k, v, delta, norm)
+        small = 1e-6
+        before, after = (
+            rule.read(weights, factors, k, rule.own_gates(torch.full_like(v[..., :1], eta)), norm)
+            for eta in (0.0, small)
+        )
+        error = v - before
+        return float(((after - before) * error).sum() / error.square().sum()) / small
+
+
 def unit_step(config: Any) -> float:
     """`1 / G`, the step whose write, alone and at a new memory, takes a token's own error away.
 
@@ -162,10 +212,18 @@ def unit_step(config: Any) -> float:
     if not gain > 0.0:
         raise _underived(f"`attentional_bias={config.attentional_bias!r}`, which writes nothing at a new memory")
     shapes = memory.weight_shapes(config.head_dim)
-    scales = [FIRST_LAYER_SCALE] * (len(shapes) - 1) + [config.initial_memory_scale]
+    if not is_derived(memory):
+        if 8 * sum(fan_in * fan_out for fan_in, fan_out in shapes) > MOST_DRAWN:
+            raise _underived(f"`memory_architecture={config.memory_architecture!r}` and weights of shapes {shapes}")
+        bias = choice_of(config, "attentional_bias")
+        measured = measured_gain(memory, bias, gate, config.head_dim, config.initial_memory_scale)
+        if not 0.0 < measured < math.inf:
+            raise _underived(f"`retention={config.retention!r}`, which lets nothing into a new memory")
+        return 1.0 / measured
+    deviations = start_deviations(memory, config.head_dim, config.initial_memory_scale)
     starts = [
-        start_of(gate, shape, scale / math.sqrt(shape[0]), -1 if axis == "input" else -2)
-        for shape, scale, axis in zip(shapes, scales, memory.gate_axes, strict=True)
+        start_of(gate, shape, std, -1 if axis == "input" else -2)
+        for shape, std, axis in zip(shapes, deviations, memory.gate_axes, strict=True)
     ]
     if not all(start.slope > 0.0 for start in starts):
         raise _underived(f"`retention={config.retention!r}`, which lets nothing into a new memory")
@@ -198,7 +256,7 @@ def largest_step(config: Any) -> float:
     its steps in units of the read shrink; chunks of up to 64 tokens need no less. With the delta rule nothing overshoots.
     """
     algorithm = choice_of(config, "learning_algorithm")
-    tokens = 64.0 if chosen(config, "memory_architecture").has_norm else 6.0
+    tokens = 64.0 if choice_of(config, "memory_architecture").has_norm else 6.0
     share = 1.0 if algorithm.gradient_at != "chunk" else min(1.0, tokens / config.chunk_size)
     step = unit_step(config) / algorithm.moves * share
     return max(SMALLEST, min(LARGEST, step))

@@ -151,7 +151,7 @@ def _run(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm,
         for b, u in zip(_bounded(x), _bounded(unbounded), strict=True)
     ]
     x, broken = hold_broken(x)
-    all_gates, gates_vjp = with_vjp(rule.algorithm.chunk_gates, x.eta, x.log_alpha.cumsum(-2))
+    all_gates, gates_vjp = with_vjp(rule.chunk_gates, x.eta, x.log_alpha.cumsum(-2))
     if broken is not None:
         all_gates = all_gates.broken_from(broken)
     gates = split_gates(all_gates, sizes)

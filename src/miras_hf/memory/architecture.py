@@ -17,6 +17,7 @@ An architecture is written once in terms of `linear(layer, x)`, the product of a
 The caller decides which weights these are: those of a chunk's start (write), those of every token's own time (read).
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -31,6 +32,9 @@ from .vjp import differentiated_by_autograd
 
 Linear = Callable[[int, Tensor], Tensor]
 Residual = Callable[[Tensor], Tensor]
+
+MOST_LAYERS = 16
+"""Largest depth of an MLP memory."""
 
 
 class Factors(NamedTuple):
@@ -68,11 +72,16 @@ class Known(NamedTuple):
 class MemoryArchitecture(Choice):
     """Base class: what one head's memory computes, and the gradient of a loss on that."""
 
-    gate_axes: ClassVar[tuple[str, ...]]
-    """Where each weight has the `head_dim` axis that channel gates live on; the other axis is the hidden one."""
+    @property
+    def gate_axes(self) -> tuple[str, ...]:
+        """Where each weight has the `head_dim` axis that channel gates live on, `"input"` or `"output"`, the other axis
+        being the hidden one; `"hidden"` for a weight that has none, whose gates are the channels' means."""
+        raise NotImplementedError
 
-    has_norm: ClassVar[bool] = False
-    """Whether the layer norm's affine is used."""
+    @property
+    def has_norm(self) -> bool:
+        """Whether the layer norm's affine is used."""
+        return False
 
     def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         """Shapes `[in, out]` of the weights, layer by layer."""
@@ -90,44 +99,45 @@ class MemoryArchitecture(Choice):
 
 
 @dataclass(frozen=True)
-class MLPMemory(MemoryArchitecture):
-    """`M(W; x) = x + LN(gelu(x W1) W2)`, `W1: d x n`, `W2: n x d`, `n = expansion * d`, gelu in its tanh form.
+class LayeredMemory(MemoryArchitecture):
+    """Base class of memories with hidden units: what stands around the last of their products, `M(x) = x + LN(z)`.
 
     The layer norm's affine belongs to the outer model: it is learned in training and not changed by what is read.
 
     Args:
-        expansion (`int`, *optional*, defaults to 4): n / d.
+        expansion (`int`, *optional*, defaults to 4): hidden units over the head's width.
         norm_eps (`float`, *optional*, defaults to 0.1):
             Epsilon of the layer norm, large against the variance it meets, which bounds `1/std` in its backward.
+        norm (`bool`, *optional*, defaults to `True`): whether there is the layer norm.
+        residual (`bool`, *optional*, defaults to `True`): whether what is read is added to what is asked with.
     """
 
-    expansion: int = parameter("memory_expansion", 4, 1, 64)
-    norm_eps: float = parameter("memory_norm_eps", 0.1, 1e-30, 1)
+    expansion: int = parameter("memory_expansion", 4, 1, 64, only_with={"memory_depth": range(2, MOST_LAYERS + 1)})
+    norm_eps: float = parameter("memory_norm_eps", 0.1, 1e-30, 1, only_with={"memory_norm": True})
+    norm: bool = parameter("memory_norm", True, one_of=(True, False))
+    residual: bool = parameter("memory_residual", True, one_of=(True, False))
 
-    gate_axes: ClassVar[tuple[str, ...]] = ("input", "output")
-    has_norm: ClassVar[bool] = True
+    @property
+    def has_norm(self) -> bool:
+        return self.norm
 
-    def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
-        hidden = self.expansion * head_dim
-        return (head_dim, hidden), (hidden, head_dim)
+    def output(self, x: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        """`M(x)`, of the last product."""
+        if self.norm:
+            normed, *_ = self.normalise(z)
+            z = torch.addcmul(norm_bias, normed, norm_weight)
+        return x + z if self.residual else z
 
-    def read(self, linear: Linear, x: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-        hidden = gelu(linear(0, x))
-        normed, *_ = self.normalise(linear(1, hidden))
-        return x + torch.addcmul(norm_bias, normed, norm_weight)
-
-    def write(
-        self, weights: tuple[Tensor, ...], k: Tensor, residual: Residual, norm_weight: Tensor, norm_bias: Tensor
-    ) -> tuple[Factors, ...]:
-        w1, w2 = weights
-        z1 = k @ w1
-        hidden, slope = gelu_and_slope(z1)
-        z2 = hidden @ w2
-        normed, *statistics = self.normalise(z2)
-        grad = residual(k + torch.addcmul(norm_bias, normed, norm_weight)) * norm_weight
-        dz2 = normalise_vjp(grad, z2, *statistics)
-        dz1 = (dz2 @ w2.mT) * slope
-        return Factors(k, dz1), Factors(hidden, dz2)
+    def output_gradient(
+        self, k: Tensor, z: Tensor, residual: Residual, norm_weight: Tensor, norm_bias: Tensor
+    ) -> Tensor:
+        """The loss gradient at the last product."""
+        if not self.norm:
+            return residual(k + z if self.residual else z)
+        normed, *statistics = self.normalise(z)
+        affine = torch.addcmul(norm_bias, normed, norm_weight)
+        grad = residual(k + affine if self.residual else affine) * norm_weight
+        return normalise_vjp(grad, z, *statistics)
 
     def normalise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The layer norm without its affine, which is each head's own, and the mean and 1/std of every row."""
@@ -154,6 +164,49 @@ def normalise_vjp(bar: Tensor, z: Tensor, mean: Tensor, inverse_std: Tensor) -> 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class MLPMemory(LayeredMemory):
+    """`M(W; x) = x + LN(gelu(x W1) W2)`, `W1: d x n`, `W2: n x d`, `n = expansion * d`, gelu in its tanh form.
+
+    With another depth, as many products with gelu between them, `x + LN(gelu(gelu(x W1) W2) W3)` and so on: those between
+    hidden units are `n x n`, and a depth of 1 is one product, `x + LN(x W)`, `W: d x d`. A weight between hidden units has
+    no axis that channel gates could live on: it decays with the mean of the channels' log retention, and its step is the
+    mean of their steps.
+
+    Args:
+        depth (`int`, *optional*, defaults to 2): how many weights there are.
+    """
+
+    depth: int = parameter("memory_depth", 2, 1, MOST_LAYERS)
+
+    @property
+    def gate_axes(self) -> tuple[str, ...]:
+        return ("input",) if self.depth == 1 else ("input", *("hidden",) * (self.depth - 2), "output")
+
+    def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
+        widths = (head_dim, *(self.expansion * head_dim,) * (self.depth - 1), head_dim)
+        return tuple(itertools.pairwise(widths))
+
+    def read(self, linear: Linear, x: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        hidden = x
+        for layer in range(self.depth - 1):
+            hidden = gelu(linear(layer, hidden))
+        return self.output(x, linear(self.depth - 1, hidden), norm_weight, norm_bias)
+
+    def write(
+        self, weights: tuple[Tensor, ...], k: Tensor, residual: Residual, norm_weight: Tensor, norm_bias: Tensor
+    ) -> tuple[Factors, ...]:
+        inputs, slopes = [k], []
+        for weight in weights[:-1]:
+            hidden, slope = gelu_and_slope(inputs[-1] @ weight)
+            inputs.append(hidden)
+            slopes.append(slope)
+        gradients = [self.output_gradient(k, inputs[-1] @ weights[-1], residual, norm_weight, norm_bias)]
+        for weight, slope in zip(weights[:0:-1], reversed(slopes), strict=True):
+            gradients.append((gradients[-1] @ weight.mT) * slope)
+        return tuple(map(Factors, inputs, reversed(gradients)))
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ class _Memory:
             eta = self._behind_partial_in(eta, self.partial_in.eta)
             logs = list(map(self._log_behind_partial_in, logs, self.partial_in.logs))
         sizes = [rows * heads for rows in self.layout.active[first:last]]
-        gates = rule.algorithm.chunk_gates(eta, *logs)
+        gates = rule.chunk_gates(eta, *logs)
         gates_of_gradients = rule.algorithm.chunk_gradient_gates(eta, *logs)
         if broken is not None:
             # the decay says so to the final state

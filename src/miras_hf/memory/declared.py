@@ -34,7 +34,7 @@ class Parameter:
         high (`float`, *optional*): largest value of a config, whose models compute in float32.
         one_of (`tuple` of `str`, *optional*): the words that are allowed.
         optional (`bool`): whether it may be `None`, for nothing.
-        only_with (`dict`): values of other keys of the choice without which it means nothing.
+        only_with (`dict`): values of other keys of the choice, or ranges of them, without which it means nothing.
         symbol (`str`, *optional*): the paper's letter for it.
     """
 
@@ -81,6 +81,11 @@ def parameter(key: str, default: Any, low: float | None = None, high: float | No
     return field(default=default, metadata={"parameter": Parameter(key, default, low, high, **declared)})
 
 
+def is_made(value: Any, wanted: Any) -> bool:
+    """Whether a config's value is the one that something means anything with, or one of a range."""
+    return value in wanted if isinstance(wanted, range) else value == wanted
+
+
 @dataclass(frozen=True)
 class Choice:
     """Base class of the four choices: a frozen dataclass whose fields are all made by [`parameter`].
@@ -111,7 +116,7 @@ class Choice:
         return {
             declared.symbol or f"`{declared.key}`": keys[declared.key]
             for declared in self.parameters().values()
-            if all(keys[name] == value for name, value in declared.only_with.items())
+            if all(is_made(keys.get(name, value), value) for name, value in declared.only_with.items())
         }
 
     def keys(self) -> dict[str, Any]:

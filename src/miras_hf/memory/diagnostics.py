@@ -100,7 +100,7 @@ def memory_statistics(
 
     # the writes that wait in a chunk not yet full: slots not taken have no step, and the decay of the last one taken
     momentum = state.log_momentum_until(state.count % rule.chunk_size)
-    gates = rule.algorithm.chunk_gates(state.eta, state.log_decay.cummin(-2).values, *momentum)
+    gates = rule.chunk_gates(state.eta, state.log_decay.cummin(-2).values, *momentum)
     folded = rule.fold(state.matrices, state.factors, gates)
     weights = [w.weight for w in rule.weights(folded, parameters.base(rule, valid.shape[0], x.q.dtype))]
     squares = sum(w.square().sum((-2, -1)).view(-1, heads).mean(0) for w in weights)

@@ -205,7 +205,7 @@ def _recalled_and_written(
         asked = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
         # with and without the step size in one way: what does not come from the write is the same to the last bit
         before, after = (
-            rule.read(weights, factors, chunk.k, rule.algorithm.own_gates(eta), norm)
+            rule.read(weights, factors, chunk.k, rule.own_gates(eta), norm)
             for eta in (torch.zeros_like(chunk.eta), chunk.eta)
         )
         error = chunk.v - (before if gates is None else asked)

@@ -92,7 +92,9 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
     base = initial if rule.decay_target == "init" else [None] * len(initial)
     norm = [p.to(dtype).view(1, heads, 1, head_dim) for p in (parameters.norm_weight, parameters.norm_bias)]
 
-    def gate(values: Tensor, layer: int) -> Tensor:  # [rows, heads, 1, c] to the axis of the weight it acts on
+    def gate(values: Tensor, layer: int) -> Tensor:  # steps or logs [rows, heads, 1, c] to the axis of the weight
+        if architecture.gate_axes[layer] == "hidden":
+            return values.mean(-1, keepdim=True)
         return values.mT if architecture.gate_axes[layer] == "input" else values
 
     def fresh_chunk(dual):
@@ -112,13 +114,15 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         gone = slot < phase
         here = [log[..., slot : slot + 1, :] for log in (log_decay, *logs_held)]
         # chosen before the exponential: of a slot not taken it may be infinite
-        since = (torch.where(gone, now - before, 0.0) for now, before in zip(here, logs, strict=True))
-        alpha, *momentum = map(torch.exp, since)
+        log_alpha, *log_momentum = (
+            torch.where(gone, now - before, 0.0) for now, before in zip(here, logs, strict=True)
+        )
+        momentum = [log.exp() for log in log_momentum]
         for i in layers:
             step = gate(eta[..., slot : slot + 1, :], i) * (
                 inputs[i][..., slot : slot + 1, :].mT @ gradients[i][..., slot : slot + 1, :]
             )
-            after = rule.algorithm.update(written[i], step, gate(alpha, i), *momentum)
+            after = rule.algorithm.update(written[i], step, gate(log_alpha, i).exp(), *momentum)
             written[i] = tuple(torch.where(gone, new, old) for new, old in zip(after, written[i], strict=True))
         logs = [torch.where(gone, now, before) for now, before in zip(here, logs, strict=True)]
 
@@ -131,12 +135,12 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
 
         def weight_at(layer: int, since: Tensor, writes: Tensor, weights=weights) -> Tensor:
             if exact:
-                anchor, dual = base[layer], gate(since.exp(), layer) * start[layer] + writes
+                anchor, dual = base[layer], gate(since, layer).exp() * start[layer] + writes
                 return rule.retention.link(dual if anchor is None else anchor + dual, rule.hidden_axis(layer))
             w = weights[layer]
             total = rule.retention.writes_matrix(w, writes, rule.hidden_axis(layer))
             if w.decaying is not None:
-                total = total + gate(since.exp(), layer) * w.decaying
+                total = total + gate(since, layer).exp() * w.decaying
             if w.constant is not None:
                 total = total + w.constant
             return total if w.scale is None else w.scale * total
@@ -147,7 +151,7 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         if rule.algorithm.gradient_at == "previous":
             at = [weight_at(i, logs[0], written[i][0]) for i in layers]
         elif rule.algorithm.gradient_at == "decayed":
-            at = [weight_at(i, since_t, gate(log_alpha_t.exp(), i) * written[i][0]) for i in layers]
+            at = [weight_at(i, since_t, gate(log_alpha_t, i).exp() * written[i][0]) for i in layers]
         if in_transform() and not all(w.requires_grad for w in at):
             raise RuntimeError(
                 "`recurrent_miras` takes its inner gradients by autograd and cannot run inside `torch.func.vmap`, "
@@ -169,11 +173,11 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         logs_t = [before + log for before, log in zip(logs, gates_t, strict=True)]
         momentum = [log.exp() for log in gates_t[1:]]
         written_t = [
-            rule.algorithm.update(written[i], gate(eta_t, i) * grads[i], gate(log_alpha_t.exp(), i), *momentum)
+            rule.algorithm.update(written[i], gate(eta_t, i) * grads[i], gate(log_alpha_t, i).exp(), *momentum)
             for i in layers
         ]
         writes_t = [of_layer[0] for of_layer in written_t]
-        duals_t = [gate(since_t.exp(), i) * start[i] + writes_t[i] for i in layers]
+        duals_t = [gate(since_t, i).exp() * start[i] + writes_t[i] for i in layers]
 
         def read(layer: int, h: Tensor, weight_at=weight_at, since_t=since_t, writes_t=writes_t) -> Tensor:
             return h @ weight_at(layer, since_t, writes_t[layer])

@@ -112,9 +112,9 @@ def _register(field: str, name: str, base: type[Choice], wanted: tuple[str, ...]
         for declared in cls.parameters().values():
             if declared.key not in _ITS_KEYS and not declared.key.startswith(f"{name}_"):
                 raise ValueError(f"`key` must begin with '{name}_', got {declared.key!r}.")
-        if field == "memory_architecture" and (
-            not 1 <= len(cls.gate_axes) <= 2 or {*cls.gate_axes} - {"input", "output"}
-        ):
+        # those derived from an architecture of the library may have its property
+        axes = () if isinstance(getattr(cls, "gate_axes", ()), property) else getattr(cls, "gate_axes", None)
+        if field == "memory_architecture" and axes != () and (len(axes) > 2 or {*axes} - {"input", "output"}):
             raise TypeError(
                 f"`gate_axes` of `{cls.__name__}` must be one or two of 'input' and 'output', got {cls.gate_axes}."
             )

@@ -20,6 +20,7 @@ A chunk has four steps, in this order: `weights`, `write`, `read`, `fold`. Their
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from .architecture import Factors, Known, MatrixMemory, MLPMemory
@@ -86,6 +87,34 @@ class MirasRule:
                 f"`algorithm` must fit the other choices: {self.algorithm} {refusal}, got {self.architecture}, "
                 f"{self.attentional_bias}, {self.retention}."
             )
+
+    @property
+    def has_mean_gates(self) -> bool:
+        """Whether any weight has no `head_dim` axis, and so the mean of the channels' gates."""
+        return "hidden" in self.architecture.gate_axes
+
+    def with_means(self, gates: Tensor) -> Tensor:
+        """Steps or log retention `[..., c]`, one a channel, and behind them their mean, if any weight has that."""
+        if gates.shape[-1] == 1 or not self.has_mean_gates:
+            return gates
+        return torch.cat((gates, gates.mean(-1, keepdim=True)), dim=-1)
+
+    def chunk_gates(self, eta: Tensor, *logs: Tensor) -> Gates | MomentumGates:
+        """Those of the algorithm, see `LearningAlgorithm.chunk_gates`, of all weights together; as the next two."""
+        return self.algorithm.chunk_gates(*map(self.with_means, (eta, *logs)))
+
+    def step_gates(self, eta: Tensor, log_decay: Tensor, now: Tensor, *logs: Tensor) -> Gates | MomentumGates:
+        return self.algorithm.step_gates(*map(self.with_means, (eta, log_decay, now, *logs)))
+
+    def own_gates(self, eta: Tensor) -> Gates | MomentumGates:
+        return self.algorithm.own_gates(self.with_means(eta))
+
+    def gates_of(self, layer: int, gates: Gates | MomentumGates) -> Gates | MomentumGates:
+        """A weight's part of them."""
+        if gates.decay.shape[-1] == 1 or not self.has_mean_gates:
+            return gates
+        part = slice(-1, None) if self.architecture.gate_axes[layer] == "hidden" else slice(None, -1)
+        return type(gates)(*(x[..., part] if isinstance(x, Tensor) else x for x in gates))
 
     def hidden_axis(self, layer: int) -> int:
         return -1 if self.architecture.gate_axes[layer] == "input" else -2
@@ -183,7 +212,7 @@ class MirasRule:
 
         def linear(layer: int, x: Tensor) -> Tensor:
             written = self.retention.writes(weights[layer], factors[layer], self.hidden_axis(layer))
-            return self.algorithm.read(axes[layer], weights[layer], written, x, gates)
+            return self.algorithm.read(axes[layer], weights[layer], written, x, self.gates_of(layer, gates))
 
         return self.architecture.read(linear, q, *norm)
 
@@ -197,7 +226,7 @@ class MirasRule:
         """The states after the chunk."""
         layers = len(factors)
         slots = [
-            self.algorithm.fold(axis, tuple(states[layer::layers]), factors[layer], gates)
+            self.algorithm.fold(axis, tuple(states[layer::layers]), factors[layer], self.gates_of(layer, gates))
             for layer, axis in enumerate(self.architecture.gate_axes)
         ]
         return tuple(state for of_kind in zip(*slots, strict=True) for state in of_kind)

@@ -198,12 +198,12 @@ def _read(rule: MirasRule, weights, state: MemoryState, q: Tensor, log_decay: Te
     """What the tokens read that have taken their slots of a merged state, `[rows, 1, heads, head_dim]`."""
     heads = q.shape[0] // state.count.shape[0]
     momentum = state.log_momentum_until(state.count % rule.chunk_size + 1)
-    gates = rule.algorithm.step_gates(state.eta, state.log_decay, log_decay, *momentum)
+    gates = rule.step_gates(state.eta, state.log_decay, log_decay, *momentum)
     y = tokens_first(rule.read(weights, state.factors, q, gates, norm), heads)
     return y if mask is None else torch.where(mask[..., None, None], y, 0.0)
 
 
 def _folded(rule: MirasRule, state: MemoryState) -> tuple[Tensor, ...]:
     """The matrices of a merged state with what waits in its slots, as if its rows' chunks had ended."""
-    gates = rule.algorithm.chunk_gates(state.eta, *state.logs)
+    gates = rule.chunk_gates(state.eta, *state.logs)
     return rule.fold(state.matrices, state.factors, gates)

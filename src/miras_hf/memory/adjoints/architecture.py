@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..architecture import Factors, MatrixMemory, MLPMemory, normalise_vjp, row_dot
+from ..architecture import Factors, LayeredMemory, MatrixMemory, MLPMemory, normalise_vjp, row_dot
 from ..gelu import gelu_and_slope, gelu_slope_curvature
 from ..vjp import derivative_of
 
@@ -30,23 +30,80 @@ from ..vjp import derivative_of
 WithVjp = Callable[..., tuple[Tensor, Callable[[Tensor], Tensor]]]
 
 
-@derivative_of(MLPMemory.read, MLPMemory.normalise)
-def read_mlp(memory: MLPMemory, linear: WithVjp, x: Tensor, norm_weight: Tensor, norm_bias: Tensor):
-    z1, first_vjp = linear(0, x)
-    hidden, slope = gelu_and_slope(z1)
-    z2, second_vjp = linear(1, hidden)
-    normed, *statistics = memory.normalise(z2)
+def _output(memory: LayeredMemory, x: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor):
+    """`LayeredMemory.output`; the vjp returns the adjoints of z, the norm's weight and its bias: that of x is the result's,
+    if it has any."""
+    if not memory.norm:
+        return x + z if memory.residual else z, lambda y_bar: (y_bar, None, None)
+    normed, *statistics = memory.normalise(z)
+    affine = torch.addcmul(norm_bias, normed, norm_weight)
 
     def vjp(y_bar: Tensor):
-        z2_bar = normalise_vjp(y_bar * norm_weight, z2, *statistics)
-        z1_bar = second_vjp(z2_bar).mul_(slope)
-        x_bar = first_vjp(z1_bar).add_(y_bar)
-        return None, x_bar, (y_bar * normed).sum(-2, keepdim=True), y_bar.sum(-2, keepdim=True)
+        z_bar = normalise_vjp(y_bar * norm_weight, z, *statistics)
+        return z_bar, (y_bar * normed).sum(-2, keepdim=True), y_bar.sum(-2, keepdim=True)
 
-    return x + torch.addcmul(norm_bias, normed, norm_weight), vjp
+    return x + affine if memory.residual else affine, vjp
 
 
-@derivative_of(MLPMemory.write, MLPMemory.normalise)
+def _output_gradient(
+    memory: LayeredMemory, k: Tensor, z: Tensor, residual: WithVjp, norm_weight: Tensor, norm_bias: Tensor
+):
+    """`LayeredMemory.output_gradient`; the vjp returns the adjoints of the prediction, of z, and of the norm's weight and
+    bias."""
+    if not memory.norm:
+        r, residual_vjp = residual(k + z if memory.residual else z)
+
+        def vjp_without_norm(dz_bar: Tensor):
+            prediction_bar = residual_vjp(dz_bar)
+            # two that are added to
+            return prediction_bar, prediction_bar.clone(), None, None
+
+        return r, vjp_without_norm
+    normed, *statistics = memory.normalise(z)
+    affine = torch.addcmul(norm_bias, normed, norm_weight)
+    r, residual_vjp = residual(k + affine if memory.residual else affine)
+    grad = r * norm_weight
+    dz = normalise_vjp(grad, z, *statistics)
+
+    def vjp(dz_bar: Tensor):
+        # dz = inverse_std P grad, P g = g - mean(g) - normed mean(g normed): P is symmetric
+        grad_bar = normalise_vjp(dz_bar, z, *statistics)
+        prediction_bar = residual_vjp(grad_bar * norm_weight)
+        # P has normed twice, the prediction once; inverse_std stands before P, and in normed
+        scale = statistics[-1] / z.shape[-1]
+        normed_bar = prediction_bar * norm_weight
+        normed_bar.addcmul_(dz_bar, row_dot(grad, normed) * scale, value=-1.0)
+        normed_bar.addcmul_(grad, row_dot(dz_bar, normed) * scale, value=-1.0)
+        z_bar = normalise_vjp(normed_bar, z, *statistics)
+        z_bar.addcmul_(normed, row_dot(dz_bar, dz) * scale, value=-1.0)
+        weight_bar = (grad_bar * r).addcmul_(prediction_bar, normed).sum(-2, keepdim=True)
+        return prediction_bar, z_bar, weight_bar, prediction_bar.sum(-2, keepdim=True)
+
+    return dz, vjp
+
+
+@derivative_of(MLPMemory.read, MLPMemory.normalise, MLPMemory.output)
+def read_mlp(memory: MLPMemory, linear: WithVjp, x: Tensor, norm_weight: Tensor, norm_bias: Tensor):
+    hidden, slopes, vjps = x, [], []
+    for layer in range(memory.depth):
+        z, linear_vjp = linear(layer, hidden)
+        vjps.append(linear_vjp)
+        if layer + 1 < memory.depth:
+            hidden, slope = gelu_and_slope(z)
+            slopes.append(slope)
+    y, output_vjp = _output(memory, x, z, norm_weight, norm_bias)
+
+    def vjp(y_bar: Tensor):
+        z_bar, *norm_bars = output_vjp(y_bar)
+        x_bar = vjps[-1](z_bar)
+        for linear_vjp, slope in zip(vjps[-2::-1], reversed(slopes), strict=True):
+            x_bar = linear_vjp(x_bar.mul_(slope))
+        return None, x_bar.add_(y_bar) if memory.residual else x_bar, *norm_bars
+
+    return y, vjp
+
+
+@derivative_of(MLPMemory.write, MLPMemory.normalise, MLPMemory.output_gradient)
 def write_mlp(
     memory: MLPMemory,
     weights: tuple[Tensor, ...],
@@ -55,41 +112,41 @@ def write_mlp(
     norm_weight: Tensor,
     norm_bias: Tensor,
 ):
-    w1, w2 = weights
-    hidden, slope, curvature = gelu_slope_curvature(torch.bmm(k, w1))
-    z2 = torch.bmm(hidden, w2)
-    normed, *statistics = memory.normalise(z2)
-    r, residual_vjp = residual(k + torch.addcmul(norm_bias, normed, norm_weight))
-    grad = r * norm_weight
-    dz2 = normalise_vjp(grad, z2, *statistics)
-    dhidden = torch.bmm(dz2, w2.mT)
-    dz1 = dhidden * slope
-    bent = curvature.mul_(dhidden)  # all that is left of both: gelu''(z1) dhidden
+    inputs, slopes, curvatures = [k], [], []
+    for weight in weights[:-1]:
+        hidden, slope, curvature = gelu_slope_curvature(torch.bmm(inputs[-1], weight))
+        inputs.append(hidden)
+        slopes.append(slope)
+        curvatures.append(curvature)
+    last, output_vjp = _output_gradient(
+        memory, k, torch.bmm(inputs[-1], weights[-1]), residual, norm_weight, norm_bias
+    )
+    layers = range(len(slopes))
+    gradients = [*slopes, last]
+    for i in reversed(layers):
+        dhidden = torch.bmm(gradients[i + 1], weights[i + 1].mT)
+        gradients[i] = dhidden * slopes[i]
+        curvatures[i].mul_(dhidden)  # all that is left of both: gelu''(z) dhidden
 
     def vjp(bars: tuple[Factors, ...]):
-        (k_bar, dz1_bar), (hidden_bar, dz2_bar) = bars
-        # dz1 = (dz2 w2^T) gelu'(z1)
-        dhidden_bar = dz1_bar * slope
-        dz2_bar = torch.baddbmm(dz2_bar, dhidden_bar, w2)
-        w2_bar = torch.bmm(dhidden_bar.mT, dz2)
-        # dz2 = inverse_std P grad, P g = g - mean(g) - normed mean(g normed): P is symmetric
-        grad_bar = normalise_vjp(dz2_bar, z2, *statistics)
-        prediction_bar = residual_vjp(grad_bar * norm_weight)
-        # P has normed twice, the prediction once; inverse_std stands before P, and in normed
-        scale = statistics[-1] / z2.shape[-1]
-        normed_bar = prediction_bar * norm_weight
-        normed_bar.addcmul_(dz2_bar, row_dot(grad, normed) * scale, value=-1.0)
-        normed_bar.addcmul_(grad, row_dot(dz2_bar, normed) * scale, value=-1.0)
-        z2_bar = normalise_vjp(normed_bar, z2, *statistics)
-        z2_bar.addcmul_(normed, row_dot(dz2_bar, dz2) * scale, value=-1.0)
-        hidden_bar = torch.baddbmm(hidden_bar, z2_bar, w2.mT)
-        w2_bar.baddbmm_(hidden.mT, z2_bar)
-        z1_bar = hidden_bar.mul_(slope).addcmul_(dz1_bar, bent)
-        k_bar = torch.baddbmm(k_bar, z1_bar, w1.mT).add_(prediction_bar)
-        weight_bar = (grad_bar * r).addcmul_(prediction_bar, normed).sum(-2, keepdim=True)
-        return (torch.bmm(k.mT, z1_bar), w2_bar), k_bar, None, weight_bar, prediction_bar.sum(-2, keepdim=True)
+        inputs_bar, gradients_bar = map(list, zip(*bars, strict=True))
+        weights_bar = [None] * len(weights)
+        # dz_i = (dz_{i+1} w_{i+1}^T) gelu'(z_i), from the keys on
+        for i in layers:
+            dhidden_bar = gradients_bar[i] * slopes[i]
+            weights_bar[i + 1] = torch.bmm(dhidden_bar.mT, gradients[i + 1])
+            gradients_bar[i + 1] = torch.baddbmm(gradients_bar[i + 1], dhidden_bar, weights[i + 1])
+        prediction_bar, z_bar, *norm_bars = output_vjp(gradients_bar[-1])
+        for i in reversed(layers):
+            hidden_bar = torch.baddbmm(inputs_bar[i + 1], z_bar, weights[i + 1].mT)
+            weights_bar[i + 1].baddbmm_(inputs[i + 1].mT, z_bar)
+            z_bar = hidden_bar.mul_(slopes[i]).addcmul_(gradients_bar[i], curvatures[i])
+        k_bar = torch.baddbmm(inputs_bar[0], z_bar, weights[0].mT)
+        k_bar = k_bar.add_(prediction_bar) if memory.residual else k_bar
+        weights_bar[0] = torch.bmm(k.mT, z_bar)
+        return tuple(weights_bar), k_bar, None, *norm_bars
 
-    return (Factors(k, dz1), Factors(hidden, dz2)), vjp
+    return tuple(map(Factors, inputs, gradients)), vjp
 
 
 @derivative_of(MatrixMemory.read)

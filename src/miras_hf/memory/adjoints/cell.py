@@ -16,6 +16,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..architecture import Factors
@@ -39,6 +40,28 @@ def weights(rule: MirasRule, states: Sequence[Tensor], base: Sequence[Tensor | N
         return states_bar, base_bar
 
     return tuple(of_layer for of_layer, _ in linked), vjp
+
+
+@derivative_of(MirasRule.chunk_gates, MirasRule.with_means)
+def chunk_gates(rule: MirasRule, eta: Tensor, log_decay: Tensor):
+    wide = rule.with_means(eta).shape[-1] != eta.shape[-1]
+    gates, gates_vjp = with_vjp(rule.algorithm.chunk_gates, rule.with_means(eta), rule.with_means(log_decay))
+
+    def vjp(bar: Gates):
+        bars = gates_vjp(bar)
+        if not wide:
+            return bars
+        return tuple(b[..., :-1] + b[..., -1:] / eta.shape[-1] for b in bars)
+
+    return gates, vjp
+
+
+def _gates_bar(rule: MirasRule, layer: int, of_layer: Gates, channels: int) -> Gates:
+    """The adjoint of a weight's gates as that of all weights', `MirasRule.gates_of`."""
+    if channels == 1 or not rule.has_mean_gates:
+        return of_layer
+    before, behind = (channels - 1, 0) if rule.architecture.gate_axes[layer] == "hidden" else (0, 1)
+    return Gates(*(F.pad(x, (before, behind)) if isinstance(x, Tensor) else x for x in of_layer))
 
 
 @derivative_of(MirasRule.write)
@@ -84,18 +107,21 @@ def read(
     norm: Sequence[Tensor],
 ):
     axes = rule.architecture.gate_axes
+    channels = gates.decay.shape[-1]
     weights_bar, factors_bar, gates_bar = [None] * len(axes), [None] * len(axes), [None]
 
     def linear(layer: int, x: Tensor):
         written, writes_vjp = with_vjp(rule.retention.writes, weights[layer], factors[layer], rule.hidden_axis(layer))
-        z, linear_vjp = with_vjp(rule.algorithm.read, axes[layer], weights[layer], written, x, gates)
+        z, linear_vjp = with_vjp(
+            rule.algorithm.read, axes[layer], weights[layer], written, x, rule.gates_of(layer, gates)
+        )
 
         def vjp(z_bar: Tensor) -> Tensor:
             _, by_read, written_bar, x_bar, of_gates = linear_vjp(z_bar)
             by_writes, of_factors, _ = writes_vjp(written_bar)
             weights_bar[layer] = added(weights_bar[layer], added(by_read, by_writes))
             factors_bar[layer] = added(factors_bar[layer], of_factors)
-            gates_bar[0] = added(gates_bar[0], of_gates)
+            gates_bar[0] = added(gates_bar[0], _gates_bar(rule, layer, of_gates, channels))
             return x_bar
 
         return z, vjp
@@ -113,15 +139,16 @@ def read(
 def fold(rule: MirasRule, states: Sequence[Tensor], factors: Sequence[Factors], gates: Gates):
     """Without the result, as that of the algorithm."""
     axes = rule.architecture.gate_axes
+    channels = gates.decay.shape[-1]
 
     def vjp(bars: Sequence[Tensor | None]):
         states_bar, factors_bar, gates_bar = [], [], None
-        for axis, state, of_layer, bar in zip(axes, states, factors, bars, strict=True):
+        for layer, (axis, state, of_layer, bar) in enumerate(zip(axes, states, factors, bars, strict=True)):
             state_bar = of_factors = None
             if bar is not None:
-                fold_vjp = with_vjp(rule.algorithm.fold, axis, (state,), of_layer, gates)[1]
+                fold_vjp = with_vjp(rule.algorithm.fold, axis, (state,), of_layer, rule.gates_of(layer, gates))[1]
                 _, (state_bar,), of_factors, of_gates = fold_vjp((bar,))
-                gates_bar = added(gates_bar, of_gates)
+                gates_bar = added(gates_bar, _gates_bar(rule, layer, of_gates, channels))
             states_bar.append(state_bar)
             factors_bar.append(of_factors)
         return tuple(states_bar), tuple(factors_bar), gates_bar
