@@ -93,9 +93,12 @@ OTHER_RULES = {
     "sparse": MirasRule(attentional_bias=L2(), retention=ElasticNet(threshold=0.1), decay_target="zero"),
     "shallow": MirasRule(architecture=MLPMemory(depth=1), attentional_bias=L2(), retention=Lq()),
     "deep": MirasRule(architecture=MLPMemory(expansion=2, depth=3), attentional_bias=L2(), retention=KL()),
+    "last": MirasRule(
+        MLPMemory(expansion=2, depth=3, update_layers="last"), L2(), Lq(weight_cap=0.5), decay_target="zero"
+    ),
     "bare": MirasRule(architecture=MLPMemory(expansion=2, norm=False, residual=False), attentional_bias=HuberNorm()),
 }
-ARCHITECTURES = ("shallow", "deep", "bare")
+ARCHITECTURES = ("shallow", "deep", "last", "bare")
 """Those of them whose architectures the three models do not have, with adjoints of their own."""
 
 # eta and log_alpha, each with one number per channel or per head

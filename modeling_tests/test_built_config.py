@@ -68,6 +68,7 @@ EDITS = {
     "memory_expansion": 2,
     "memory_norm": False,
     "memory_residual": False,
+    "update_layers": "last",
     "memory_norm_eps": 0.5,
     "attentional_bias": "l2",
     "lp_power": 1.5,

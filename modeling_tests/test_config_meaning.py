@@ -33,6 +33,7 @@ OTHER = {
     "memory_expansion": 2,
     "memory_norm": False,
     "memory_residual": False,
+    "update_layers": "last",
     "memory_norm_eps": 3e-1,
     "lp_power": 1.5,
     "lp_sign": "tanh",

@@ -45,7 +45,8 @@ BIASES, GATES = (
 def networks() -> st.SearchStrategy[MLPMemory]:
     """MLP memories, those of two layers with norm and residual first."""
     depth = st.sampled_from((2, 1, 3, 4))
-    return st.builds(MLPMemory, st.just(2), depth=depth, norm=st.sampled_from((True, False)), residual=st.booleans())
+    switches = {"norm": st.sampled_from((True, False)), "residual": st.sampled_from((True, False))}
+    return st.builds(MLPMemory, st.just(2), depth=depth, update_layers=st.sampled_from(("all", "last")), **switches)
 
 
 @st.composite

@@ -58,6 +58,8 @@ CASES = {
     "deep": {"memory_depth": 3},
     "deeper_lq": {"memory_depth": 4, "retention": "lq"},
     "deep_kl": {"memory_depth": 3, "retention": "kl"},
+    "last": {"update_layers": "last"},
+    "deep_last": {"memory_depth": 3, "update_layers": "last"},
     "without_norm": {"memory_norm": False},
     "without_residual": {"memory_depth": 3, "memory_residual": False, "attentional_bias": "lp"},
     "lq": {"retention": "lq"},

@@ -18,10 +18,9 @@ Equal parameters by the width of the MLP, counting what is trained: what a chang
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
-import torch
 from ablation_points import ABLATIONS, Ablation
 from bridge_models import Around, built_to_size
 from models import ModelShape
@@ -30,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from miras_hf import MirasConfig
 from miras_hf.backend import MemoryBackend
-from miras_hf.memory import Factors, MirasRule, MLPMemory
+from miras_hf.memory import MirasRule
 from miras_hf.memory.rule import least_log_alpha
 from miras_hf.modeling_miras import MirasMemory, MirasMixer
 
@@ -49,15 +48,6 @@ class KeysAsQueries(Around):
         return k, k, v, *gates
 
 
-@dataclass(frozen=True)
-class LastLayerMLP(MLPMemory):
-    """An MLP memory whose first layer is not written: it stays as it was learned in training."""
-
-    def write(self, weights, k, residual, norm_weight, norm_bias):
-        first, second = super().write(weights, k, residual, norm_weight, norm_bias)
-        return Factors(first.inputs, torch.zeros_like(first.gradients)), second
-
-
 def change(model: nn.Module, name: str | None) -> nn.Module:
     """Does to a new model what a change says, see `CHANGES`."""
     for mixer in (module for module in model.modules() if isinstance(module, MirasMixer)):
@@ -66,10 +56,6 @@ def change(model: nn.Module, name: str | None) -> nn.Module:
         elif name == "keys":
             mixer.memory = KeysAsQueries(mixer.memory)
             _hold(mixer.q_proj, mixer.q_conv)
-        elif name == "last-layer":
-            shipped = mixer.memory.rule.architecture
-            written = LastLayerMLP(shipped.expansion, shipped.norm_eps)
-            set_rule(mixer.memory, replace(mixer.memory.rule, architecture=written))
         elif name == "constant-delta":
             # the bias is left: a number a head
             mixer.delta.up_proj.weight.data.zero_()
@@ -149,7 +135,6 @@ def served_at(model: nn.Module, chunk_size: int) -> Iterator[None]:
 __all__ = [
     "Ascent",
     "KeysAsQueries",
-    "LastLayerMLP",
     "build_model",
     "change",
     "config_of",

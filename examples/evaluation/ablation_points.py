@@ -29,7 +29,7 @@ NO_FORGETTING = -1e-9
 """A bound of the log retention below which nothing is: a factor of 1 in float32."""
 
 MODELS = ("moneta", "yaad", "memora")
-CHANGES = ("ascent", "last-layer", "keys", "constant-delta", "constant-alpha")
+CHANGES = ("ascent", "keys", "constant-delta", "constant-alpha")
 SERVED_AT = (4, 16, 64, 256)
 """Chunk sizes that some of the trained models are evaluated at, whatever they were trained at."""
 
@@ -102,7 +102,7 @@ def _fill() -> None:
         # the reviewers'
         _add(f"{model}-no-write", model, "no writes", eta_max=NO_WRITE)
         _add(f"{model}-ascent", model, "writes up the gradient", change="ascent")
-        _add(f"{model}-last-layer", model, "only the last layer is written", change="last-layer")
+        _add(f"{model}-last-layer", model, "only the last layer is written", update_layers="last")
         _add(f"{model}-keys", model, "keys in place of queries", change="keys")
 
     _add("yaad-constant-delta", "yaad", "one threshold a head, whatever the text", change="constant-delta")

@@ -78,7 +78,9 @@ def memory_size(mixer: MirasMixer, state: MemoryState) -> dict[str, float]:
     """How large a layer's memory is after whole chunks: `rms` of its weights over all heads, that of its `largest_head`,
     and how far they have `moved` from the initial ones, relative to those."""
     rule, now, start = mixer.memory.rule, [], []
-    for layer, (dual, initial) in enumerate(zip(state.dual, mixer.memory.initial_state(), strict=True)):
+    fixed = rule.architecture.fixed
+    of_layers = zip(state.dual, mixer.memory.initial_state()[fixed:], strict=True)
+    for layer, (dual, initial) in enumerate(of_layers, start=fixed):
         initial = initial.to(dual.dtype)
         dual = dual + initial if rule.decay_target == "init" else dual
         now.append(rule.retention.link(dual[0], rule.hidden_axis(layer)).flatten(1))

@@ -297,6 +297,8 @@ def test_rules_that_kernels_do_not_know_say_why(ids):
         ((name, value),) = changed.items()
         choices, reason = kernel_choices(MirasRule(MLPMemory(**changed), L2(), chunk_size=16))
         assert choices is None and reason == f"kernels do not know `memory_{name}={value}`"
+    choices, reason = kernel_choices(MirasRule(MLPMemory(update_layers="last"), L2(), chunk_size=16))
+    assert choices is None and reason == "kernels do not know `update_layers='last'`"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the slow path is only slow where there is a GPU")

@@ -48,7 +48,7 @@ BACKENDS = ("auto", "triton", "pytorch")
 # the choices that kernels know, by the config's names, and what they call otherwise than configs do
 _KERNELS_KNOW = {"memory_architecture": MEMORIES, "attentional_bias": ATTENTIONAL_BIASES, "retention": RETENTION_GATES}
 # what they take for granted
-_KERNELS_ASSUME = {"memory_depth": 2, "memory_norm": True, "memory_residual": True}
+_KERNELS_ASSUME = {"memory_depth": 2, "memory_norm": True, "memory_residual": True, "update_layers": "all"}
 _KERNEL_WORDS = {"memory_architecture": "memory", "memory_expansion": "expansion", "memory_norm_eps": "norm_eps"}
 
 
@@ -262,7 +262,7 @@ def kernel_choices(rule: MirasRule) -> tuple[Choices | None, str | None]:
         found |= {field: name, **part.keys()}
     for key, value in _KERNELS_ASSUME.items():
         if found.pop(key, value) != value:
-            return None, f"kernels do not know `{key}={parts['memory_architecture'].keys()[key]}`"
+            return None, f"kernels do not know `{key}={parts['memory_architecture'].keys()[key]!r}`"
     if "lp_sign" in found:
         found["lp_smooth_sign"] = found.pop("lp_sign") == "tanh"
     found = {_KERNEL_WORDS.get(name, name): value for name, value in found.items()}

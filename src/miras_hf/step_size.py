@@ -152,8 +152,10 @@ def lq_weights(weights: int, std: float, q: float, mirror: bool) -> tuple[float,
 
 
 def is_derived(memory: MemoryArchitecture) -> bool:
-    """Whether G is known in closed form: of a matrix, and of an MLP memory of two layers under a layer norm."""
-    return type(memory) is MatrixMemory or (type(memory) is MLPMemory and memory.depth == 2 and memory.norm)
+    """Whether G is known in closed form: of a matrix, and of an MLP memory that writes two layers under a layer norm."""
+    if type(memory) is MatrixMemory:
+        return True
+    return type(memory) is MLPMemory and memory.depth == 2 and memory.norm and memory.update_layers == "all"
 
 
 def start_deviations(memory: MemoryArchitecture, head_dim: int, last_scale: float) -> list[float]:
@@ -180,12 +182,14 @@ def measured_gain(
             gate.inverse(std * normal(8, *shape), rule.hidden_axis(layer))
             for layer, (shape, std) in enumerate(zip(shapes, deviations, strict=True))
         ]
+        fixed = [gate.link(state, rule.hidden_axis(i)) for i, state in enumerate(states[: memory.fixed])]
+        states = states[memory.fixed :]
         weights = rule.weights(states, [None] * len(states))
         k, v = F.normalize(normal(8, 32, head_dim), dim=-1), normal(8, 32, head_dim)
         delta = None
         if bias.delta_granularity is not None:
             delta = torch.full_like(v[..., :1], sum(bias.initial_delta(head_dim)) / 2.0)
-        norm = [torch.ones_like(v[:, :1]), torch.zeros_like(v[:, :1])]
+        norm = [torch.ones_like(v[:, :1]), torch.zeros_like(v[:, :1]), *fixed]
         factors = rule.write(weights, k, v, delta, norm)
         small = 1e-6
         before, after = (

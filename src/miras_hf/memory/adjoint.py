@@ -116,7 +116,7 @@ def _differentiable_adjoint(process: Callable, rule: MirasRule, tensors, bars) -
 
 
 def _parted(rule: MirasRule, tensors):
-    fields, layers = len(MemoryInputs._fields), len(rule.architecture.gate_axes)
+    fields, layers = len(MemoryInputs._fields), len(rule.written_axes)
     x, rest = MemoryInputs(*tensors[:fields]), tensors[fields:]
     return x, rest[:layers], rest[layers : 2 * layers], rest[2 * layers :]
 

@@ -36,6 +36,8 @@ Residual = Callable[[Tensor], Tensor]
 MOST_LAYERS = 16
 """Largest depth of an MLP memory."""
 
+HAS_HIDDEN = {"memory_depth": range(2, MOST_LAYERS + 1)}
+
 
 class Factors(NamedTuple):
     """One layer's gradients of a chunk in rank-one form: token i's gradient is `inputs[i]^T gradients[i]`.
@@ -83,6 +85,11 @@ class MemoryArchitecture(Choice):
         """Whether the layer norm's affine is used."""
         return False
 
+    @property
+    def fixed(self) -> int:
+        """How many of the weights, the first ones, no text writes: they stay the learned initial ones."""
+        return 0
+
     def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
         """Shapes `[in, out]` of the weights, layer by layer."""
         raise NotImplementedError
@@ -94,7 +101,7 @@ class MemoryArchitecture(Choice):
     def write(
         self, weights: tuple[Tensor, ...], k: Tensor, residual: Residual, norm_weight: Tensor, norm_bias: Tensor
     ) -> tuple[Factors, ...]:
-        """The gradients of `loss(M(W; k) - v)`; `residual` maps `M(W; k)` to `dloss/dM`."""
+        """The gradients of `loss(M(W; k) - v)`, of the weights that are written; `residual` maps `M(W; k)` to `dloss/dM`."""
         raise NotImplementedError
 
 
@@ -110,16 +117,24 @@ class LayeredMemory(MemoryArchitecture):
             Epsilon of the layer norm, large against the variance it meets, which bounds `1/std` in its backward.
         norm (`bool`, *optional*, defaults to `True`): whether there is the layer norm.
         residual (`bool`, *optional*, defaults to `True`): whether what is read is added to what is asked with.
+        update_layers (`str`, *optional*, defaults to `"all"`):
+            The weights that a text writes: `"all"`, or the `"last"` alone. The others stay the learned initial ones, neither
+            written nor decayed, and have no part in the state; the write is then linear in the state but for the layer norm.
     """
 
-    expansion: int = parameter("memory_expansion", 4, 1, 64, only_with={"memory_depth": range(2, MOST_LAYERS + 1)})
+    expansion: int = parameter("memory_expansion", 4, 1, 64, only_with=HAS_HIDDEN)
     norm_eps: float = parameter("memory_norm_eps", 0.1, 1e-30, 1, only_with={"memory_norm": True})
     norm: bool = parameter("memory_norm", True, one_of=(True, False))
     residual: bool = parameter("memory_residual", True, one_of=(True, False))
+    update_layers: str = parameter("update_layers", "all", one_of=("all", "last"), only_with=HAS_HIDDEN)
 
     @property
     def has_norm(self) -> bool:
         return self.norm
+
+    @property
+    def fixed(self) -> int:
+        return 0 if self.update_layers == "all" else len(self.gate_axes) - 1
 
     def output(self, x: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
         """`M(x)`, of the last product."""
@@ -204,9 +219,9 @@ class MLPMemory(LayeredMemory):
             inputs.append(hidden)
             slopes.append(slope)
         gradients = [self.output_gradient(k, inputs[-1] @ weights[-1], residual, norm_weight, norm_bias)]
-        for weight, slope in zip(weights[:0:-1], reversed(slopes), strict=True):
-            gradients.append((gradients[-1] @ weight.mT) * slope)
-        return tuple(map(Factors, inputs, reversed(gradients)))
+        for layer in range(self.depth - 1, self.fixed, -1):
+            gradients.append((gradients[-1] @ weights[layer].mT) * slopes[layer - 1])
+        return tuple(map(Factors, inputs[self.fixed :], reversed(gradients)))
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ class _Memory:
     heads: int
     start: tuple[Tensor, ...]
     base: tuple[Tensor | None, ...]
-    norm: tuple[Tensor, Tensor]  # [rows * heads, 1, head_dim]
+    norm: tuple[Tensor, ...]  # of `MemoryParameters.norm`
     partial_in: MemoryState | None  # the initial state, with a chunk that may have begun
     partial_out: MemoryState | None  # the final state so far, with a chunk that may be left over
 
@@ -196,14 +196,15 @@ class _Memory:
             # a copy: who decodes on writes into the final state, which before the first chunk's end is this one
             start = tuple(
                 torch.zeros_like(b) if b is not None else per_row(a, rows, dtype).clone()
-                for a, b in zip(parameters.initial, base, strict=True)
+                for a, b in zip(parameters.written(rule), base, strict=True)
             )
             if rule.algorithm.has_momentum:
                 start = (*start, *map(torch.zeros_like, start))
         if capture:
             empty = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], dtype)
             partial_out = empty.merged(dtype).with_matrices(start)
-        return _Memory(rule, layout, heads, start, base, parameters.norm(rows, dtype), partial_in, partial_out)
+        norm = parameters.norm(rule, rows, dtype)
+        return _Memory(rule, layout, heads, start, base, norm, partial_in, partial_out)
 
     def tensors(self) -> list[Tensor]:
         begun = [] if self.partial_in is None else self.partial_in.leaves()

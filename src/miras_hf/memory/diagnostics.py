@@ -89,7 +89,7 @@ def memory_statistics(
     def mean(values: Tensor) -> Tensor:  # [rows, tokens, heads, c] to [heads]
         return torch.where(valid[..., None, None], values, 0.0).mean(-1).sum((0, 1)) / count
 
-    norm = parameters.norm(valid.shape[0], x.q.dtype)
+    norm = parameters.norm(rule, valid.shape[0], x.q.dtype)
     initial, losses, initial_losses = None, [], []
     for chunk, weights, state in chunks(x, lengths, rule, parameters):
         initial = weights if initial is None else initial

@@ -197,7 +197,7 @@ def _recalled_and_written(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the initial memory returns for the keys, errors `v - M(k)` where gradients are taken, and each token's write,
     all `[rows, tokens, heads, head_dim]`."""
-    norm, initial, found = parameters.norm(lengths.shape[0], x.k.dtype), None, []
+    norm, initial, found = parameters.norm(rule, lengths.shape[0], x.k.dtype), None, []
     for chunk, weights, _ in chunks(x, lengths, rule, parameters):
         initial = weights if initial is None else initial
         gates = rule.algorithm.chunk_gradient_gates(chunk.eta, *(log.cumsum(-2) for log in chunk.logs))

@@ -85,20 +85,25 @@ def recurrent_miras(
 
 
 def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, parameters, lengths, exact: bool):
-    architecture, layers = rule.architecture, range(len(rule.architecture.gate_axes))
+    architecture, axes = rule.architecture, rule.written_axes
+    layers, first = range(len(axes)), architecture.fixed  # the weights that are written, behind those that are not
     rows, tokens, heads, head_dim = x.q.shape
     dtype = x.q.dtype
-    initial = [a.to(dtype).expand(rows, -1, -1, -1) for a in parameters.initial]
+    initial = [a.to(dtype).expand(rows, -1, -1, -1) for a in parameters.written(rule)]
+    fixed = [rule.retention.link(a.to(dtype), rule.hidden_axis(i)) for i, a in enumerate(parameters.initial[:first])]
     base = initial if rule.decay_target == "init" else [None] * len(initial)
     norm = [p.to(dtype).view(1, heads, 1, head_dim) for p in (parameters.norm_weight, parameters.norm_bias)]
 
     def gate(values: Tensor, layer: int) -> Tensor:  # steps or logs [rows, heads, 1, c] to the axis of the weight
-        if architecture.gate_axes[layer] == "hidden":
+        if axes[layer] == "hidden":
             return values.mean(-1, keepdim=True)
-        return values.mT if architecture.gate_axes[layer] == "input" else values
+        return values.mT if axes[layer] == "input" else values
+
+    def hidden_axis(layer: int) -> int:
+        return rule.hidden_axis(first + layer)
 
     def fresh_chunk(dual):
-        return [rule.retention.at_chunk_start(dual[i], base[i], rule.hidden_axis(i)) for i in layers]
+        return [rule.retention.at_chunk_start(dual[i], base[i], hidden_axis(i)) for i in layers]
 
     # what has happened since the chunk's start: the decay of the base, and the writes as the algorithm has put them
     # together, with its momentum
@@ -136,9 +141,9 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         def weight_at(layer: int, since: Tensor, writes: Tensor, weights=weights) -> Tensor:
             if exact:
                 anchor, dual = base[layer], gate(since, layer).exp() * start[layer] + writes
-                return rule.retention.link(dual if anchor is None else anchor + dual, rule.hidden_axis(layer))
+                return rule.retention.link(dual if anchor is None else anchor + dual, hidden_axis(layer))
             w = weights[layer]
-            total = rule.retention.writes_matrix(w, writes, rule.hidden_axis(layer))
+            total = rule.retention.writes_matrix(w, writes, hidden_axis(layer))
             if w.decaying is not None:
                 total = total + gate(since, layer).exp() * w.decaying
             if w.constant is not None:
@@ -161,7 +166,9 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         seen: list[tuple[Tensor, Tensor]] = []
 
         def linear(layer: int, h: Tensor, at=at, seen=seen) -> Tensor:
-            seen.append((h, h @ at[layer]))
+            if layer < first:
+                return h @ fixed[layer]
+            seen.append((h, h @ at[layer - first]))
             return seen[-1][1]
 
         prediction = architecture.read(linear, k, *norm)
@@ -180,7 +187,9 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         duals_t = [gate(since_t, i).exp() * start[i] + writes_t[i] for i in layers]
 
         def read(layer: int, h: Tensor, weight_at=weight_at, since_t=since_t, writes_t=writes_t) -> Tensor:
-            return h @ weight_at(layer, since_t, writes_t[layer])
+            if layer < first:
+                return h @ fixed[layer]
+            return h @ weight_at(layer - first, since_t, writes_t[layer - first])
 
         y = architecture.read(read, q, *norm)
         outputs.append(torch.where(live, y, 0.0).squeeze(2))

@@ -89,9 +89,14 @@ class MirasRule:
             )
 
     @property
+    def written_axes(self) -> tuple[str, ...]:
+        """`gate_axes` of the weights that a text writes: states, their bases and what waits in slots are of these."""
+        return self.architecture.gate_axes[self.architecture.fixed :]
+
+    @property
     def has_mean_gates(self) -> bool:
-        """Whether any weight has no `head_dim` axis, and so the mean of the channels' gates."""
-        return "hidden" in self.architecture.gate_axes
+        """Whether any weight that is written has no `head_dim` axis, and so the mean of the channels' gates."""
+        return "hidden" in self.written_axes
 
     def with_means(self, gates: Tensor) -> Tensor:
         """Steps or log retention `[..., c]`, one a channel, and behind them their mean, if any weight has that."""
@@ -117,6 +122,7 @@ class MirasRule:
         return type(gates)(*(x[..., part] if isinstance(x, Tensor) else x for x in gates))
 
     def hidden_axis(self, layer: int) -> int:
+        """Of a weight, those that are not written counted."""
         return -1 if self.architecture.gate_axes[layer] == "input" else -2
 
     def weights(self, states: Sequence[Tensor], base: Sequence[Tensor | None]) -> tuple[ChunkWeights, ...]:
@@ -125,16 +131,16 @@ class MirasRule:
         Args:
             states (sequence of `torch.Tensor`): the dual states, and behind them the momenta, if the algorithm has any.
         """
-        layers = len(base)
+        layers, fixed = len(base), self.architecture.fixed
         weights = tuple(
             self.retention.at_chunk_start(state, from_base, self.hidden_axis(layer))
-            for layer, (state, from_base) in enumerate(zip(states[:layers], base, strict=True))
+            for layer, (state, from_base) in enumerate(zip(states[:layers], base, strict=True), start=fixed)
         )
         if not self.algorithm.has_momentum:
             return weights
         return tuple(
             w._replace(momentum=self.retention.writes_matrix(w, held, self.hidden_axis(layer)))
-            for layer, (w, held) in enumerate(zip(weights, states[layers:], strict=True))
+            for layer, (w, held) in enumerate(zip(weights, states[layers:], strict=True), start=fixed)
         )
 
     def write(
@@ -150,6 +156,7 @@ class MirasRule:
         """The gradients of the tokens' losses, at the chunk's start or at their own times.
 
         Args:
+            norm (sequence of `torch.Tensor`): of `MemoryParameters.norm`, here and wherever memories are read.
             gates (`Gates`, *optional*): `chunk_gradient_gates` of the algorithm.
             known (`Known`, *optional*): slots whose gradients an earlier call has taken.
         """
@@ -159,7 +166,8 @@ class MirasRule:
 
         if gates is not None:
             return (self.algorithm.write(weights[0], k, residual, gates, known),)
-        factors = self.architecture.write(tuple(w.weight for w in weights), k, residual, *norm)
+        affine, fixed = norm[:2], norm[2:]
+        factors = self.architecture.write((*fixed, *(w.weight for w in weights)), k, residual, *affine)
         return factors if known is None else known.into(factors)
 
     def write_token(
@@ -208,25 +216,29 @@ class MirasRule:
         norm: Sequence[Tensor],
     ) -> Tensor:
         """What the memory returns for each query, at the query's own time."""
-        axes = self.architecture.gate_axes
+        axes, affine, fixed = self.architecture.gate_axes, norm[:2], norm[2:]
 
         def linear(layer: int, x: Tensor) -> Tensor:
-            written = self.retention.writes(weights[layer], factors[layer], self.hidden_axis(layer))
-            return self.algorithm.read(axes[layer], weights[layer], written, x, self.gates_of(layer, gates))
+            if layer < len(fixed):
+                return x @ fixed[layer]
+            own = weights[layer - len(fixed)]
+            written = self.retention.writes(own, factors[layer - len(fixed)], self.hidden_axis(layer))
+            return self.algorithm.read(axes[layer], own, written, x, self.gates_of(layer, gates))
 
-        return self.architecture.read(linear, q, *norm)
+        return self.architecture.read(linear, q, *affine)
 
     def recall(self, weights: Sequence[ChunkWeights], x: Tensor, norm: Sequence[Tensor]) -> Tensor:
         """What the memory returns at the chunk's start, before the chunk's writes and its decay."""
-        return self.architecture.read(lambda layer, h: h @ weights[layer].weight, x, *norm)
+        at_start = (*norm[2:], *(w.weight for w in weights))
+        return self.architecture.read(lambda layer, h: h @ at_start[layer], x, *norm[:2])
 
     def fold(
         self, states: Sequence[Tensor], factors: Sequence[Factors], gates: Gates | MomentumGates
     ) -> tuple[Tensor, ...]:
         """The states after the chunk."""
-        layers = len(factors)
+        layers, fixed = len(factors), self.architecture.fixed
         slots = [
-            self.algorithm.fold(axis, tuple(states[layer::layers]), factors[layer], self.gates_of(layer, gates))
-            for layer, axis in enumerate(self.architecture.gate_axes)
+            self.algorithm.fold(axis, tuple(states[i::layers]), factors[i], self.gates_of(fixed + i, gates))
+            for i, axis in enumerate(self.written_axes)
         ]
         return tuple(state for of_kind in zip(*slots, strict=True) for state in of_kind)

@@ -39,12 +39,19 @@ class MemoryParameters(NamedTuple):
 
     def base(self, rule: MirasRule, rows: int, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """What the states `[rows * heads, in, out]` are deviations from, `None` for nothing."""
-        return tuple(per_row(a, rows, dtype) if rule.decay_target == "init" else None for a in self.initial)
+        return tuple(per_row(a, rows, dtype) if rule.decay_target == "init" else None for a in self.written(rule))
 
-    def norm(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The layer norm's affine for rows and heads in one axis, `[rows * heads, 1, head_dim]`."""
-        weight, bias = (per_row(p, rows, dtype).unsqueeze(1) for p in (self.norm_weight, self.norm_bias))
-        return weight, bias
+    def written(self, rule: MirasRule) -> tuple[Tensor, ...]:
+        """The initial dual state of the weights that a text writes."""
+        return self.initial[rule.architecture.fixed :]
+
+    def norm(self, rule: MirasRule, rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What no text changes, for rows and heads in one axis: the layer norm's weight and bias `[rows * heads, 1,
+        head_dim]`, and behind them the weights that are not written."""
+        affine = (per_row(p, rows, dtype).unsqueeze(1) for p in (self.norm_weight, self.norm_bias))
+        fixed = self.initial[: rule.architecture.fixed]
+        linked = (rule.retention.link(a.to(dtype), rule.hidden_axis(layer)) for layer, a in enumerate(fixed))
+        return *affine, *(per_row(weight, rows, dtype) for weight in linked)
 
 
 def per_row(p: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
@@ -59,7 +66,7 @@ class MemoryState(NamedTuple):
     `count % chunk_size` have `eta = 0`) and are folded in when the row's chunk ends.
 
     Args:
-        dual (`tuple` of `torch.Tensor` of shape `[rows, heads, in, out]`):
+        dual (`tuple` of `torch.Tensor` of shape `[rows, heads, in, out]`, one for each weight that is written):
             The dual state at the start of the row's chunk, as the deviation from the initial memory if
             `decay_target="init"`. A row of zeros, `count` included, is at the learned initial memory.
         inputs (`tuple` of `torch.Tensor` of shape `[rows, heads, chunk_size, in]`): what each layer read.
@@ -175,12 +182,13 @@ def initial_memory_state(
     state = MemoryState(*fields)
     if rule.decay_target == "init":
         return state
-    return state._replace(dual=tuple(a.to(dtype).expand(rows, -1, -1, -1).clone() for a in parameters.initial))
+    return state._replace(dual=tuple(a.to(dtype).expand(rows, -1, -1, -1).clone() for a in parameters.written(rule)))
 
 
 def _shapes(rule: MirasRule, rows: int, heads: int, head_dim: int, gate_dim: int) -> dict[str, list | tuple[int, ...]]:
     """Of the tensors of a state's fields, lists of shapes for fields that are tuples."""
     weights, slots = rule.architecture.weight_shapes(head_dim), (rows, heads, rule.chunk_size)
+    weights = weights[rule.architecture.fixed :]
     return {
         "dual": [(rows, heads, *shape) for shape in weights],
         "inputs": [(*slots, fan_in) for fan_in, _ in weights],
@@ -198,7 +206,8 @@ def starting_dual(rule: MirasRule, parameters: MemoryParameters, state: MemorySt
     if rule.decay_target == "init":  # the deviation from the initial memory: a new row's is zero already
         return state.dual
     fresh = (state.count == 0).view(-1, 1, 1, 1)
-    return tuple(torch.where(fresh, a.to(d.dtype), d) for a, d in zip(parameters.initial, state.dual, strict=True))
+    initial = parameters.written(rule)
+    return tuple(torch.where(fresh, a.to(d.dtype), d) for a, d in zip(initial, state.dual, strict=True))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

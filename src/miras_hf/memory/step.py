@@ -68,7 +68,7 @@ def step_miras(
     else:
         check_state(initial_state, rule, heads, head_dim, rows, gate_dim)
         state = initial_state
-    x, norm = bound_inputs(x, rule).merged(), parameters.norm(rows, x.q.dtype)
+    x, norm = bound_inputs(x, rule).merged(), parameters.norm(rule, rows, x.q.dtype)
 
     # the token takes the next slot of its row's chunk
     phase = (state.count % rule.chunk_size).view(-1, 1)
@@ -141,7 +141,7 @@ def step_miras_(
     dtype = x.q.dtype
     if any(t.dtype != dtype or not t.is_contiguous() for t in state._replace(count=state.eta).leaves()):
         raise ValueError(f"`state` must be contiguous and in {dtype} to be updated in place.")
-    x, norm = bound_inputs(x, rule).merged(), parameters.norm(rows, dtype)
+    x, norm = bound_inputs(x, rule).merged(), parameters.norm(rule, rows, dtype)
     merged = state.merged(dtype)  # views, through which what is written below is seen
     compiling = by_formulas()
     if weights is None:

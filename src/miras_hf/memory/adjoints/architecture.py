@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..architecture import Factors, LayeredMemory, MatrixMemory, MLPMemory, normalise_vjp, row_dot
 from ..gelu import gelu_and_slope, gelu_slope_curvature
-from ..vjp import derivative_of
+from ..vjp import added, derivative_of
 
 
 WithVjp = Callable[..., tuple[Tensor, Callable[[Tensor], Tensor]]]
@@ -121,7 +121,7 @@ def write_mlp(
     last, output_vjp = _output_gradient(
         memory, k, torch.bmm(inputs[-1], weights[-1]), residual, norm_weight, norm_bias
     )
-    layers = range(len(slopes))
+    first, layers = memory.fixed, range(memory.fixed, len(slopes))  # hidden units behind weights that are written
     gradients = [*slopes, last]
     for i in reversed(layers):
         dhidden = torch.bmm(gradients[i + 1], weights[i + 1].mT)
@@ -129,7 +129,7 @@ def write_mlp(
         curvatures[i].mul_(dhidden)  # all that is left of both: gelu''(z) dhidden
 
     def vjp(bars: tuple[Factors, ...]):
-        inputs_bar, gradients_bar = map(list, zip(*bars, strict=True))
+        inputs_bar, gradients_bar = ([None] * first + [*of_layers] for of_layers in zip(*bars, strict=True))
         weights_bar = [None] * len(weights)
         # dz_i = (dz_{i+1} w_{i+1}^T) gelu'(z_i), from the keys on
         for i in layers:
@@ -137,16 +137,17 @@ def write_mlp(
             weights_bar[i + 1] = torch.bmm(dhidden_bar.mT, gradients[i + 1])
             gradients_bar[i + 1] = torch.baddbmm(gradients_bar[i + 1], dhidden_bar, weights[i + 1])
         prediction_bar, z_bar, *norm_bars = output_vjp(gradients_bar[-1])
-        for i in reversed(layers):
-            hidden_bar = torch.baddbmm(inputs_bar[i + 1], z_bar, weights[i + 1].mT)
-            weights_bar[i + 1].baddbmm_(inputs[i + 1].mT, z_bar)
-            z_bar = hidden_bar.mul_(slopes[i]).addcmul_(gradients_bar[i], curvatures[i])
-        k_bar = torch.baddbmm(inputs_bar[0], z_bar, weights[0].mT)
-        k_bar = k_bar.add_(prediction_bar) if memory.residual else k_bar
-        weights_bar[0] = torch.bmm(k.mT, z_bar)
+        for i in reversed(range(len(weights))):
+            weights_bar[i] = added(weights_bar[i], torch.bmm(inputs[i].mT, z_bar))
+            input_bar = torch.bmm(z_bar, weights[i].mT)
+            input_bar = input_bar if inputs_bar[i] is None else input_bar.add_(inputs_bar[i])
+            if i > 0:
+                z_bar = input_bar.mul_(slopes[i - 1])
+                z_bar = z_bar.addcmul_(gradients_bar[i - 1], curvatures[i - 1]) if i > first else z_bar
+        k_bar = input_bar.add_(prediction_bar) if memory.residual else input_bar
         return tuple(weights_bar), k_bar, None, *norm_bars
 
-    return tuple(map(Factors, inputs, gradients)), vjp
+    return tuple(map(Factors, inputs[first:], gradients[first:])), vjp
 
 
 @derivative_of(MatrixMemory.read)

@@ -30,7 +30,7 @@ from ..vjp import added, derivative_of, with_vjp
 def weights(rule: MirasRule, states: Sequence[Tensor], base: Sequence[Tensor | None]):
     linked = [
         with_vjp(rule.retention.at_chunk_start, state, from_base, rule.hidden_axis(layer))
-        for layer, (state, from_base) in enumerate(zip(states, base, strict=True))
+        for layer, (state, from_base) in enumerate(zip(states, base, strict=True), start=rule.architecture.fixed)
     ]
 
     def vjp(bars: Sequence[ChunkWeights]):
@@ -87,12 +87,15 @@ def write(
 
         return r, vjp
 
-    factors, write_vjp = with_vjp(rule.architecture.write, tuple(w.weight for w in weights), k, residual, *norm)
+    affine, fixed = norm[:2], norm[2:]
+    all_weights = (*fixed, *(w.weight for w in weights))
+    factors, write_vjp = with_vjp(rule.architecture.write, all_weights, k, residual, *affine)
 
     def vjp(bars: Sequence[Factors]):
         weight_bars, k_bar, _, *norm_bar = write_vjp(bars)
         v_bar, delta_bar = bars_of_residual
-        return tuple(map(ChunkWeights, weight_bars)), k_bar, v_bar, delta_bar, tuple(norm_bar)
+        fixed_bars, weight_bars = weight_bars[: len(fixed)], weight_bars[len(fixed) :]
+        return tuple(map(ChunkWeights, weight_bars)), k_bar, v_bar, delta_bar, (*norm_bar, *fixed_bars)
 
     return factors, vjp
 
@@ -106,31 +109,40 @@ def read(
     gates: Gates,
     norm: Sequence[Tensor],
 ):
-    axes = rule.architecture.gate_axes
+    axes, affine, fixed = rule.written_axes, norm[:2], norm[2:]
     channels = gates.decay.shape[-1]
     weights_bar, factors_bar, gates_bar = [None] * len(axes), [None] * len(axes), [None]
+    fixed_bars = [None] * len(fixed)
+
+    def linear_fixed(layer: int, x: Tensor):
+        def vjp(z_bar: Tensor) -> Tensor:
+            fixed_bars[layer] = torch.bmm(x.mT, z_bar)
+            return torch.bmm(z_bar, fixed[layer].mT)
+
+        return torch.bmm(x, fixed[layer]), vjp
 
     def linear(layer: int, x: Tensor):
-        written, writes_vjp = with_vjp(rule.retention.writes, weights[layer], factors[layer], rule.hidden_axis(layer))
-        z, linear_vjp = with_vjp(
-            rule.algorithm.read, axes[layer], weights[layer], written, x, rule.gates_of(layer, gates)
-        )
+        if layer < len(fixed):
+            return linear_fixed(layer, x)
+        i = layer - len(fixed)
+        written, writes_vjp = with_vjp(rule.retention.writes, weights[i], factors[i], rule.hidden_axis(layer))
+        z, linear_vjp = with_vjp(rule.algorithm.read, axes[i], weights[i], written, x, rule.gates_of(layer, gates))
 
         def vjp(z_bar: Tensor) -> Tensor:
             _, by_read, written_bar, x_bar, of_gates = linear_vjp(z_bar)
             by_writes, of_factors, _ = writes_vjp(written_bar)
-            weights_bar[layer] = added(weights_bar[layer], added(by_read, by_writes))
-            factors_bar[layer] = added(factors_bar[layer], of_factors)
+            weights_bar[i] = added(weights_bar[i], added(by_read, by_writes))
+            factors_bar[i] = added(factors_bar[i], of_factors)
             gates_bar[0] = added(gates_bar[0], _gates_bar(rule, layer, of_gates, channels))
             return x_bar
 
         return z, vjp
 
-    y, read_vjp = with_vjp(rule.architecture.read, linear, q, *norm)
+    y, read_vjp = with_vjp(rule.architecture.read, linear, q, *affine)
 
     def vjp(y_bar: Tensor):
         _, q_bar, *norm_bar = read_vjp(y_bar)
-        return tuple(weights_bar), tuple(factors_bar), q_bar, gates_bar[0], tuple(norm_bar)
+        return tuple(weights_bar), tuple(factors_bar), q_bar, gates_bar[0], (*norm_bar, *fixed_bars)
 
     return y, vjp
 
@@ -138,12 +150,13 @@ def read(
 @derivative_of(MirasRule.fold)
 def fold(rule: MirasRule, states: Sequence[Tensor], factors: Sequence[Factors], gates: Gates):
     """Without the result, as that of the algorithm."""
-    axes = rule.architecture.gate_axes
+    axes = rule.written_axes
     channels = gates.decay.shape[-1]
 
     def vjp(bars: Sequence[Tensor | None]):
         states_bar, factors_bar, gates_bar = [], [], None
-        for layer, (axis, state, of_layer, bar) in enumerate(zip(axes, states, factors, bars, strict=True)):
+        of_layers = zip(axes, states, factors, bars, strict=True)
+        for layer, (axis, state, of_layer, bar) in enumerate(of_layers, start=rule.architecture.fixed):
             state_bar = of_factors = None
             if bar is not None:
                 fold_vjp = with_vjp(rule.algorithm.fold, axis, (state,), of_layer, rule.gates_of(layer, gates))[1]
