@@ -45,6 +45,7 @@ from miras_hf.memory import (
     MirasRule,
     MLPMemory,
     Robust,
+    VectorMemory,
     chunk_miras,
     recurrent_miras,
     step_miras,
@@ -97,8 +98,9 @@ OTHER_RULES = {
         MLPMemory(expansion=2, depth=3, update_layers="last"), L2(), Lq(weight_cap=0.5), decay_target="zero"
     ),
     "bare": MirasRule(architecture=MLPMemory(expansion=2, norm=False, residual=False), attentional_bias=HuberNorm()),
+    "vector": MirasRule(architecture=VectorMemory(), attentional_bias=L2(), retention=Decay()),
 }
-ARCHITECTURES = ("shallow", "deep", "last", "bare")
+ARCHITECTURES = ("shallow", "deep", "last", "bare", "vector")
 """Those of them whose architectures the three models do not have, with adjoints of their own."""
 
 # eta and log_alpha, each with one number per channel or per head

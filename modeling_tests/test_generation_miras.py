@@ -207,7 +207,11 @@ def test_generate_uses_the_cache(speaker, input_ids):
     assert isinstance(output.past_key_values.layers[0], MirasLayer)
 
 
-@pytest.mark.parametrize("choices", [{}, {"decay_target": "zero"}, {"memory_architecture": "matrix"}], ids=str)
+@pytest.mark.parametrize(
+    "choices",
+    [{}, {"decay_target": "zero"}, {"memory_architecture": "matrix"}, {"memory_architecture": "vector"}],
+    ids=str,
+)
 def test_generation_leaves_the_parameters_alone(choices):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MirasConfig(**SMALL, retention="decay", **choices)).eval()

@@ -18,8 +18,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from memory_cases import make_case, relative_error
+from transformers import RecurrentGemmaConfig
+from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
 
+from miras_hf import MirasConfig
 from miras_hf.memory import (
     KL,
     L1,
@@ -37,10 +41,13 @@ from miras_hf.memory import (
     Lq,
     LqMirror,
     MatrixMemory,
+    MemoryParameters,
     MirasRule,
     MLPMemory,
     Robust,
+    VectorMemory,
     chunk_miras,
+    recurrent_miras,
 )
 from miras_hf.memory.retention import ChunkWeights
 from miras_hf.memory.vjp import with_vjp
@@ -384,6 +391,7 @@ NETWORKS = [
     MLPMemory(depth=3, norm=False),
     MLPMemory(depth=3, update_layers="last"),
     MatrixMemory(),
+    VectorMemory(),
 ]
 
 
@@ -442,6 +450,31 @@ def test_mlp_memory_is_the_equation():
     expected = x + F.layer_norm(F.gelu(x @ w1, approximate="tanh") @ w2, (d,), gamma, beta, 0.1)
     assert (w1.shape, w2.shape) == ((d, 4 * d), (4 * d, d))
     assert relative_error(read, expected) < 1e-12
+
+
+def test_vector_memory_is_a_diagonal_recurrence():
+    """With the dot product, one linear recurrence a channel: that of Griffin's RG-LRU, as Transformers has it."""
+    d, tokens, heads, rows = 6, 21, 2, 3
+    x, carry = normal(rows, tokens, heads * d), 0.2 + 0.8 * torch.rand(rows, tokens, heads * d, dtype=torch.float64)
+    config = RecurrentGemmaConfig(num_hidden_layers=1, num_attention_heads=heads, lru_width=heads * d)
+    reset = torch.zeros(rows, tokens, 1, dtype=torch.bool)
+    expected, _ = RecurrentGemmaRglru(config)._rnn_scan(x, carry, reset, None, acc_dtype=torch.float64)
+    q, k = (torch.full((rows, tokens, heads, d), d**-0.5, dtype=torch.float64) for _ in range(2))
+    rule = MirasRule(VectorMemory(), Dot(residual_clip=1e9), Decay(weight_cap=None), chunk_size=4, decay_target="zero")
+    parameters = MemoryParameters(
+        (torch.zeros(heads, 1, d, dtype=torch.float64),), torch.ones(heads, d), torch.zeros(heads, d)
+    )
+    v, eta, log_alpha = (t.unflatten(-1, (heads, d)) for t in (x, torch.ones_like(x), carry.log()))
+    for form in (chunk_miras, recurrent_miras):
+        y, _ = form(q, k, v, eta, log_alpha, rule=rule, parameters=parameters)
+        assert relative_error(y.flatten(-2) * d, expected) < 1e-9
+
+
+def test_a_simplex_over_one_unit_is_refused():
+    with pytest.raises(ValueError, match="`retention` must fit the architecture: KL.*one unit here.*VectorMemory"):
+        MirasRule(VectorMemory(), L2(), KL())
+    with pytest.raises(StrictDataclassError, match="`retention='kl'` keeps the sum.*`memory_architecture='vector'`"):
+        MirasConfig(memory_architecture="vector", retention="kl")
 
 
 # -- what has decayed away, and what has grown ----------------------------------------------------------------------------

@@ -75,6 +75,9 @@ CASES = {
     "bregman": {"retention": "bregman"},
     "elastic_net": {"retention": "elastic_net"},
     "matrix": {"memory_architecture": "matrix"},
+    "vector": {"memory_architecture": "vector"},
+    "vector_lp": {"memory_architecture": "vector", "attentional_bias": "lp"},
+    "vector_bregman": {"memory_architecture": "vector", "retention": "bregman", "attentional_bias": "huber_norm"},
     "matrix_lq": {"memory_architecture": "matrix", "retention": "lq"},
 }
 

@@ -47,8 +47,13 @@ def take_own_values(config: PreTrainedConfig, keywords: dict[str, Any]) -> None:
 
 
 def check_algorithm(config: PreTrainedConfig) -> None:
-    """Raises a `ValueError` if the learning algorithm does not fit the other choices, or takes no steps of such a size."""
+    """Raises a `ValueError` if retention or learning algorithm do not fit the other choices, or one takes no steps of such a size."""
     architecture, bias, retention, algorithm = (choice_of(config, field) for field in CHOICES)
+    refusal = retention.refusal(architecture)
+    if refusal is not None:
+        raise ValueError(
+            f"`retention={config.retention!r}` {refusal}, got `memory_architecture={config.memory_architecture!r}`."
+        )
     refusal = algorithm.refusal(architecture, bias, retention)
     if refusal is not None:
         raise ValueError(

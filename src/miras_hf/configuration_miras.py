@@ -151,7 +151,8 @@ class MirasConfig(PreTrainedConfig):
             Indices of the layers that are attention to the whole text, whose cache grows with it.
         sliding_window (`int`, *optional*, defaults to 2048): Window of sliding-window attention layers, in tokens.
         memory_architecture (`str`, *optional*, defaults to `"mlp"`):
-            Choice (i). `"mlp"`: `x + LN(gelu(x W1) W2)`; `"matrix"`: `x W`.
+            Choice (i). `"mlp"`: `x + LN(gelu(x W1) W2)`; `"matrix"`: `x W`; `"vector"`: `x o w`, in PyTorch only and not
+            with KL retention.
         memory_depth (`int`, *optional*, defaults to 2):
             Weights of the MLP memory, with gelu between them; 1 for `x + LN(x W)`. Those between hidden units, of a depth of
             3 and more, have gates that are the means of the channels'. Other depths than 2 run in PyTorch only.

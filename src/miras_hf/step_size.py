@@ -47,6 +47,7 @@ from .memory import (
     MatrixMemory,
     MirasRule,
     MLPMemory,
+    VectorMemory,
 )
 from .memory.architecture import MemoryArchitecture
 from .memory.attentional_bias import AttentionalBias
@@ -152,10 +153,10 @@ def lq_weights(weights: int, std: float, q: float, mirror: bool) -> tuple[float,
 
 
 def is_derived(memory: MemoryArchitecture) -> bool:
-    """Whether G is known in closed form: of a matrix, and of an MLP memory that writes two layers under a layer norm."""
-    if type(memory) is MatrixMemory:
-        return True
-    return type(memory) is MLPMemory and memory.depth == 2 and memory.norm and memory.update_layers == "all"
+    """Whether G is known in closed form: of a matrix, a vector, and an MLP memory that writes two layers under a layer norm."""
+    if type(memory) is MLPMemory:
+        return memory.depth == 2 and memory.norm and memory.update_layers == "all"
+    return type(memory) in (MatrixMemory, VectorMemory)
 
 
 def start_deviations(memory: MemoryArchitecture, head_dim: int, last_scale: float) -> list[float]:
@@ -210,7 +211,7 @@ def unit_step(config: Any) -> float:
         `ValueError`: where it neither has been derived nor can be measured.
     """
     memory, gate = choice_of(config, "memory_architecture"), choice_of(config, "retention")
-    if type(memory) not in (MLPMemory, MatrixMemory):
+    if type(memory) not in (MLPMemory, MatrixMemory, VectorMemory):
         raise _underived(f"`memory_architecture={config.memory_architecture!r}`")
     gain = loss_gain(choice_of(config, "attentional_bias"), config.head_dim)
     if not gain > 0.0:
@@ -233,6 +234,8 @@ def unit_step(config: Any) -> float:
         raise _underived(f"`retention={config.retention!r}`, which lets nothing into a new memory")
     if type(memory) is MatrixMemory:  # its one layer reads keys
         return 1.0 / (gain * starts[0].slope)
+    if type(memory) is VectorMemory:  # a channel's share is the square of the key's entry, which is 1 / d in the mean
+        return config.head_dim / (gain * starts[0].slope)
     (first, last), hidden = starts, shapes[0][1]
     # of small z, gelu(z) is z / 2 + z^2 / sqrt(2 pi), and its slope 1/2 + 2 z / sqrt(2 pi); what weights have in common
     # is the same for all hidden units
@@ -257,10 +260,13 @@ def largest_step(config: Any) -> float:
     All gradients of a chunk are taken at its start. C equal tokens that write a share u each leave `|1 - C u|` of their
     error, which grows from `C u = 2` on. Steps start at a third of the largest: of a matrix memory, `C u = 2` at
     `eta_max = 6 / C` of `unit_step`. An MLP memory's layer norm meets a variance that grows with what is written, and
-    its steps in units of the read shrink; chunks of up to 64 tokens need no less. With the delta rule nothing overshoots.
+    its steps in units of the read shrink; chunks of up to 64 tokens need no less. A vector memory's channels differ in
+    their shares, as the squares z^2 of normal numbers do, and the mean of `(1 - C u z^2)^2`, of which E z^4 = 3 makes
+    `1 - 2 C u + 3 (C u)^2`, grows from `C u = 2/3` on. With the delta rule nothing overshoots.
     """
     algorithm = choice_of(config, "learning_algorithm")
-    tokens = 64.0 if choice_of(config, "memory_architecture").has_norm else 6.0
+    memory = choice_of(config, "memory_architecture")
+    tokens = 64.0 if memory.has_norm else 2.0 if type(memory) is VectorMemory else 6.0
     share = 1.0 if algorithm.gradient_at != "chunk" else min(1.0, tokens / config.chunk_size)
     step = unit_step(config) / algorithm.moves * share
     return max(SMALLEST, min(LARGEST, step))

@@ -15,7 +15,7 @@
 
 `naive.py` is where to begin: one head that reads one text, in forty lines."""
 
-from .architecture import MEMORY_ARCHITECTURES, Factors, MatrixMemory, MemoryArchitecture, MLPMemory
+from .architecture import MEMORY_ARCHITECTURES, Factors, MatrixMemory, MemoryArchitecture, MLPMemory, VectorMemory
 from .attentional_bias import (
     ATTENTIONAL_BIASES,
     L1,
@@ -90,6 +90,7 @@ __all__ = [
     "Momentum",
     "RetentionGate",
     "Robust",
+    "VectorMemory",
     "chunk_miras",
     "initial_memory_state",
     "parameter",

@@ -245,4 +245,30 @@ class MatrixMemory(MemoryArchitecture):
         return (Factors(k, residual(k @ weights[0])),)
 
 
-MEMORY_ARCHITECTURES: dict[str, type[MemoryArchitecture]] = {"mlp": MLPMemory, "matrix": MatrixMemory}
+@dataclass(frozen=True)
+class VectorMemory(MemoryArchitecture):
+    """`M(w; x) = x o w`, `w: 1 x d`: the vector-valued memory of diagonal recurrences, one number a channel.
+
+    It is written in the form of all others: the product of w with an input of one is w as every token finds it, and the
+    gradient at w is that input times `x o dloss/dM`. It has no layer norm: `norm_weight` and `norm_bias` are not used.
+    """
+
+    gate_axes: ClassVar[tuple[str, ...]] = ("output",)
+
+    def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
+        return ((1, head_dim),)
+
+    def read(self, linear: Linear, x: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        return x * linear(0, torch.ones_like(x[..., :1]))
+
+    def write(
+        self, weights: tuple[Tensor, ...], k: Tensor, residual: Residual, norm_weight: Tensor, norm_bias: Tensor
+    ) -> tuple[Factors, ...]:
+        return (Factors(torch.ones_like(k[..., :1]), k * residual(k * weights[0])),)
+
+
+MEMORY_ARCHITECTURES: dict[str, type[MemoryArchitecture]] = {
+    "mlp": MLPMemory,
+    "matrix": MatrixMemory,
+    "vector": VectorMemory,
+}

@@ -30,7 +30,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .architecture import Factors
+from .architecture import Factors, MemoryArchitecture
 from .declared import Choice, parameter
 from .vjp import can_look_at
 
@@ -75,6 +75,10 @@ class RetentionGate(Choice):
 
     last_layer_scale: ClassVar[float] = 0.1
     """Factor on the initial weights of an MLP memory's last layer by default: what is written soon outweighs it."""
+
+    def refusal(self, architecture: MemoryArchitecture) -> str | None:
+        """Why it has no weights of such a memory, behind its name; `None` if it has."""
+        return None
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
         """`W = phi(A)`, shape `[..., in, out]`, norms and simplices taken over each weight of each head alone."""
@@ -264,6 +268,15 @@ class Simplex(RetentionGate):
     norm_eps: ClassVar[float] = 0.01
 
     mass: float = parameter("simplex_mass", 2.0, above=0, high=1e6)
+
+    def refusal(self, architecture: MemoryArchitecture) -> str | None:
+        shapes = architecture.weight_shapes(2)
+        if any(
+            shape[0 if axis == "output" else 1] == 1
+            for shape, axis in zip(shapes, architecture.gate_axes, strict=True)
+        ):
+            return "keeps the sum along a hidden axis, which is of one unit here: its weights would never change"
+        return None
 
     def simplex(self, dual: Tensor, hidden_axis: int) -> tuple[float, int]:
         size = dual.shape[hidden_axis]

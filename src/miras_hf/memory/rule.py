@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .architecture import Factors, Known, MatrixMemory, MLPMemory
+from .architecture import Factors, Known, MemoryArchitecture, MLPMemory
 from .attentional_bias import AttentionalBias, HuberMixture
 from .learning import Gates, GradientDescent, LearningAlgorithm, MomentumGates
 from .retention import ChunkWeights, Decay, RetentionGate
@@ -49,7 +49,7 @@ class MirasRule:
     """A point of the Miras design space: what one head's memory is and how it learns while it reads.
 
     Args:
-        architecture (`MLPMemory` or `MatrixMemory`): choice (i).
+        architecture (`MemoryArchitecture`): choice (i).
         attentional_bias (`AttentionalBias`): choice (ii).
         retention (`RetentionGate`): choice (iii).
         algorithm (`GradientDescent`, `Momentum`, `DeltaRule` or `Implicit`): choice (iv).
@@ -63,7 +63,7 @@ class MirasRule:
         min_log_alpha (`float`, *optional*, defaults to -2.5): lower bound of a token's log retention; smaller is cut.
     """
 
-    architecture: MLPMemory | MatrixMemory = field(default_factory=MLPMemory)
+    architecture: MemoryArchitecture = field(default_factory=MLPMemory)
     attentional_bias: AttentionalBias = field(default_factory=HuberMixture)
     retention: RetentionGate = field(default_factory=Decay)
     algorithm: LearningAlgorithm = field(default_factory=GradientDescent)
@@ -80,6 +80,11 @@ class MirasRule:
             raise ValueError(
                 f"`min_log_alpha` must lie between {-_LARGEST_CHUNK_LOG_DECAY} / chunk_size = "
                 f"{least_log_alpha(self.chunk_size):g} and 0, got {self.min_log_alpha}."
+            )
+        refusal = self.retention.refusal(self.architecture)
+        if refusal is not None:
+            raise ValueError(
+                f"`retention` must fit the architecture: {self.retention} {refusal}, got {self.architecture}."
             )
         refusal = self.algorithm.refusal(self.architecture, self.attentional_bias, self.retention)
         if refusal is not None:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..architecture import Factors, LayeredMemory, MatrixMemory, MLPMemory, normalise_vjp, row_dot
+from ..architecture import Factors, LayeredMemory, MatrixMemory, MLPMemory, VectorMemory, normalise_vjp, row_dot
 from ..gelu import gelu_and_slope, gelu_slope_curvature
 from ..vjp import added, derivative_of
 
@@ -173,3 +173,34 @@ def write_matrix(
         return (torch.bmm(k.mT, prediction_bar),), k_bar, None, None, None
 
     return (Factors(k, r),), vjp
+
+
+@derivative_of(VectorMemory.read)
+def read_vector(memory: VectorMemory, linear: WithVjp, x: Tensor, norm_weight: Tensor, norm_bias: Tensor):
+    w, linear_vjp = linear(0, torch.ones_like(x[..., :1]))
+
+    def vjp(y_bar: Tensor):
+        linear_vjp(y_bar * x)  # to the weight and what was written; what it multiplies is one
+        return None, y_bar * w, None, None
+
+    return x * w, vjp
+
+
+@derivative_of(VectorMemory.write)
+def write_vector(
+    memory: VectorMemory,
+    weights: tuple[Tensor, ...],
+    k: Tensor,
+    residual: WithVjp,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+):
+    r, residual_vjp = residual(k * weights[0])
+
+    def vjp(bars: tuple[Factors, ...]):
+        gradient_bar = bars[0].gradients
+        prediction_bar = residual_vjp(gradient_bar * k)
+        k_bar = torch.addcmul(gradient_bar * r, prediction_bar, weights[0])
+        return ((prediction_bar * k).sum(-2, keepdim=True),), k_bar, None, None, None
+
+    return (Factors(torch.ones_like(k[..., :1]), k * r),), vjp
