@@ -33,6 +33,7 @@ from miras_hf.memory import (
     Decay,
     Dot,
     ElasticNet,
+    GatedMLPMemory,
     HuberCoordinate,
     HuberMixture,
     HuberNorm,
@@ -98,9 +99,11 @@ OTHER_RULES = {
         MLPMemory(expansion=2, depth=3, update_layers="last"), L2(), Lq(weight_cap=0.5), decay_target="zero"
     ),
     "bare": MirasRule(architecture=MLPMemory(expansion=2, norm=False, residual=False), attentional_bias=HuberNorm()),
+    "gated": MirasRule(architecture=GatedMLPMemory(expansion=2), attentional_bias=L2(), retention=LqMirror()),
+    "gated_last": MirasRule(architecture=GatedMLPMemory(expansion=2, update_layers="last"), attentional_bias=L2()),
     "vector": MirasRule(architecture=VectorMemory(), attentional_bias=L2(), retention=Decay()),
 }
-ARCHITECTURES = ("shallow", "deep", "last", "bare", "vector")
+ARCHITECTURES = ("shallow", "deep", "last", "bare", "gated", "gated_last", "vector")
 """Those of them whose architectures the three models do not have, with adjoints of their own."""
 
 # eta and log_alpha, each with one number per channel or per head

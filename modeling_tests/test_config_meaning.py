@@ -57,7 +57,7 @@ OTHER = {
 CHOICES = {
     "attentional_bias": ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture", "robust", "dot", "l1"],
     "retention": ["decay", "lq", "kl", "chi_squared", "bregman", "elastic_net"],
-    "memory_architecture": ["mlp", "matrix"],
+    "memory_architecture": ["mlp", "gated_mlp", "matrix"],
     "memory_depth": [1, 2],
     "memory_norm": [True, False],
     "learning_algorithm": ["gradient_descent", "delta_rule"],
@@ -104,9 +104,9 @@ def test_a_field_changes_what_is_computed_or_is_refused(name, monkeypatch):
             continue
         if choices.get("attentional_bias") != "lp" and choices.get("lp_sign") == "tanh":
             continue
-        if choices.get("memory_architecture") == "matrix" and (
-            choices.get("memory_depth") == 1 or choices.get("memory_norm") is False
-        ):
+        if choices.get("memory_architecture") != "mlp" and choices.get("memory_depth") == 1:
+            continue
+        if choices.get("memory_architecture") == "matrix" and choices.get("memory_norm") is False:
             continue
         if choices.get("learning_algorithm") == "delta_rule":
             choices |= {"memory_architecture": "matrix", "residual_clip": None, "retention": "decay"}

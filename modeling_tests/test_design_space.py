@@ -24,6 +24,7 @@ from miras_hf.memory import (
     RETENTION_GATES,
     Decay,
     DeltaRule,
+    GatedMLPMemory,
     GradientDescent,
     Implicit,
     MatrixMemory,
@@ -65,7 +66,9 @@ def rules(draw) -> MirasRule:
     bias, gate = draw(st.sampled_from(BIASES)), draw(st.sampled_from(GATES))
     gate = gate(**{"weight_cap": cap} if "weight_cap" in gate.parameters() else {})
     clip = draw(st.sampled_from((None, 0.5, 3.0)))
-    memory = draw(st.one_of(st.sampled_from((MatrixMemory(), VectorMemory())), networks()))
+    memory = draw(
+        st.one_of(st.sampled_from((MatrixMemory(), VectorMemory(), GatedMLPMemory(expansion=2))), networks())
+    )
     if gate.refusal(memory) is not None:
         memory = MatrixMemory()
     return MirasRule(memory, bias(residual_clip=clip), gate, algorithm, chunk_size, decay_target)

@@ -34,6 +34,7 @@ from miras_hf.memory import (
     Dot,
     ElasticNet,
     Factors,
+    GatedMLPMemory,
     HuberCoordinate,
     HuberMixture,
     HuberNorm,
@@ -390,6 +391,9 @@ NETWORKS = [
     MLPMemory(residual=False),
     MLPMemory(depth=3, norm=False),
     MLPMemory(depth=3, update_layers="last"),
+    GatedMLPMemory(expansion=2),
+    GatedMLPMemory(expansion=2, norm=False, residual=False),
+    GatedMLPMemory(expansion=2, update_layers="last"),
     MatrixMemory(),
     VectorMemory(),
 ]
@@ -450,6 +454,16 @@ def test_mlp_memory_is_the_equation():
     expected = x + F.layer_norm(F.gelu(x @ w1, approximate="tanh") @ w2, (d,), gamma, beta, 0.1)
     assert (w1.shape, w2.shape) == ((d, 4 * d), (4 * d, d))
     assert relative_error(read, expected) < 1e-12
+
+
+def test_gated_memory_is_the_equation():
+    memory, d = GatedMLPMemory(expansion=3, norm_eps=0.2), 6
+    w1, w2, w3 = weights = [normal(*shape, seed=i) for i, shape in enumerate(memory.weight_shapes(d))]
+    x, gamma, beta = normal(5, d, seed=4), normal(d, seed=5), normal(d, seed=6)
+    read = memory.read(lambda layer, h: h @ weights[layer], x, gamma, beta)
+    gated = F.gelu(x @ w1, approximate="tanh") * (x @ w2)
+    assert [tuple(w.shape) for w in weights] == [(d, 3 * d), (d, 3 * d), (3 * d, d)]
+    assert relative_error(read, x + F.layer_norm(gated @ w3, (d,), gamma, beta, 0.2)) < 1e-12
 
 
 def test_vector_memory_is_a_diagonal_recurrence():

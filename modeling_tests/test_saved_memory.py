@@ -64,6 +64,7 @@ def build(name, hybrid=False, seed=0, **overrides):
 CASES = {
     **{f"{name}{'-hybrid' * hybrid}": (name, hybrid, {}) for name in CONFIGS for hybrid in (False, True)},
     "unusual": ("miras", False, UNUSUAL),
+    "gated": ("miras", False, {"memory_architecture": "gated_mlp"}),
     "vector": ("miras", False, {"memory_architecture": "vector"}),
     "full-attention": ("yaad", True, {"layer_types": ["full_attention", "miras_memory"], "sliding_window": 2048}),
 }

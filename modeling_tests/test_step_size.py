@@ -75,6 +75,8 @@ CASES = {
     "bregman": {"retention": "bregman"},
     "elastic_net": {"retention": "elastic_net"},
     "matrix": {"memory_architecture": "matrix"},
+    "gated": {"memory_architecture": "gated_mlp"},
+    "gated_kl": {"memory_architecture": "gated_mlp", "retention": "kl", "memory_expansion": 2},
     "vector": {"memory_architecture": "vector"},
     "vector_lp": {"memory_architecture": "vector", "attentional_bias": "lp"},
     "vector_bregman": {"memory_architecture": "vector", "retention": "bregman", "attentional_bias": "huber_norm"},

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 import miras_hf
 from miras_hf.backend import MemoryBackend, kernel_choices
-from miras_hf.memory import L2, MirasRule, MLPMemory, VectorMemory
+from miras_hf.memory import L2, GatedMLPMemory, MirasRule, MLPMemory, VectorMemory
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -287,8 +287,9 @@ def test_rules_that_kernels_do_not_know_say_why(ids):
 
     choices, reason = kernel_choices(MirasRule(attentional_bias=Own(), chunk_size=16))
     assert choices is None and "Own" in reason
-    choices, reason = kernel_choices(MirasRule(VectorMemory(), L2(), chunk_size=16))
-    assert choices is None and reason == "kernels do not know VectorMemory"
+    for memory in (VectorMemory, GatedMLPMemory):
+        choices, reason = kernel_choices(MirasRule(memory(), L2(), chunk_size=16))
+        assert choices is None and reason == f"kernels do not know {memory.__name__}"
     choices, reason = kernel_choices(MirasRule(attentional_bias=L2(), chunk_size=8))
     assert choices is None and "`chunk_size`" in reason and "8" in reason
     slow, fast = make_models("yaad", chunk_size=8)

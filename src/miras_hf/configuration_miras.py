@@ -151,8 +151,8 @@ class MirasConfig(PreTrainedConfig):
             Indices of the layers that are attention to the whole text, whose cache grows with it.
         sliding_window (`int`, *optional*, defaults to 2048): Window of sliding-window attention layers, in tokens.
         memory_architecture (`str`, *optional*, defaults to `"mlp"`):
-            Choice (i). `"mlp"`: `x + LN(gelu(x W1) W2)`; `"matrix"`: `x W`; `"vector"`: `x o w`, in PyTorch only and not
-            with KL retention.
+            Choice (i). `"mlp"`: `x + LN(gelu(x W1) W2)`; `"gated_mlp"`: `x + LN((gelu(x W1) o x W2) W3)`; `"matrix"`:
+            `x W`; `"vector"`: `x o w`, not with KL retention. The gated one and the vector run in PyTorch only.
         memory_depth (`int`, *optional*, defaults to 2):
             Weights of the MLP memory, with gelu between them; 1 for `x + LN(x W)`. Those between hidden units, of a depth of
             3 and more, have gates that are the means of the channels'. Other depths than 2 run in PyTorch only.
@@ -353,7 +353,7 @@ class MirasConfig(PreTrainedConfig):
         if self.memory_norm_eps is None:
             self.memory_norm_eps = chosen(self, "retention").norm_eps
         if self.initial_memory_scale is None:
-            of_mlp = self.memory_architecture == "mlp"
+            of_mlp = self.memory_architecture in ("mlp", "gated_mlp")
             self.initial_memory_scale = chosen(self, "retention").last_layer_scale if of_mlp else 1.0
         if self.min_log_alpha is None:
             self.min_log_alpha = default_min_log_alpha(self.chunk_size)

@@ -38,6 +38,7 @@ from .memory import (
     L2,
     Decay,
     Dot,
+    GatedMLPMemory,
     HuberCoordinate,
     HuberMixture,
     HuberNorm,
@@ -211,7 +212,7 @@ def unit_step(config: Any) -> float:
         `ValueError`: where it neither has been derived nor can be measured.
     """
     memory, gate = choice_of(config, "memory_architecture"), choice_of(config, "retention")
-    if type(memory) not in (MLPMemory, MatrixMemory, VectorMemory):
+    if type(memory) not in (MLPMemory, GatedMLPMemory, MatrixMemory, VectorMemory):
         raise _underived(f"`memory_architecture={config.memory_architecture!r}`")
     gain = loss_gain(choice_of(config, "attentional_bias"), config.head_dim)
     if not gain > 0.0:

@@ -15,7 +15,15 @@
 
 `naive.py` is where to begin: one head that reads one text, in forty lines."""
 
-from .architecture import MEMORY_ARCHITECTURES, Factors, MatrixMemory, MemoryArchitecture, MLPMemory, VectorMemory
+from .architecture import (
+    MEMORY_ARCHITECTURES,
+    Factors,
+    GatedMLPMemory,
+    MatrixMemory,
+    MemoryArchitecture,
+    MLPMemory,
+    VectorMemory,
+)
 from .attentional_bias import (
     ATTENTIONAL_BIASES,
     L1,
@@ -73,6 +81,7 @@ __all__ = [
     "Dot",
     "ElasticNet",
     "Factors",
+    "GatedMLPMemory",
     "GradientDescent",
     "HuberCoordinate",
     "HuberMixture",

@@ -225,6 +225,36 @@ class MLPMemory(LayeredMemory):
 
 
 @dataclass(frozen=True)
+class GatedMLPMemory(LayeredMemory):
+    """`M(W; x) = x + LN((gelu(x W1) o x W2) W3)`, `W1, W2: d x n`, `W3: n x d`, `n = expansion * d`, gelu in its tanh form.
+
+    The gated MLP of Transformers as a memory, with GEGLU's activation.
+    """
+
+    gate_axes: ClassVar[tuple[str, ...]] = ("input", "input", "output")
+
+    def weight_shapes(self, head_dim: int) -> tuple[tuple[int, int], ...]:
+        hidden = self.expansion * head_dim
+        return (head_dim, hidden), (head_dim, hidden), (hidden, head_dim)
+
+    def read(self, linear: Linear, x: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
+        hidden = gelu(linear(0, x)) * linear(1, x)
+        return self.output(x, linear(2, hidden), norm_weight, norm_bias)
+
+    def write(
+        self, weights: tuple[Tensor, ...], k: Tensor, residual: Residual, norm_weight: Tensor, norm_bias: Tensor
+    ) -> tuple[Factors, ...]:
+        w1, w2, w3 = weights
+        gate, slope = gelu_and_slope(k @ w1)
+        up = k @ w2
+        hidden = gate * up
+        dz = self.output_gradient(k, hidden @ w3, residual, norm_weight, norm_bias)
+        dhidden = dz @ w3.mT
+        factors = Factors(k, dhidden * up * slope), Factors(k, dhidden * gate), Factors(hidden, dz)
+        return factors[self.fixed :]
+
+
+@dataclass(frozen=True)
 class MatrixMemory(MemoryArchitecture):
     """`M(W; x) = x W`, `W: d x d`: the linear memory of the paper's ablation and of linear attention models.
 
@@ -269,6 +299,7 @@ class VectorMemory(MemoryArchitecture):
 
 MEMORY_ARCHITECTURES: dict[str, type[MemoryArchitecture]] = {
     "mlp": MLPMemory,
+    "gated_mlp": GatedMLPMemory,
     "matrix": MatrixMemory,
     "vector": VectorMemory,
 }

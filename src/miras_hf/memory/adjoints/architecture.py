@@ -22,7 +22,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..architecture import Factors, LayeredMemory, MatrixMemory, MLPMemory, VectorMemory, normalise_vjp, row_dot
+from ..architecture import (
+    Factors,
+    GatedMLPMemory,
+    LayeredMemory,
+    MatrixMemory,
+    MLPMemory,
+    VectorMemory,
+    normalise_vjp,
+    row_dot,
+)
 from ..gelu import gelu_and_slope, gelu_slope_curvature
 from ..vjp import added, derivative_of
 
@@ -148,6 +157,69 @@ def write_mlp(
         return tuple(weights_bar), k_bar, None, *norm_bars
 
     return tuple(map(Factors, inputs[first:], gradients[first:])), vjp
+
+
+@derivative_of(GatedMLPMemory.read, GatedMLPMemory.normalise, GatedMLPMemory.output)
+def read_gated(memory: GatedMLPMemory, linear: WithVjp, x: Tensor, norm_weight: Tensor, norm_bias: Tensor):
+    z, gate_vjp = linear(0, x)
+    gate, slope = gelu_and_slope(z)
+    up, up_vjp = linear(1, x)
+    z, last_vjp = linear(2, gate * up)
+    y, output_vjp = _output(memory, x, z, norm_weight, norm_bias)
+
+    def vjp(y_bar: Tensor):
+        z_bar, *norm_bars = output_vjp(y_bar)
+        hidden_bar = last_vjp(z_bar)
+        x_bar = up_vjp(hidden_bar * gate).add_(gate_vjp(hidden_bar * up * slope))
+        return None, x_bar.add_(y_bar) if memory.residual else x_bar, *norm_bars
+
+    return y, vjp
+
+
+@derivative_of(GatedMLPMemory.write, GatedMLPMemory.normalise, GatedMLPMemory.output_gradient)
+def write_gated(
+    memory: GatedMLPMemory,
+    weights: tuple[Tensor, ...],
+    k: Tensor,
+    residual: WithVjp,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+):
+    w1, w2, w3 = weights
+    gate, slope, curvature = gelu_slope_curvature(torch.bmm(k, w1))
+    up = torch.bmm(k, w2)
+    hidden = gate * up
+    dz, output_vjp = _output_gradient(memory, k, torch.bmm(hidden, w3), residual, norm_weight, norm_bias)
+    dhidden = torch.bmm(dz, w3.mT)
+    bent = curvature.mul_(dhidden).mul_(up)  # gelu''(z) dhidden o up
+
+    def vjp(bars: tuple[Factors, ...]):
+        hidden_bar, dz_bar = bars[-1]
+        if not memory.fixed:
+            # dgate = dhidden o up o gelu'(z), dup = dhidden o gate, dhidden = dz w3^T
+            (k_bar, dgate_bar), (k_bar_of_up, dup_bar) = bars[:-1]
+            of_slope = dgate_bar * slope
+            dhidden_bar = torch.addcmul(of_slope * up, dup_bar, gate)
+            dz_bar = torch.baddbmm(dz_bar, dhidden_bar, w3)
+        prediction_bar, last_bar, *norm_bars = output_vjp(dz_bar)
+        hidden_bar = torch.baddbmm(hidden_bar, last_bar, w3.mT)
+        w3_bar = torch.bmm(hidden.mT, last_bar)
+        up_bar, z_bar = hidden_bar * gate, hidden_bar * up
+        if not memory.fixed:
+            w3_bar.baddbmm_(dhidden_bar.mT, dz)
+            up_bar.addcmul_(of_slope, dhidden)
+            z_bar.addcmul_(dup_bar, dhidden)
+        z_bar.mul_(slope)
+        if not memory.fixed:
+            z_bar.addcmul_(dgate_bar, bent)
+        input_bar = torch.bmm(z_bar, w1.mT).baddbmm_(up_bar, w2.mT)
+        if not memory.fixed:
+            input_bar.add_(k_bar).add_(k_bar_of_up)
+        input_bar = input_bar.add_(prediction_bar) if memory.residual else input_bar
+        return (torch.bmm(k.mT, z_bar), torch.bmm(k.mT, up_bar), w3_bar), input_bar, None, *norm_bars
+
+    factors = Factors(k, dhidden * up * slope), Factors(k, dhidden * gate), Factors(hidden, dz)
+    return factors[memory.fixed :], vjp
 
 
 @derivative_of(MatrixMemory.read)
