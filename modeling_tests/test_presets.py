@@ -45,11 +45,12 @@ def rule_of(name: str, chunk_size: int = 8):
     return memory_rule(MirasConfig.from_preset(name, chunk_size=chunk_size))
 
 
-def read(name, form, q, k, v, eta, log_alpha, rule=None, initial=None, **others):
+def read(name, form, q, k, v, eta, log_alpha, rule=None, initial=None, norm=None, **others):
     """What the preset's memory reads; matrices start empty."""
     rule = rule_of(name) if rule is None else rule
     initial = (torch.zeros(HEADS, WIDTH, WIDTH, dtype=q.dtype),) if initial is None else initial
-    norm = torch.ones(HEADS, WIDTH, dtype=q.dtype), torch.zeros(HEADS, WIDTH, dtype=q.dtype)
+    if norm is None:
+        norm = torch.ones(HEADS, WIDTH, dtype=q.dtype), torch.zeros(HEADS, WIDTH, dtype=q.dtype)
     given = {"eta": eta.expand(ROWS, TOKENS, HEADS), "log_alpha": log_alpha, **others}
     return FORMS[form](q, k, v, **given, rule=rule, parameters=MemoryParameters(initial, *norm))[0]
 
@@ -131,7 +132,7 @@ def published(name):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "titans-lmm"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("titans-lmm", "ttt-linear", "ttt-mlp")])
 def test_a_preset_is_the_published_recurrence(name, form):
     inputs, expected = published(name)
     assert relative_error(read(name, form, *inputs), expected) < 1e-9
@@ -196,21 +197,25 @@ def test_a_preset_is_what_transformers_computes(name, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("chunk_size", [1, 8])
-def test_titans(chunk_size, form):
+@pytest.mark.parametrize(("chunk_size", "depth"), [(1, 2), (8, 2), (8, 1), (8, 3)])
+def test_titans(chunk_size, depth, form):
     """Its memory written out, gradients by autograd: at every token's own time, and at the start of its chunks."""
     q, k, v, eta, theta, _ = draw()
     keep, theta, eta, v = 1 - 0.1 * eta, 0.8 * theta, 0.1 * theta, 0.3 * v
     generator = torch.Generator().manual_seed(1)
-    hidden = 4 * WIDTH
-    first = torch.randn(HEADS, WIDTH, hidden, generator=generator, dtype=torch.float64) / WIDTH**0.5
-    second = torch.randn(HEADS, hidden, WIDTH, generator=generator, dtype=torch.float64) / hidden**0.5
+    initial = tuple(
+        torch.randn(HEADS, a, b, generator=generator, dtype=torch.float64) / a**0.5
+        for a, b in itertools.pairwise((WIDTH, *(4 * WIDTH,) * (depth - 1), WIDTH))
+    )
     expected = torch.empty_like(q)
     for row, head in itertools.product(range(ROWS), range(HEADS)):
-        weights, momenta, eps = [first[head], second[head]], [0.0, 0.0], 0.1
+        weights, momenta, eps = [w[head] for w in initial], [0.0] * depth, 0.1
 
         def memory(x, w, eps=eps):
-            return x + F.layer_norm(F.gelu(x @ w[0], approximate="tanh") @ w[1], (WIDTH,), eps=eps)
+            z = x @ w[0]
+            for weight in w[1:]:
+                z = F.gelu(z, approximate="tanh") @ weight
+            return x + F.layer_norm(z, (WIDTH,), eps=eps)
 
         for t in range(TOKENS):
             if t % chunk_size == 0:
@@ -220,9 +225,66 @@ def test_titans(chunk_size, form):
             momenta = [theta[row, t, head] * s - eta[row, t, head] * g for s, g in zip(momenta, grads, strict=True)]
             weights = [keep[row, t, head] * w + s for w, s in zip(weights, momenta, strict=True)]
             expected[row, t, head] = memory(q[row, t, head], weights)
-    rule = rule_of("titans-lmm", chunk_size)
-    found = read("titans-lmm", form, q, k, v, eta, keep.log(), rule, (first, second), log_momentum=theta.log())
+    rule = memory_rule(MirasConfig.from_preset("titans-lmm", chunk_size=chunk_size, memory_depth=depth))
+    found = read("titans-lmm", form, q, k, v, eta, keep.log(), rule, initial, log_momentum=theta.log())
     assert relative_error(found, expected) < 1e-9
+
+
+def layer_norm_and_gradient(z, target, weight, bias):
+    """TTT's layer norm, and the gradient of half the squared distance between it and the target: its code's formula."""
+    std = (z.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    normed = (z - z.mean(-1, keepdim=True)) / std
+    y = normed * weight + bias
+    if target is None:
+        return y, None
+    g = (y - target) * weight
+    along = (g * normed).sum(-1, keepdim=True)
+    return y, (z.shape[-1] * g - g.sum(-1, keepdim=True) - normed * along) / (z.shape[-1] * std)
+
+
+def gelu_slope(z):
+    """Of the tanh form, as its code has it."""
+    tanh = torch.tanh(0.79788456 * z * (1 + 0.044715 * z * z))
+    return 0.5 * z * ((1 - tanh * tanh) * (0.79788456 + 0.1070322243 * z * z)) + 0.5 * (1 + tanh)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["ttt-linear", "ttt-mlp"])
+def test_ttt(name, form):
+    """Its mini-batches written out, gradients by its code's formulas, weights token by token."""
+    q, k, v, one, _, _ = draw()
+    eta = one / WIDTH if name == "ttt-linear" else 0.1 * one
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(HEADS, *shape, generator=generator, dtype=torch.float64)
+
+    widths = (WIDTH, WIDTH) if name == "ttt-linear" else (WIDTH, 4 * WIDTH, WIDTH)
+    initial = tuple(normal(a, b) / a**0.5 for a, b in itertools.pairwise(widths))
+    norm = 1 + 0.1 * normal(WIDTH), 0.1 * normal(WIDTH)
+    expected = torch.empty_like(q)
+    for row, head in itertools.product(range(ROWS), range(HEADS)):
+        weights, affine = [w[head] for w in initial], [p[head] for p in norm]
+        for t in range(TOKENS):
+            if t % 16 == 0:
+                at = list(weights)
+            key, step = k[row, t, head][None], eta[row, t, head]
+            target = v[row, t, head] - key
+            inputs, first = [key], key @ at[0]
+            if name == "ttt-mlp":
+                inputs.append(F.gelu(first, approximate="tanh"))
+            _, g = layer_norm_and_gradient(inputs[-1] @ at[-1], target, *affine)
+            gradients = [g] if name == "ttt-linear" else [g @ at[1].T * gelu_slope(first), g]
+            weights = [w - step * x.T @ g for w, x, g in zip(weights, inputs, gradients, strict=True)]
+            z = q[row, t, head] @ weights[0]
+            if name == "ttt-mlp":
+                z = F.gelu(z, approximate="tanh") @ weights[1]
+            expected[row, t, head] = q[row, t, head] + layer_norm_and_gradient(z, None, *affine)[0]
+    rule = rule_of(name, 16)
+    assert relative_error(read(name, form, q, k, v, eta, NONE.double(), rule, initial, norm), expected) < 1e-9
+    inputs = [x.float() for x in (q, k, v, eta, NONE)]
+    initial, norm = ([x.float() for x in xs] for xs in (initial, norm))
+    assert relative_error(read(name, form, *inputs, rule, tuple(initial), norm), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -56,6 +56,20 @@ _MATRIX = {
     "value_norm": False,
     "output_norm_eps": None,
 }
+# steps are those of heads of 64 channels, as all its models have
+_TTT = {
+    **_MATRIX,
+    "memory_architecture": "mlp",
+    "memory_norm_eps": 1e-6,
+    "initial_memory_scale": 1.0,
+    "chunk_size": 16,
+    "gate_granularity": "head",
+}
+_TTT_DIFFERS = (
+    "without biases, which it writes as well, and without the factor that it learns for a token's place in its mini-batch, "
+    "with which a write counts differently for every later read; eta is that of heads of 64; weights start at a "
+    "deviation of {start}, not 0.02; no rotary embedding"
+)
 _KEEPS_ALL = {"learned_retention": False, "min_half_life": 2.0**30, "max_half_life": 2.0**30}
 _HEBBIAN = {**_MATRIX, "attentional_bias": "dot", "eta_max": 1.0}
 _DELTA = {**_MATRIX, "learning_algorithm": "delta_rule", "eta_max": 1.0}
@@ -149,11 +163,27 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
             "",
             {**_DELTA, **_KEEPS_ALL, "learning_algorithm": "implicit", "gate_granularity": "head"},
         ),
+        "ttt-linear": Preset(
+            "TTT-Linear (arXiv 2407.04620)",
+            "W = W - eta dloss(W')/dW', W' the one before the mini-batch, loss = |LN(k W') - (v - k)|^2 / 2, y = q + LN(q W)",
+            "eta = sigmoid(.) / d, alpha = 1; mini-batches are chunks of 16",
+            _TTT_DIFFERS.format(start="1 / sqrt(d)"),
+            "",
+            {**_TTT, **_KEEPS_ALL, "memory_depth": 1, "eta_max": 1.0 / 64},
+        ),
+        "ttt-mlp": Preset(
+            "TTT-MLP (arXiv 2407.04620)",
+            "the same of both weights, y = q + LN(gelu(q W1) W2)",
+            "eta = 0.1 sigmoid(.) / d, alpha = 1; mini-batches are chunks of 16",
+            _TTT_DIFFERS.format(start="2 / sqrt(d) and 1 / sqrt(4 d)"),
+            "",
+            {**_TTT, **_KEEPS_ALL, "eta_max": 0.1 / 64},
+        ),
         "titans-lmm": Preset(
             "Titans, long-term memory (arXiv 2501.00663)",
             "S = theta S - eta dloss(M)/dM, M = alpha M + S",
             "eta, log momentum = log theta, alpha is its 1 - alpha; at `chunk_size=1` token by token, else at chunk starts",
-            "one number a head for all three; the MLP is that of Miras, with layer norm and residual",
+            "one number a head for all three; the MLP is that of Miras, with layer norm and residual; `memory_depth` is its L_M",
             "",
             {
                 "memory_architecture": "mlp",
@@ -177,8 +207,6 @@ NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
         "the recurrence is that of `gla`",
         "RWKV-7 (arXiv 2503.14456)": "it erases along another key than it writes along",
         "DeltaProduct (arXiv 2502.10297)": "it writes several keys a token; each of its steps is one of `gated-deltanet`",
-        "TTT-Linear, TTT-MLP (arXiv 2407.04620)": "their biases are written, too; a step is divided by the token's place in "
-        "its mini-batch when it is read, which no recurrence of one state does; the linear one has a layer norm",
         "Mesa layer (arXiv 2506.05233)": "it reads the exact solution of a ridge regression, which needs a second state",
         "Softmax attention": "it is no parametric memory: it keeps all keys and values",
     }
