@@ -31,7 +31,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = {
     "moneta": (miras_hf.MonetaConfig, {"use_rope": True}),
     "yaad": (miras_hf.YaadConfig, {"use_rope": True}),
-    "memora": (miras_hf.MemoraConfig, {}),
+    # of a small memory's simplices, which are all but uniform, the layer norm takes differences of nearly equal numbers:
+    # PyTorch's float32 itself is then 1e-4 off
+    "memora": (miras_hf.MemoraConfig, {"initial_memory_scale": 1.0}),
     "mirror": (miras_hf.MonetaConfig, {"lq_map": "mirror"}),
     "hybrid": (miras_hf.YaadConfig, {"use_rope": True, "attention_layers": [1], "sliding_window": 8}),
     "matrix": (miras_hf.MirasConfig, {"memory_architecture": "matrix", "gate_granularity": "head"}),
