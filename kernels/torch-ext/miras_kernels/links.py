@@ -74,13 +74,14 @@ def start_of_sums(BD: tl.constexpr, LINK: tl.constexpr):
 def linked(dual, scale, top, total, mass, uniform, AXIS: tl.constexpr, LINK: tl.constexpr, Q: tl.constexpr):
     # a tile of W = phi(A); `top` and `total` lie along the axis that is not AXIS, the hidden one
     if LINK == KL:
-        log_sum = top + tl.log(total)
+        # not exp(A - log sum), whose argument is larger, and so what is rounded of it
+        share = mass / total
         if AXIS == 1:
-            return mass * tl.exp(dual - log_sum[:, None])
+            return share[:, None] * tl.exp(dual - top[:, None])
         else:
             # Less the uniform part, which adds the same to all channels: the layer norm takes that out, in the forward
             # and in the backward, but rounding would leave a trace of it.
-            return mass * tl.exp(dual - log_sum[None, :]) - uniform
+            return share[None, :] * tl.exp(dual - top[None, :]) - uniform
     elif LINK == LQ_MIRROR:
         return scale * dual * power(tl.abs(dual), Q - 2.0)
     else:

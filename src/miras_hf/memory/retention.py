@@ -282,6 +282,11 @@ class Simplex(RetentionGate):
         size = dual.shape[hidden_axis]
         return self.mass * size / math.sqrt(dual.shape[-2]), size
 
+    def centred(self, weight: Tensor, hidden_axis: int) -> Tensor:
+        """The last layer's weights less the uniform ones, which add the same to every channel: the memory's layer norm
+        takes that out again, and differences of nearly equal numbers with it."""
+        return weight - self.slope(weight, hidden_axis) if hidden_axis == -2 else weight
+
     def slope(self, dual: Tensor, hidden_axis: int) -> float:
         """Of the link at the uniform weights."""
         mass, size = self.simplex(dual, hidden_axis)
@@ -317,7 +322,8 @@ class KL(Simplex):
     """
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
-        return self.simplex(dual, hidden_axis)[0] * torch.softmax(dual, dim=hidden_axis)
+        weight = self.simplex(dual, hidden_axis)[0] * torch.softmax(dual, dim=hidden_axis)
+        return self.centred(weight, hidden_axis)
 
 
 @dataclass(frozen=True)
@@ -335,7 +341,8 @@ class ChiSquared(Simplex):
         # of few numbers that are close to each other, whatever the largest is
         above = torch.where(support, dual - dual.amax(hidden_axis, keepdim=True).detach(), 0.0)
         zeta = (above.sum(hidden_axis, keepdim=True) - size) / present
-        return self.slope(dual, hidden_axis) * torch.where(support, above - zeta, 0.0)
+        weight = self.slope(dual, hidden_axis) * torch.where(support, above - zeta, 0.0)
+        return self.centred(weight, hidden_axis)
 
     def support(self, dual: Tensor, hidden_axis: int) -> Tensor:
         """Where weights are above zero: the largest entries, as many as leave each of them something."""

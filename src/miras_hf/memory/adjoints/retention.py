@@ -116,8 +116,9 @@ def softmax(gate: KL, dual: Tensor, hidden_axis: int):
 
     def vjp(bar: Tensor) -> tuple[Tensor, None]:
         # c softmax(A) along an axis: W o (bar - sum(bar o W) / c)
-        inner = (bar * weight).sum(hidden_axis, keepdim=True).div_(mass)
-        return (bar - inner).mul_(weight), None
+        positive = weight + gate.slope(dual, hidden_axis) if hidden_axis == -2 else weight
+        inner = (bar * positive).sum(hidden_axis, keepdim=True).div_(mass)
+        return (bar - inner).mul_(positive), None
 
     return weight, vjp
 
