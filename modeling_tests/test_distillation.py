@@ -221,6 +221,39 @@ def test_accumulated_batches_are_one_batch(pair, tmp_path, batches):
         torch.testing.assert_close(results[1][name], p, rtol=1e-4, atol=1e-6)
 
 
+def test_accumulated_batches_of_alignment_are_one_batch(pair, tmp_path):
+    weights = []
+    for accumulation in (1, 2):
+        student, teacher = copy.deepcopy(pair)
+        args = TrainingArguments(
+            str(tmp_path / str(accumulation)),
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        rows = []
+        for i, ids in enumerate(text(16, rows=4)):  # of very different lengths
+            real = torch.arange(16) < 4 + 4 * i
+            rows.append({"input_ids": ids.where(real, 0), "attention_mask": real.long()})
+        trainer = AlignmentTrainer(student, teacher, sink_tokens=1, args=args, train_dataset=rows)
+        trainer.train()
+        mixers = [student.model.layers[i].mixer for i in LAYERS]
+        weights.append([p.detach() for mixer in mixers for p in mixer.parameters()])
+    start = [p.detach() for i in LAYERS for p in pair[0].model.layers[i].mixer.parameters()]
+    moved = [(one - begin).norm() for one, begin in zip(weights[0], start, strict=True)]
+    assert max(moved) > 1e-3
+    for one, several in zip(*weights, strict=True):
+        torch.testing.assert_close(several, one, rtol=1e-5, atol=1e-6)
+
+
 def test_what_cannot_teach_or_learn_is_named(pair, tmp_path):
     student, teacher = pair
     for wrong, message in (

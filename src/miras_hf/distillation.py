@@ -104,6 +104,20 @@ class Alignment(nn.Module):
         return {"loss": stacked.mean(), "errors": stacked, "sizes": torch.stack(sizes)}
 
     @torch.no_grad()
+    def teacher_sizes(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_loss: bool = True,
+    ) -> Tensor:
+        """`sizes` of [`~Alignment.forward`], of the same arguments, without a word from the memories."""
+        sequences, position = _sequences(input_ids, attention_mask, position_ids)
+        attention_mask = None if sequences.mask is None else attention_mask
+        seen, counts = self._attention(input_ids, attention_mask, position), position >= self.sink_tokens
+        return torch.stack([expected[counts].float().norm(dim=-1).sum() for _, _, expected in seen.values()])
+
+    @torch.no_grad()
     def _attention(self, input_ids: Tensor, attention_mask: Tensor | None, position: Tensor) -> dict[str, tuple]:
         """Inputs, rotary embeddings and outputs of the attention layers that memories replace."""
         seen: dict[str, tuple] = {}
@@ -133,8 +147,8 @@ class AlignmentTrainer(Trainer):
     process, and its checkpoints hold the memory layers alone. Train with a rate like 1e-3; the student has learned when
     `train()` returns: save it by `student.save_pretrained`.
 
-    Errors are those of the rows of all processes together, whatever their lengths; with `gradient_accumulation_steps` the
-    loss is the mean of the batches'.
+    Errors are those of the rows of all processes and of all accumulated batches together, whatever their lengths; with
+    `gradient_accumulation_steps` above 1 the teacher reads every batch once more, for that.
 
     Args:
         student, teacher, sink_tokens: as in [`Alignment`].
@@ -155,15 +169,27 @@ class AlignmentTrainer(Trainer):
         exempt_from_trainer()
         teacher.to(self.args.device).eval()
         self._errors: list[Tensor] = []
+        self._accumulated: Tensor | None = None
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._accumulated = None
+        if len(batches) > 1:
+            # gradients are averaged over batches, whose rows do not hold as many tokens
+            alignment = self.accelerator.unwrap_model(self.model)
+            inputs = ({n: x for n, x in self._prepare_inputs(batch).items() if n != "labels"} for batch in batches)
+            self._accumulated = torch.stack([alignment.teacher_sizes(**batch) for batch in inputs]).mean(0)
+        return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         loss = outputs["loss"]
         if model.training:
             self._errors.append(outputs["errors"].detach())
-            if self.accelerator.num_processes > 1:
+            if self.accelerator.num_processes > 1 or self._accumulated is not None:
                 # gradients are averaged over processes, whose rows do not hold as many tokens
-                together = self.accelerator.reduce(outputs["sizes"], reduction="mean")
+                mine = outputs["sizes"] if self._accumulated is None else self._accumulated
+                together = self.accelerator.reduce(mine, reduction="mean")
                 loss = (outputs["errors"] * (outputs["sizes"] / together)).mean()
         return (loss, outputs) if return_outputs else loss
 
