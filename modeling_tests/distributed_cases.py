@@ -83,6 +83,10 @@ TRAINER_ARGUMENTS = dict(
 )
 
 
+# what is learned is compared by how far weights move
+PLAIN_STEPS = TRAINER_ARGUMENTS | dict(max_grad_norm=0.0, optim="sgd")
+
+
 def token_ids(rows: int, tokens: int) -> torch.Tensor:
     # zero is the pad token, which `generate()` masks
     return torch.randint(1, 98, (rows, tokens), generator=torch.Generator().manual_seed(1))

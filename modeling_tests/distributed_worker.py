@@ -34,6 +34,7 @@ from accelerate.utils import DistributedType
 from distributed_cases import (
     CONFIGS,
     INDIVISIBLE,
+    PLAIN_STEPS,
     TRAINER_ARGUMENTS,
     conversion_pair,
     optimizer_of,
@@ -47,7 +48,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingA
 from transformers.distributed import DistributedConfig
 
 import miras_hf  # noqa: F401  (registers the models)
-from miras_hf.distillation import AlignmentTrainer
+from miras_hf.distillation import AlignmentTrainer, DistillationTrainer
 
 
 def largest_difference(one, other) -> float:
@@ -176,20 +177,29 @@ def alignment(folder: Path) -> dict:
     """Stage 1 of a conversion, on rows of different lengths, which leave each process other tokens."""
     student, teacher = conversion_pair()
     arguments = TrainingArguments(
-        output_dir=str(folder / "alignment"),
-        per_device_train_batch_size=2,
-        ddp_backend="gloo",
-        max_grad_norm=0.0,
-        optim="sgd",
-        **TRAINER_ARGUMENTS,
+        output_dir=str(folder / "alignment"), per_device_train_batch_size=2, ddp_backend="gloo", **PLAIN_STEPS
     )
     trainer = AlignmentTrainer(student, teacher, sink_tokens=1, args=arguments, train_dataset=padded_examples())
     trainer.train()
     result = {
         "wrapper": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-        "weights": {name: p.tolist() for name, p in student.model.layers[0].mixer.named_parameters()},
+        "weights": {name: p.tolist() for name, p in student.named_parameters()},
     }
+    AcceleratorState._reset_state()
+    return result
+
+
+def distillation(folder: Path) -> dict:
+    """Stage 2 on the same rows, without labels: what counts is what is no pad."""
+    student, teacher = conversion_pair()
+    arguments = TrainingArguments(
+        output_dir=str(folder / "distillation"), per_device_train_batch_size=2, ddp_backend="gloo", **PLAIN_STEPS
+    )
+    rows = [{name: x for name, x in row.items() if name != "labels"} for row in padded_examples()]
+    trainer = DistillationTrainer(student, teacher, body_learning_rate=1e-2, args=arguments, train_dataset=rows)
+    trainer.train()
+    result = {"weights": {name: p.tolist() for name, p in student.named_parameters()}}
     AcceleratorState._reset_state()
     return result
 
@@ -299,6 +309,7 @@ def main(folder: Path) -> None:
         data_parallel,
         trainer,
         alignment,
+        distillation,
         sharded_by_transformers,
         by_kernel,
         sharded_by_accelerate,

@@ -199,7 +199,7 @@ def test_rates_are_told_apart_where_sharding_changes_the_classes_of_modules(pair
     assert {group["lr"] for group in groups if group["is_body"]} == {7e-6}
 
 
-@pytest.mark.parametrize("batches", ["labels", "no labels"])
+@pytest.mark.parametrize("batches", ["labels", "no labels", "pads and no labels"])
 def test_accumulated_batches_are_one_batch(pair, tmp_path, batches):
     """Rows of one length, and where labels say what counts, of different ones."""
     rows, results = [{name: ids.clone() for name, ids in row.items()} for row in ROWS[:4]], []
@@ -208,6 +208,8 @@ def test_accumulated_batches_are_one_batch(pair, tmp_path, batches):
             row["labels"][: 3 * i] = -100
         else:
             del row["labels"]
+        if batches.startswith("pads"):
+            row["attention_mask"] = (torch.arange(24) < 3 + 7 * i).long()
     for accumulation in (1, 2):
         student, teacher = copy.deepcopy(pair)
         options = {"optim": "sgd", "max_steps": 1, "max_grad_norm": 0.0, "gradient_accumulation_steps": accumulation}

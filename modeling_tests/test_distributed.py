@@ -37,6 +37,7 @@ from distributed_cases import (
     BY_KERNEL,
     CONFIGS,
     INDIVISIBLE,
+    PLAIN_STEPS,
     TRAINER_ARGUMENTS,
     conversion_pair,
     padded_examples,
@@ -47,7 +48,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, set_seed
 
 from miras_hf import YaadConfig
-from miras_hf.distillation import AlignmentTrainer
+from miras_hf.distillation import AlignmentTrainer, DistillationTrainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,17 +160,18 @@ def test_trainer_on_two_processes(results, folder, tmp_path):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0, msg=name)
 
 
+def assert_moved_alike(found: dict[str, list], model, before: dict[str, torch.Tensor]) -> None:
+    ways = {name: (p - before[name]).norm().item() for name, p in model.named_parameters()}
+    assert max(ways.values()) > 1e-3
+    for name, p in model.named_parameters():
+        assert (torch.tensor(found[name]) - p).norm().item() <= 1e-3 * ways[name] + 1e-7, name
+
+
 def test_alignment_on_two_processes(results, tmp_path):
     """Errors are those of all rows over the size of all: of each process's alone, another loss would be learned."""
     student, teacher = conversion_pair()
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=4,
-        max_grad_norm=0.0,
-        optim="sgd",
-        **TRAINER_ARGUMENTS,
-    )
-    before = {name: p.clone() for name, p in student.model.layers[0].mixer.named_parameters()}
+    arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, **PLAIN_STEPS)
+    before = {name: p.clone() for name, p in student.named_parameters()}
     trainer = AlignmentTrainer(student, teacher, sink_tokens=1, args=arguments, train_dataset=padded_examples())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -177,12 +179,17 @@ def test_alignment_on_two_processes(results, tmp_path):
         assert found["wrapper"] == "DistributedDataParallel"
         if rank == 0:  # the one that logs
             assert found["losses"] == pytest.approx(losses, abs=1e-6)
-        moved = 0.0
-        for name, p in student.model.layers[0].mixer.named_parameters():
-            way = (p - before[name]).norm().item()
-            moved = max(moved, way)
-            assert (torch.tensor(found["weights"][name]) - p).norm().item() <= 1e-3 * way + 1e-7, name
-        assert moved > 1e-3
+        assert_moved_alike(found["weights"], student, before)
+
+
+def test_distillation_on_two_processes(results, tmp_path):
+    student, teacher = conversion_pair()
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, **PLAIN_STEPS)
+    rows = [{name: x for name, x in row.items() if name != "labels"} for row in padded_examples()]
+    DistillationTrainer(student, teacher, body_learning_rate=1e-2, args=arguments, train_dataset=rows).train()
+    for found in results("distillation"):
+        assert_moved_alike(found["weights"], student, before)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -306,6 +306,19 @@ class DistillationTrainer(Trainer):
         optimizer.param_groups[:] = groups
         return optimizer
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        # what the loss counts, with labels and without them; a mean over processes, as their gradients are
+        items = torch.zeros((), device=device)
+        for batch in batches:
+            _, position = _sequences(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
+            items += _counted(batch.get("labels"), position).sum().to(device)
+        if self.args.average_tokens_across_devices:
+            items = self.accelerator.reduce(items, reduction="mean")
+        return batches, items.clamp(min=1.0)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
@@ -333,15 +346,11 @@ class DistillationTrainer(Trainer):
             hook.remove()
         with torch.no_grad():
             expected = self.teacher.model(**inputs)[0]
-        counts = position >= 0
-        if labels is not None:
-            counts = F.pad(labels[:, 1:] != -100, (0, 1), value=False)
+        counts = _counted(labels, position)
         loss = chunked_divergence(
             hidden[0][counts], expected[counts], base.lm_head, self.teacher.lm_head, self.chunk_tokens
         )
         loss = loss / (num_items_in_batch if num_items_in_batch is not None else counts.sum().clamp(min=1))
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
 
@@ -388,6 +397,11 @@ def check_pair(student: Any, teacher: Any) -> None:
     for i, kind in enumerate(student.config.layer_types):
         if kind == MEMORY_LAYER and not hasattr(teacher.model.layers[i], "self_attn"):
             raise ValueError(f"`teacher` must have attention in layer {i}, where the student has a memory.")
+
+
+def _counted(labels: Tensor | None, position: Tensor) -> Tensor:
+    """The tokens whose next one is learned, bool of shape `[batch, tokens]`: all that are no pads, or those that labels name."""
+    return position >= 0 if labels is None else F.pad(labels[:, 1:] != -100, (0, 1), value=False)
 
 
 def _sequences(
