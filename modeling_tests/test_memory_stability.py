@@ -39,6 +39,8 @@ STEPS |= {
     "gated": 1.5e-3,
     "gated_last": 0.03,
     "vector": 0.03,
+    "nearest": 0.03,
+    "nearest_zero": 0.03,
 }
 
 
