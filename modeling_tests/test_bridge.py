@@ -90,7 +90,11 @@ def test_the_delta_rung_is_the_layer_of_transformers(theirs):
     mixer, x = mixer_of("delta"), torch.randn(2, 77, 128)
     give_weights(mixer, theirs)
     with torch.no_grad():
-        torch.testing.assert_close(mixer(x)[0], theirs(x), rtol=1e-4, atol=1e-5)
+        ours, expected = mixer(x)[0], theirs(x)
+        exact = mixer.double()(x.double())[0]
+    # by norms: how far single numbers are off in float32 is a matter of the processor's matrix products
+    assert (expected - exact).norm() < 1e-5 * exact.norm()
+    assert (ours - exact).norm() < 2e-5 * exact.norm()
 
 
 def test_without_decay_a_matrix_at_chunks_of_one_is_the_delta_rule(theirs):

@@ -115,7 +115,7 @@ def start_of(gate: RetentionGate, shape: tuple[int, int], std: float, hidden_axi
         slope = gate.mass / math.sqrt(shape[0])
         # the variance of one entry that has the whole mass bounds it
         spread = math.expm1(min((std / slope) ** 2, math.log(shape[hidden_axis])))
-        return Start(slope * math.sqrt(spread), slope, mean=slope)
+        return Start(slope * math.sqrt(spread), slope, mean=slope if hidden_axis == -1 else 0.0)
     if type(gate) is Decay:
         return Start(std, 1.0)
     # of a link that nobody has derived it for, by what it makes of some weights
