@@ -176,7 +176,7 @@ def test_streams_are_read_like_datasets(many_rows, tmp_path):
 def test_bf16_learns_as_float32_does(padded, many_rows, tmp_path):
     # from where steps of AdamW do not make a multiple of what bfloat16 rounds
     start = {"value_norm": False, "output_norm_eps": None, "conv_initializer_range": None, "eta_max": 4.5e-3}
-    start |= {"min_half_life": 32.0, "max_half_life": 32768.0, "use_rope": True}
+    start |= {"min_half_life": 32.0, "max_half_life": 32768.0, "use_rope": True, "initial_memory_scale": 1.0}
     arguments = {"max_steps": 12, "learning_rate": 1e-2, "train_sampling_strategy": "sequential"}
     plain = losses(train(make_model(**start), padded, many_rows, tmp_path, **arguments))
     model = make_model(**start)
