@@ -127,8 +127,8 @@ def test_sizes_of_memories_are_those_of_their_weights(kind):
             (first, second),
             [a + d[0] for a, d in zip((first, second), cache.layers[i].memory.dual, strict=True)],
         ):
-            if kind == "memora":  # simplices along the hidden axis, of mass 2 n / sqrt(fan in)
-                dual = 2.0 * 64 / 4.0 * dual[0].softmax(-1), 2.0 * 64 / 8.0 * dual[1].softmax(-2)
+            if kind == "memora":  # simplices along the hidden axis, of mass 2 n / sqrt(fan in), the last less its mean
+                dual = 2.0 * 64 / 4.0 * dual[0].softmax(-1), 2.0 * 64 / 8.0 * (dual[1].softmax(-2) - 1 / 64)
             weights.append([torch.cat([w[head].flatten() for w in dual]).double() for head in range(2)])
         start, now = (torch.cat(heads) for heads in weights)
         found = memory_size(mixer, cache.layers[i].memory)
