@@ -282,3 +282,5 @@ def test_what_cannot_teach_or_learn_is_named(pair, tmp_path):
     trainer = DistillationTrainer(student, teacher, args=arguments(tmp_path))
     with pytest.raises(ValueError, match=r"`input_ids`.* alone.*got \['seq_idx'\]"):
         trainer.compute_loss(student, {"input_ids": text(5), "seq_idx": text(5)})
+    with pytest.raises(ValueError, match=r"Batches must hold `input_ids`.*got \['labels'\]"):
+        trainer.get_batch_samples(iter([{"labels": text(5)}]), 1, torch.device("cpu"))

@@ -17,10 +17,12 @@ They come from the source distribution of the installed Transformers, see `trans
 is not among them: it downloads tiny checkpoints from the Hub; pipelines are tested elsewhere with a tokenizer of ours.
 """
 
+import copy
 import random
 import unittest
 from unittest import mock
 
+import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 from transformers.testing_utils import torch_device
@@ -371,3 +373,15 @@ class MonetaHybridModelTest(MirasHybridModelTestMixin, FSDPTesterMixin, unittest
         # the training steps of `FSDPTesterMixin` take time for every chunk of their 64 tokens
         self.model_tester.chunk_size = 32
         return super()._get_tiny_config()
+
+
+@pytest.mark.parametrize("model_class", [MonetaForCausalLM, YaadForCausalLM, MemoraForCausalLM])
+@torch.no_grad()
+def test_float32_is_near_float64_from_the_start_that_models_have(model_class):
+    """Where weights are nearly equal, a layer norm that takes their differences makes much of what is rounded."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1}
+    model = model_class(model_class.config_class(**sizes, chunk_size=16, initializer_range=0.3)).eval()
+    ids = torch.randint(3, 99, (2, 40), generator=torch.Generator().manual_seed(0))
+    exact = copy.deepcopy(model).double()(ids).logits
+    assert (model(ids).logits - exact).norm() < 1e-5 * exact.norm()

@@ -47,7 +47,8 @@ def take_own_values(config: PreTrainedConfig, keywords: dict[str, Any]) -> None:
 
 
 def check_algorithm(config: PreTrainedConfig) -> None:
-    """Raises a `ValueError` if retention or learning algorithm do not fit the other choices, or one takes no steps of such a size."""
+    """Raises a `ValueError` if retention or learning algorithm do not fit the other choices, or the latter takes no steps
+    of such a size."""
     architecture, bias, retention, algorithm = (choice_of(config, field) for field in CHOICES)
     refusal = retention.refusal(architecture)
     if refusal is not None:

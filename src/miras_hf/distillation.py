@@ -93,9 +93,9 @@ class Alignment(nn.Module):
                 f"`input_ids` must have texts longer than `sink_tokens` ({self.sink_tokens}), got shape "
                 f"{tuple(input_ids.shape)}."
             )
-        attention_mask = None if sequences.mask is None else attention_mask  # with one, teachers see no packs
         errors, sizes = [], []
-        for i, (hidden_states, positions, expected) in self._attention(input_ids, attention_mask, position).items():
+        seen = self._attention(input_ids, attention_mask, sequences, position)
+        for i, (hidden_states, positions, expected) in seen.items():
             output, _ = self.mixers[i](hidden_states, position_embeddings=positions, sequences=sequences)
             expected = expected[counts].float()
             sizes.append(expected.norm(dim=-1).sum())
@@ -113,13 +113,15 @@ class Alignment(nn.Module):
     ) -> Tensor:
         """`sizes` of [`~Alignment.forward`], of the same arguments, without a word from the memories."""
         sequences, position = _sequences(input_ids, attention_mask, position_ids)
-        attention_mask = None if sequences.mask is None else attention_mask
-        seen, counts = self._attention(input_ids, attention_mask, position), position >= self.sink_tokens
+        seen, counts = self._attention(input_ids, attention_mask, sequences, position), position >= self.sink_tokens
         return torch.stack([expected[counts].float().norm(dim=-1).sum() for _, _, expected in seen.values()])
 
     @torch.no_grad()
-    def _attention(self, input_ids: Tensor, attention_mask: Tensor | None, position: Tensor) -> dict[str, tuple]:
+    def _attention(
+        self, input_ids: Tensor, attention_mask: Tensor | None, sequences: Sequences, position: Tensor
+    ) -> dict[str, tuple]:
         """Inputs, rotary embeddings and outputs of the attention layers that memories replace."""
+        attention_mask = None if sequences.mask is None else attention_mask  # with one, teachers see no packs
         seen: dict[str, tuple] = {}
 
         def keep(name: str):
@@ -313,6 +315,7 @@ class DistillationTrainer(Trainer):
         # what the loss counts, with labels and without them; a mean over processes, as their gradients are
         items = torch.zeros((), device=device)
         for batch in batches:
+            _check_batch(batch)
             _, position = _sequences(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
             items += _counted(batch.get("labels"), position).sum().to(device)
         if self.args.average_tokens_across_devices:
@@ -322,12 +325,7 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
-        strange = sorted(inputs.keys() - {"input_ids", "attention_mask", "position_ids"})
-        if strange:
-            raise ValueError(
-                "Batches must hold `input_ids`, `attention_mask`, `position_ids` and `labels` alone, which the teacher "
-                f"understands as well, got {strange}."
-            )
+        _check_batch(inputs)
         # the same positions for both, which begin their texts with another number where pads stand before
         sequences, position = _sequences(
             inputs["input_ids"], inputs.pop("attention_mask", None), inputs.get("position_ids")
@@ -397,6 +395,15 @@ def check_pair(student: Any, teacher: Any) -> None:
     for i, kind in enumerate(student.config.layer_types):
         if kind == MEMORY_LAYER and not hasattr(teacher.model.layers[i], "self_attn"):
             raise ValueError(f"`teacher` must have attention in layer {i}, where the student has a memory.")
+
+
+def _check_batch(inputs: Mapping[str, Any]) -> None:
+    strange = sorted(inputs.keys() - {"input_ids", "attention_mask", "position_ids", "labels"})
+    if strange or "input_ids" not in inputs:
+        raise ValueError(
+            "Batches must hold `input_ids`, and besides them `attention_mask`, `position_ids` and `labels` alone, which the "
+            f"teacher understands as well, got {strange or sorted(inputs)}."
+        )
 
 
 def _counted(labels: Tensor | None, position: Tensor) -> Tensor:
