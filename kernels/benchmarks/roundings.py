@@ -22,6 +22,7 @@ interpreter. The cases are those of the GPU script, with fewer rows and heads, a
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -131,11 +132,23 @@ def of_decode(case: Case) -> Comparison:
 MEASURES = {"forward": of_forward, "backward": of_backward, "decode": of_decode}
 
 
+@torch.no_grad()
+def right_norm(case: Case) -> float:
+    """The norm of what is right: a case that has it is, under whatever name, the one that was measured."""
+    return float(f"{Prepared(case).expected()[0].double().norm():.6g}")
+
+
 def main() -> None:
-    measured: dict[str, dict] = json.loads(ROUNDINGS.read_text())["errors"] if ROUNDINGS.is_file() else {}
+    known: dict[str, dict] = json.loads(ROUNDINGS.read_text()) if ROUNDINGS.is_file() else {"errors": {}, "norms": {}}
+    measured, norms, seen = known["errors"], known["norms"], set()
     for case in wanted():
-        if key(case) in measured:
+        norm = right_norm(case)
+        if key(case) in seen or (
+            key(case) in measured and math.isclose(norms.get(key(case), 0.0), norm, rel_tol=1e-4)
+        ):
+            seen.add(key(case))
             continue
+        seen.add(key(case))
         found = MEASURES[case.kind](case)
         assert not found.complaints, found.complaints
         measured[key(case)] = {
@@ -143,15 +156,20 @@ def main() -> None:
             for name, errors in found.errors_of.items()
             if not name.startswith("link cache")
         }
+        norms[key(case)] = norm
         print(key(case), measured[key(case)], flush=True)
-        write(measured)
+        write(measured, norms)
 
 
-def write(measured: dict[str, dict]) -> None:
+def write(measured: dict[str, dict], norms: dict[str, float]) -> None:
     command = f"TRITON_INTERPRET=1 python kernels/benchmarks/{Path(__file__).name}"
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in measured.items())
+    errors, right = (
+        ",\n".join(f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in of_cases.items())
+        for of_cases in (measured, norms)
+    )
     ROUNDINGS.write_text(
-        f'{{"command": {json.dumps(command)}, "torch": "{torch.__version__}", "errors": {{\n{lines}\n}}}}\n'
+        f'{{"command": {json.dumps(command)}, "torch": "{torch.__version__}", "errors": {{\n{errors}\n}}, "norms": {{\n'
+        f"{right}\n}}}}\n"
     )
 
 

@@ -336,6 +336,19 @@ def test_bfloat16_errors_are_known_of_every_case_and_no_others():
         cases[0].allowed("nothing")
 
 
+def test_bfloat16_errors_are_those_of_what_the_cases_are_now():
+    import roundings
+    from cases import ROUNDINGS, key
+
+    norms = json.loads(ROUNDINGS.read_text())["norms"]
+    cases = {
+        key(case): case for case in reversed([*roundings.wanted()])
+    }  # the first of those with one name was measured
+    assert set(norms) == set(cases)
+    of_right = {name: roundings.right_norm(case) for name, case in cases.items()}
+    assert of_right == pytest.approx(norms, rel=1e-4)
+
+
 def test_the_interpreter_rounds_to_the_nearest_number():
     from rounded_interpreter import nearest
 
