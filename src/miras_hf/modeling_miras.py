@@ -960,7 +960,7 @@ class MirasModel(MirasPreTrainedModel):
             attention_positions = position_ids
 
         if not prepared:
-            if self.config.has_sliding_attention and attention_mask is not None and not is_tracing(attention_mask):
+            if attention_mask is not None and self.config.has_sliding_attention and not is_tracing(attention_mask):
                 longer = attention_mask.shape[-1] > self.config.sliding_window
                 if longer and attention_mask.dim() == 2 and has_inner_pads(attention_mask):
                     raise ValueError(
@@ -969,7 +969,7 @@ class MirasModel(MirasPreTrainedModel):
                         "window of attention layers counts pads. Pad on the left to continue a batch."
                     )
             masks = attention_masks(self.config, inputs_embeds, attention_mask, attention_positions, cache)
-        if self.config.has_attention and cu_seq_lens_q is not None:
+        if cu_seq_lens_q is not None and self.config.has_attention:
             kwargs["cu_seq_lens_q"] = cu_seq_lens_q.to(torch.int32)
 
         hidden_states = inputs_embeds

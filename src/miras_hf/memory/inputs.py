@@ -62,7 +62,7 @@ class MemoryInputs(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryInputs":
         """The inputs with `function` applied to every tensor."""
-        return MemoryInputs(*(None if t is None else function(t) for t in self))
+        return MemoryInputs(*[None if t is None else function(t) for t in self])
 
     @property
     def logs(self) -> list[Tensor]:

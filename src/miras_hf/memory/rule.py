@@ -19,6 +19,7 @@ A chunk has four steps, in this order: `weights`, `write`, `read`, `fold`. Their
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -93,12 +94,13 @@ class MirasRule:
                 f"{self.attentional_bias}, {self.retention}."
             )
 
-    @property
+    # looked up for every weight at every decoded token
+    @cached_property
     def written_axes(self) -> tuple[str, ...]:
         """`gate_axes` of the weights that a text writes: states, their bases and what waits in slots are of these."""
         return self.architecture.gate_axes[self.architecture.fixed :]
 
-    @property
+    @cached_property
     def has_mean_gates(self) -> bool:
         """Whether any weight that is written has no `head_dim` axis, and so the mean of the channels' gates."""
         return "hidden" in self.written_axes

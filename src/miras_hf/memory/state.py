@@ -104,17 +104,23 @@ class MemoryState(NamedTuple):
         return self._replace(dual=tuple(matrices[:layers]), momentum=tuple(matrices[layers:]))
 
     @property
+    def slots(self) -> list[Tensor]:
+        """What holds the tokens of a chunk that has begun: inputs, gradients, steps, logs."""
+        return [*self.inputs, *self.gradients, self.eta, *self.logs]
+
+    @property
     def factors(self) -> tuple[Factors, ...]:
         """What waits in the slots, layer by layer."""
         return tuple(map(Factors, self.inputs, self.gradients))
 
     def map(self, function: Callable[..., Tensor], *others: "MemoryState") -> "MemoryState":
         """The state with `function` applied to every tensor, and to those of other states in its place."""
-
-        def of_field(*values):
-            return tuple(map(function, *values)) if isinstance(values[0], tuple) else function(*values)
-
-        return MemoryState(*map(of_field, self, *others))
+        return MemoryState(
+            *[
+                tuple(map(function, *values)) if isinstance(values[0], tuple) else function(*values)
+                for values in zip(self, *others, strict=True)
+            ]
+        )
 
     def map_slots(self, function: Callable[..., Tensor], *others: "MemoryState") -> "MemoryState":
         """The state with `function` applied to what waits in the slots of a chunk that has begun."""
@@ -138,7 +144,7 @@ class MemoryState(NamedTuple):
 
         def merge(t: Tensor) -> Tensor:
             t = t if row_order is None else t.index_select(0, row_order)
-            return t.to(dtype).flatten(0, 1) if t.is_floating_point() else t
+            return t.to(dtype).flatten(0, 1) if t.dim() > 1 else t
 
         return self.map(merge)
 

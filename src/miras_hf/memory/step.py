@@ -142,13 +142,14 @@ def step_miras_(
     if any(t.dtype != dtype or not t.is_contiguous() for t in state._replace(count=state.eta).leaves()):
         raise ValueError(f"`state` must be contiguous and in {dtype} to be updated in place.")
     x, norm = bound_inputs(x, rule).merged(), parameters.norm(rule, rows, dtype)
-    merged = state.merged(dtype)  # views, through which what is written below is seen
+    # views, through which what is written below is seen; what is folded once a chunk is left out
+    merged = state._replace(dual=(), momentum=()).merged(dtype)
     compiling = by_formulas()
     if weights is None:
         if rule.decay_target != "init":  # rows that have not read anything
             for d, new in zip(state.dual, starting_dual(rule, parameters, state), strict=True):
                 d.copy_(new)
-        weights = rule.weights(merged.matrices, parameters.base(rule, rows, dtype))
+        weights = rule.weights(state.merged(dtype).matrices, parameters.base(rule, rows, dtype))
 
     phase = state.count % rule.chunk_size
     row = torch.arange(rows, device=phase.device)
@@ -159,12 +160,9 @@ def step_miras_(
     logs = [since + new for since, new in zip(before, x.logs, strict=True)]
     inputs, gradients = zip(*_write(rule, weights, merged, x, before[0], logs[0], norm), strict=True)
 
-    def take(slots: Tensor, token: Tensor) -> Tensor:
+    for slots, token in zip(state.slots, (*inputs, *gradients, x.eta, *logs), strict=True):
         token = token.view(rows, heads, -1)
         slots[row, :, phase] = token if mask is None else torch.where(mask.unsqueeze(-1), token, slots[row, :, phase])
-        return slots
-
-    state.map_slots(take, MemoryState((), inputs, gradients, x.eta, logs[0], state.count, (), tuple(logs[1:])))
     y = _read(rule, weights, merged, x.q, logs[0], norm, mask).to(q.dtype)
 
     state.count.add_(1 if mask is None else mask[:, 0].long())
@@ -173,9 +171,10 @@ def step_miras_(
         ended = ended & mask[:, 0]
     if compiling or bool(ended.any()):
         ended = ended.view(-1, 1, 1, 1)
-        for old, new in zip(state.matrices, _folded(rule, merged), strict=True):
+        for old, new in zip(state.matrices, _folded(rule, state.merged(dtype)), strict=True):
             old.copy_(torch.where(ended, new.view_as(old), old))
-        state.map_slots(lambda t: t.masked_fill_(ended, 0.0))
+        for slots in state.slots:
+            slots.masked_fill_(ended, 0.0)
         weights = None
     return y, None if compiling else weights
 
