@@ -106,9 +106,10 @@ def test_time_in_front_of_a_launch(monkeypatch):
 
     monkeypatch.setattr(in_front, "CALLS", 2)
     monkeypatch.setattr(in_front, "BATCHES", 1)
-    kernel = decode_mlp.mlp_decode_kernel
-    taken = in_front.microseconds("yaad", in_front.Shape(1, 1, 1, 32, 16, torch.float32, DEVICE))
-    assert taken > 0.0 and decode_mlp.mlp_decode_kernel is kernel
+    kernels = [getattr(module, name) for module, name in in_front.KERNELS]
+    taken = in_front.microseconds("yaad", in_front.Shape(1, 16, 1, 32, 16, torch.float32, DEVICE))
+    assert list(taken) == ["decode", "forward", "backward"] and min(taken.values()) > 0.0
+    assert kernels == [getattr(module, name) for module, name in in_front.KERNELS]
 
 
 def test_sizes_that_change_from_call_to_call_compile_nothing():

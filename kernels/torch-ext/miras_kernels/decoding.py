@@ -43,6 +43,7 @@ from .choices import ATTENTIONAL_BIASES, RETENTION_GATES, Choices, padded
 from .configuration import INTERPRETED, launch_configuration, threads
 from .ops import (
     CHOICE_SCHEMA,
+    LIBRARY,
     NAMESPACE,
     OPERATORS,
     asks_for_gradients,
@@ -314,10 +315,7 @@ def _constants(
     return constants
 
 
-# Defined in the dispatcher itself: an operator of `torch.library.custom_op` with this many arguments takes 0.3 ms of Python
-# to be called, which a training step does not notice, and a token does.
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-_LIBRARY.define(
+LIBRARY.define(
     "decode(Tensor q, Tensor k, Tensor v, Tensor eta, Tensor log_alpha, Tensor? delta, Tensor[] initial, "
     "Tensor? norm_weight, Tensor? norm_bias, Tensor(a!)[] state, Tensor[] conv_weights, Tensor(b!)? conv_tail, "
     "Tensor? a_log, float eta_max, Tensor? cos, Tensor? sin, bool value_norm, "
@@ -325,7 +323,7 @@ _LIBRARY.define(
 )
 
 
-@torch.library.impl(_LIBRARY, "decode", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "decode", "CompositeExplicitAutograd")
 def _decode(
     q: Tensor,
     k: Tensor,
@@ -405,6 +403,6 @@ def _decode(
     return y
 
 
-@torch.library.register_fake(f"{NAMESPACE}::decode", lib=_LIBRARY)
+@torch.library.register_fake(f"{NAMESPACE}::decode", lib=LIBRARY)
 def _(q, *_):
     return q.new_empty(q.shape)
