@@ -111,17 +111,8 @@ def load_delta(tokens, at, b_error, sizes):
 
 @triton.jit
 def residual_of(b_error, tokens, at, loss, sizes):
-    return residual(
-        b_error,
-        load_delta(tokens, at, b_error, sizes),
-        tl.arange(0, sizes.BD) < sizes.D,
-        loss.KIND,
-        loss.POWER,
-        loss.SMOOTH_SIGN,
-        loss.SHARPNESS,
-        loss.ERROR_CAP,
-        loss.CLIP,
-    )
+    b_delta = load_delta(tokens, at, b_error, sizes)
+    return residual(b_error, b_delta, tl.arange(0, sizes.BD) < sizes.D, loss)
 
 
 @triton.jit
@@ -200,18 +191,8 @@ def keep_slots(final, b_inputs, b_gradients, b_eta, b_log_decay, broken, at, pla
 
 @triton.jit
 def residual_vjp_of(b_error, bar, tokens, at, loss, sizes):
-    return residual_vjp(
-        b_error,
-        load_delta(tokens, at, b_error, sizes),
-        bar,
-        tl.arange(0, sizes.BD) < sizes.D,
-        loss.KIND,
-        loss.POWER,
-        loss.SMOOTH_SIGN,
-        loss.SHARPNESS,
-        loss.ERROR_CAP,
-        loss.CLIP,
-    )
+    b_delta = load_delta(tokens, at, b_error, sizes)
+    return residual_vjp(b_error, b_delta, bar, tl.arange(0, sizes.BD) < sizes.D, loss)
 
 
 @triton.jit
