@@ -30,12 +30,11 @@ import triton
 import triton.language as tl
 
 from .decode_pieces import empty_chunk, load_chunk_gates, next_token, row_of, taken_slots
-from .layers import add_to_sums, load_dual, parts_of_read, scale_of, slope_of_hidden, tile_of, weight_of
+from .layers import add_to_sums, load_dual, parts_of_read, scale_of, slope_of_hidden, threads_fit, tile_of, weight_of
 from .links import start_of_sum
 from .pieces import (
     KL,
     LQ_MIRROR,
-    SHARED_NUMBERS,
     gelu,
     gelu_and_slope,
     inverse_of_mean,
@@ -75,8 +74,7 @@ def mlp_decode_kernel(
     D: tl.constexpr = sizes.D
     BD: tl.constexpr = sizes.BD
     N: tl.constexpr = sizes.N
-    tl.static_assert(C * TN >= THREADS, SHARED_NUMBERS)
-    tl.static_assert(BD * TN >= THREADS, SHARED_NUMBERS)
+    threads_fit(sizes, TN, THREADS)
     # W = s A, whose reads are those of the dual state times s
     LINEAR: tl.constexpr = link.KIND != KL and link.KIND != LQ_MIRROR
     TILES: tl.constexpr = (N + TN - 1) // TN

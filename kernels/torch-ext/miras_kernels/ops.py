@@ -316,7 +316,7 @@ class _Call:
         self.factor_shapes = [
             (self.rows, self.heads, self.chunk_size, width) for width in (*widths, self.gate_dim, self.gate_dim)
         ]
-        self.earlier = [x.float().contiguous() for x in state[self.layers : -1]]
+        self.partial_in = [x.float().contiguous() for x in state[self.layers : -1]]
         self.hidden_units = choices.expansion * self.head_dim if choices.memory == "mlp" else self.head_dim
         self.masses = [choices.simplex_mass * self.hidden_units / math.sqrt(fan_in) for fan_in, _ in self.shapes]
         precision = precision or default_precision(q.dtype)
@@ -350,9 +350,9 @@ class _Call:
         from . import forward_pass
         from .arguments import Saved, slots_of
 
-        tokens, rows, earlier = self.records(where, begun)
+        tokens, rows, partial_in = self.records(where, begun)
         kept = Saved(tuple(saved), saved_of_row) if saved else None
-        factors = earlier, slots_of(final), rows, kept
+        factors = partial_in, slots_of(final), rows, kept
         launch = self.configuration(f"{self.memory}_forward")
         if self.memory == "mlp":
             kernel, launch["THREADS"] = forward_pass.mlp_forward_kernel, threads(launch)
@@ -374,7 +374,7 @@ class _Call:
         continues = self.continues if begun is None else begun
         tokens = Tokens(self.q, self.k, self.v, self.eta, self.log_alpha, self.delta)
         rows = Rows(*where, self.phases if continues else None)
-        return tokens, rows, slots_of(self.earlier) if continues else None
+        return tokens, rows, slots_of(self.partial_in) if continues else None
 
     def norm_record(self):
         from .arguments import Norm, constant
@@ -458,7 +458,7 @@ def _forward(*arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     if call.programs > 0 and call.tokens > 0:
         call.launch_forward(y, dual, final, call.where, saved, saved_of_row, save_every)
     elif output_final_state and state:
-        final = [x.clone() for x in call.earlier]
+        final = [x.clone() for x in call.partial_in]
 
     outputs = []
     if output_final_state:
@@ -534,7 +534,7 @@ def _backward(
         state_bars, factor_bars = [call.zeros(rows, *a.shape) for a in initial], []
     base_bars = [call.zeros(rows, *a.shape) for a in initial] if call.toward_init else state_bars
     norm_bars = [call.zeros(rows, heads, call.head_dim) for _ in range(2)]
-    earlier_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else []
+    partial_in_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else []
     if call.programs > 0 and call.tokens > 0:
         y_bar = y_bar.contiguous()
         module = backward_mlp if call.memory == "mlp" else backward_matrix
@@ -557,12 +557,12 @@ def _backward(
                 bar.mul_(LARGEST_STATE_ADJOINT / bar.abs().amax((-2, -1), keepdim=True).clamp(LARGEST_STATE_ADJOINT))
             of_group = [call.zeros(rows, heads, call.head_dim) for _ in call.norm]
             images = tuple(call.zeros(rows, *a.shape) for a in initial) if mirrors and call.toward_init else None
-            tokens, of_rows, earlier = call.records(where, begun)
+            tokens, of_rows, partial_in = call.records(where, begun)
             norm = [call.norm_record()] if mlp else []
             arguments = [tokens, y_bar, tuple(call.base), *norm, Saved(tuple(chunk_starts), slots)]
             arguments += [Tokens(*bars, delta_bar), tuple(state_bars), tuple(base_bars)]
-            arguments += [tuple(of_group)] if mlp else []
-            arguments += [earlier, slots_of(earlier_bars) if begun else None, slots_of(factor_bars), of_rows]
+            arguments += [partial_in, slots_of(partial_in_bars) if begun else None, slots_of(factor_bars)]
+            arguments += [tuple(of_group), of_rows] if mlp else [of_rows]
             with torch.cuda.device_of(q):
                 kernel[(call.programs,)](
                     *arguments,
@@ -573,7 +573,7 @@ def _backward(
                 )
             norm_bars = [total + part for total, part in zip(norm_bars, of_group)] if of_group else norm_bars
     elif state and final_bars:
-        earlier_bars = [x.clone() for x in factor_bars]
+        partial_in_bars = [x.clone() for x in factor_bars]
 
     # sums over rows in fixed order
     if call.toward_init:
@@ -595,7 +595,7 @@ def _backward(
     norm = (q if norm_weight is None else norm_weight, q if norm_bias is None else norm_bias)
     outputs += [bar.sum(0).to(p.dtype) for bar, p in zip(norm_bars, norm)]
     if state:
-        outputs += [bar.to(x.dtype) for bar, x in zip([*state_bars, *earlier_bars], state)]
+        outputs += [bar.to(x.dtype) for bar, x in zip([*state_bars, *partial_in_bars], state)]
     return outputs
 
 
