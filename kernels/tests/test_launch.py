@@ -23,6 +23,7 @@ import pytest
 import torch
 from test_decode import after_prompt, by_decode, cut
 from test_forward import DEVICE, by_kernel, make_call, make_rule
+from torch.utils._pytree import tree_leaves
 
 from miras_kernels import (
     backward_matrix,
@@ -96,7 +97,7 @@ def test_dtypes_of_gates_and_norms_do_not_make_other_binaries(memory, monkeypatc
             gates = [x.to(dtype) for x in inputs[3:]]
             new = cut([*inputs[:3], *gates], 18, None)
             by_decode(rule, new, parameters._replace(**norm), state, link_cache)
-    dtypes = [[x.dtype for x in arguments if isinstance(x, torch.Tensor)] for arguments in found]
+    dtypes = [[x.dtype for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)] for arguments in found]
     assert dtypes[0] == dtypes[1] == dtypes[2] and torch.float32 in dtypes[0]
 
 
@@ -106,9 +107,10 @@ def test_time_in_front_of_a_launch(monkeypatch):
 
     monkeypatch.setattr(in_front, "CALLS", 2)
     monkeypatch.setattr(in_front, "BATCHES", 1)
-    kernel = decode_mlp.mlp_decode_kernel
-    taken = in_front.microseconds("yaad", in_front.Shape(1, 1, 1, 32, 16, torch.float32, DEVICE))
-    assert taken > 0.0 and decode_mlp.mlp_decode_kernel is kernel
+    kernels = [getattr(module, name) for module, name in in_front.KERNELS]
+    taken = in_front.microseconds("yaad", in_front.Shape(1, 16, 1, 32, 16, torch.float32, DEVICE))
+    assert list(taken) == ["decode", "forward", "backward"] and min(taken.values()) > 0.0
+    assert kernels == [getattr(module, name) for module, name in in_front.KERNELS]
 
 
 def test_sizes_that_change_from_call_to_call_compile_nothing():

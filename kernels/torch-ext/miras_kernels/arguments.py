@@ -62,6 +62,20 @@ class Saved(NamedTuple):
     of_row: Any
 
 
+class Raw(NamedTuple):
+    """What stands between a layer's projections and a token that is decoded: convolutions, rotary embedding, activations."""
+
+    tail: Any
+    weights: Any  # of queries, keys and values
+    cos: Any
+    sin: Any
+    a_log: Any
+    eta_max: Any
+    K: tl.constexpr  # taps of a convolution, and the next power of two
+    KP: tl.constexpr
+    VALUE_SCALE: tl.constexpr  # 0: values keep their norm
+
+
 class Norm(NamedTuple):
     """The layer norm of an MLP memory."""
 
@@ -113,6 +127,7 @@ class Link(NamedTuple):
     min_log_alpha: Any
 
 
+@functools.lru_cache(maxsize=None, typed=True)
 def constant(value: Any) -> Any:
     """A value that a program is compiled for. The interpreter takes numbers of a record for tensors, but not fractions, and
     would not find a tensor that stands behind a constant in a quotient or a product."""

@@ -36,28 +36,40 @@ Nothing is added atomically: sums over sequences are left to the caller, in fixe
 import triton
 import triton.language as tl
 
-from .chunks import (
-    begun,
-    chunk_of,
-    load_gates,
-    load_rows,
-    place_of,
-    residual_of,
-    residual_vjp_of,
-    store_delta_bar,
-    store_gate_bars,
+from .backward_pieces import (
+    K_BAR,
+    K_FOLD,
+    KEY_GATE,
+    KEY_GATE_BAR,
+    QUERY_GATE,
+    QUERY_GATE_BAR,
+    X_DECAYED,
+    K,
+    P,
+    Weight,
+    X,
+    back_through_first,
+    back_through_image,
+    back_through_link,
+    back_to_gates,
+    back_to_queries,
+    begin_chunk,
+    handed_on,
+    hold_read,
+    store_state_bar,
+    sums_of_image,
 )
+from .chunks import behind, load_rows, place_of, residual_of, residual_vjp_of, slot_of, store_delta_bar
 from .layers import (
     add_to_sums,
     along_dual,
-    back_to_dual,
-    begun_hidden,
-    image_back,
+    hidden_behind,
     load_dual,
     parts_of_read,
     rates_of,
     scale_of,
     slope_of_hidden,
+    threads_fit,
     tile_of,
     weight_of,
     within,
@@ -68,10 +80,8 @@ from .pieces import (
     KL,
     LARGEST_STATE_ADJOINT,
     LQ_MIRROR,
-    SHARED_NUMBERS,
     VALUE_CAP,
     bounded,
-    chunk_gates,
     gelu,
     gelu_and_slope,
     gelu_slope_curvature,
@@ -85,26 +95,10 @@ from .pieces import (
 from .rows import get, held, hold, put
 
 
-# places in `rows`, of a tensor of C rows each
-K = tl.constexpr(0)
-QUERY_GATE = tl.constexpr(1)
-KEY_GATE = tl.constexpr(2)
-Z2 = tl.constexpr(3)
-DZ2 = tl.constexpr(4)
-DZ2_BAR = tl.constexpr(5)
-K_BAR = tl.constexpr(6)
-QUERY_GATE_BAR = tl.constexpr(7)
-KEY_GATE_BAR = tl.constexpr(8)
-# operands of every tile, with STREAM
-P = tl.constexpr(9)
-X = tl.constexpr(10)
-X_DECAYED = tl.constexpr(11)
-S_BAR = tl.constexpr(12)
-U = tl.constexpr(13)
-U_DECAYED = tl.constexpr(14)
-K_FOLD = tl.constexpr(9)
-DZ2_FOLD = tl.constexpr(10)
-Z2_BAR = tl.constexpr(11)
+# the places in `rows` that are an MLP memory's own
+Z2, DZ2, DZ2_BAR = (tl.constexpr(place) for place in (3, 4, 5))
+S_BAR, U, U_DECAYED = (tl.constexpr(place) for place in (12, 13, 14))
+DZ2_FOLD, Z2_BAR = (tl.constexpr(place) for place in (10, 11))
 
 
 def places(stream: bool) -> int:
@@ -130,10 +124,10 @@ def mlp_backward_kernel(
     bars,
     state_bar,
     base_bar,
+    partial_in,
+    partial_in_bar,
+    partial_out_bar,
     norm_bar,
-    earlier,
-    earlier_bar,
-    final_bar,
     rows_of_call,
     scratch,
     H,
@@ -145,15 +139,13 @@ def mlp_backward_kernel(
     THREADS: tl.constexpr,
 ):
     C: tl.constexpr = sizes.C
+    N: tl.constexpr = sizes.N
     D: tl.constexpr = sizes.D
     BD: tl.constexpr = sizes.BD
-    N: tl.constexpr = sizes.N
     PRECISION: tl.constexpr = sizes.PRECISION
-    tl.static_assert(C * TN >= THREADS, SHARED_NUMBERS)
-    tl.static_assert(BD * TN >= THREADS, SHARED_NUMBERS)
-    tl.static_assert(C * BD >= THREADS, SHARED_NUMBERS)
+    threads_fit(sizes, TN, THREADS)
+    threads_fit(sizes, C, THREADS)
     place = place_of(rows_of_call, H, sizes)
-    first_slot = tl.load(saved.of_row + place.row).to(tl.int64)
     o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
     m_d = within(o_d, D, D == BD)
     m_causal = o_c[:, None] >= o_c[None, :]
@@ -176,7 +168,8 @@ def mlp_backward_kernel(
     LINEAR: tl.constexpr = link.KIND != KL and link.KIND != LQ_MIRROR
     TILES: tl.constexpr = (N + TN - 1) // TN
     # what the initial memory's own link needs, and the adjoint of its image: through the link when all chunks are done
-    base_sums1, base_sums2 = start_of_sum(BD, link.KIND), start_of_sum(BD, link.KIND)
+    base_sums1, base_sums2 = sums_of_image(base1, link, sizes, True, TN), sums_of_image(base2, link, sizes, False, TN)
+    base_scale1, base_scale2 = scale_of(base_sums1, link, sizes), scale_of(base_sums2, link, sizes)
     constant_bar1, constant_bar2 = base_bar1, base_bar2
     slope_bar1, slope_bar2 = rows, rows
     if link.KIND == LQ_MIRROR:
@@ -184,40 +177,18 @@ def mlp_backward_kernel(
         slope_bar2 = scratch.slope_bar[1] + place.program * N
         if link.TOWARD_INIT:
             constant_bar1, constant_bar2 = scratch.link_bar[0] + weights, scratch.link_bar[1] + weights
-            for j in range(0, TILES):
-                tile = tile_of(j, sizes, TN)
-                b_base1 = tl.load(base1 + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
-                b_base2 = tl.load(base2 + tile.o_2, mask=tile.m_w, other=0.0).to(tl.float32)
-                base_sums1 = add_to_sums(base_sums1, b_base1, tile.m_w, link, 0)
-                base_sums2 = add_to_sums(base_sums2, b_base2, tile.m_w, link, 0)
-    base_scale1, base_scale2 = scale_of(base_sums1, link, sizes), scale_of(base_sums2, link, sizes)
     # the largest entries of the state's adjoint, which bound it
     largest1, largest2 = 0.0, 0.0
 
     for i in range(0, place.chunks):
         i_c = place.chunks - 1 - i
-        slot = ((first_slot + i_c) * H + place.head).to(tl.int64) * D * N
+        slot = slot_of(saved, i_c, place, H, sizes)
         saved1, saved2 = saved.duals[0] + slot, saved.duals[1] + slot
         bound1 = LARGEST_STATE_ADJOINT / tl.maximum(largest1, LARGEST_STATE_ADJOINT)
         bound2 = LARGEST_STATE_ADJOINT / tl.maximum(largest2, LARGEST_STATE_ADJOINT)
 
         # -- the chunk's tokens, gates and links ----------------------------------------------------------------------
-        at = chunk_of(i_c, place, H, sizes)
-        # slots that the final state has taken
-        is_partial = (i_c == place.chunks - 1) & (place.taken > 0)
-        m_f = o_c < tl.where(is_partial, place.taken, 0)
-        m_fd = m_f[:, None] & m_d[None, :]
-        b_k = bounded(load_rows(tokens.k, at), KEY_CAP)
-        if earlier is not None:
-            b_k = begun(b_k, earlier.inputs[0], at)
-        b_eta, b_log_decay, total_log_decay = load_gates(tokens, earlier, at, place, link, sizes)
-        b_decay, b_gq, b_gk, b_fold, b_total = chunk_gates(b_eta, b_log_decay, total_log_decay)
-        # of the five, two are kept: the others are these times this
-        half = tl.exp(0.5 * total_log_decay)
-        put(rows, K, b_k, C, BD)
-        put(rows, QUERY_GATE, b_gq, C, BD)
-        put(rows, KEY_GATE, b_gk, C, BD)
-
+        at, is_partial, m_f, b_k, half = begin_chunk(i_c, place, rows, tokens, partial_in, H, link, sizes)
         sums1, sums2 = start_of_sum(BD, link.KIND), start_of_sum(BD, link.KIND)
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
@@ -225,10 +196,17 @@ def mlp_backward_kernel(
             _, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
             sums1, sums2 = add_to_sums(sums1, b_a1, tile.m_w, link, 0), add_to_sums(sums2, b_a2, tile.m_w, link, 0)
         scale1, scale2 = scale_of(sums1, link, sizes), scale_of(sums2, link, sizes)
-        # the mirror map's slope as row means times column means, the latter over their mean and times these gains
         mean_slope1, mean_slope2 = tl.sum(sums1[2]) / (1.0 * D * N), tl.sum(sums2[2]) / (1.0 * D * N)
         slope_gain1, inverse_mean1 = (link.Q - 1.0) * scale1, inverse_of_mean(mean_slope1)
         slope_gain2, inverse_mean2 = (link.Q - 1.0) * scale2, inverse_of_mean(mean_slope2)
+        layer1 = Weight(
+            saved1, base1, state_bar1, base_bar1, weight_bar1, constant_bar1, slope_bar1, mass1, sums1, scale1,
+            base_scale1, slope_gain1, inverse_mean1,
+        )  # fmt: skip
+        layer2 = Weight(
+            saved2, base2, state_bar2, base_bar2, weight_bar2, constant_bar2, slope_bar2, mass2, sums2, scale2,
+            base_scale2, slope_gain2, inverse_mean2,
+        )  # fmt: skip
         tl.debug_barrier()
 
         # -- write ----------------------------------------------------------------------------------------------------
@@ -246,31 +224,21 @@ def mlp_backward_kernel(
             b_h = gelu(b_z1, PRECISION)
             b_z2 += product(tl.trans(b_h), b_w2, PRECISION)
             if link.KIND == KL:
-                if earlier is not None:
-                    b_h = begun_hidden(b_h, earlier.inputs[1] + activations, at, tile)
+                if partial_in is not None:
+                    b_h = hidden_behind(b_h, partial_in.inputs[1] + activations, at, tile)
                 hidden_mean += tl.sum(b_h, 0) / N
         put(rows, Z2, b_z2, C, BD)
         b_normed, inverse_std, b_error, b_r = error_of_write(
             b_z2, get(rows, K, BD, C, BD), b_gamma, b_beta, tokens, at, norm, loss, sizes
         )
         b_dz2 = normalise_vjp(b_r * b_gamma[None, :], b_normed, inverse_std, m_d, D)
-        if earlier is not None:
-            b_dz2 = begun(b_dz2, earlier.gradients[1], at)
+        if partial_in is not None:
+            b_dz2 = behind(b_dz2, partial_in.gradients[1], at)
         put(rows, DZ2, b_dz2, C, BD)
 
         # -- read -----------------------------------------------------------------------------------------------------
-        b_x = bounded(load_rows(tokens.q, at), KEY_CAP)
-        b_keys = get(rows, K, BD, C, BD) * get(rows, KEY_GATE, BD, C, BD)
-        b_gq = get(rows, QUERY_GATE, BD, C, BD)
-        if link.KIND == LQ_MIRROR:
-            b_keys = b_keys * (sums1[2] / N)[None, :]
-        elif link.KIND != KL:
-            b_x = b_x * scale1
-        b_p = product(b_x * b_gq, tl.trans(b_keys), PRECISION)
-        b_p = tl.where(m_causal, -b_p, 0.0)
-        p_operand = hold(rows, P, b_p, C, BD, PRECISION, STREAM)
-        x_operand = hold(rows, X, b_x, C, BD, PRECISION, STREAM)
-        decayed_operand = hold(rows, X_DECAYED, b_x * (b_gq * half[None, :]), C, BD, PRECISION, STREAM)
+        b_p, operands = hold_read(rows, tokens, at, half, layer1, link, sizes, STREAM)
+        p_operand, x_operand, decayed_operand = operands
         dz2_operand = operand(b_dz2, PRECISION)
         tl.debug_barrier()
         gradient_mean = tl.zeros([C], dtype=tl.float32)
@@ -282,8 +250,8 @@ def mlp_backward_kernel(
                 _, b_slope = gelu_and_slope(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
                 dz2_rows = held(rows, DZ2, dz2_operand, BD, C, BD, STREAM)
                 b_dz1 = product(b_w2, tl.trans(dz2_rows), PRECISION) * b_slope
-                if earlier is not None:
-                    b_dz1 = begun_hidden(b_dz1, earlier.gradients[0] + activations, at, tile)
+                if partial_in is not None:
+                    b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + activations, at, tile)
                 gradient_mean += tl.sum(b_dz1, 0) / N
         b_s = tl.zeros([C, C], dtype=tl.float32)
         b_kept = tl.zeros([C, BD], dtype=tl.float32)
@@ -300,9 +268,9 @@ def mlp_backward_kernel(
             b_h, b_slope = gelu_and_slope(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
             dz2_rows = held(rows, DZ2, dz2_operand, BD, C, BD, STREAM)
             b_dz1 = product(b_w2, tl.trans(dz2_rows), PRECISION) * b_slope
-            if earlier is not None:
-                b_dz1 = begun_hidden(b_dz1, earlier.gradients[0] + activations, at, tile)
-                b_h = begun_hidden(b_h, earlier.inputs[1] + activations, at, tile)
+            if partial_in is not None:
+                b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + activations, at, tile)
+                b_h = hidden_behind(b_h, partial_in.inputs[1] + activations, at, tile)
             tl.store(kept_hidden + tile.o_hc, b_dz1, mask=tile.m_hc)
             b_inputs, b_gradients = b_h, b_dz1
             if link.KIND == KL:
@@ -350,7 +318,7 @@ def mlp_backward_kernel(
         b_gamma_bar += tl.sum(b_y_bar * b_normed_q, 0)
         b_beta_bar += tl.sum(b_y_bar, 0)
         b_u = normalise_vjp(b_y_bar * b_gamma[None, :], b_normed_q, inverse_std_q, m_d, D)
-        scale_bar1, scale_bar2 = 0.0, 0.0
+        scale_bar2 = 0.0
         if LINEAR:
             scale_bar2 += tl.sum(b_u * b_z2q)
             b_u = b_u * scale2
@@ -363,7 +331,7 @@ def mlp_backward_kernel(
         b_values_bar = product(tl.trans(b_s), b_written_bar, PRECISION)
         put(rows, DZ2_BAR, b_values_bar * b_gk, C, BD)
         b_gk_bar = b_values_bar * b_dz2
-        slope_gain_bar1, slope_gain_bar2 = 0.0, 0.0
+        slope_gain_bar2 = 0.0
         channel_slope_bar = tl.zeros([BD], dtype=tl.float32)
         if link.KIND == LQ_MIRROR:
             channel_slope_bar = tl.sum(b_gk_bar * get(rows, KEY_GATE, BD, C, BD), 0)
@@ -387,8 +355,8 @@ def mlp_backward_kernel(
             b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
             b_decaying2, b_fixed2 = parts_of_read(b_d2, b_base2, b_w2, base_scale2, link)
             b_h = gelu(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
-            if earlier is not None:
-                b_h = begun_hidden(b_h, earlier.inputs[1] + activations, at, tile)
+            if partial_in is not None:
+                b_h = hidden_behind(b_h, partial_in.inputs[1] + activations, at, tile)
             b_hq, b_slope_q = gelu_and_slope(tl.load(read_hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
             b_inputs = b_h
             slope2 = slope_of_hidden(b_a2, link, sizes, 0)
@@ -437,84 +405,22 @@ def mlp_backward_kernel(
         if link.KIND == KL:
             b_p = held(rows, P, p_operand, C, C, BD, STREAM).to(tl.float32)
             gradient_bar_mean = tl.sum(b_p * z1q_bar_mean[:, None], 0)
-        b_p_bar = tl.zeros([C, C], dtype=tl.float32)
-        b_x_bar = tl.zeros([C, BD], dtype=tl.float32)
-        b_x_decayed_bar = tl.zeros([C, BD], dtype=tl.float32)
+        means = gradient_mean, gradient_bar_mean
+        carried = tl.zeros([C, C], tl.float32), tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32), 0.0
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
-            b_d1, b_base1, b_a1 = load_dual(saved1, base1, tile.o_1, tile.m_w, link)
-            b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
-            b_decaying1, b_fixed1 = parts_of_read(b_d1, b_base1, b_w1, base_scale1, link)
             b_dz1 = tl.load(kept_hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
-            b_gradients = b_dz1
-            slope1 = slope_of_hidden(b_a1, link, sizes, 0) * inverse_mean1
-            if link.KIND == KL:
-                b_gradients = tl.where(tile.m_hc, (b_dz1 - gradient_mean[None, :]) * (mass1 / N), 0.0)
-            elif link.KIND == LQ_MIRROR:
-                b_gradients = b_dz1 * (slope_gain1 * slope1)[:, None]
             b_z1q_bar = tl.load(read_hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
-            b_p_bar += product(tl.trans(b_z1q_bar), b_gradients, PRECISION)
-            if link.KIND == KL:
-                b_x_bar += product(tl.trans(b_z1q_bar), b_w1, PRECISION)
-                b_weight_bar = product(b_z1q_bar, held(rows, X, x_operand, BD, C, BD, STREAM), PRECISION)
-            else:
-                b_x_decayed_bar += product(tl.trans(b_z1q_bar), b_decaying1, PRECISION)
-                decayed_rows = held(rows, X_DECAYED, decayed_operand, BD, C, BD, STREAM)
-                b_weight_bar = product(b_z1q_bar, decayed_rows, PRECISION)
-                if link.TOWARD_INIT:
-                    b_x_bar += product(tl.trans(b_z1q_bar), b_fixed1, PRECISION)
-                    b_fixed_bar = tl.load(constant_bar1 + tile.o_1, mask=tile.m_w, other=0.0)
-                    b_fixed_bar += product(b_z1q_bar, held(rows, X, x_operand, BD, C, BD, STREAM), PRECISION)
-                    if link.KIND == LQ_MIRROR:
-                        b_fixed_bar -= b_weight_bar
-                    tl.store(constant_bar1 + tile.o_1, b_fixed_bar, mask=tile.m_w)
-            tl.store(weight_bar1 + tile.o_1, b_weight_bar, mask=tile.m_w)
-            b_dz1_bar = product(b_z1q_bar, held(rows, P, p_operand, C, C, BD, STREAM), PRECISION)
-            if link.KIND == KL:
-                b_dz1_bar = tl.where(tile.m_hc, (b_dz1_bar - gradient_bar_mean[None, :]) * (mass1 / N), 0.0)
-            elif link.KIND == LQ_MIRROR:
-                hidden_slope_bar = tl.sum(b_dz1_bar * b_dz1, 1)
-                slope_gain_bar1 += tl.sum(hidden_slope_bar * slope1)
-                tl.store(slope_bar1 + tile.o_h, hidden_slope_bar * inverse_mean1 * slope_gain1, mask=tile.m_h)
-                b_dz1_bar = b_dz1_bar * (slope_gain1 * slope1)[:, None]
+            b_dz1_bar, carried = back_through_first(
+                b_z1q_bar, b_dz1, means, carried, operands, layer1, tile, rows, link, sizes, STREAM
+            )
             tl.debug_barrier()
             tl.store(kept_hidden + tile.o_hc, b_dz1_bar, mask=tile.m_hc)
         tl.debug_barrier()
-
-        # -- queries, and what of the keys the read has seen ----------------------------------------------------------
-        b_raw = load_rows(tokens.q, at)
-        b_q = bounded(b_raw, KEY_CAP)
-        b_x = b_q
-        b_k, b_gk = get(rows, K, BD, C, BD), get(rows, KEY_GATE, BD, C, BD)
-        b_gq = get(rows, QUERY_GATE, BD, C, BD)
-        slope_of_keys = sums1[2] / N
-        if link.KIND == LQ_MIRROR:
-            b_gk = b_gk * slope_of_keys[None, :]
-        elif link.KIND != KL:
-            b_x = b_q * scale1
-        b_p_bar = tl.where(m_causal, -b_p_bar, 0.0)
-        b_of_query = product(b_p_bar, b_k * b_gk, PRECISION)
-        b_of_key = product(tl.trans(b_p_bar), b_x * b_gq, PRECISION)
-        b_x_bar += b_of_query * b_gq + b_x_decayed_bar * (b_gq * half[None, :])
-        b_decay_bar = b_x_decayed_bar * b_x
-        half_bar += tl.sum(b_decay_bar * b_gq, 0)
-        b_gq_bar = get(rows, QUERY_GATE_BAR, BD, C, BD) + b_of_query * b_x + b_decay_bar * half[None, :]
-        put(rows, QUERY_GATE_BAR, b_gq_bar, C, BD)
-        put(rows, K_BAR, b_of_key * b_gk, C, BD)
-        b_gk_bar = b_of_key * b_k
-        key_slope_bar = tl.zeros([BD], dtype=tl.float32)
-        if link.KIND == LQ_MIRROR:
-            key_slope_bar = tl.sum(b_gk_bar * get(rows, KEY_GATE, BD, C, BD), 0)
-            b_gk_bar = b_gk_bar * slope_of_keys[None, :]
-        put(rows, KEY_GATE_BAR, get(rows, KEY_GATE_BAR, BD, C, BD) + b_gk_bar, C, BD)
-        b_q_bar = b_x_bar
-        if LINEAR:
-            scale_bar1 += tl.sum(b_x_bar * b_q)
-            b_q_bar = b_x_bar * scale1
-        b_q_bar += load_rows(y_bar, at)
-        # what was cut has no gradient
-        b_q_bar = tl.where(tl.abs(b_raw) > KEY_CAP, 0.0, b_q_bar)
-        tl.store(bars.q + at.p_td, b_q_bar.to(bars.q.dtype.element_ty), mask=at.m_td)
+        of_half, scale_bar1, key_slope_bar = back_to_queries(
+            carried, load_rows(y_bar, at), rows, tokens, bars, at, half, layer1, link, sizes, True
+        )
+        half_bar += of_half
 
         # -- back through the fold, and through dZ1 = (dZ2 W2^T) o gelu'(Z1) -------------------------------------------
         b_dz2, b_fold = get(rows, DZ2, BD, C, BD), get(rows, KEY_GATE, BD, C, BD) * half[None, :]
@@ -528,7 +434,7 @@ def mlp_backward_kernel(
         b_total_bar = tl.zeros([BD], dtype=tl.float32)
         # a chunk that the final state has begun is not folded: its dual state is handed on as it is
         folds = 1.0
-        if final_bar is not None:
+        if partial_out_bar is not None:
             folds = tl.where(is_partial, 0.0, 1.0)
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
@@ -540,9 +446,9 @@ def mlp_backward_kernel(
             dz2_rows = held(rows, DZ2, dz2_operand, BD, C, BD, STREAM)
             b_dh = product(b_w2, tl.trans(dz2_rows), PRECISION)
             b_dz1 = b_dh * b_slope
-            if earlier is not None:
-                b_dz1 = begun_hidden(b_dz1, earlier.gradients[0] + activations, at, tile)
-                b_h = begun_hidden(b_h, earlier.inputs[1] + activations, at, tile)
+            if partial_in is not None:
+                b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + activations, at, tile)
+                b_h = hidden_behind(b_h, partial_in.inputs[1] + activations, at, tile)
 
             b_next = tl.load(state_bar1 + tile.o_1, mask=tile.m_w, other=0.0) * (bound1 * folds)
             b_total_bar += tl.sum(b_next * b_d1, 0)
@@ -557,14 +463,14 @@ def mlp_backward_kernel(
             fold_rows = held(rows, DZ2_FOLD, dz2_fold_operand, BD, C, BD, STREAM)
             b_h_bar -= product(b_next, tl.trans(fold_rows), PRECISION)
 
-            if final_bar is not None:
+            if partial_out_bar is not None:
                 m_fh = tile.m_hc & m_f[None, :]
-                b_h_bar += tl.load(final_bar.inputs[1] + activations + tile.o_ch, mask=m_fh, other=0.0)
-                b_dz1_bar += tl.load(final_bar.gradients[0] + activations + tile.o_ch, mask=m_fh, other=0.0)
-            if earlier is not None:
+                b_h_bar += tl.load(partial_out_bar.inputs[1] + activations + tile.o_ch, mask=m_fh, other=0.0)
+                b_dz1_bar += tl.load(partial_out_bar.gradients[0] + activations + tile.o_ch, mask=m_fh, other=0.0)
+            if partial_in is not None:
                 m_eh = tile.m_hc & at.m_e[None, :]
-                tl.store(earlier_bar.inputs[1] + activations + tile.o_ch, b_h_bar, mask=m_eh)
-                tl.store(earlier_bar.gradients[0] + activations + tile.o_ch, b_dz1_bar, mask=m_eh)
+                tl.store(partial_in_bar.inputs[1] + activations + tile.o_ch, b_h_bar, mask=m_eh)
+                tl.store(partial_in_bar.gradients[0] + activations + tile.o_ch, b_dz1_bar, mask=m_eh)
                 b_h_bar = tl.where(at.m_e[None, :], 0.0, b_h_bar)
                 b_dz1_bar = tl.where(at.m_e[None, :], 0.0, b_dz1_bar)
 
@@ -579,24 +485,18 @@ def mlp_backward_kernel(
         tl.debug_barrier()
 
         # -- gates ----------------------------------------------------------------------------------------------------
-        b_k, b_gk = get(rows, K, BD, C, BD), get(rows, KEY_GATE, BD, C, BD)
-        b_fold = b_gk * half[None, :]
+        b_k, b_fold = get(rows, K, BD, C, BD), get(rows, KEY_GATE, BD, C, BD) * half[None, :]
         b_fold_bar = b_dz2_fold_bar * get(rows, DZ2, BD, C, BD) + b_k_fold_bar * b_k
-        half_bar += tl.sum(b_fold_bar * b_gk, 0) + 2.0 * half * b_total_bar
         b_dz2_bar += get(rows, DZ2_BAR, BD, C, BD) + b_dz2_fold_bar * b_fold
         b_k_bar = get(rows, K_BAR, BD, C, BD) + b_k_fold_bar * b_fold
-        b_gq_bar = get(rows, QUERY_GATE_BAR, BD, C, BD)
-        b_gk_bar = get(rows, KEY_GATE_BAR, BD, C, BD) + b_fold_bar * half[None, :]
-        gates = (get(rows, QUERY_GATE, BD, C, BD), b_gk, half)
-        store_gate_bars(
-            b_gq_bar, b_gk_bar, half_bar, gates, tokens, bars, earlier_bar, final_bar, at, m_f, place, link, sizes
-        )
+        back_to_gates(
+            b_fold_bar, b_total_bar, half_bar, half, rows, tokens, bars, partial_in_bar, partial_out_bar, at, m_f, place, link,
+            sizes,
+        )  # fmt: skip
 
         # -- back through the layer norm's backward and the residual --------------------------------------------------
-        if final_bar is not None:
-            b_dz2_bar += tl.load(final_bar.gradients[1] + at.p_e, mask=m_fd, other=0.0)
-        if earlier is not None:
-            tl.store(earlier_bar.gradients[1] + at.p_e, b_dz2_bar, mask=at.m_ed)
+        b_dz2_bar = handed_on(b_dz2_bar, partial_in_bar, partial_out_bar, at, m_f, sizes, False)
+        if partial_in is not None:
             b_dz2_bar = tl.where(at.m_e[:, None], 0.0, b_dz2_bar)
         b_normed, inverse_std, b_error, b_r = error_of_write(
             get(rows, Z2, BD, C, BD), b_k, b_gamma, b_beta, tokens, at, norm, loss, sizes
@@ -623,7 +523,7 @@ def mlp_backward_kernel(
         z2_operand = hold(rows, Z2_BAR, b_z2_bar, C, BD, PRECISION, STREAM)
         tl.debug_barrier()
         b_kept_total = half * half
-        if final_bar is not None:
+        if partial_out_bar is not None:
             b_kept_total = tl.where(is_partial, 1.0, b_kept_total)
         b_k_bar = tl.zeros([C, BD], dtype=tl.float32)
         inner1 = tl.zeros([BD], dtype=tl.float32)
@@ -664,17 +564,14 @@ def mlp_backward_kernel(
             tl.store(weight_bar2 + tile.o_2, b_w2_bar, mask=tile.m_w)
         tl.debug_barrier()
         b_k_bar += get(rows, K_BAR, BD, C, BD)
-        if final_bar is not None:
-            b_k_bar += tl.load(final_bar.inputs[0] + at.p_e, mask=m_fd, other=0.0)
-        if earlier is not None:
-            tl.store(earlier_bar.inputs[0] + at.p_e, b_k_bar, mask=at.m_ed)
+        b_k_bar = handed_on(b_k_bar, partial_in_bar, partial_out_bar, at, m_f, sizes, True)
         b_k_bar = tl.where(tl.abs(load_rows(tokens.k, at)) > KEY_CAP, 0.0, b_k_bar)
         tl.store(bars.k + at.p_td, b_k_bar.to(bars.k.dtype.element_ty), mask=at.m_td)
 
         # -- link -----------------------------------------------------------------------------------------------------
         slope_mean_bar1, slope_mean_bar2 = 0.0, 0.0
         if link.KIND == LQ_MIRROR:
-            of_scale1, slope_mean_bar1 = slope_bars(slope_gain_bar1, slope_gain1, mean_slope1, link.Q)
+            of_scale1, slope_mean_bar1 = slope_bars(carried[3], slope_gain1, mean_slope1, link.Q)
             of_scale2, slope_mean_bar2 = slope_bars(slope_gain_bar2, slope_gain2, mean_slope2, link.Q)
             scale_bar1 += of_scale1
             scale_bar2 += of_scale2
@@ -684,10 +581,6 @@ def mlp_backward_kernel(
         largest1, largest2 = 0.0, 0.0
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
-            _, _, b_a1 = load_dual(saved1, base1, tile.o_1, tile.m_w, link)
-            _, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
-            b_w1_bar = tl.load(weight_bar1 + tile.o_1, mask=tile.m_w, other=0.0)
-            b_w2_bar = tl.load(weight_bar2 + tile.o_2, mask=tile.m_w, other=0.0)
             b_slope1_bar, b_slope2_bar = 0.0, 0.0
             if link.KIND == LQ_MIRROR:
                 of_hidden1 = tl.load(slope_bar1 + tile.o_h, mask=tile.m_h, other=0.0)
@@ -695,40 +588,16 @@ def mlp_backward_kernel(
                 b_slope1_bar = (of_hidden1 / D + slope_mean_bar1 / (D * N))[:, None] + (key_slope_bar / N)[None, :]
                 b_slope2_bar = (of_hidden2 / D)[:, None]
                 b_slope2_bar += (channel_slope_bar / N + slope_mean_bar2 / (D * N))[None, :]
-            b_a1_bar = back_to_dual(b_a1, b_w1_bar, sums1, scale1, rates1, inner1, b_slope1_bar, mass1, tile, link)
-            b_a2_bar = back_to_dual(b_a2, b_w2_bar, sums2, scale2, rates2, inner2, b_slope2_bar, mass2, tile, link)
-            b_state1 = tl.load(state_bar1 + tile.o_1, mask=tile.m_w, other=0.0) + b_a1_bar
-            b_state2 = tl.load(state_bar2 + tile.o_2, mask=tile.m_w, other=0.0) + b_a2_bar
+            b_a1_bar, b_state1 = back_through_link(rates1, inner1, b_slope1_bar, layer1, tile.o_1, tile, link)
+            b_a2_bar, b_state2 = back_through_link(rates2, inner2, b_slope2_bar, layer2, tile.o_2, tile, link)
             largest1 = tl.maximum(largest1, tl.max(tl.abs(b_state1)))
             largest2 = tl.maximum(largest2, tl.max(tl.abs(b_state2)))
             tl.debug_barrier()
-            tl.store(state_bar1 + tile.o_1, b_state1, mask=tile.m_w)
-            tl.store(state_bar2 + tile.o_2, b_state2, mask=tile.m_w)
-            if link.TOWARD_INIT:
-                b_base1_bar = tl.load(base_bar1 + tile.o_1, mask=tile.m_w, other=0.0) + b_a1_bar
-                b_base2_bar = tl.load(base_bar2 + tile.o_2, mask=tile.m_w, other=0.0) + b_a2_bar
-                tl.store(base_bar1 + tile.o_1, b_base1_bar, mask=tile.m_w)
-                tl.store(base_bar2 + tile.o_2, b_base2_bar, mask=tile.m_w)
+            store_state_bar(b_state1, b_a1_bar, layer1, tile.o_1, tile, link)
+            store_state_bar(b_state2, b_a2_bar, layer2, tile.o_2, tile, link)
         tl.debug_barrier()
 
-    if link.KIND == LQ_MIRROR:
-        if link.TOWARD_INIT:
-            # the initial memory's image, which stands in the reads of all chunks
-            scale_bar1, scale_bar2 = 0.0, 0.0
-            for j in range(0, TILES):
-                tile = tile_of(j, sizes, TN)
-                b_a1 = tl.load(base1 + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
-                b_a2 = tl.load(base2 + tile.o_2, mask=tile.m_w, other=0.0).to(tl.float32)
-                b_w1_bar = tl.load(constant_bar1 + tile.o_1, mask=tile.m_w, other=0.0)
-                b_w2_bar = tl.load(constant_bar2 + tile.o_2, mask=tile.m_w, other=0.0)
-                scale_bar1 += along_dual(b_w1_bar, b_a1, link)
-                scale_bar2 += along_dual(b_w2_bar, b_a2, link)
-            rates1 = rates_of(base_sums1, scale_bar1, link, sizes)
-            rates2 = rates_of(base_sums2, scale_bar2, link, sizes)
-            for j in range(0, TILES):
-                tile = tile_of(j, sizes, TN)
-                image_back(base1, constant_bar1, base_bar1, tile.o_1, base_scale1, rates1, tile, link)
-                image_back(base2, constant_bar2, base_bar2, tile.o_2, base_scale2, rates2, tile, link)
-
+    back_through_image(base1, constant_bar1, base_bar1, base_sums1, base_scale1, link, sizes, True, TN)
+    back_through_image(base2, constant_bar2, base_bar2, base_sums2, base_scale2, link, sizes, False, TN)
     tl.store(norm_bar[0] + place.program * D + o_d, b_gamma_bar, mask=m_d)
     tl.store(norm_bar[1] + place.program * D + o_d, b_beta_bar, mask=m_d)

@@ -61,6 +61,13 @@ def place_of(rows, H, sizes):
 
 
 @triton.jit
+def slot_of(saved, nth, place, H, sizes):
+    # where the state at a chunk's start is saved
+    slot = (tl.load(saved.of_row + place.row) + nth) * H + place.head
+    return slot.to(tl.int64) * sizes.D * sizes.N
+
+
+@triton.jit
 def chunk_of(i_c, place, H, sizes):
     o_c, o_d = tl.arange(0, sizes.C), tl.arange(0, sizes.BD)
     m_d = o_d < sizes.D
@@ -94,9 +101,9 @@ def load_rows(x, at):
 
 
 @triton.jit
-def begun(x, earlier, at):
+def behind(x, partial_in, at):
     # with the rows of slots that an earlier call has filled
-    return tl.where(at.m_e[:, None], tl.load(earlier + at.p_e, mask=at.m_ed, other=0.0), x)
+    return tl.where(at.m_e[:, None], tl.load(partial_in + at.p_e, mask=at.m_ed, other=0.0), x)
 
 
 @triton.jit
@@ -111,17 +118,8 @@ def load_delta(tokens, at, b_error, sizes):
 
 @triton.jit
 def residual_of(b_error, tokens, at, loss, sizes):
-    return residual(
-        b_error,
-        load_delta(tokens, at, b_error, sizes),
-        tl.arange(0, sizes.BD) < sizes.D,
-        loss.KIND,
-        loss.POWER,
-        loss.SMOOTH_SIGN,
-        loss.SHARPNESS,
-        loss.ERROR_CAP,
-        loss.CLIP,
-    )
+    b_delta = load_delta(tokens, at, b_error, sizes)
+    return residual(b_error, b_delta, tl.arange(0, sizes.BD) < sizes.D, loss)
 
 
 @triton.jit
@@ -153,7 +151,7 @@ def store_broken(y, broken, at, sizes):
 
 
 @triton.jit
-def load_gates(tokens, earlier, at, place, link, sizes):
+def load_gates(tokens, partial_in, at, place, link, sizes):
     # steps and log decay since the chunk's start of its slots, [C, BD], and the whole chunk's log decay, [BD]
     o_c, o_d = tl.arange(0, sizes.C), tl.arange(0, sizes.BD)
     o_g = 0 * o_d
@@ -166,33 +164,33 @@ def load_gates(tokens, earlier, at, place, link, sizes):
     b_log_alpha = at_most(at_least(b_log_alpha, link.min_log_alpha), 0.0)
     total = tl.sum(b_log_alpha, 0)
     b_log_decay = tl.cumsum(b_log_alpha, 0)
-    if earlier is not None:
+    if partial_in is not None:
         # the chunk was begun before this call: its first slots come from the state
         m_g = at.m_e[:, None] & m_d[None, :]
         p_g = place.program * sizes.C * sizes.GATE_DIM + o_c[:, None] * sizes.GATE_DIM + o_g[None, :]
-        b_since = tl.load(earlier.log_decay + p_g, mask=m_g, other=0.0)
+        b_since = tl.load(partial_in.log_decay + p_g, mask=m_g, other=0.0)
         last = at.m_e[:, None] & (o_c == place.phase - 1)[:, None]
         since = tl.sum(tl.where(last, b_since, 0.0), 0)
         b_log_decay = tl.where(at.m_e[:, None], b_since, b_log_decay + since[None, :])
         total += since
-        b_eta = tl.where(at.m_e[:, None], tl.load(earlier.eta + p_g, mask=m_g, other=0.0), b_eta)
+        b_eta = tl.where(at.m_e[:, None], tl.load(partial_in.eta + p_g, mask=m_g, other=0.0), b_eta)
     return b_eta, b_log_decay, total
 
 
 @triton.jit
-def keep_slots(final, b_inputs, b_gradients, b_eta, b_log_decay, broken, at, place, sizes):
+def keep_slots(partial_out, b_inputs, b_gradients, b_eta, b_log_decay, broken, at, place, sizes):
     # of the last chunk, which is not full: the inputs of its first weight, the gradients of its last, its gates
     o_c, o_d = tl.arange(0, sizes.C), tl.arange(0, sizes.BD)
     m_f = (o_c < place.taken)[:, None] & (o_d < sizes.D)[None, :]
-    tl.store(final.inputs[0] + at.p_e, b_inputs, mask=m_f)
-    tl.store(final.gradients[-1] + at.p_e, b_gradients, mask=m_f)
+    tl.store(partial_out.inputs[0] + at.p_e, b_inputs, mask=m_f)
+    tl.store(partial_out.gradients[-1] + at.p_e, b_gradients, mask=m_f)
     p_g = place.program * sizes.C * sizes.GATE_DIM + o_c[:, None] * sizes.GATE_DIM + o_d[None, :]
     if sizes.GATE_DIM == 1:
         m_f = m_f & (o_d == 0)[None, :]
-    tl.store(final.eta + p_g, b_eta, mask=m_f)
+    tl.store(partial_out.eta + p_g, b_eta, mask=m_f)
     # the decay up to now stands in everything that is read from here on
     b_log_decay = tl.where((o_c >= broken)[:, None], float("nan"), b_log_decay)
-    tl.store(final.log_decay + p_g, b_log_decay, mask=m_f)
+    tl.store(partial_out.log_decay + p_g, b_log_decay, mask=m_f)
 
 
 # -- adjoints ---------------------------------------------------------------------------------------------------------
@@ -200,18 +198,8 @@ def keep_slots(final, b_inputs, b_gradients, b_eta, b_log_decay, broken, at, pla
 
 @triton.jit
 def residual_vjp_of(b_error, bar, tokens, at, loss, sizes):
-    return residual_vjp(
-        b_error,
-        load_delta(tokens, at, b_error, sizes),
-        bar,
-        tl.arange(0, sizes.BD) < sizes.D,
-        loss.KIND,
-        loss.POWER,
-        loss.SMOOTH_SIGN,
-        loss.SHARPNESS,
-        loss.ERROR_CAP,
-        loss.CLIP,
-    )
+    b_delta = load_delta(tokens, at, b_error, sizes)
+    return residual_vjp(b_error, b_delta, bar, tl.arange(0, sizes.BD) < sizes.D, loss)
 
 
 @triton.jit
@@ -227,7 +215,7 @@ def store_delta_bar(b_delta_bar, bars, at, loss, sizes):
 
 @triton.jit
 def store_gate_bars(
-    b_query_bar, b_key_bar, half_bar, gates, tokens, bars, earlier_bar, final_bar, at, m_f, place, link, sizes
+    b_query_bar, b_key_bar, half_bar, gates, tokens, bars, partial_in_bar, partial_out_bar, at, m_f, place, link, sizes
 ):
     # from the adjoints of what `chunk_gates` makes its gates of, Gq and Gk [C, BD] and `half`, the root of B_C [BD], to
     # those of the tokens' gates, and of a begun chunk's in both states
@@ -247,22 +235,22 @@ def store_gate_bars(
         o_g, m_g = 0 * o_d, o_d == 0
     p_e = place.program * C * GATE_DIM
     p_g = p_e + o_c[:, None] * GATE_DIM + o_g[None, :]
-    if final_bar is not None:
+    if partial_out_bar is not None:
         m_fg = m_f[:, None] & m_g[None, :]
-        b_eta_bar += tl.load(final_bar.eta + p_g, mask=m_fg, other=0.0)
-        b_log_decay_bar += tl.load(final_bar.log_decay + p_g, mask=m_fg, other=0.0)
+        b_eta_bar += tl.load(partial_out_bar.eta + p_g, mask=m_fg, other=0.0)
+        b_log_decay_bar += tl.load(partial_out_bar.log_decay + p_g, mask=m_fg, other=0.0)
     # log B_t is a sum over the tokens up to t: its adjoint one over those from t on
     b_log_alpha_bar = tl.sum(b_log_decay_bar, 0)[None, :] - tl.cumsum(b_log_decay_bar, 0) + b_log_decay_bar
-    if earlier_bar is not None:
+    if partial_in_bar is not None:
         # the decay before this call stands in every later slot of the chunk
         later = tl.sum(tl.where(at.m_e[:, None], 0.0, b_log_decay_bar), 0)
         b_since_bar = b_log_decay_bar + tl.where((o_c == place.phase - 1)[:, None], later[None, :], 0.0)
         if GATE_DIM == 1:
-            tl.store(earlier_bar.eta + p_e + o_c, tl.sum(b_eta_bar, 1), mask=at.m_e)
-            tl.store(earlier_bar.log_decay + p_e + o_c, tl.sum(b_since_bar, 1), mask=at.m_e)
+            tl.store(partial_in_bar.eta + p_e + o_c, tl.sum(b_eta_bar, 1), mask=at.m_e)
+            tl.store(partial_in_bar.log_decay + p_e + o_c, tl.sum(b_since_bar, 1), mask=at.m_e)
         else:
-            tl.store(earlier_bar.eta + p_g, b_eta_bar, mask=at.m_e[:, None] & m_g[None, :])
-            tl.store(earlier_bar.log_decay + p_g, b_since_bar, mask=at.m_e[:, None] & m_g[None, :])
+            tl.store(partial_in_bar.eta + p_g, b_eta_bar, mask=at.m_e[:, None] & m_g[None, :])
+            tl.store(partial_in_bar.log_decay + p_g, b_since_bar, mask=at.m_e[:, None] & m_g[None, :])
     if GATE_DIM == 1:
         b_raw = tl.load(tokens.log_alpha + at.o_t, mask=at.m_t, other=0.0).to(tl.float32)
         b_bar = tl.where((b_raw < link.min_log_alpha) | (b_raw > 0.0), 0.0, tl.sum(b_log_alpha_bar, 1))

@@ -29,26 +29,17 @@ Products with one token are sums of elements: the kernel waits for memory, not f
 import triton
 import triton.language as tl
 
-from .decode_pieces import (
-    empty_slots,
-    join_chunk,
-    load_chunk_gates,
-    load_token,
-    load_token_gates,
-)
-from .links import linked, start_of_sums, sum_of_link
+from .decode_pieces import empty_chunk, load_chunk_gates, next_token, row_of, taken_slots
+from .layers import add_to_sums, load_dual, parts_of_read, scale_of, slope_of_hidden, threads_fit, tile_of, weight_of
+from .links import start_of_sum
 from .pieces import (
     KL,
     LQ_MIRROR,
-    SHARED_NUMBERS,
-    chunk_gates,
-    frozen_scale,
     gelu,
     gelu_and_slope,
     inverse_of_mean,
     normalise,
     normalise_vjp,
-    power,
     product,
     residual,
 )
@@ -58,229 +49,118 @@ from .pieces import (
 # one
 @triton.jit(do_not_specialize=["H", "ROTARY_TOKENS"], do_not_specialize_on_alignment=["T"])
 def mlp_decode_kernel(
-    q,
-    k,
-    v,
-    eta,
-    log_alpha,
-    delta,
+    tokens,
     y,
-    base1,
-    base2,
-    norm_weight,
-    norm_bias,
-    dual1,
-    dual2,
-    inputs1,
-    inputs2,
-    gradients1,
-    gradients2,
-    etas,
-    log_decays,
+    base,
+    norm,
+    dual,
+    slots,
     count,
     phases,
     links,
-    tail,
-    weight_q,
-    weight_k,
-    weight_v,
-    cos,
-    sin,
-    a_log,
+    raw,
     lengths,
     scratch,
     T,
     H,
     ROTARY_TOKENS,
-    ETA_MAX,
-    MIN_LOG_ALPHA,
-    MASS1,
-    MASS2,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    N: tl.constexpr,
+    loss,
+    link,
+    sizes,
     TN: tl.constexpr,
-    GATE_DIM: tl.constexpr,
-    DELTA_DIM: tl.constexpr,
-    LOSS: tl.constexpr,
-    POWER: tl.constexpr,
-    SMOOTH_SIGN: tl.constexpr,
-    SHARPNESS: tl.constexpr,
-    ERROR_CAP: tl.constexpr,
-    CLIP: tl.constexpr,
-    LINK: tl.constexpr,
-    Q: tl.constexpr,
-    FLOOR: tl.constexpr,
-    CAP: tl.constexpr,
-    NORM_EPS: tl.constexpr,
-    TOWARD_INIT: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    ROTARY: tl.constexpr,
-    VALUE_SCALE: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISION: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    tl.static_assert(C * TN >= THREADS, SHARED_NUMBERS)
-    tl.static_assert(BD * TN >= THREADS, SHARED_NUMBERS)
-    program = tl.program_id(0).to(tl.int64)
-    row, head = program // H, program % H
-    o_c, o_d, o_n = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, TN)
-    m_d = o_d < D
-    m_cd = (o_c >= 0)[:, None] & m_d[None, :]
-    o_cd = o_c[:, None] * D + o_d[None, :]
-    b_gamma = tl.load(norm_weight + head * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-    b_beta = tl.load(norm_bias + head * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-
-    base1 += head * D * N
-    base2 += head * D * N
-    dual1 += program * D * N
-    dual2 += program * D * N
-    inputs1 += program * C * D
-    inputs2 += program * C * N
-    gradients1 += program * C * N
-    gradients2 += program * C * D
-    scratch += program * 3 * N
+    C: tl.constexpr = sizes.C
+    D: tl.constexpr = sizes.D
+    BD: tl.constexpr = sizes.BD
+    N: tl.constexpr = sizes.N
+    threads_fit(sizes, TN, THREADS)
+    # W = s A, whose reads are those of the dual state times s
+    LINEAR: tl.constexpr = link.KIND != KL and link.KIND != LQ_MIRROR
     TILES: tl.constexpr = (N + TN - 1) // TN
+    row = row_of(lengths, T, H)
+    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
+    m_d = o_d < D
+    o_cd, m_cd = o_c[:, None] * D + o_d[None, :], (o_c >= 0)[:, None] & m_d[None, :]
+    b_gamma = tl.load(norm.weight + row.head * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+    b_beta = tl.load(norm.bias + row.head * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+
+    base1, base2 = base[0] + row.head * D * N, base[1] + row.head * D * N
+    dual1, dual2 = dual[0] + row.program * D * N, dual[1] + row.program * D * N
+    inputs1, inputs2 = slots.inputs[0] + row.program * C * D, slots.inputs[1] + row.program * C * N
+    gradients1, gradients2 = slots.gradients[0] + row.program * C * N, slots.gradients[1] + row.program * C * D
+    scratch += row.program * 3 * N
+    mass1, mass2 = link.masses[0], link.masses[1]
     # what the link needs of the whole weights at the chunk's start: 4 scales, 4 vectors of channels, then the means of
     # the chunk's first-layer gradients
-    links += program * (4 + 4 * D + C)
-    means = links + 4 + 4 * D
+    links += row.program * (4 + 4 * D + C)
+    vectors, means = links + 4 + o_d, links + 4 + 4 * D
 
     # whatever stands there, no slot beyond the chunk is written to
-    phase = tl.load(phases + program) & (C - 1)
+    phase = tl.load(phases + row.program) & (C - 1)
     read = 0
-    length = T
-    if HAS_LENGTHS:
-        length = tl.load(lengths + row).to(tl.int32)
     for t in range(0, T):
-        token = row * T + t
-        live = 1
-        if HAS_LENGTHS:
-            live = t < length
-        if live == 0:
-            tl.store(y + (token * H + head) * D + o_d, tl.zeros([BD], tl.float32).to(y.dtype.element_ty), mask=m_d)
+        p_y = y + ((row.index * T + t) * H + row.head) * D + o_d
+        if t >= row.length:
+            tl.store(p_y, tl.zeros([BD], tl.float32).to(y.dtype.element_ty), mask=m_d)
         else:
-            b_q, b_k, b_v = load_token(
-                q,
-                k,
-                v,
-                tail,
-                weight_q,
-                weight_k,
-                weight_v,
-                cos,
-                sin,
-                token,
-                row,
-                head,
-                (row * ROTARY_TOKENS + t) * D,
-                H * D,
-                D,
-                BD,
-                K,
-                KP,
-                ROTARY,
-                VALUE_SCALE,
-            )
-            b_eta, b_log_alpha, b_delta = load_token_gates(
-                eta,
-                log_alpha,
-                delta,
-                a_log,
-                token * H + head,
-                head,
-                ETA_MAX,
-                MIN_LOG_ALPHA,
-                D,
-                BD,
-                GATE_DIM,
-                DELTA_DIM,
-                RAW,
-            )
-            b_now, b_keys = join_chunk(etas, log_decays, b_eta, b_log_alpha, program, phase, C, D, BD, GATE_DIM)
-            b_decay = tl.exp(b_now)
-            m_own = (o_c == phase)[:, None]
-            m_e = (o_c < phase)[:, None]
-
+            token = next_token(t, row, phase, tokens, raw, slots, T, H, ROTARY_TOKENS, link, sizes)
+            b_decay = tl.exp(token.log_decay)
             scale1, scale2 = tl.load(links), tl.load(links + 1)
             base_scale1, base_scale2 = tl.load(links + 2), tl.load(links + 3)
-            x1 = tl.load(links + 4 + o_d, mask=m_d, other=0.0)
-            y1 = tl.load(links + 4 + D + o_d, mask=m_d, other=0.0)
-            x2 = tl.load(links + 4 + 2 * D + o_d, mask=m_d, other=0.0)
-            y2 = tl.load(links + 4 + 3 * D + o_d, mask=m_d, other=0.0)
+            x1, y1 = tl.load(vectors, mask=m_d, other=0.0), tl.load(vectors + D, mask=m_d, other=0.0)
+            x2, y2 = tl.load(vectors + 2 * D, mask=m_d, other=0.0), tl.load(vectors + 3 * D, mask=m_d, other=0.0)
+            sums1, sums2 = (0.0, 0.0, x1, y1), (0.0, 0.0, x2, y2)
 
             # -- first pass: the write's forward, and what the read's first layer has before the chunk's writes ---------
-            b_x = b_q
-            if LINK != KL and LINK != LQ_MIRROR:
-                b_x = b_q * scale1
+            b_x = token.q
+            if LINEAR:
+                b_x = b_x * scale1
             b_x_decayed = b_x * b_decay
             b_sum = tl.zeros([TN, BD], dtype=tl.float32)
             for j in range(0, TILES):
-                o_h = j * TN + o_n
-                m_h = o_h < N
-                o_1, m_1 = o_d[:, None] * N + o_h[None, :], m_d[:, None] & m_h[None, :]
-                o_2, m_2 = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
-                b_d1 = tl.load(dual1 + o_1, mask=m_1, other=0.0)
-                b_a2 = tl.load(dual2 + o_2, mask=m_2, other=0.0)
-                b_a1, b_base1 = b_d1, b_d1
-                if TOWARD_INIT:
-                    b_base1 = tl.load(base1 + o_1, mask=m_1, other=0.0).to(tl.float32)
-                    b_a1 = b_base1 + b_d1
-                    b_a2 += tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                b_w1 = tl.where(m_1, linked(b_a1, scale1, x1, y1, MASS1, 0.0, 1, LINK, Q), 0.0)
-                b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
-                b_z1 = tl.sum(b_k[:, None] * b_w1, 0)
-                if LINK == KL:
-                    b_zq = tl.sum(b_x[:, None] * b_w1, 0)
-                elif LINK == LQ_MIRROR:
-                    b_zq = tl.sum(b_x_decayed[:, None] * b_w1, 0)
-                    if TOWARD_INIT:
-                        b_b1 = linked(b_base1, base_scale1, x1, y1, MASS1, 0.0, 1, LINK, Q)
-                        b_zq += tl.sum((b_x - b_x_decayed)[:, None] * b_b1, 0)
-                    b_slope = tl.sum(power(tl.abs(b_a1), Q - 2.0), 0) / D
-                    tl.store(scratch + 2 * N + o_h, b_slope, mask=m_h)
+                tile = tile_of(j, sizes, TN)
+                b_d1, b_base1, b_a1 = load_dual(dual1, base1, tile.o_1, tile.m_w, link)
+                _, _, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
+                b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
+                b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
+                b_z1 = tl.sum(b_w1 * token.k[None, :], 1)
+                if link.KIND == KL:
+                    b_zq = tl.sum(b_w1 * b_x[None, :], 1)
                 else:
-                    b_zq = tl.sum(b_x_decayed[:, None] * b_d1, 0)
-                    if TOWARD_INIT:
-                        b_zq += tl.sum(b_x[:, None] * b_base1, 0)
-                tl.store(scratch + o_h, b_z1, mask=m_h)
-                tl.store(scratch + N + o_h, b_zq, mask=m_h)
+                    b_decaying, b_constant = parts_of_read(b_d1, b_base1, b_w1, base_scale1, link)
+                    b_zq = tl.sum(b_decaying * b_x_decayed[None, :], 1)
+                    if link.TOWARD_INIT:
+                        b_zq += tl.sum(b_constant * b_x[None, :], 1)
+                if link.KIND == LQ_MIRROR:
+                    tl.store(scratch + 2 * N + tile.o_h, slope_of_hidden(b_a1, link, sizes, 0), mask=tile.m_h)
+                tl.store(scratch + tile.o_h, b_z1, mask=tile.m_h)
+                tl.store(scratch + N + tile.o_h, b_zq, mask=tile.m_h)
                 b_sum += gelu(b_z1, "ieee")[:, None] * b_w2
             b_z2 = tl.sum(b_sum, 0)[None, :]
             # threads read what others of this program have written
             tl.debug_barrier()
 
             # -- the residual and its way back through the layer norm ---------------------------------------------------
-            b_normed, inverse_std = normalise(b_z2, m_d, D, NORM_EPS)
-            b_error = b_k[None, :] + (b_beta + b_normed * b_gamma) - b_v[None, :]
-            b_r = residual(b_error, b_delta[None, :], m_d, LOSS, POWER, SMOOTH_SIGN, SHARPNESS, ERROR_CAP, CLIP)
+            b_normed, inverse_std = normalise(b_z2, m_d, D, norm.EPS)
+            b_error = token.k[None, :] + (b_beta + b_normed * b_gamma) - token.v[None, :]
+            b_r = residual(b_error, token.delta[None, :], m_d, loss)
             b_dz2 = normalise_vjp(b_r * b_gamma, b_normed, inverse_std, m_d, D)
-            tl.store(inputs1 + phase * D + o_d, b_k, mask=m_d)
-            tl.store(gradients2 + phase * D + o_d, tl.sum(b_dz2, 0), mask=m_d)
 
             # -- what the read sees of the chunk's writes, on the input axis ---------------------------------------------
-            b_inputs1 = tl.load(inputs1 + o_cd, mask=m_e & m_cd, other=0.0)
-            b_inputs1 = tl.where(m_own, b_k[None, :], b_inputs1) * b_keys
-            if LINK == LQ_MIRROR:
+            b_inputs1 = taken_slots(inputs1, token.k, phase, sizes) * token.keys
+            if link.KIND == LQ_MIRROR:
                 b_inputs1 = b_inputs1 * (x1 / N)[None, :]
             b_p = -tl.sum(b_inputs1 * b_x[None, :], 1)
             shift = 0.0
-            if LINK == KL:
+            if link.KIND == KL:
                 # the softmax's slope centres gradients over the hidden axis: the token's mean before the tiles' reads
                 total = tl.zeros([TN], dtype=tl.float32)
                 for j in range(0, TILES):
-                    o_h = j * TN + o_n
-                    m_h = o_h < N
-                    o_2, m_2 = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
-                    b_a2 = tl.load(dual2 + o_2, mask=m_2, other=0.0)
-                    if TOWARD_INIT:
-                        b_a2 += tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                    b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
-                    _, b_slope = gelu_and_slope(tl.load(scratch + o_h, mask=m_h, other=0.0), "ieee")
+                    tile = tile_of(j, sizes, TN)
+                    _, _, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
+                    b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
+                    _, b_slope = gelu_and_slope(tl.load(scratch + tile.o_h, mask=tile.m_h, other=0.0), "ieee")
                     total += tl.sum(b_w2 * b_dz2, 1) * b_slope
                 mean = tl.sum(total) / N
                 tl.store(means + phase, mean)
@@ -288,129 +168,109 @@ def mlp_decode_kernel(
                 shift = tl.sum(b_p * tl.where(o_c == phase, mean, b_means))
 
             # -- second pass: the write's backward, the read -------------------------------------------------------------
-            mean_slope1, mean_slope2 = tl.sum(x1) / (1.0 * D * N), tl.sum(x2) / (1.0 * D * N)
+            inverse_mean1 = inverse_of_mean(tl.sum(x1) / (1.0 * D * N))
+            inverse_mean2 = inverse_of_mean(tl.sum(x2) / (1.0 * D * N))
             own = tl.sum(tl.where(o_c == phase, b_p, 0.0))
-            b_s = tl.zeros([C, TN], dtype=tl.float32)
-            b_hidden = tl.zeros([C, TN], dtype=tl.float32)
+            b_s = tl.zeros([TN, C], dtype=tl.float32)
+            b_hidden = tl.zeros([TN, C], dtype=tl.float32)
             b_read = tl.zeros([TN], dtype=tl.float32)
             b_kept = tl.zeros([TN, BD], dtype=tl.float32)
-            b_constant = tl.zeros([TN, BD], dtype=tl.float32)
+            b_fixed = tl.zeros([TN, BD], dtype=tl.float32)
             for j in range(0, TILES):
-                o_h = j * TN + o_n
-                m_h = o_h < N
-                o_2, m_2 = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
-                o_ch, m_ch = o_c[:, None] * N + o_h[None, :], m_e & m_h[None, :]
-                b_d2 = tl.load(dual2 + o_2, mask=m_2, other=0.0)
-                b_a2, b_base2 = b_d2, b_d2
-                if TOWARD_INIT:
-                    b_base2 = tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                    b_a2 = b_base2 + b_d2
-                b_w2 = tl.where(m_2, linked(b_a2, scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q), 0.0)
-                b_h, b_slope = gelu_and_slope(tl.load(scratch + o_h, mask=m_h, other=0.0), "ieee")
+                tile = tile_of(j, sizes, TN)
+                m_ch = tile.m_h[:, None] & (o_c < phase)[None, :]
+                b_d2, b_base2, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
+                b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
+                b_h, b_slope = gelu_and_slope(tl.load(scratch + tile.o_h, mask=tile.m_h, other=0.0), "ieee")
                 b_dz1 = tl.sum(b_w2 * b_dz2, 1) * b_slope
+                tl.store(inputs2 + phase * N + tile.o_h, b_h, mask=tile.m_h)
+                tl.store(gradients1 + phase * N + tile.o_h, b_dz1, mask=tile.m_h)
 
                 # the first layer's read
-                b_written = tl.load(gradients1 + o_ch, mask=m_ch, other=0.0)
-                b_written = tl.sum(b_written * b_p[:, None], 0) + own * b_dz1
-                if LINK == KL:
-                    b_written = (MASS1 / N) * (b_written - shift)
-                elif LINK == LQ_MIRROR:
-                    b_columns = tl.load(scratch + 2 * N + o_h, mask=m_h, other=0.0)
-                    b_written = b_written * ((Q - 1.0) * scale1 * (b_columns * inverse_of_mean(mean_slope1)))
-                b_zq = tl.load(scratch + N + o_h, mask=m_h, other=0.0) + b_written
-                b_hq = tl.where(m_h, gelu(b_zq, "ieee"), 0.0)
+                b_written = tl.load(gradients1 + tile.o_ch, mask=m_ch, other=0.0)
+                b_written = tl.sum(b_written * b_p[None, :], 1) + own * b_dz1
+                if link.KIND == KL:
+                    b_written = (mass1 / N) * (b_written - shift)
+                elif link.KIND == LQ_MIRROR:
+                    b_columns = tl.load(scratch + 2 * N + tile.o_h, mask=tile.m_h, other=0.0)
+                    b_written = b_written * ((link.Q - 1.0) * scale1 * (b_columns * inverse_mean1))
+                b_zq = tl.load(scratch + N + tile.o_h, mask=tile.m_h, other=0.0) + b_written
+                b_hq = tl.where(tile.m_h, gelu(b_zq, "ieee"), 0.0)
 
                 # the second layer's
-                b_inputs2 = tl.load(inputs2 + o_ch, mask=m_ch, other=0.0)
-                b_inputs2 = tl.where(m_own, b_h[None, :], b_inputs2)
-                if LINK == KL:
+                b_inputs2 = tl.load(inputs2 + tile.o_ch, mask=m_ch, other=0.0)
+                b_inputs2 = tl.where((o_c == phase)[None, :], b_h[:, None], b_inputs2)
+                if link.KIND == KL:
                     b_hidden += b_inputs2
                     b_read += b_hq
-                    b_constant += b_hq[:, None] * b_w2
-                elif LINK == LQ_MIRROR:
-                    b_inputs2 = b_inputs2 * (tl.sum(power(tl.abs(b_a2), Q - 2.0), 1) / D)[None, :]
-                    if TOWARD_INIT:
-                        b_b2 = linked(b_base2, base_scale2, x2, y2, MASS2, MASS2 / N, 0, LINK, Q)
-                        b_kept += b_hq[:, None] * (b_w2 - b_b2)
-                        b_constant += b_hq[:, None] * b_b2
-                    else:
-                        b_kept += b_hq[:, None] * b_w2
+                    b_fixed += b_hq[:, None] * b_w2
                 else:
-                    b_kept += b_hq[:, None] * b_d2
-                    if TOWARD_INIT:
-                        b_constant += b_hq[:, None] * b_base2
-                b_s += b_inputs2 * b_hq[None, :]
-                tl.store(inputs2 + phase * N + o_h, b_h, mask=m_h)
-                tl.store(gradients1 + phase * N + o_h, b_dz1, mask=m_h)
+                    b_decaying, b_constant = parts_of_read(b_d2, b_base2, b_w2, base_scale2, link)
+                    b_kept += b_hq[:, None] * b_decaying
+                    if link.TOWARD_INIT:
+                        b_fixed += b_hq[:, None] * b_constant
+                if link.KIND == LQ_MIRROR:
+                    b_inputs2 = b_inputs2 * slope_of_hidden(b_a2, link, sizes, 0)[:, None]
+                b_s += b_inputs2 * b_hq[:, None]
 
             # -- the read's second layer, its norm, the output -----------------------------------------------------------
-            b_scores = tl.sum(b_s, 1)
-            if LINK == KL:
-                b_scores = (MASS2 / N) * (b_scores - tl.sum(b_read) * tl.sum(b_hidden, 1) / N)
-            b_gradients2 = tl.load(gradients2 + o_cd, mask=m_e & m_cd, other=0.0)
-            b_gradients2 = tl.where(m_own, b_dz2, b_gradients2) * b_keys
+            b_scores = tl.sum(b_s, 0)
+            if link.KIND == KL:
+                b_scores = (mass2 / N) * (b_scores - tl.sum(b_read) * tl.sum(b_hidden, 0) / N)
+            b_gradients2 = taken_slots(gradients2, tl.sum(b_dz2, 0), phase, sizes) * token.keys
             b_z2 = -tl.sum(b_gradients2 * b_scores[:, None], 0)
-            if LINK == LQ_MIRROR:
-                b_z2 = b_z2 * ((Q - 1.0) * scale2 * (x2 / N * inverse_of_mean(mean_slope2)))
-            b_z2 += tl.sum(b_kept, 0) * b_decay + tl.sum(b_constant, 0)
-            if LINK != KL and LINK != LQ_MIRROR:
+            if link.KIND == LQ_MIRROR:
+                b_z2 = b_z2 * ((link.Q - 1.0) * scale2 * (x2 / N * inverse_mean2))
+            b_z2 += tl.sum(b_kept, 0) * b_decay + tl.sum(b_fixed, 0)
+            if LINEAR:
                 b_z2 = b_z2 * scale2
-            b_normed, inverse_std = normalise(b_z2[None, :], m_d, D, NORM_EPS)
-            b_y = b_q[None, :] + (b_beta + b_normed * b_gamma)
-            p_y = y + (token * H + head) * D + o_d[None, :]
-            tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_d[None, :])
+            b_normed, inverse_std = normalise(b_z2[None, :], m_d, D, norm.EPS)
+            b_y = token.q[None, :] + (b_beta + b_normed * b_gamma)
+            tl.store(p_y[None, :], b_y.to(y.dtype.element_ty), mask=m_d[None, :])
             tl.debug_barrier()
 
             # -- the end of the row's chunk: its factors are folded into the state ---------------------------------------
             phase += 1
             read += 1
             if phase == C:
-                b_etas, b_log_decays = load_chunk_gates(etas, log_decays, program, C, D, BD, GATE_DIM)
-                _, _, _, b_fold, b_total = chunk_gates(b_etas, b_log_decays, b_now)
+                b_fold, b_total = load_chunk_gates(slots, row, token.log_decay, sizes)
                 b_into = tl.trans(tl.load(inputs1 + o_cd, mask=m_cd, other=0.0) * b_fold)
                 b_out = tl.load(gradients2 + o_cd, mask=m_cd, other=0.0) * b_fold
-                sums = start_of_sums(BD, LINK)
+                sums1, sums2 = start_of_sum(BD, link.KIND), start_of_sum(BD, link.KIND)
                 for j in range(0, TILES):
-                    o_h = j * TN + o_n
-                    m_h = o_h < N
-                    o_1, m_1 = o_d[:, None] * N + o_h[None, :], m_d[:, None] & m_h[None, :]
-                    o_2, m_2 = o_h[:, None] * D + o_d[None, :], m_h[:, None] & m_d[None, :]
-                    o_ch, m_ch = o_c[:, None] * N + o_h[None, :], (o_c >= 0)[:, None] & m_h[None, :]
-                    b_dz1s = tl.load(gradients1 + o_ch, mask=m_ch, other=0.0)
-                    b_hs = tl.load(inputs2 + o_ch, mask=m_ch, other=0.0)
-                    b_d1 = tl.load(dual1 + o_1, mask=m_1, other=0.0) * b_total[:, None]
-                    b_d2 = tl.load(dual2 + o_2, mask=m_2, other=0.0) * b_total[None, :]
-                    b_d1 -= product(b_into, b_dz1s, PRECISION)
-                    b_d2 -= product(tl.trans(b_hs), b_out, PRECISION)
-                    tl.store(dual1 + o_1, b_d1, mask=m_1)
-                    tl.store(dual2 + o_2, b_d2, mask=m_2)
-                    if TOWARD_INIT:
-                        b_d1 += tl.load(base1 + o_1, mask=m_1, other=0.0).to(tl.float32)
-                        b_d2 += tl.load(base2 + o_2, mask=m_2, other=0.0).to(tl.float32)
-                    sums = sum_of_link(b_d1, b_d2, m_1, m_2, sums, LINK, Q)
-                a1, p1, x1, y1, a2, p2, x2, y2 = sums
+                    tile = tile_of(j, sizes, TN)
+                    b_dz1 = tl.load(gradients1 + tile.o_ch, mask=tile.m_hc, other=0.0)
+                    b_h = tl.load(inputs2 + tile.o_ch, mask=tile.m_hc, other=0.0)
+                    b_d1 = tl.load(dual1 + tile.o_1, mask=tile.m_w, other=0.0) * b_total[None, :]
+                    b_d2 = tl.load(dual2 + tile.o_2, mask=tile.m_w, other=0.0) * b_total[None, :]
+                    # channels as rows: there are enough of them for the matrix units of a whole warp group
+                    b_d1 -= tl.trans(product(b_into, tl.trans(b_dz1), sizes.PRECISION))
+                    b_d2 -= product(b_h, b_out, sizes.PRECISION)
+                    tl.store(dual1 + tile.o_1, b_d1, mask=tile.m_w)
+                    tl.store(dual2 + tile.o_2, b_d2, mask=tile.m_w)
+                    if link.TOWARD_INIT:
+                        b_d1 += tl.load(base1 + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
+                        b_d2 += tl.load(base2 + tile.o_2, mask=tile.m_w, other=0.0).to(tl.float32)
+                    sums1 = add_to_sums(sums1, b_d1, tile.m_w, link, 0)
+                    sums2 = add_to_sums(sums2, b_d2, tile.m_w, link, 0)
                 tl.debug_barrier()
-                if LINK == KL:
+                if link.KIND == KL:
                     tl.store(means + o_c, tl.zeros([C], dtype=tl.float32))
                 else:
-                    tl.store(links, frozen_scale(a1, p1, 1.0 * D * N, LINK, Q, FLOOR, CAP))
-                    tl.store(links + 1, frozen_scale(a2, p2, 1.0 * D * N, LINK, Q, FLOOR, CAP))
-                tl.store(links + 4 + o_d, x1, mask=m_d)
-                tl.store(links + 4 + D + o_d, y1, mask=m_d)
-                tl.store(links + 4 + 2 * D + o_d, x2, mask=m_d)
-                tl.store(links + 4 + 3 * D + o_d, y2, mask=m_d)
-                empty_slots(inputs1, 0, C, D, BD)
-                empty_slots(gradients2, 0, C, D, BD)
-                empty_slots(etas, program, C, GATE_DIM, BD if GATE_DIM > 1 else 1)
-                empty_slots(log_decays, program, C, GATE_DIM, BD if GATE_DIM > 1 else 1)
-                b_zeros = tl.zeros([C, TN], dtype=tl.float32)
+                    tl.store(links, scale_of(sums1, link, sizes))
+                    tl.store(links + 1, scale_of(sums2, link, sizes))
+                tl.store(vectors, sums1[2], mask=m_d)
+                tl.store(vectors + D, sums1[3], mask=m_d)
+                tl.store(vectors + 2 * D, sums2[2], mask=m_d)
+                tl.store(vectors + 3 * D, sums2[3], mask=m_d)
+                empty_chunk(inputs1, gradients2, slots, row, sizes)
                 for j in range(0, TILES):
-                    o_h = j * TN + o_n
-                    o_ch, m_ch = o_c[:, None] * N + o_h[None, :], (o_c >= 0)[:, None] & (o_h < N)[None, :]
-                    tl.store(inputs2 + o_ch, b_zeros, mask=m_ch)
-                    tl.store(gradients1 + o_ch, b_zeros, mask=m_ch)
+                    tile = tile_of(j, sizes, TN)
+                    b_zeros = tl.zeros([TN, C], dtype=tl.float32)
+                    tl.store(inputs2 + tile.o_ch, b_zeros, mask=tile.m_hc)
+                    tl.store(gradients1 + tile.o_ch, b_zeros, mask=tile.m_hc)
                 phase = 0
                 tl.debug_barrier()
-    tl.store(phases + program, phase)
-    if head == 0:
-        tl.store(count + row, tl.load(count + row) + read)
+    tl.store(phases + row.program, phase)
+    if row.head == 0:
+        tl.store(count + row.index, tl.load(count + row.index) + read)

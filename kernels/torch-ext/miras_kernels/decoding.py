@@ -17,7 +17,6 @@ It updates the state where it lies, so a state is first made resident: contiguou
 would otherwise have to compute from all weights at every token.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -39,10 +38,11 @@ from .checks import (
     is_on_host,
     state_shapes,
 )
-from .choices import ATTENTIONAL_BIASES, RETENTION_GATES, Choices, padded
+from .choices import Choices
 from .configuration import INTERPRETED, launch_configuration, threads
 from .ops import (
     CHOICE_SCHEMA,
+    LIBRARY,
     NAMESPACE,
     OPERATORS,
     asks_for_gradients,
@@ -271,53 +271,7 @@ def _looks(x: Any) -> Any:
     return object() if isinstance(x, Tensor) else kind
 
 
-@functools.cache
-def _constants(
-    choices: Choices,
-    head_dim: int,
-    gate_dim: int,
-    delta_dim: int,
-    precision: str,
-    has_lengths: bool,
-    kernel_size: int,
-    rotary: bool,
-    value_norm: bool,
-) -> dict:
-    """What every kernel is compiled for: the choices, the sizes of a head, and what a call brings. Not to be changed."""
-    constants = {
-        "C": choices.chunk_size,
-        "D": head_dim,
-        "BD": padded(head_dim),
-        "GATE_DIM": gate_dim,
-        "DELTA_DIM": delta_dim,
-        "LOSS": ATTENTIONAL_BIASES.index(choices.attentional_bias),
-        "POWER": choices.lp_power,
-        "SMOOTH_SIGN": choices.lp_smooth_sign,
-        "SHARPNESS": choices.lp_sharpness,
-        "ERROR_CAP": choices.lp_error_cap,
-        "CLIP": choices.residual_clip * math.sqrt(head_dim),
-        "LINK": RETENTION_GATES.index(choices.retention),
-        "Q": choices.lq_power,
-        "FLOOR": choices.lq_norm_floor,
-        "CAP": choices.weight_cap or 0.0,
-        "TOWARD_INIT": choices.decay_target == "init",
-        "PRECISION": "bf16_rounded" if precision == "bf16" and INTERPRETED else precision,
-        "HAS_LENGTHS": has_lengths,
-        "K": kernel_size,
-        "KP": max(1, 1 << (kernel_size - 1).bit_length()),
-        "ROTARY": rotary,
-        "VALUE_SCALE": math.sqrt(head_dim) if value_norm else 0.0,
-        "RAW": kernel_size > 0,
-    }
-    if choices.memory == "mlp":
-        constants |= {"N": choices.expansion * head_dim, "NORM_EPS": choices.norm_eps}
-    return constants
-
-
-# Defined in the dispatcher itself: an operator of `torch.library.custom_op` with this many arguments takes 0.3 ms of Python
-# to be called, which a training step does not notice, and a token does.
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-_LIBRARY.define(
+LIBRARY.define(
     "decode(Tensor q, Tensor k, Tensor v, Tensor eta, Tensor log_alpha, Tensor? delta, Tensor[] initial, "
     "Tensor? norm_weight, Tensor? norm_bias, Tensor(a!)[] state, Tensor[] conv_weights, Tensor(b!)? conv_tail, "
     "Tensor? a_log, float eta_max, Tensor? cos, Tensor? sin, bool value_norm, "
@@ -325,7 +279,7 @@ _LIBRARY.define(
 )
 
 
-@torch.library.impl(_LIBRARY, "decode", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "decode", "CompositeExplicitAutograd")
 def _decode(
     q: Tensor,
     k: Tensor,
@@ -349,62 +303,58 @@ def _decode(
     *choices,
 ) -> Tensor:
     c = choices_of(*choices)
-    rows, tokens, heads, head_dim = q.shape
-    if lengths is not None and is_on_host(lengths):
-        check_lengths(lengths, tokens)
+    from .arguments import Norm, Raw, Tokens, constant, records_of, slots_of
+
+    rows, length, heads, head_dim = q.shape
+    if lengths is not None:
+        if is_on_host(lengths):
+            check_lengths(lengths, length)
+        lengths = lengths.to(torch.int32).contiguous()
     q, k, v = [x.contiguous() for x in (q, k, v)]
     y = torch.empty_like(q)
     if rows == 0:
         return y
     eta, log_alpha = gate(eta), gate(log_alpha)
     gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
-    eta, log_alpha = [x.expand(rows, tokens, heads, gate_dim).float().contiguous() for x in (eta, log_alpha)]
-    delta_dim = 0
-    if c.threshold:
-        delta = gate(delta).float().contiguous()
-        delta_dim = delta.shape[-1]
-    initial = [a.contiguous() for a in initial]
-    norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if c.memory == "mlp" else []
-    hidden_units = initial[0].shape[2]
-    kernel_size = conv_weights[0].shape[-1] if conv_weights else 0
-    rotary = [eta, eta] if cos is None else [x.contiguous() for x in (cos, sin)]
+    eta, log_alpha = [x.expand(rows, length, heads, gate_dim).float().contiguous() for x in (eta, log_alpha)]
+    delta = gate(delta).float().contiguous() if c.threshold else None
+    raw, rotary_tokens = None, 0
+    if conv_weights:
+        taps = conv_weights[0].shape[-1]
+        if cos is not None:
+            rotary_tokens = 0 if cos.shape[0] == 1 else length
+            cos, sin = cos.contiguous(), sin.contiguous()
+        raw = Raw(
+            *(conv_tail, tuple(w.contiguous() for w in conv_weights), cos, sin, a_log.float(), eta_max),
+            *(constant(taps), constant(1 << (taps - 1).bit_length())),
+            constant(math.sqrt(head_dim) if value_norm else 0.0),
+        )
     precision = precision or default_precision(q.dtype)
-    brings = (lengths is not None, kernel_size, cos is not None, value_norm)
-    constants = _constants(c, head_dim, gate_dim, delta_dim, precision, *brings)
-    scratch = []
-    if c.memory == "mlp":
-        from .decode_mlp import mlp_decode_kernel as kernel
-
-        scratch = [torch.empty(rows * heads, 3, hidden_units, device=q.device)]
-    else:
-        from .decode_matrix import matrix_decode_kernel as kernel
+    products = "bf16_rounded" if precision == "bf16" and INTERPRETED else precision
+    rule = records_of(c, head_dim, gate_dim, 0 if delta is None else delta.shape[-1], products)
     launch = launch_configuration(
         f"{c.memory}_decode", device=q.device, head_dim=head_dim, chunk_size=c.chunk_size, precision=precision
     )
+    layers = len(initial)
+    dual, slots = tuple(state[:layers]), slots_of(state[layers : 3 * layers + 2])
+    arguments = [Tokens(q, k, v, eta, log_alpha, delta), y, tuple(a.contiguous() for a in initial)]
     if c.memory == "mlp":
+        from .decode_mlp import mlp_decode_kernel as kernel
+
         launch["THREADS"] = threads(launch)
+        scratch = torch.empty(rows * heads, 3, initial[0].shape[2], device=q.device)
+        norm = [p.float().contiguous() for p in (norm_weight, norm_bias)]
+        arguments += [Norm(*norm, constant(float(c.norm_eps))), dual, slots, *state[-3:], raw, lengths, scratch]
+    else:
+        from .decode_matrix import matrix_decode_kernel as kernel
+
+        arguments += [dual, slots, *state[-2:], raw, lengths]
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(q):
-        kernel[(rows * heads,)](
-            *(q, k, v, eta, log_alpha, eta if delta is None else delta, y, *initial, *norm, *state),
-            q if conv_tail is None else conv_tail,
-            *([w.contiguous() for w in conv_weights] or [q, q, q]),
-            *rotary,
-            eta if a_log is None else a_log.float(),
-            eta if lengths is None else lengths.to(torch.int32).contiguous(),
-            *scratch,
-            tokens,
-            heads,
-            0 if cos is None or cos.shape[0] == 1 else tokens,
-            eta_max,
-            c.min_log_alpha,
-            *[c.simplex_mass * hidden_units / math.sqrt(a.shape[1]) for a in initial],
-            **constants,
-            **launch,
-        )
+        kernel[(rows * heads,)](*arguments, length, heads, rotary_tokens, *rule, **launch)
     return y
 
 
-@torch.library.register_fake(f"{NAMESPACE}::decode", lib=_LIBRARY)
+@torch.library.register_fake(f"{NAMESPACE}::decode", lib=LIBRARY)
 def _(q, *_):
     return q.new_empty(q.shape)

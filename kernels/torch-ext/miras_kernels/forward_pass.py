@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .chunks import (
-    begun,
+    behind,
     chunk_of,
     ends_before,
     first_broken,
@@ -38,15 +38,17 @@ from .chunks import (
     load_rows,
     place_of,
     residual_of,
+    slot_of,
     store_broken,
 )
 from .layers import (
     add_to_sums,
-    begun_hidden,
+    hidden_behind,
     load_dual,
     parts_of_read,
     scale_of,
     slope_of_hidden,
+    threads_fit,
     tile_of,
     weight_of,
     within,
@@ -56,7 +58,6 @@ from .pieces import (
     KEY_CAP,
     KL,
     LQ_MIRROR,
-    SHARED_NUMBERS,
     VALUE_CAP,
     bounded,
     chunk_gates,
@@ -71,14 +72,7 @@ from .pieces import (
 
 
 @triton.jit
-def slot_of(saved, nth, place, H, sizes):
-    # where the state at a chunk's start is saved
-    slot = (tl.load(saved.of_row + place.row) + nth) * H + place.head
-    return slot.to(tl.int64) * sizes.D * sizes.N
-
-
-@triton.jit
-def keys_of(i_c, tokens, y, earlier, place, H, sizes):
+def keys_of(i_c, tokens, y, partial_in, place, H, sizes):
     # where a chunk's tokens are up to the first that is broken, their keys behind those of slots filled before, and that slot
     at = chunk_of(i_c, place, H, sizes)
     b_k = load_rows(tokens.k, at)
@@ -86,14 +80,14 @@ def keys_of(i_c, tokens, y, earlier, place, H, sizes):
     store_broken(y, broken, at, sizes)
     at = ends_before(broken, at, sizes)
     b_k = bounded(tl.where(at.m_td, b_k, 0.0), KEY_CAP)
-    if earlier is not None:
-        b_k = begun(b_k, earlier.inputs[0], at)
+    if partial_in is not None:
+        b_k = behind(b_k, partial_in.inputs[0], at)
     return at, b_k, broken
 
 
 @triton.jit(do_not_specialize=["H"])
 def matrix_forward_kernel(
-    tokens, y, base, dual, earlier, final, rows, saved, H, loss, link, sizes, SAVE_EVERY: tl.constexpr
+    tokens, y, base, dual, partial_in, partial_out, rows, saved, H, loss, link, sizes, SAVE_EVERY: tl.constexpr
 ):
     place = place_of(rows, H, sizes)
     o_c, o_d = tl.arange(0, sizes.C), tl.arange(0, sizes.BD)
@@ -108,7 +102,7 @@ def matrix_forward_kernel(
     b_state = tl.load(dual + o_w, mask=m_w, other=0.0)
 
     for i_c in range(0, place.chunks):
-        at, b_k, broken = keys_of(i_c, tokens, y, earlier, place, H, sizes)
+        at, b_k, broken = keys_of(i_c, tokens, y, partial_in, place, H, sizes)
 
         # -- the link at the chunk's start, the write -----------------------------------------------------------------
         if SAVE_EVERY > 0:
@@ -128,11 +122,11 @@ def matrix_forward_kernel(
         b_v = bounded(load_rows(tokens.v, at), VALUE_CAP)
         b_error = product(b_k, b_w, sizes.PRECISION) - b_v
         b_r = residual_of(b_error, tokens, at, loss, sizes)
-        if earlier is not None:
-            b_r = begun(b_r, earlier.gradients[0], at)
+        if partial_in is not None:
+            b_r = behind(b_r, partial_in.gradients[0], at)
 
         # -- the read -------------------------------------------------------------------------------------------------
-        b_eta, b_log_decay, total_log_decay = load_gates(tokens, earlier, at, place, link, sizes)
+        b_eta, b_log_decay, total_log_decay = load_gates(tokens, partial_in, at, place, link, sizes)
         b_decay, b_gq, b_gk, b_fold, b_total = chunk_gates(b_eta, b_log_decay, total_log_decay)
         b_total = tl.where(broken < sizes.C, float("nan"), b_total)
         b_q = bounded(load_rows(tokens.q, at), KEY_CAP)
@@ -165,12 +159,12 @@ def matrix_forward_kernel(
 
         # -- the fold, or the begun chunk's factors -------------------------------------------------------------------
         if (i_c == place.chunks - 1) & (place.taken > 0):
-            if final is not None:
-                keep_slots(final, b_k, b_r, b_eta, b_log_decay, broken, at, place, sizes)
+            if partial_out is not None:
+                keep_slots(partial_out, b_k, b_r, b_eta, b_log_decay, broken, at, place, sizes)
         else:
             b_state = b_state * b_total[:, None] - product(tl.trans(b_k * b_fold), b_r, sizes.PRECISION)
 
-    if final is not None:
+    if partial_out is not None:
         tl.store(dual + o_w, b_state, mask=m_w)
 
 
@@ -181,8 +175,8 @@ def mlp_forward_kernel(
     base,
     norm,
     dual,
-    earlier,
-    final,
+    partial_in,
+    partial_out,
     rows,
     saved,
     hidden,
@@ -194,8 +188,7 @@ def mlp_forward_kernel(
     TN: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    tl.static_assert(sizes.C * TN >= THREADS, SHARED_NUMBERS)
-    tl.static_assert(sizes.BD * TN >= THREADS, SHARED_NUMBERS)
+    threads_fit(sizes, TN, THREADS)
     C: tl.constexpr = sizes.C
     D: tl.constexpr = sizes.D
     BD: tl.constexpr = sizes.BD
@@ -231,7 +224,7 @@ def mlp_forward_kernel(
     base_scale1, base_scale2 = scale_of(base_sums1, link, sizes), scale_of(base_sums2, link, sizes)
 
     for i_c in range(0, place.chunks):
-        at, b_k, broken = keys_of(i_c, tokens, y, earlier, place, H, sizes)
+        at, b_k, broken = keys_of(i_c, tokens, y, partial_in, place, H, sizes)
         of_chunk = place.program * C * N
         scale1, scale2 = scale_of(sums1, link, sizes), scale_of(sums2, link, sizes)
 
@@ -255,8 +248,8 @@ def mlp_forward_kernel(
             b_h = gelu(b_z1, PRECISION)
             b_z2 += product(tl.trans(b_h), b_w2, PRECISION)
             if link.KIND == KL:
-                if earlier is not None:
-                    b_h = begun_hidden(b_h, earlier.inputs[1] + of_chunk, at, tile)
+                if partial_in is not None:
+                    b_h = hidden_behind(b_h, partial_in.inputs[1] + of_chunk, at, tile)
                 hidden_sum += tl.sum(b_h, 0)
         # threads read what others of this program have written
         tl.debug_barrier()
@@ -267,9 +260,9 @@ def mlp_forward_kernel(
         b_error = b_k + (b_beta[None, :] + b_normed * b_gamma[None, :]) - b_v
         b_r = residual_of(b_error, tokens, at, loss, sizes)
         b_dz2 = normalise_vjp(b_r * b_gamma[None, :], b_normed, inverse_std, m_d, D)
-        if earlier is not None:
-            b_dz2 = begun(b_dz2, earlier.gradients[1], at)
-        b_eta, b_log_decay, total_log_decay = load_gates(tokens, earlier, at, place, link, sizes)
+        if partial_in is not None:
+            b_dz2 = behind(b_dz2, partial_in.gradients[1], at)
+        b_eta, b_log_decay, total_log_decay = load_gates(tokens, partial_in, at, place, link, sizes)
         b_decay, b_gq, b_gk, b_fold, b_total = chunk_gates(b_eta, b_log_decay, total_log_decay)
         b_total = tl.where(broken < C, float("nan"), b_total)
 
@@ -290,9 +283,9 @@ def mlp_forward_kernel(
         b_x_decayed = tl.trans(operand(b_x * b_decay, PRECISION))
         b_x = tl.trans(operand(b_x, PRECISION))
         is_partial = (i_c == place.chunks - 1) & (place.taken > 0)
-        if final is not None:
+        if partial_out is not None:
             if is_partial:
-                keep_slots(final, b_k, b_dz2, b_eta, b_log_decay, broken, at, place, sizes)
+                keep_slots(partial_out, b_k, b_dz2, b_eta, b_log_decay, broken, at, place, sizes)
 
         gradient_mean = tl.zeros([C], dtype=tl.float32)
         if link.KIND == KL:
@@ -303,8 +296,8 @@ def mlp_forward_kernel(
                 b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
                 _, b_slope = gelu_and_slope(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
                 b_dz1 = product(b_w2, b_dz2_columns, PRECISION) * b_slope
-                if earlier is not None:
-                    b_dz1 = begun_hidden(b_dz1, earlier.gradients[0] + of_chunk, at, tile)
+                if partial_in is not None:
+                    b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + of_chunk, at, tile)
                 gradient_mean += tl.sum(b_dz1, 0) / N
 
         # -- second pass: the write's backward, the read, the fold ----------------------------------------------------
@@ -324,9 +317,9 @@ def mlp_forward_kernel(
             b_w2 = weight_of(b_a2, tile.m_w, read2, scale2, mass2, mass2 / N, link, 0)
             b_h, b_slope = gelu_and_slope(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
             b_dz1 = product(b_w2, b_dz2_columns, PRECISION) * b_slope
-            if earlier is not None:
-                b_dz1 = begun_hidden(b_dz1, earlier.gradients[0] + of_chunk, at, tile)
-                b_h = begun_hidden(b_h, earlier.inputs[1] + of_chunk, at, tile)
+            if partial_in is not None:
+                b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + of_chunk, at, tile)
+                b_h = hidden_behind(b_h, partial_in.inputs[1] + of_chunk, at, tile)
             # what a begun chunk keeps is not rounded
             b_written, b_inputs = b_dz1, b_h
             if link.KIND == KL:
@@ -358,10 +351,10 @@ def mlp_forward_kernel(
 
             # the fold, or the begun chunk's factors
             if is_partial:
-                if final is not None:
+                if partial_out is not None:
                     m_f = tile.m_hc & (o_c < place.taken)[None, :]
-                    tl.store(final.inputs[1] + of_chunk + tile.o_ch, b_h, mask=m_f)
-                    tl.store(final.gradients[0] + of_chunk + tile.o_ch, b_dz1, mask=m_f)
+                    tl.store(partial_out.inputs[1] + of_chunk + tile.o_ch, b_h, mask=m_f)
+                    tl.store(partial_out.gradients[0] + of_chunk + tile.o_ch, b_dz1, mask=m_f)
             else:
                 b_d1 = b_d1 * b_total[None, :] - product(b_dz1, b_into, PRECISION)
                 b_d2 = b_d2 * b_total[None, :] - product(b_h, b_dz2_fold, PRECISION)
@@ -376,7 +369,7 @@ def mlp_forward_kernel(
 
         # -- the read's second layer, its norm, the output ------------------------------------------------------------
         # gates and queries are read again: keeping them through the tiles would cost registers
-        b_eta, b_log_decay, total_log_decay = load_gates(tokens, earlier, at, place, link, sizes)
+        b_eta, b_log_decay, total_log_decay = load_gates(tokens, partial_in, at, place, link, sizes)
         b_decay, b_gq, b_gk, b_fold, b_end = chunk_gates(b_eta, b_log_decay, total_log_decay)
         if PRECISION == "ieee":
             # the same again: in float32 and through the tiles it would not fit into shared memory beside the others

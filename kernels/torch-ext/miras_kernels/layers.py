@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .links import linked, sum_of_dual
-from .pieces import KL, LQ, LQ_MIRROR, frozen_scale, frozen_scale_rates, mirror_vjp, power
+from .pieces import KL, LQ, LQ_MIRROR, SHARED_NUMBERS, frozen_scale, frozen_scale_rates, mirror_vjp, power
 
 
 class Tile(NamedTuple):
@@ -65,6 +65,13 @@ def tile_of(j, sizes, TN: tl.constexpr):
         o_h[:, None] * sizes.C + o_c[None, :],
         m_h[:, None] & (o_c >= 0)[None, :],
     )
+
+
+@triton.jit
+def threads_fit(sizes, ROWS: tl.constexpr, THREADS: tl.constexpr):
+    # ROWS of a tile, whose numbers are read and written back without a barrier
+    tl.static_assert(sizes.C * ROWS >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(sizes.BD * ROWS >= THREADS, SHARED_NUMBERS)
 
 
 @triton.jit
@@ -117,10 +124,10 @@ def slope_of_hidden(dual, link, sizes, AXIS: tl.constexpr):
 
 
 @triton.jit
-def begun_hidden(x, earlier, at, tile):
+def hidden_behind(x, partial_in, at, tile):
     # with the columns of slots that an earlier call has filled
     mask = tile.m_hc & at.m_e[None, :]
-    return tl.where(at.m_e[None, :], tl.load(earlier + tile.o_ch, mask=mask, other=0.0), x)
+    return tl.where(at.m_e[None, :], tl.load(partial_in + tile.o_ch, mask=mask, other=0.0), x)
 
 
 # -- adjoints ---------------------------------------------------------------------------------------------------------
@@ -155,14 +162,3 @@ def rates_of(sums, scale_bar, link, sizes):
     return frozen_scale_rates(
         sums[0], sums[1], 1.0 * sizes.D * sizes.N, scale_bar, link.KIND, link.Q, link.FLOOR, link.CAP
     )
-
-
-@triton.jit
-def image_back(base, image_bar, base_bar, offsets, scale, rates, tile, link):
-    # the adjoint of an initial memory's image through its link
-    first, second = rates
-    b_base = tl.load(base + offsets, mask=tile.m_w, other=0.0).to(tl.float32)
-    b_image_bar = tl.load(image_bar + offsets, mask=tile.m_w, other=0.0)
-    b_bar = tl.load(base_bar + offsets, mask=tile.m_w, other=0.0)
-    b_bar += mirror_vjp(b_base, b_image_bar, 0.0, scale, first, second, link.Q)
-    tl.store(base_bar + offsets, b_bar, mask=tile.m_w)

@@ -56,21 +56,6 @@ def sum_of_dual(dual, mask, sums, AXIS: tl.constexpr, LINK: tl.constexpr, Q: tl.
 
 
 @triton.jit
-def sum_of_link(dual1, dual2, m1, m2, sums, LINK: tl.constexpr, Q: tl.constexpr):
-    # of a tile of both duals, [BD, TN] and [TN, BD]
-    a1, p1, x1, y1, a2, p2, x2, y2 = sums
-    a1, p1, x1, y1 = sum_of_dual(dual1, m1, (a1, p1, x1, y1), 1, LINK, Q)
-    a2, p2, x2, y2 = sum_of_dual(dual2, m2, (a2, p2, x2, y2), 0, LINK, Q)
-    return a1, p1, x1, y1, a2, p2, x2, y2
-
-
-@triton.jit
-def start_of_sums(BD: tl.constexpr, LINK: tl.constexpr):
-    a, p, x, y = start_of_sum(BD, LINK)
-    return a, p, x, y, a, p, x, y
-
-
-@triton.jit
 def linked(dual, scale, top, total, mass, uniform, AXIS: tl.constexpr, LINK: tl.constexpr, Q: tl.constexpr):
     # a tile of W = phi(A); `top` and `total` lie along the axis that is not AXIS, the hidden one
     if LINK == KL:

@@ -21,6 +21,7 @@ import functools
 import importlib.util
 import math
 import re
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -193,21 +194,8 @@ def forward(
     if needs_grad and save_every == 0:
         save_every = chunks_between_starts(choices, q.shape[-1], q.element_size())
     y, final, saved = OPERATORS.forward(
-        q,
-        k,
-        v,
-        eta,
-        log_alpha,
-        delta,
-        list(initial),
-        norm_weight,
-        norm_bias,
-        list(state or ()),
-        cu_seqlens,
-        lengths,
-        output_final_state,
-        save_every,
-        precision or "",
+        *(q, k, v, eta, log_alpha, delta, list(initial), norm_weight, norm_bias),
+        *(list(state or ()), cu_seqlens, lengths, output_final_state, save_every, precision or ""),
         *choice_values(choices),
     )
     return y, tuple(final), tuple(saved)
@@ -269,28 +257,30 @@ def gate(x: Tensor) -> Tensor:
     return x.unsqueeze(-1) if x.dim() == 3 else x
 
 
+class Operands(NamedTuple):
+    """The tensors of a call, in the order of the operators' schemas."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    eta: Tensor
+    log_alpha: Tensor
+    delta: Tensor | None
+    initial: list[Tensor]
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    state: list[Tensor]
+    cu_seqlens: Tensor | None
+    lengths: Tensor | None
+
+
 class _Call:
     """What both passes need of a call's tensors: contiguous copies, where each row's tokens are, kernel constants."""
 
-    def __init__(
-        self,
-        q,
-        k,
-        v,
-        eta,
-        log_alpha,
-        delta,
-        initial,
-        norm_weight,
-        norm_bias,
-        state,
-        cu_seqlens,
-        lengths,
-        precision,
-        choices,
-    ):
+    def __init__(self, operands: Operands, precision: str, choices: Choices):
         from .arguments import records_of
 
+        q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths = operands
         self.batch, self.tokens, self.heads, self.head_dim = q.shape
         self.device, self.rows, self.layers = q.device, _rows(q, cu_seqlens), len(initial)
         self.programs = self.rows * self.heads
@@ -326,7 +316,7 @@ class _Call:
         self.factor_shapes = [
             (self.rows, self.heads, self.chunk_size, width) for width in (*widths, self.gate_dim, self.gate_dim)
         ]
-        self.earlier = [x.float().contiguous() for x in state[self.layers : -1]]
+        self.partial_in = [x.float().contiguous() for x in state[self.layers : -1]]
         self.hidden_units = choices.expansion * self.head_dim if choices.memory == "mlp" else self.head_dim
         self.masses = [choices.simplex_mass * self.hidden_units / math.sqrt(fan_in) for fan_in, _ in self.shapes]
         precision = precision or default_precision(q.dtype)
@@ -360,9 +350,9 @@ class _Call:
         from . import forward_pass
         from .arguments import Saved, slots_of
 
-        tokens, rows, earlier = self.records(where, begun)
+        tokens, rows, partial_in = self.records(where, begun)
         kept = Saved(tuple(saved), saved_of_row) if saved else None
-        factors = earlier, slots_of(final), rows, kept
+        factors = partial_in, slots_of(final), rows, kept
         launch = self.configuration(f"{self.memory}_forward")
         if self.memory == "mlp":
             kernel, launch["THREADS"] = forward_pass.mlp_forward_kernel, threads(launch)
@@ -384,7 +374,7 @@ class _Call:
         continues = self.continues if begun is None else begun
         tokens = Tokens(self.q, self.k, self.v, self.eta, self.log_alpha, self.delta)
         rows = Rows(*where, self.phases if continues else None)
-        return tokens, rows, slots_of(self.earlier) if continues else None
+        return tokens, rows, slots_of(self.partial_in) if continues else None
 
     def norm_record(self):
         from .arguments import Norm, constant
@@ -407,10 +397,8 @@ class _Call:
         )
 
 
-_TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor eta, Tensor log_alpha, Tensor? delta, Tensor[] initial, Tensor? norm_weight, "
-    "Tensor? norm_bias, Tensor[] state, Tensor? cu_seqlens, Tensor? lengths"
-)
+_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]"}
+_TENSORS = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in Operands.__annotations__.items())
 # the choices, one argument each, in the order of the dataclass; `weight_cap` 0 is no cap
 CHOICE_NAMES = {field.name: getattr(field.type, "__name__", "float") for field in dataclasses.fields(Choices)}
 CHOICE_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in CHOICE_NAMES.items())
@@ -429,39 +417,34 @@ def choices_of(*values) -> Choices:
     return Choices(**named | {"weight_cap": named["weight_cap"] or None})
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::forward",
-    mutates_args=(),
-    schema=f"({_TENSORS}, bool output_final_state, int save_every, str precision, {CHOICE_SCHEMA})"
-    " -> (Tensor, Tensor[], Tensor[])",
+# Operators are defined in the dispatcher itself: one of `torch.library.custom_op` with this many arguments takes 0.3 ms of
+# Python to be called, which looks its schema up argument by argument.
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+LIBRARY.define(
+    f"forward({_TENSORS}, bool output_final_state, int save_every, str precision, {CHOICE_SCHEMA})"
+    " -> (Tensor, Tensor[], Tensor[])"
 )
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    log_alpha: Tensor,
-    delta: Tensor | None,
-    initial: list[Tensor],
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
-    lengths: Tensor | None,
-    output_final_state: bool,
-    save_every: int,
-    precision: str,
-    *choices,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    choices = choices_of(*choices)
+LIBRARY.define(
+    f"backward(Tensor y_bar, Tensor[] final_bars, Tensor[] saved, int save_every, {_TENSORS}, str precision, {CHOICE_SCHEMA})"
+    " -> Tensor[]"
+)
+
+
+def _split(arguments: tuple) -> tuple[Operands, tuple]:
+    count = len(Operands._fields)
+    return Operands(*arguments[:count]), arguments[count:]
+
+
+@torch.library.impl(LIBRARY, "forward", "CompositeExplicitAutograd")
+def _forward(*arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    operands, (output_final_state, save_every, precision, *choices) = _split(arguments)
+    q, initial, state = operands.q, operands.initial, operands.state
+    cu_seqlens, lengths = operands.cu_seqlens, operands.lengths
     if cu_seqlens is not None:
         cu_seqlens = checked_borders(cu_seqlens, q.shape[1], q.device)
     if lengths is not None:
         check_lengths(lengths, q.shape[1])
-    call = _Call(
-        q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths,
-        precision, choices,
-    )  # fmt: skip
+    call = _Call(operands._replace(cu_seqlens=cu_seqlens), precision, choices_of(*choices))
     dual = call.starting_dual(state)
     final = [call.zeros(*shape) for shape in call.factor_shapes] if output_final_state else []
     saved, saved_of_row = [], call.lengths
@@ -475,7 +458,7 @@ def _forward(
     if call.programs > 0 and call.tokens > 0:
         call.launch_forward(y, dual, final, call.where, saved, saved_of_row, save_every)
     elif output_final_state and state:
-        final = [x.clone() for x in call.earlier]
+        final = [x.clone() for x in call.partial_in]
 
     outputs = []
     if output_final_state:
@@ -483,15 +466,16 @@ def _forward(
     return y, outputs, saved
 
 
-@_forward.register_fake
-def _(q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths, *options):
-    output_final_state, save_every, _precision, *choices = options
+@torch.library.register_fake(f"{NAMESPACE}::forward", lib=LIBRARY)
+def _(*arguments):
+    operands, (output_final_state, save_every, _precision, *choices) = _split(arguments)
+    q, initial, cu_seqlens = operands.q, operands.initial, operands.cu_seqlens
     chunk_size = dict(zip(CHOICE_NAMES, choices))["chunk_size"]  # a trace may have made a symbol of it
     rows, heads = _rows(q, cu_seqlens), q.shape[2]
     final, saved = [], []
     if output_final_state:
         shapes = [tuple(a.shape[1:]) for a in initial]
-        gate_dim = max(gate(eta).shape[-1], gate(log_alpha).shape[-1])
+        gate_dim = max(gate(operands.eta).shape[-1], gate(operands.log_alpha).shape[-1])
         widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + [gate_dim, gate_dim]
         final = [q.new_empty((rows, heads, *shape), dtype=torch.float32) for shape in shapes]
         final += [q.new_empty((rows, heads, chunk_size, width), dtype=torch.float32) for width in widths]
@@ -526,41 +510,18 @@ def _groups(call: _Call, saved: list[Tensor], every: int):
         yield begun, where, slots, chunk_starts
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::backward",
-    mutates_args=(),
-    schema=f"(Tensor y_bar, Tensor[] final_bars, Tensor[] saved, int save_every, {_TENSORS}, str precision, {CHOICE_SCHEMA})"
-    " -> Tensor[]",
-)
+@torch.library.impl(LIBRARY, "backward", "CompositeExplicitAutograd")
 def _backward(
-    y_bar: Tensor,
-    final_bars: list[Tensor],
-    saved: list[Tensor],
-    save_every: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    log_alpha: Tensor,
-    delta: Tensor | None,
-    initial: list[Tensor],
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    state: list[Tensor],
-    cu_seqlens: Tensor | None,
-    lengths: Tensor | None,
-    precision: str,
-    *choices,
+    y_bar: Tensor, final_bars: list[Tensor], saved: list[Tensor], save_every: int, *arguments
 ) -> list[Tensor]:
     """Adjoints of q, k, v, eta, log_alpha, delta (empty if there is none), the initial memory, the norm, the state."""
     from . import backward_matrix, backward_mlp
     from .arguments import Saved, Scratch, Tokens, slots_of
 
+    operands, (precision, *choices) = _split(arguments)
+    q, _, _, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, _, lengths = operands
     choices = choices_of(*choices)
-    call = _Call(
-        q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths,
-        precision, choices,
-    )  # fmt: skip
+    call = _Call(operands, precision, choices)
     heads, rows, layers = call.heads, call.rows, call.layers
     # pads are not written to
     new = torch.zeros_like if lengths is not None else torch.empty_like
@@ -573,7 +534,7 @@ def _backward(
         state_bars, factor_bars = [call.zeros(rows, *a.shape) for a in initial], []
     base_bars = [call.zeros(rows, *a.shape) for a in initial] if call.toward_init else state_bars
     norm_bars = [call.zeros(rows, heads, call.head_dim) for _ in range(2)]
-    earlier_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else []
+    partial_in_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else []
     if call.programs > 0 and call.tokens > 0:
         y_bar = y_bar.contiguous()
         module = backward_mlp if call.memory == "mlp" else backward_matrix
@@ -596,12 +557,12 @@ def _backward(
                 bar.mul_(LARGEST_STATE_ADJOINT / bar.abs().amax((-2, -1), keepdim=True).clamp(LARGEST_STATE_ADJOINT))
             of_group = [call.zeros(rows, heads, call.head_dim) for _ in call.norm]
             images = tuple(call.zeros(rows, *a.shape) for a in initial) if mirrors and call.toward_init else None
-            tokens, of_rows, earlier = call.records(where, begun)
+            tokens, of_rows, partial_in = call.records(where, begun)
             norm = [call.norm_record()] if mlp else []
             arguments = [tokens, y_bar, tuple(call.base), *norm, Saved(tuple(chunk_starts), slots)]
             arguments += [Tokens(*bars, delta_bar), tuple(state_bars), tuple(base_bars)]
-            arguments += [tuple(of_group)] if mlp else []
-            arguments += [earlier, slots_of(earlier_bars) if begun else None, slots_of(factor_bars), of_rows]
+            arguments += [partial_in, slots_of(partial_in_bars) if begun else None, slots_of(factor_bars)]
+            arguments += [tuple(of_group), of_rows] if mlp else [of_rows]
             with torch.cuda.device_of(q):
                 kernel[(call.programs,)](
                     *arguments,
@@ -612,7 +573,7 @@ def _backward(
                 )
             norm_bars = [total + part for total, part in zip(norm_bars, of_group)] if of_group else norm_bars
     elif state and final_bars:
-        earlier_bars = [x.clone() for x in factor_bars]
+        partial_in_bars = [x.clone() for x in factor_bars]
 
     # sums over rows in fixed order
     if call.toward_init:
@@ -634,80 +595,75 @@ def _backward(
     norm = (q if norm_weight is None else norm_weight, q if norm_bias is None else norm_bias)
     outputs += [bar.sum(0).to(p.dtype) for bar, p in zip(norm_bars, norm)]
     if state:
-        outputs += [bar.to(x.dtype) for bar, x in zip([*state_bars, *earlier_bars], state)]
+        outputs += [bar.to(x.dtype) for bar, x in zip([*state_bars, *partial_in_bars], state)]
     return outputs
 
 
-@_backward.register_fake
-def _(
-    y_bar,
-    final_bars,
-    saved,
-    save_every,
-    q,
-    k,
-    v,
-    eta,
-    log_alpha,
-    delta,
-    initial,
-    norm_weight,
-    norm_bias,
-    state,
-    *rest,
-    **_,
-):
-    outputs = [x.new_empty(x.shape) for x in (q, k, v, eta, log_alpha)]
+@torch.library.register_fake(f"{NAMESPACE}::backward", lib=LIBRARY)
+def _(_y_bar, _final_bars, _saved, _save_every, *arguments):
+    operands, _ = _split(arguments)
+    q, delta = operands.q, operands.delta
+    outputs = [x.new_empty(x.shape) for x in operands[:5]]
     outputs.append(q.new_empty((0,), dtype=torch.float32) if delta is None else delta.new_empty(delta.shape))
     norm_shape = (q.shape[2], q.shape[3])
-    outputs += [x.new_empty(x.shape) for x in initial]
-    outputs += [(q if x is None else x).new_empty(norm_shape) for x in (norm_weight, norm_bias)]
-    return outputs + [x.new_empty(x.shape) for x in state[:-1]]
+    outputs += [x.new_empty(x.shape) for x in operands.initial]
+    outputs += [(q if x is None else x).new_empty(norm_shape) for x in (operands.norm_weight, operands.norm_bias)]
+    return outputs + [x.new_empty(x.shape) for x in operands.state[:-1]]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths, *rest = inputs
-    ctx.keeps, ctx.save_every, *rest = rest
-    _, final, saved = output
-    ctx.sizes = (len(initial), len(state), len(saved))
-    ctx.rest = rest
-    ctx.save_for_backward(
-        q, k, v, eta, log_alpha, delta, norm_weight, norm_bias, cu_seqlens, lengths, *initial, *state, *saved
-    )
-    ctx.final_shapes = [(x.shape, x.dtype) for x in final]
+class _Differentiated(torch.autograd.Function):
+    """The forward operator as autograd takes it: its tensors one by one."""
+
+    @staticmethod
+    def forward(ctx, layers: int, options: tuple, *tensors):
+        operands = _gathered(layers, tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            y, final, saved = OPERATORS.forward(*operands, *options)
+        ctx.layers, ctx.options, ctx.count = layers, options, len(tensors)
+        ctx.finals = [(x.shape, x.dtype) for x in final[:-1]]
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # chunk starts take a gigabyte, and so would zeros for them
+        return y, *final, *saved
+
+    @staticmethod
+    def backward(ctx, y_bar, *bars):
+        kept = ctx.saved_tensors  # asked for once: under checkpointing, that computes them again
+        tensors, saved = kept[: ctx.count], kept[ctx.count :]
+        if not saved:
+            raise RuntimeError(
+                "`save_every` must not be 0 in a call that is differentiated: no chunk starts were kept."
+            )
+        operands, (_, save_every, *rest) = _gathered(ctx.layers, tensors), ctx.options
+        final_bars = []
+        if any(bar is not None for bar in bars):
+            final_bars = [
+                operands.q.new_zeros(shape, dtype=dtype) if bar is None else bar
+                for bar, (shape, dtype) in zip(bars, ctx.finals)
+            ]
+        y_bar = torch.zeros_like(operands.q) if y_bar is None else y_bar
+        found = OPERATORS.backward(y_bar, final_bars, list(saved), save_every, *operands, *rest)
+        found = [None if x is None else bar for x, bar in zip(tensors, found)]
+        return None, None, *found, *(None,) * (len(tensors) - len(found))
 
 
-def _adjoint(ctx, y_bar, final_bars, saved_bars):
-    q, k, v, eta, log_alpha, delta, norm_weight, norm_bias, cu_seqlens, lengths, *lists = ctx.saved_tensors
-    layers, states, kept = ctx.sizes
-    initial, state, saved = lists[:layers], lists[layers : layers + states], lists[layers + states :]
-    if not saved:
-        raise RuntimeError("`save_every` must not be 0 in a call that is differentiated: no chunk starts were kept.")
-    if y_bar is None:
-        y_bar = torch.zeros_like(q)
-    finals = []
-    if ctx.keeps:
-        finals = [
-            torch.zeros(shape, dtype=dtype, device=q.device) if bar is None else bar
-            for bar, (shape, dtype) in zip(final_bars[:-1], ctx.final_shapes)
-        ]
-    bars = OPERATORS.backward(
-        y_bar, finals, saved, ctx.save_every, q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths,
-        *ctx.rest,
-    )  # fmt: skip
-    delta_bar = None if delta is None else bars[5]
-    state_bars = [*bars[8 + layers :], None] if states else []
-    return (
-        *bars[:5],
-        delta_bar,
-        bars[6 : 6 + layers],
-        *(None if x is None else bar for x, bar in zip((norm_weight, norm_bias), bars[6 + layers : 8 + layers])),
-        state_bars,
-        *(None,) * (len(ctx.rest) + 4),
-    )
+def _gathered(layers: int, tensors: tuple) -> Operands:
+    # of tensors one by one, in the order of their adjoints, those without one last
+    weights, norm = 6 + layers, 8 + layers
+    return Operands(*tensors[:6], [*tensors[6:weights]], *tensors[weights:norm], [*tensors[norm:-2]], *tensors[-2:])
 
 
-_forward.register_autograd(_adjoint, setup_context=_setup_context)
+@torch.library.impl(LIBRARY, "forward", "Autograd")
+def _forward_with_gradients(*arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    operands, options = _split(arguments)
+    if not asks_for_gradients(list(operands)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return OPERATORS.forward(*arguments)
+    layers, kept = len(operands.initial), len(operands.initial) if options[1] else 0
+    tensors = (*operands[:6], *operands.initial, *operands[7:9], *operands.state, *operands[10:])
+    y, *lists = _Differentiated.apply(layers, options, *tensors)
+    final = len(lists) - kept
+    return y, lists[:final], lists[final:]
 
 
 def _refuse_second_derivatives(ctx, bars):
@@ -717,4 +673,4 @@ def _refuse_second_derivatives(ctx, bars):
     )
 
 
-_backward.register_autograd(_refuse_second_derivatives)
+torch.library.register_autograd(f"{NAMESPACE}::backward", _refuse_second_derivatives, lib=LIBRARY)

@@ -161,40 +161,30 @@ def sign(x):
 
 
 @triton.jit
-def residual(
-    error,
-    b_delta,
-    m_d,
-    LOSS: tl.constexpr,
-    POWER: tl.constexpr,
-    SMOOTH_SIGN: tl.constexpr,
-    SHARPNESS: tl.constexpr,
-    ERROR_CAP: tl.constexpr,
-    CLIP: tl.constexpr,
-):
+def residual(error, b_delta, m_d, loss):
     # dloss / derror of the attentional bias, its norm cut at CLIP = residual_clip sqrt(D)
-    if LOSS == L2:
+    if loss.KIND == L2:
         r = error
-    elif LOSS == LP:
-        cut = bounded(error, ERROR_CAP)
+    elif loss.KIND == LP:
+        cut = bounded(error, loss.ERROR_CAP)
         squared = cut * cut + 1e-6
-        if SMOOTH_SIGN:
-            direction = 2.0 * sigmoid(2.0 * SHARPNESS * cut) - 1.0
+        if loss.SMOOTH_SIGN:
+            direction = 2.0 * sigmoid(2.0 * loss.SHARPNESS * cut) - 1.0
         else:
             direction = sign(cut)
-        if POWER == 3.0:
-            r = POWER * direction * squared
+        if loss.POWER == 3.0:
+            r = loss.POWER * direction * squared
         else:
-            r = POWER * direction * tl.exp(0.5 * (POWER - 1.0) * tl.log(squared))
+            r = loss.POWER * direction * tl.exp(0.5 * (loss.POWER - 1.0) * tl.log(squared))
         r = tl.where(m_d[None, :], r, 0.0)
-    elif LOSS == HUBER_COORDINATE:
+    elif loss.KIND == HUBER_COORDINATE:
         r = bounded(error, b_delta)
-    elif LOSS == HUBER_NORM:
+    elif loss.KIND == HUBER_NORM:
         r = shortened(error, b_delta)
     else:
         norm = tl.sqrt(tl.sum(error * error, 1) + 1e-24)[:, None]
         r = tl.where(norm <= b_delta, error, b_delta * sign(error))
-    return shortened(r, CLIP)
+    return shortened(r, loss.CLIP)
 
 
 @triton.jit
@@ -245,50 +235,39 @@ def shortened_vjp(x, limit, bar):
 
 
 @triton.jit
-def residual_vjp(
-    error,
-    b_delta,
-    bar,
-    m_d,
-    LOSS: tl.constexpr,
-    POWER: tl.constexpr,
-    SMOOTH_SIGN: tl.constexpr,
-    SHARPNESS: tl.constexpr,
-    ERROR_CAP: tl.constexpr,
-    CLIP: tl.constexpr,
-):
+def residual_vjp(error, b_delta, bar, m_d, loss):
     # from the adjoint of `residual` to those of the error and of delta, [C, BD] each, a head's delta in every channel
-    if LOSS == L2:
-        bar, _ = shortened_vjp(error, CLIP, bar)
+    if loss.KIND == L2:
+        bar, _ = shortened_vjp(error, loss.CLIP, bar)
         return bar, bar
-    elif LOSS == LP:
-        cut = bounded(error, ERROR_CAP)
+    elif loss.KIND == LP:
+        cut = bounded(error, loss.ERROR_CAP)
         squared = cut * cut + 1e-6
-        if SMOOTH_SIGN:
-            direction = 2.0 * sigmoid(2.0 * SHARPNESS * cut) - 1.0
+        if loss.SMOOTH_SIGN:
+            direction = 2.0 * sigmoid(2.0 * loss.SHARPNESS * cut) - 1.0
         else:
             direction = sign(cut)
-        signed = POWER * direction
-        if POWER != 3.0:
-            signed = signed * tl.exp(0.5 * (POWER - 3.0) * tl.log(squared))
-        bar, _ = shortened_vjp(tl.where(m_d[None, :], signed * squared, 0.0), CLIP, bar)
-        slope = signed * cut * (POWER - 1.0)
-        if SMOOTH_SIGN:
-            bent = POWER * SHARPNESS * (1.0 - direction * direction)
-            slope += bent * tl.exp(0.5 * (POWER - 1.0) * tl.log(squared))
-        bar = tl.where((tl.abs(error) > ERROR_CAP) | ~m_d[None, :], 0.0, bar * slope)
+        signed = loss.POWER * direction
+        if loss.POWER != 3.0:
+            signed = signed * tl.exp(0.5 * (loss.POWER - 3.0) * tl.log(squared))
+        bar, _ = shortened_vjp(tl.where(m_d[None, :], signed * squared, 0.0), loss.CLIP, bar)
+        slope = signed * cut * (loss.POWER - 1.0)
+        if loss.SMOOTH_SIGN:
+            bent = loss.POWER * loss.SHARPNESS * (1.0 - direction * direction)
+            slope += bent * tl.exp(0.5 * (loss.POWER - 1.0) * tl.log(squared))
+        bar = tl.where((tl.abs(error) > loss.ERROR_CAP) | ~m_d[None, :], 0.0, bar * slope)
         return bar, bar
-    elif LOSS == HUBER_COORDINATE:
-        bar, _ = shortened_vjp(bounded(error, b_delta), CLIP, bar)
+    elif loss.KIND == HUBER_COORDINATE:
+        bar, _ = shortened_vjp(bounded(error, b_delta), loss.CLIP, bar)
         inside = tl.where(tl.abs(error) > b_delta, 0.0, bar)
         return inside, (bar - inside) * sign(error)
-    elif LOSS == HUBER_NORM:
-        bar, _ = shortened_vjp(shortened(error, b_delta), CLIP, bar)
+    elif loss.KIND == HUBER_NORM:
+        bar, _ = shortened_vjp(shortened(error, b_delta), loss.CLIP, bar)
         bar, of_delta = shortened_vjp(error, b_delta, bar)
         return bar, of_delta + 0.0 * bar
     else:
         norm = tl.sqrt(tl.sum(error * error, 1) + 1e-24)[:, None]
-        bar, _ = shortened_vjp(tl.where(norm <= b_delta, error, b_delta * sign(error)), CLIP, bar)
+        bar, _ = shortened_vjp(tl.where(norm <= b_delta, error, b_delta * sign(error)), loss.CLIP, bar)
         of_delta = tl.sum(bar * sign(error), 1)[:, None]
         return tl.where(norm > b_delta, 0.0, bar), tl.where(norm <= b_delta, 0.0, of_delta + 0.0 * bar)
 
