@@ -20,7 +20,7 @@ MLP, decoder layer, models. Moneta, Yaad and Memora are the same modules under d
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -384,22 +384,28 @@ class ProjectedTokens:
     Args:
         mixer (`MirasMixer`): whose projections they are.
         hidden_states (`torch.Tensor` of shape `[batch, tokens, hidden_size]`): inputs, which the gates look at.
-        q, k, v (`torch.Tensor` of shape `[batch, tokens, heads, head_dim]`): projections.
+        q, k, v (`torch.Tensor` of shape `[batch, tokens, heads, head_dim]`):
+            Projections; `k` is `None` where keys are what retention lets go.
         rotary (`tuple` of `torch.Tensor`, *optional*): cosines and sines, `[batch, tokens, head_dim]`.
     """
 
     mixer: "MirasMixer"
     hidden_states: Tensor
     q: Tensor
-    k: Tensor
     v: Tensor
+    k: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def projected(self) -> dict[str, Tensor]:
+        """The projections by their names, in the order of the convolutions' inputs."""
+        return {name: getattr(self, name) for name in self.mixer.projected}
 
     def part(self, first: int, last: int) -> "ProjectedTokens":
         """Some of the tokens."""
-        hidden_states, q, k, v = (x[:, first:last] for x in (self.hidden_states, self.q, self.k, self.v))
+        cut = {name: x[:, first:last] for name, x in self.projected.items()}
         rotary = None if self.rotary is None else tuple(x[:, first:last] for x in self.rotary)
-        return ProjectedTokens(self.mixer, hidden_states, q, k, v, rotary)
+        return replace(self, hidden_states=self.hidden_states[:, first:last], rotary=rotary, **cut)
 
     def finished(self, tail: Tensor | None = None, position: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Queries, keys, values, steps, log retention, thresholds and log momentum, as memories take them.
@@ -409,25 +415,32 @@ class ProjectedTokens:
                 The convolutions' last inputs before the tokens.
             position (`torch.Tensor` of shape `[batch, tokens]`, *optional*): tokens since the sequence's start.
         """
-        mixer, parts = self.mixer, [x.flatten(-2) for x in (self.q, self.k, self.v)]
-        tails = (None,) * 3 if tail is None else tail.split([x.shape[-1] for x in parts], dim=-1)
-        convolutions = (mixer.q_conv, mixer.k_conv, mixer.v_conv)
-        q, k, v = (mixer.by_heads(conv(x, t, position)) for conv, x, t in zip(convolutions, parts, tails, strict=True))
+        mixer, parts = self.mixer, {name: x.flatten(-2) for name, x in self.projected.items()}
+        widths = [x.shape[-1] for x in parts.values()]
+        tails = (None,) * len(parts) if tail is None else tail.split(widths, dim=-1)
+        found = {
+            name: mixer.by_heads(mixer.convolution(name)(x, t, position))
+            for (name, x), t in zip(parts.items(), tails, strict=True)
+        }
+        q, k, v = (found.pop(name, None) for name in "qkv")
         if self.rotary is not None:
             q, k = apply_rotary_pos_emb(q, k, *self.rotary, unsqueeze_dim=2)
         if mixer.value_norm:
             v = l2norm(v.float(), length=mixer.head_dim**0.5).to(v.dtype)
         gates = (mixer.eta, mixer.alpha, mixer.delta, mixer.momentum)
-        gates = (None if gate is None else gate(self.hidden_states) for gate in gates)
-        return l2norm(q.float()), l2norm(k.float()), v, *gates
+        gates = [None if gate is None else gate(self.hidden_states) for gate in gates]
+        # 1 - alpha, of the retention that there is after the cut
+        k = -gates[1].clamp(min=mixer.memory.rule.min_log_alpha).expm1() if k is None else l2norm(k.float())
+        return l2norm(q.float()), k, v, *gates
 
     def release(self) -> None:
         """Lets the projections go, which are as large as what was made of them, while the memory reads."""
-        del self.q, self.k, self.v
+        for name in self.mixer.projected:
+            delattr(self, name)
 
     def conv_inputs(self, earlier: Tensor | None) -> Tensor:
         """What enters the convolutions, `[batch, earlier + tokens, channels]`, zeros before a text's first token."""
-        inputs = torch.cat([x.flatten(-2) for x in (self.q, self.k, self.v)], dim=-1)
+        inputs = torch.cat([x.flatten(-2) for x in self.projected.values()], dim=-1)
         if earlier is None:
             return F.pad(inputs, (0, 0, self.mixer.conv_kernel_size - 1, 0))
         return torch.cat((earlier.to(inputs.dtype), inputs), dim=1)
@@ -444,9 +457,9 @@ class ProjectedTokens:
         """Whether the small modules before the memory are what they seem, so that a kernel can do what they do: none is
         wrapped by an adapter, sharded or offloaded, and convolutions have the activation that kernels know."""
         mixer = self.mixer
-        if mixer.conv_act != "silu":
+        if mixer.conv_act != "silu" or mixer.projected != ("q", "k", "v"):
             return False
-        modules = [(MirasShortConvolution, conv) for conv in (mixer.q_conv, mixer.k_conv, mixer.v_conv)]
+        modules = [(MirasShortConvolution, mixer.convolution(name)) for name in mixer.projected]
         modules += [(MirasStepGate, mixer.eta), (MirasRetentionGate, mixer.alpha)]
         if mixer.delta is not None:
             modules.append((MirasThresholdGate, mixer.delta))
@@ -482,13 +495,13 @@ class MirasMixer(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.memory_key_value_heads
         width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.memory_key_value_heads))
 
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.projected = config.memory_projections
+        for name in self.projected:
+            features = width if name == "q" else kv_width
+            self.add_module(f"{name}_proj", nn.Linear(config.hidden_size, features, bias=config.attention_bias))
         convolution = (width, config.conv_kernel_size, config.conv_initializer_range, config.conv_act)
-        self.q_conv = MirasShortConvolution(*convolution)
-        self.k_conv = MirasShortConvolution(*convolution)
-        self.v_conv = MirasShortConvolution(*convolution)
+        for name in self.projected:
+            self.add_module(f"{name}_conv", MirasShortConvolution(*convolution))
 
         self.eta = MirasStepGate(config)
         self.alpha = MirasRetentionGate(config)
@@ -526,19 +539,24 @@ class MirasMixer(nn.Module):
         if self.use_rope and position_embeddings is not None:
             rotary = tuple(sequences.gather(x.expand(batch, -1, -1)) for x in position_embeddings)
 
-        projections = self.projections(hidden_states)
+        # no name for the projections: `ProjectedTokens.release` could not free them
+        tokens = ProjectedTokens(self, hidden_states, **dict(self.projections(hidden_states)), rotary=rotary)
         # convolutions, rotary embedding, norms and gates stand before it: `ProjectedTokens.finished`
-        memory = self.memory(ProjectedTokens(self, hidden_states, *projections, rotary), sequences, cached)
+        memory = self.memory(tokens, sequences, cached)
         gate = self.by_heads(self.g_proj(hidden_states))
         output = self.o_norm(memory.to(gate.dtype), gate).flatten(-2)
         return sequences.scatter(self.o_proj(output), batch), None
 
-    def projections(self, hidden_states: Tensor) -> Iterator[Tensor]:
-        """Queries, keys and values, `[batch, tokens, heads, head_dim]`, one after the other, held by nobody else."""
-        yield self.by_heads(self.q_proj(hidden_states))
-        for project in (self.k_proj, self.v_proj):
+    def projections(self, hidden_states: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Queries, keys and values, `[batch, tokens, heads, head_dim]`, by name one after the other, held by nobody else."""
+        for name in self.projected:
+            projected = self.by_heads(self.get_submodule(f"{name}_proj")(hidden_states))
             # every head has its own memory, and convolutions, of what it shares
-            yield repeat_heads(self.by_heads(project(hidden_states)), self.num_key_value_groups, dim=2)
+            yield name, projected if name == "q" else repeat_heads(projected, self.num_key_value_groups, dim=2)
+
+    def convolution(self, name: str) -> nn.Module:
+        """That of queries, keys or values."""
+        return self.get_submodule(f"{name}_conv")
 
     def by_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

@@ -123,6 +123,16 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
             "",
             {**_HEBBIAN, "learned_step": False, "gate_granularity": "channel"},
         ),
+        "hgrn2": Preset(
+            "HGRN2 (arXiv 2404.07904)",
+            "S = diag(f) S + (1 - f)^T v",
+            "eta = 1, alpha = f, k = 1 - alpha (`tied_write_key`); its f = sigmoid(x) is `-exp(a_log) softplus(-x)` with "
+            "`a_log = 0`",
+            "its forget gates have a lower bound that grows from layer to layer, which here are cut at `min_log_alpha`; "
+            "`a_log` is learned",
+            "",
+            {**_HEBBIAN, "learned_step": False, "gate_granularity": "channel", "tied_write_key": True},
+        ),
         "mamba2": Preset(
             "Mamba2's state update (arXiv 2405.21060)",
             "S = exp(Delta a) S + Delta B^T x, y = C S + D x",
@@ -203,8 +213,6 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
 
 NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
     {
-        "HGRN2 (arXiv 2404.07904)": "its write key is 1 - alpha, and a layer here has keys of their own; given such keys, "
-        "the recurrence is that of `gla`",
         "RWKV-7 (arXiv 2503.14456)": "it erases along another key than it writes along",
         "DeltaProduct (arXiv 2502.10297)": "it writes several keys a token; each of its steps is one of `gated-deltanet`",
         "Mesa layer (arXiv 2506.05233)": "it reads the exact solution of a ridge regression, which needs a second state",

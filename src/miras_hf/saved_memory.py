@@ -359,10 +359,10 @@ def _shapes(layer: Any, rows: int, tokens: int = 0) -> dict[str, list[int]]:
     )
     gate_dim = head_dim if mixer.eta.per_channel or mixer.alpha.per_channel else 1
     state = _flatten(initial_memory_state(memory.rule, parameters, 1, gate_dim))
-    width = parameters.norm_weight.numel()
+    channels = sum(mixer.convolution(name).weight.shape[0] for name in mixer.projected)
     return {
         **{name: [rows, *tensor.shape[1:]] for name, tensor in state.items()},
-        "conv_tail": [rows, mixer.conv_kernel_size - 1, 3 * width],
+        "conv_tail": [rows, mixer.conv_kernel_size - 1, channels],
     }
 
 
