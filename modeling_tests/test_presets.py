@@ -51,8 +51,10 @@ def read(name, form, q, k, v, eta, log_alpha, rule=None, initial=None, norm=None
     initial = (torch.zeros(HEADS, WIDTH, WIDTH, dtype=q.dtype),) if initial is None else initial
     if norm is None:
         norm = torch.ones(HEADS, WIDTH, dtype=q.dtype), torch.zeros(HEADS, WIDTH, dtype=q.dtype)
-    given = {"eta": eta.expand(ROWS, TOKENS, HEADS), "log_alpha": log_alpha, **others}
-    return FORMS[form](q, k, v, **given, rule=rule, parameters=MemoryParameters(initial, *norm))[0]
+    given = {"eta": eta.expand(log_alpha.shape[:3]), "log_alpha": log_alpha, **others}
+    y = FORMS[form](q, k, v, **given, rule=rule, parameters=MemoryParameters(initial, *norm))[0]
+    writes = MirasConfig.from_preset(name).writes_per_token
+    return y[:, writes - 1 :: writes]
 
 
 def draw(dtype=torch.float64, seed=0):
@@ -119,6 +121,20 @@ def published(name):
         return (q, k, v, dt, dt * a), expected
     if name == "deltanet":
         return (q, k, v, one, NONE), loop(q, k, v, lambda s, t: delta_step(s, k[:, t], v[:, t], one[:, t]))
+    if name == "delta-product":
+        more = draw(seed=1)
+        keys, values = torch.stack((k, more[1]), 2), torch.stack((v, more[2]), 2)
+        betas = 2 * torch.stack((one, more[3]), 2)
+
+        def two_steps(s, t):
+            s = two[:, t, :, None, None] * s
+            for j in range(2):
+                s = delta_step(s, keys[:, t, j], values[:, t, j], betas[:, t, j])
+            return s
+
+        zeros = torch.zeros_like
+        inputs = (torch.stack((zeros(q), q), 2), keys, values, betas, torch.stack((two.log(), zeros(two)), 2))
+        return tuple(x.flatten(1, 2) for x in inputs), loop(q, k, v, two_steps)
     if name in ("gated-deltanet", "kda"):
         decay = channels if name == "kda" else two.unsqueeze(-1)
         expected = loop(q, k, v, lambda s, t: delta_step(decay[:, t].unsqueeze(-1) * s, k[:, t], v[:, t], one[:, t]))

@@ -201,8 +201,8 @@ class MirasConfig(PreTrainedConfig):
             The delta rule: whether an error is that of the memory after its decay, `"decayed"` as in Gated DeltaNet, or
             before it, `"previous"`.
         chunk_size (`int`, *optional*, defaults to 64):
-            Tokens whose gradients are taken at the same weights (28), with the delta rule computed at once. Part of the
-            trained model.
+            Tokens whose gradients are taken at the same weights (28), with the delta rule computed at once; where a token
+            writes several times, writes. Part of the trained model.
         gate_granularity (`str`, *optional*, defaults to `"channel"`):
             Whether step and retention are one number per `"channel"` or per `"head"`; with the delta rule retention is,
             and the step is one number per head.
@@ -213,6 +213,9 @@ class MirasConfig(PreTrainedConfig):
         tied_write_key (`bool`, *optional*, defaults to `False`):
             Whether keys are `1 - alpha`, what every channel's retention lets go, as in HGRN2, and layers have no projection
             and no convolution of keys. With the dot-product loss and learned retention of channels, without rotary embedding.
+        writes_per_token (`int`, *optional*, defaults to 1):
+            Keys and values, each with a step of its own, that a token writes one after the other, at most 8, before it reads: the
+            n of DeltaProduct. What it forgets it forgets before the first. Without rotary embedding, in PyTorch only.
         gate_rank (`int`, *optional*, defaults to 32): Rank of the maps from the layer's input to channel gates.
         eta_max (`float`, *optional*):
             Largest step of one token; `None` for the one whose write, alone and at a new memory, takes a token's own
@@ -324,6 +327,7 @@ class MirasConfig(PreTrainedConfig):
     learned_step: bool = True
     learned_retention: bool = True
     tied_write_key: bool = False
+    writes_per_token: int = bounded(1, 1, 8)
     gate_rank: int = bounded(32, 1, 2**14)
     eta_max: int | float | None = bounded(None, above=0, high=1e3)
     min_log_alpha: int | float | None = bounded(None, -160, 0)
@@ -545,6 +549,13 @@ class MirasConfig(PreTrainedConfig):
         check_own_values(self)
         check_algorithm(self)
         check_meaning(self)
+        if self.writes_per_token > 1:
+            for name in ("use_rope", "tied_write_key"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`{name}` must be False with `writes_per_token={self.writes_per_token}`, got True: the keys of a "
+                        "token would differ in nothing."
+                    )
         if self.tied_write_key:
             needs = {
                 "attentional_bias": "dot",

@@ -211,10 +211,10 @@ class MirasLowRankGate(nn.Module):
 
     decays = False  # nor does what its kinds add to the bias; its projections do
 
-    def __init__(self, config: MirasConfig, granularity: str, learned: bool = True):
+    def __init__(self, config: MirasConfig, granularity: str, learned: bool = True, writes: int = 1):
         super().__init__()
         self.per_channel, self.learned = granularity == "channel", learned
-        width = config.num_attention_heads * (config.head_dim if self.per_channel else 1)
+        width = config.num_attention_heads * writes * (config.head_dim if self.per_channel else 1)
         if self.per_channel and learned:
             self.down_proj = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
         if learned:
@@ -228,7 +228,8 @@ class MirasLowRankGate(nn.Module):
         return super().train(mode) if self.learned else super().train(mode).requires_grad_(False)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """`[batch, tokens, hidden_size]` to float32 `[batch, tokens, heads, head_dim]`, or `[batch, tokens, heads]`."""
+        """`[batch, tokens, hidden_size]` to float32 `[batch, tokens, heads, head_dim]`, or `[batch, tokens, heads]`, the writes
+        of a head behind each other where a token has several."""
         if self.learned:
             hidden_states = hidden_states.to(self.bias.dtype)  # float32 in a float16 model
             if self.per_channel:
@@ -245,7 +246,7 @@ class MirasStepGate(MirasLowRankGate):
     def __init__(self, config: MirasConfig):
         granularities = chosen(config, "learning_algorithm").step_granularities
         granularity = config.gate_granularity if config.gate_granularity in granularities else "head"
-        super().__init__(config, granularity, config.learned_step)
+        super().__init__(config, granularity, config.learned_step, config.writes_per_token)
         self.eta_max = config.eta_max
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -334,7 +335,7 @@ class MirasMemory(NotByParameter, nn.Module):
     def __init__(self, config: MirasConfig):
         super().__init__()
         self.rule = memory_rule(config)
-        self.backend = MemoryBackend(self.rule, config.memory_backend)
+        self.backend = MemoryBackend(self.rule, config.memory_backend, config.writes_per_token)
         self.initial_scale = config.initial_memory_scale
         heads, head_dim = config.num_attention_heads, config.head_dim
         self.initial_state = MirasInitialState(
@@ -351,7 +352,7 @@ class MirasMemory(NotByParameter, nn.Module):
         """What tokens read, `[batch, tokens, heads, head_dim]`. Their layer of the cache, if there is one, has the memory
         after them."""
         # tensor parallelism leaves buffers whole: as many as this rank has heads
-        _, columns, heads, _ = tokens.v.shape
+        _, columns, heads, _ = tokens.q.shape
         parameters = MemoryParameters(self.initial_state(), self.norm_weight[:heads], self.norm_bias[:heads])
         if cached is None:
             return self.backend(tokens, sequences, parameters)[0]
@@ -385,7 +386,8 @@ class ProjectedTokens:
         mixer (`MirasMixer`): whose projections they are.
         hidden_states (`torch.Tensor` of shape `[batch, tokens, hidden_size]`): inputs, which the gates look at.
         q, k, v (`torch.Tensor` of shape `[batch, tokens, heads, head_dim]`):
-            Projections; `k` is `None` where keys are what retention lets go.
+            Projections; `k` is `None` where keys are what retention lets go, and where a token writes several times, `k` and `v`
+            have the writes of a head behind each other, `[batch, tokens, heads * writes, head_dim]`.
         rotary (`tuple` of `torch.Tensor`, *optional*): cosines and sines, `[batch, tokens, head_dim]`.
     """
 
@@ -408,7 +410,8 @@ class ProjectedTokens:
         return replace(self, hidden_states=self.hidden_states[:, first:last], rotary=rotary, **cut)
 
     def finished(self, tail: Tensor | None = None, position: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Queries, keys, values, steps, log retention, thresholds and log momentum, as memories take them.
+        """Queries, keys, values, steps, log retention, thresholds and log momentum, as memories take them: `[batch, tokens,
+        heads, ...]`, with tokens that write several times as so many tokens of the memory.
 
         Args:
             tail (`torch.Tensor` of shape `[batch, conv_kernel_size - 1, channels]`, *optional*):
@@ -431,7 +434,25 @@ class ProjectedTokens:
         gates = [None if gate is None else gate(self.hidden_states) for gate in gates]
         # 1 - alpha, of the retention that there is after the cut
         k = -gates[1].clamp(min=mixer.memory.rule.min_log_alpha).expm1() if k is None else l2norm(k.float())
-        return l2norm(q.float()), k, v, *gates
+        found = (l2norm(q.float()), k, v, *gates)
+        return found if mixer.writes == 1 else self._by_writes(*found)
+
+    def _by_writes(self, q, k, v, eta, log_alpha, delta, log_momentum) -> tuple[Tensor | None, ...]:
+        """`finished` of tokens that write several times: what is forgotten is so before the first write, and what is read is
+        read after the last."""
+        writes = self.mixer.writes
+
+        def own(x: Tensor) -> Tensor:  # the writes of a head stand behind each other
+            return x.unflatten(2, (-1, writes)).transpose(2, 3).flatten(1, 2)
+
+        def alike(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.repeat_interleave(writes, dim=1)
+
+        def only(x: Tensor, place: int) -> Tensor:  # zeros for the others
+            zeros = torch.zeros_like(x)
+            return torch.stack([x if i == place else zeros for i in range(writes)], dim=2).flatten(1, 2)
+
+        return only(q, writes - 1), own(k), own(v), own(eta), only(log_alpha, 0), alike(delta), alike(log_momentum)
 
     def release(self) -> None:
         """Lets the projections go, which are as large as what was made of them, while the memory reads."""
@@ -457,7 +478,7 @@ class ProjectedTokens:
         """Whether the small modules before the memory are what they seem, so that a kernel can do what they do: none is
         wrapped by an adapter, sharded or offloaded, and convolutions have the activation that kernels know."""
         mixer = self.mixer
-        if mixer.conv_act != "silu" or mixer.projected != ("q", "k", "v"):
+        if mixer.conv_act != "silu" or mixer.projected != ("q", "k", "v") or mixer.writes > 1:
             return False
         modules = [(MirasShortConvolution, mixer.convolution(name)) for name in mixer.projected]
         modules += [(MirasStepGate, mixer.eta), (MirasRetentionGate, mixer.alpha)]
@@ -495,13 +516,14 @@ class MirasMixer(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.memory_key_value_heads
         width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.memory_key_value_heads))
 
-        self.projected = config.memory_projections
+        self.projected, self.writes = config.memory_projections, config.writes_per_token
         for name in self.projected:
-            features = width if name == "q" else kv_width
+            features = width if name == "q" else kv_width * self.writes
             self.add_module(f"{name}_proj", nn.Linear(config.hidden_size, features, bias=config.attention_bias))
-        convolution = (width, config.conv_kernel_size, config.conv_initializer_range, config.conv_act)
+        convolution = (config.conv_kernel_size, config.conv_initializer_range, config.conv_act)
         for name in self.projected:
-            self.add_module(f"{name}_conv", MirasShortConvolution(*convolution))
+            channels = width if name == "q" else width * self.writes
+            self.add_module(f"{name}_conv", MirasShortConvolution(channels, *convolution))
 
         self.eta = MirasStepGate(config)
         self.alpha = MirasRetentionGate(config)
@@ -551,8 +573,11 @@ class MirasMixer(nn.Module):
         """Queries, keys and values, `[batch, tokens, heads, head_dim]`, by name one after the other, held by nobody else."""
         for name in self.projected:
             projected = self.by_heads(self.get_submodule(f"{name}_proj")(hidden_states))
-            # every head has its own memory, and convolutions, of what it shares
-            yield name, projected if name == "q" else repeat_heads(projected, self.num_key_value_groups, dim=2)
+            if name != "q" and self.num_key_value_groups > 1:
+                # every head has its own memory, and convolutions, of what it shares
+                by_heads = projected.unflatten(2, (-1, self.writes))
+                projected = repeat_heads(by_heads, self.num_key_value_groups, dim=2).flatten(2, 3)
+            yield name, projected
 
     def convolution(self, name: str) -> nn.Module:
         """That of queries, keys or values."""

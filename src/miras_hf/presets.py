@@ -165,6 +165,15 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
             "kimi_linear",
             {**_DELTA, "gate_granularity": "channel"},
         ),
+        "delta-product": Preset(
+            "Gated DeltaProduct (arXiv 2502.10297)",
+            "S = alpha S, then S = S - beta_j k_j^T (k_j S - v_j) for j = 1 to n",
+            "eta_j = beta_j, up to 2, log alpha = g; n is `writes_per_token`, and the memory reads n tokens for each of the "
+            "text, the first with alpha; without alpha, that of `deltanet` with `writes_per_token`",
+            "",
+            "",
+            {**_DELTA, "gate_granularity": "head", "eta_max": 2.0, "writes_per_token": 2},
+        ),
         "longhorn": Preset(
             "Longhorn (arXiv 2407.14207)",
             "S = argmin |S - S'|^2 + beta |k S - v|^2, S' the state before",
@@ -214,7 +223,6 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
 NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
     {
         "RWKV-7 (arXiv 2503.14456)": "it erases along another key than it writes along",
-        "DeltaProduct (arXiv 2502.10297)": "it writes several keys a token; each of its steps is one of `gated-deltanet`",
         "Mesa layer (arXiv 2506.05233)": "it reads the exact solution of a ridge regression, which needs a second state",
         "Softmax attention": "it is no parametric memory: it keeps all keys and values",
     }

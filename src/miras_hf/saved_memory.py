@@ -442,7 +442,7 @@ def _check_state(source: str, header: Header, tensors: dict[str, Tensor], decode
             f"{source}: {first} must be {tokens} in every row, since there is no attention_mask, got {read}."
         )
     slots = torch.arange(config.chunk_size)
-    phase = (torch.tensor(read) % config.chunk_size)[:, None]
+    phase = (torch.tensor(read) * config.writes_per_token % config.chunk_size)[:, None]
     for i in (i for i, layer in enumerate(decoder.layers) if layer.layer_type == MEMORY_LAYER):
         eta, log_decay = (tensors[f"layers.{i}.{name}"].ne(0).any(-1).any(1) for name in ("eta", "log_decay"))
         taken = eta | (log_decay & (slots < phase))
