@@ -118,7 +118,13 @@ IDS = torch.arange(12)[None]
 def test_every_field_is_read_when_run_or_known_to_be_built_in(model):
     own = {field.name for field in dataclasses.fields(MonetaConfig)}
     own -= {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"chunk_size_feed_forward"}
-    built = EDITS.keys() | {"rope_parameters", "learning_algorithm", "gradient_at"}
+    built = EDITS.keys() | {
+        "rope_parameters",
+        "learning_algorithm",
+        "gradient_at",
+        "tied_write_key",
+        "writes_per_token",
+    }
     assert own == built | READ_WHEN_RUN | {"max_position_embeddings"} and model.model._built_with.keys() == built
 
 

@@ -135,13 +135,13 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
         "attention_layers": [1], "full_attention_layers": [1], "attentional_bias": "lp", "retention": "lq", "residual_clip": 1e-3,
         "memory_architecture": "matrix", "decay_target": "zero", "chunk_size": 3, "gate_granularity": "head",
         "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 2.0, "max_half_life": 64.0, "use_rope": True,
-        "learned_step": False, "learned_retention": False,
+        "learned_step": False, "learned_retention": False, "writes_per_token": 2,
         "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5, "conv_kernel_size": 2, "output_gate_act": "relu", "output_norm_eps": 0.5, "tie_word_embeddings": True,
     }  # fmt: skip
-    # for others than the decoder: tools, tokenizers, how it is run; and one that asks for gates of heads, whose
-    # parameters `test_momentum.py` counts
+    # for others than the decoder: tools, tokenizers, how it is run; and those that ask for other choices: gates of heads,
+    # whose parameters `test_momentum.py` counts, or the dot product, see `test_presets.py`
     told = {"max_position_embeddings", "use_cache", "chunk_size_feed_forward", "pad_token_id", "bos_token_id"}
-    told |= {"eos_token_id", "memory_backend", "learning_algorithm"}
+    told |= {"eos_token_id", "memory_backend", "learning_algorithm", "tied_write_key"}
     own = {field.name for field in dataclasses.fields(MirasConfig)}
     own -= {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"chunk_size_feed_forward"}
     assert own == other.keys() | told | means_something_with().keys()
@@ -178,7 +178,7 @@ def test_without_a_memory_its_fields_mean_nothing(monkeypatch):
         "memory_num_key_value_heads": 1, "conv_act": "linear", "attentional_bias": "lp", "retention": "lq",
         "residual_clip": 1e-3, "memory_architecture": "matrix", "decay_target": "zero", "chunk_size": 3,
         "gate_granularity": "head", "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 2.0, "max_half_life": 64.0,
-        "use_rope": True, "learned_step": False, "learned_retention": False, "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5,
+        "use_rope": True, "learned_step": False, "learned_retention": False, "tied_write_key": True, "writes_per_token": 2, "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5,
         "conv_kernel_size": 2, "output_gate_act": "relu", "output_norm_eps": 0.5, "memory_backend": "pytorch",
     }  # fmt: skip
     default = computed(MirasConfig(**alone), monkeypatch)

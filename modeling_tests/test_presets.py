@@ -51,8 +51,10 @@ def read(name, form, q, k, v, eta, log_alpha, rule=None, initial=None, norm=None
     initial = (torch.zeros(HEADS, WIDTH, WIDTH, dtype=q.dtype),) if initial is None else initial
     if norm is None:
         norm = torch.ones(HEADS, WIDTH, dtype=q.dtype), torch.zeros(HEADS, WIDTH, dtype=q.dtype)
-    given = {"eta": eta.expand(ROWS, TOKENS, HEADS), "log_alpha": log_alpha, **others}
-    return FORMS[form](q, k, v, **given, rule=rule, parameters=MemoryParameters(initial, *norm))[0]
+    given = {"eta": eta.expand(log_alpha.shape[:3]), "log_alpha": log_alpha, **others}
+    y = FORMS[form](q, k, v, **given, rule=rule, parameters=MemoryParameters(initial, *norm))[0]
+    writes = MirasConfig.from_preset(name).writes_per_token
+    return y[:, writes - 1 :: writes]
 
 
 def draw(dtype=torch.float64, seed=0):
@@ -105,6 +107,9 @@ def published(name):
         alpha = torch.sigmoid(x) ** (1 / 16)
         expected = loop(q, k, v, lambda s, t: alpha[:, t].unsqueeze(-1) * s + outer(k[:, t], v[:, t]))
         return (q, k, v, ONE, -torch.tensor(-16.0).abs().reciprocal().double() * F.softplus(-x)), expected
+    if name == "hgrn2":
+        expected = loop(q, k, v, lambda s, t: channels[:, t].unsqueeze(-1) * s + outer(1 - channels[:, t], v[:, t]))
+        return (q, 1 - channels, v, ONE, channels.log()), expected
     if name == "mamba2":
         a, dt = -1 - torch.arange(HEADS, dtype=torch.float64), 0.5 * one
         expected = loop(
@@ -116,6 +121,20 @@ def published(name):
         return (q, k, v, dt, dt * a), expected
     if name == "deltanet":
         return (q, k, v, one, NONE), loop(q, k, v, lambda s, t: delta_step(s, k[:, t], v[:, t], one[:, t]))
+    if name == "delta-product":
+        more = draw(seed=1)
+        keys, values = torch.stack((k, more[1]), 2), torch.stack((v, more[2]), 2)
+        betas = 2 * torch.stack((one, more[3]), 2)
+
+        def two_steps(s, t):
+            s = two[:, t, :, None, None] * s
+            for j in range(2):
+                s = delta_step(s, keys[:, t, j], values[:, t, j], betas[:, t, j])
+            return s
+
+        zeros = torch.zeros_like
+        inputs = (torch.stack((zeros(q), q), 2), keys, values, betas, torch.stack((two.log(), zeros(two)), 2))
+        return tuple(x.flatten(1, 2) for x in inputs), loop(q, k, v, two_steps)
     if name in ("gated-deltanet", "kda"):
         decay = channels if name == "kda" else two.unsqueeze(-1)
         expected = loop(q, k, v, lambda s, t: delta_step(decay[:, t].unsqueeze(-1) * s, k[:, t], v[:, t], one[:, t]))
@@ -194,6 +213,49 @@ def by_transformers(name):
 def test_a_preset_is_what_transformers_computes(name, form):
     for inputs, expected in by_transformers(name):
         assert relative_error(read(name, form, *inputs), expected) < 1e-5
+
+
+def test_hgrn2s_layer_writes_along_what_it_forgets():
+    """The tie is the layer's: its outputs are those of the published recurrence of its own forget gates."""
+    torch.manual_seed(0)
+    config = MirasConfig.from_preset("hgrn2", size="tiny", hidden_size=16, num_attention_heads=2, chunk_size=4)
+    mixer = MirasForCausalLM(config).double().model.layers[0].mixer
+    assert not {"k_proj", "k_conv"} & dict(mixer.named_children()).keys()
+    with torch.no_grad():
+        gates = [p for name, p in mixer.alpha.named_parameters() if name != "a_log"]
+        for p in (mixer.q_conv.weight, mixer.v_conv.weight, mixer.v_proj.weight, *gates):
+            p.copy_(torch.randn_like(p))
+        x = torch.randn(ROWS, TOKENS, 16, dtype=torch.float64)
+
+        def convolved(name):
+            y = F.conv1d(
+                getattr(mixer, f"{name}_proj")(x).mT, getattr(mixer, f"{name}_conv").weight[:, None],
+                padding=3, groups=16,
+            )  # fmt: skip
+            return F.silu(y[..., :TOKENS]).mT.unflatten(-1, (HEADS, WIDTH))
+
+        f = torch.sigmoid(-mixer.alpha.logits(x)).double().clamp(min=torch.tensor(-2.5).exp())
+        assert (f < 0.1).any() and (f > 0.9).any()
+        q = F.normalize(convolved("q"), dim=-1, eps=0)
+        v = convolved("v")
+        memory = loop(q, f, v, lambda s, t: f[:, t].unsqueeze(-1) * s + outer(1 - f[:, t], v[:, t]))
+        gate = F.silu(mixer.g_proj(x)).unflatten(-1, (HEADS, WIDTH))
+        normed = F.rms_norm(memory, (WIDTH,), eps=config.rms_norm_eps) * gate
+        expected = mixer.o_proj(normed.flatten(-2))
+        assert relative_error(mixer(x)[0], expected) < 1e-5  # gates and queries are float32's
+
+
+def test_a_tied_write_key_is_refused_where_it_means_nothing():
+    for field, value in (
+        ("attentional_bias", "l2"),
+        ("gate_granularity", "head"),
+        ("learned_retention", False),
+        ("use_rope", True),
+    ):
+        with pytest.raises(
+            StrictDataclassError, match=f"`{field}` must be .* with `tied_write_key=True`, got {value!r}"
+        ):
+            MirasConfig.from_preset("hgrn2", **{field: value})
 
 
 @pytest.mark.parametrize("form", FORMS)

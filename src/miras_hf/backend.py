@@ -72,18 +72,23 @@ class MemoryBackend:
     Args:
         rule (`MirasRule`): the four choices.
         backend (`str`, *optional*, defaults to `"auto"`): one of `BACKENDS`.
+        writes (`int`, *optional*, defaults to 1):
+            How often a token writes. The memory reads so many tokens for each, of which the last one's read is the token's;
+            states that are handed in and out count tokens of the text.
 
     Raises:
         `ValueError`: for an unknown backend; at a call, if `"triton"` is asked for and no kernel serves it.
     """
 
-    def __init__(self, rule: MirasRule, backend: str = "auto"):
+    def __init__(self, rule: MirasRule, backend: str = "auto", writes: int = 1):
         name = "MIRAS_BACKEND" if "MIRAS_BACKEND" in os.environ else "memory_backend"
         backend = os.environ.get("MIRAS_BACKEND", backend)
         if backend not in BACKENDS:
             raise ValueError(f"`{name}` must be one of {BACKENDS}, got {backend!r}.")
-        self.rule, self.backend = rule, backend
+        self.rule, self.backend, self.writes = rule, backend, writes
         self.choices, self.reason = kernel_choices(rule)
+        if writes > 1 and self.reason is None:
+            self.choices, self.reason = None, f"kernels do not know `writes_per_token={writes}`"
 
     def _takes_kernel(self, v: Tensor, needs_grad: bool, in_place: bool = False) -> bool:
         if self.backend == "pytorch":
@@ -135,21 +140,34 @@ class MemoryBackend:
             x, tail = tokens.finished(tail, sequences.position), next_tail
             v = x[2]
             tokens.release()
+        if state is not None and self.writes > 1:
+            state = state._replace(count=state.count * self.writes)
+        of_writes = sequences.of_writes(self.writes)
         arguments = {"parameters": parameters, "lengths": sequences.lengths}
         after = {"initial_state": state, "output_final_state": carry is not None}
         if decodes:
             y, state, link_cache = self._decode(*x[:6], state, known, projections=projections, **arguments)
         elif in_place:
             weights = known.weights if isinstance(known, _ChunkStart) else None
-            y, weights = step_miras_(*x, rule=self.rule, state=state, weights=weights, **arguments)
+            for write in self._one_by_one(x):
+                y, weights = step_miras_(*write, rule=self.rule, state=state, weights=weights, **arguments)
             link_cache = None if weights is None else _ChunkStart(weights)
         elif self._takes_kernel(v, _needs_grad(*x, *parameters.initial, *parameters[1:], *_flat(state))):
             y, state, link_cache = self._by_kernel(*x[:6], cu_seqlens=sequences.cu_seqlens, **arguments, **after)
         elif state is not None and v.shape[1] == 1:
             y, state = step_miras(*x, rule=self.rule, **arguments, **after)
         else:
-            y, state = chunk_miras(*x, rule=self.rule, cu_seqlens=sequences.cu_seqlens, **arguments, **after)
+            y, state = chunk_miras(*x, rule=self.rule, parameters=parameters, **of_writes, **after)
+            y = y[:, self.writes - 1 :: self.writes]
+        if state is not None and self.writes > 1:
+            state = state._replace(count=state.count // self.writes)
         return y, None if carry is None else Carry(state, tail, link_cache)
+
+    def _one_by_one(self, x: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:
+        """The writes of a token."""
+        if self.writes == 1:
+            return [x]
+        return [tuple(None if t is None else t[:, i : i + 1] for t in x) for i in range(self.writes)]
 
     def _recorded(self, tokens, sequences, parameters, carry, recording) -> tuple[Tensor, Carry | None]:
         """Reads in pieces that begin with the tokens that end a chunk: the state before each holds its chunk's start and
@@ -157,7 +175,7 @@ class MemoryBackend:
         padded = tokens.v.shape[1]
         columns = recording.columns_of(sequences.mask, padded)
         real = sum(columns)
-        ends = recording.ends(real, self.rule.chunk_size)
+        ends = recording.ends(real, self.rule.chunk_size, self.writes)
         # before decoding writes into the tail
         conv_inputs = tokens.part(0, real).conv_inputs(recording.inputs)
         outputs, borders = [], []

@@ -176,7 +176,7 @@ def measure_memories(
                 tokens, sequences, _ = args
                 parameters = MemoryParameters(memory.initial_state(), memory.norm_weight, memory.norm_bias)
                 *x, log_momentum = tokens.finished(position=sequences.position)
-                others = {"cu_seqlens": sequences.cu_seqlens, "lengths": sequences.lengths}
+                others = sequences.of_writes(memory.backend.writes)
                 if log_momentum is not None:  # functions for other memories need not know it
                     others["log_momentum"] = log_momentum
                 found[layer] = function(*x, rule=memory.rule, parameters=parameters, **others)

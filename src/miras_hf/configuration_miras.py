@@ -201,8 +201,8 @@ class MirasConfig(PreTrainedConfig):
             The delta rule: whether an error is that of the memory after its decay, `"decayed"` as in Gated DeltaNet, or
             before it, `"previous"`.
         chunk_size (`int`, *optional*, defaults to 64):
-            Tokens whose gradients are taken at the same weights (28), with the delta rule computed at once. Part of the
-            trained model.
+            Tokens whose gradients are taken at the same weights (28), with the delta rule computed at once; where a token
+            writes several times, writes. Part of the trained model.
         gate_granularity (`str`, *optional*, defaults to `"channel"`):
             Whether step and retention are one number per `"channel"` or per `"head"`; with the delta rule retention is,
             and the step is one number per head.
@@ -210,6 +210,12 @@ class MirasConfig(PreTrainedConfig):
             Whether steps are functions of the text; else every step is `eta_max`, and nothing of it is learned.
         learned_retention (`bool`, *optional*, defaults to `True`):
             Whether retention is a function of the text; else it is that of the initial half-lives.
+        tied_write_key (`bool`, *optional*, defaults to `False`):
+            Whether keys are `1 - alpha`, what every channel's retention lets go, as in HGRN2, and layers have no projection
+            and no convolution of keys. With the dot-product loss and learned retention of channels, without rotary embedding.
+        writes_per_token (`int`, *optional*, defaults to 1):
+            Keys and values, each with a step of its own, that a token writes one after the other, at most 8, before it reads: the
+            n of DeltaProduct. What it forgets it forgets before the first. Without rotary embedding, in PyTorch only.
         gate_rank (`int`, *optional*, defaults to 32): Rank of the maps from the layer's input to channel gates.
         eta_max (`float`, *optional*):
             Largest step of one token; `None` for the one whose write, alone and at a new memory, takes a token's own
@@ -320,6 +326,8 @@ class MirasConfig(PreTrainedConfig):
     gate_granularity: Literal["channel", "head"] = "channel"
     learned_step: bool = True
     learned_retention: bool = True
+    tied_write_key: bool = False
+    writes_per_token: int = bounded(1, 1, 8)
     gate_rank: int = bounded(32, 1, 2**14)
     eta_max: int | float | None = bounded(None, above=0, high=1e3)
     min_log_alpha: int | float | None = bounded(None, -160, 0)
@@ -430,6 +438,11 @@ class MirasConfig(PreTrainedConfig):
         return self.memory_num_key_value_heads or self.num_attention_heads
 
     @property
+    def memory_projections(self) -> tuple[str, ...]:
+        """What a memory layer projects and convolves, of queries, keys and values."""
+        return ("q", "v") if self.tied_write_key else ("q", "k", "v")
+
+    @property
     def has_output_bias(self) -> bool:
         """Whether output projections have biases."""
         return self.attention_bias if self.attention_output_bias is None else self.attention_output_bias
@@ -536,6 +549,26 @@ class MirasConfig(PreTrainedConfig):
         check_own_values(self)
         check_algorithm(self)
         check_meaning(self)
+        if self.writes_per_token > 1:
+            for name in ("use_rope", "tied_write_key"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`{name}` must be False with `writes_per_token={self.writes_per_token}`, got True: the keys of a "
+                        "token would differ in nothing."
+                    )
+        if self.tied_write_key:
+            needs = {
+                "attentional_bias": "dot",
+                "gate_granularity": "channel",
+                "learned_retention": True,
+                "use_rope": False,
+            }
+            for name, value in needs.items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"`{name}` must be {value!r} with `tied_write_key=True`, got {getattr(self, name)!r}: keys are what "
+                        "every channel's retention lets go, and no loss but the dot product has a step that fits their norms."
+                    )
 
     def check_for_model(self) -> None:
         """
@@ -624,7 +657,8 @@ class MirasConfig(PreTrainedConfig):
         """
         plan = {"embed_tokens": "embedding_rowwise"}
         if self.first_memory_layer is not None:
-            mixer = {f"{x}_proj": "colwise" for x in "qkvg"} | {f"{x}_conv": "heads" for x in "qkv"}
+            mixer = {f"{x}_proj": "colwise" for x in (*self.memory_projections, "g")}
+            mixer |= {f"{x}_conv": "heads" for x in self.memory_projections}
             gates = {"eta": True, "alpha": True}
             gates["delta"] = chosen(self, "attentional_bias").delta_granularity is not None
             gates["momentum"] = chosen(self, "learning_algorithm").has_momentum

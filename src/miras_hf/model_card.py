@@ -185,12 +185,13 @@ def four_choices(config: PreTrainedConfig) -> str:
         made["retention"] += f", `{config.lq_map}` map"
     by_chunk = choice_of(config, "learning_algorithm").gradient_at == "chunk"
     gradients = "gradients taken at the start of chunks of" if by_chunk else "computed in chunks of"
+    units = "tokens" if config.writes_per_token == 1 else f"writes, {config.writes_per_token} a token"
     rows = {
         "memory architecture": f"{made['memory_architecture']}, {config.num_attention_heads} memories of width "
         f"{config.head_dim} in a layer",
         "attentional bias": made["attentional_bias"],
         "retention": f"{made['retention']}, decay toward `{config.decay_target}`",
-        "learning algorithm": f"{made['learning_algorithm']}, {gradients} {config.chunk_size} tokens",
+        "learning algorithm": f"{made['learning_algorithm']}, {gradients} {config.chunk_size} {units}",
     }
     return "\n".join(
         ["| choice | here |", "| --- | --- |", *(f"| {choice} | {here} |" for choice, here in rows.items())]

@@ -20,7 +20,7 @@ MLP, decoder layer, models. Moneta, Yaad and Memora are the same modules under d
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -211,10 +211,10 @@ class MirasLowRankGate(nn.Module):
 
     decays = False  # nor does what its kinds add to the bias; its projections do
 
-    def __init__(self, config: MirasConfig, granularity: str, learned: bool = True):
+    def __init__(self, config: MirasConfig, granularity: str, learned: bool = True, writes: int = 1):
         super().__init__()
         self.per_channel, self.learned = granularity == "channel", learned
-        width = config.num_attention_heads * (config.head_dim if self.per_channel else 1)
+        width = config.num_attention_heads * writes * (config.head_dim if self.per_channel else 1)
         if self.per_channel and learned:
             self.down_proj = nn.Linear(config.hidden_size, config.gate_rank, bias=False)
         if learned:
@@ -228,7 +228,8 @@ class MirasLowRankGate(nn.Module):
         return super().train(mode) if self.learned else super().train(mode).requires_grad_(False)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """`[batch, tokens, hidden_size]` to float32 `[batch, tokens, heads, head_dim]`, or `[batch, tokens, heads]`."""
+        """`[batch, tokens, hidden_size]` to float32 `[batch, tokens, heads, head_dim]`, or `[batch, tokens, heads]`, the writes
+        of a head behind each other where a token has several."""
         if self.learned:
             hidden_states = hidden_states.to(self.bias.dtype)  # float32 in a float16 model
             if self.per_channel:
@@ -245,7 +246,7 @@ class MirasStepGate(MirasLowRankGate):
     def __init__(self, config: MirasConfig):
         granularities = chosen(config, "learning_algorithm").step_granularities
         granularity = config.gate_granularity if config.gate_granularity in granularities else "head"
-        super().__init__(config, granularity, config.learned_step)
+        super().__init__(config, granularity, config.learned_step, config.writes_per_token)
         self.eta_max = config.eta_max
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -334,7 +335,7 @@ class MirasMemory(NotByParameter, nn.Module):
     def __init__(self, config: MirasConfig):
         super().__init__()
         self.rule = memory_rule(config)
-        self.backend = MemoryBackend(self.rule, config.memory_backend)
+        self.backend = MemoryBackend(self.rule, config.memory_backend, config.writes_per_token)
         self.initial_scale = config.initial_memory_scale
         heads, head_dim = config.num_attention_heads, config.head_dim
         self.initial_state = MirasInitialState(
@@ -351,7 +352,7 @@ class MirasMemory(NotByParameter, nn.Module):
         """What tokens read, `[batch, tokens, heads, head_dim]`. Their layer of the cache, if there is one, has the memory
         after them."""
         # tensor parallelism leaves buffers whole: as many as this rank has heads
-        _, columns, heads, _ = tokens.v.shape
+        _, columns, heads, _ = tokens.q.shape
         parameters = MemoryParameters(self.initial_state(), self.norm_weight[:heads], self.norm_bias[:heads])
         if cached is None:
             return self.backend(tokens, sequences, parameters)[0]
@@ -384,50 +385,83 @@ class ProjectedTokens:
     Args:
         mixer (`MirasMixer`): whose projections they are.
         hidden_states (`torch.Tensor` of shape `[batch, tokens, hidden_size]`): inputs, which the gates look at.
-        q, k, v (`torch.Tensor` of shape `[batch, tokens, heads, head_dim]`): projections.
+        q, k, v (`torch.Tensor` of shape `[batch, tokens, heads, head_dim]`):
+            Projections; `k` is `None` where keys are what retention lets go, and where a token writes several times, `k` and `v`
+            have the writes of a head behind each other, `[batch, tokens, heads * writes, head_dim]`.
         rotary (`tuple` of `torch.Tensor`, *optional*): cosines and sines, `[batch, tokens, head_dim]`.
     """
 
     mixer: "MirasMixer"
     hidden_states: Tensor
     q: Tensor
-    k: Tensor
     v: Tensor
+    k: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def projected(self) -> dict[str, Tensor]:
+        """The projections by their names, in the order of the convolutions' inputs."""
+        return {name: getattr(self, name) for name in self.mixer.projected}
 
     def part(self, first: int, last: int) -> "ProjectedTokens":
         """Some of the tokens."""
-        hidden_states, q, k, v = (x[:, first:last] for x in (self.hidden_states, self.q, self.k, self.v))
+        cut = {name: x[:, first:last] for name, x in self.projected.items()}
         rotary = None if self.rotary is None else tuple(x[:, first:last] for x in self.rotary)
-        return ProjectedTokens(self.mixer, hidden_states, q, k, v, rotary)
+        return replace(self, hidden_states=self.hidden_states[:, first:last], rotary=rotary, **cut)
 
     def finished(self, tail: Tensor | None = None, position: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Queries, keys, values, steps, log retention, thresholds and log momentum, as memories take them.
+        """Queries, keys, values, steps, log retention, thresholds and log momentum, as memories take them: `[batch, tokens,
+        heads, ...]`, with tokens that write several times as so many tokens of the memory.
 
         Args:
             tail (`torch.Tensor` of shape `[batch, conv_kernel_size - 1, channels]`, *optional*):
                 The convolutions' last inputs before the tokens.
             position (`torch.Tensor` of shape `[batch, tokens]`, *optional*): tokens since the sequence's start.
         """
-        mixer, parts = self.mixer, [x.flatten(-2) for x in (self.q, self.k, self.v)]
-        tails = (None,) * 3 if tail is None else tail.split([x.shape[-1] for x in parts], dim=-1)
-        convolutions = (mixer.q_conv, mixer.k_conv, mixer.v_conv)
-        q, k, v = (mixer.by_heads(conv(x, t, position)) for conv, x, t in zip(convolutions, parts, tails, strict=True))
+        mixer, parts = self.mixer, {name: x.flatten(-2) for name, x in self.projected.items()}
+        widths = [x.shape[-1] for x in parts.values()]
+        tails = (None,) * len(parts) if tail is None else tail.split(widths, dim=-1)
+        found = {
+            name: mixer.by_heads(mixer.convolution(name)(x, t, position))
+            for (name, x), t in zip(parts.items(), tails, strict=True)
+        }
+        q, k, v = (found.pop(name, None) for name in "qkv")
         if self.rotary is not None:
             q, k = apply_rotary_pos_emb(q, k, *self.rotary, unsqueeze_dim=2)
         if mixer.value_norm:
             v = l2norm(v.float(), length=mixer.head_dim**0.5).to(v.dtype)
         gates = (mixer.eta, mixer.alpha, mixer.delta, mixer.momentum)
-        gates = (None if gate is None else gate(self.hidden_states) for gate in gates)
-        return l2norm(q.float()), l2norm(k.float()), v, *gates
+        gates = [None if gate is None else gate(self.hidden_states) for gate in gates]
+        # 1 - alpha, of the retention that there is after the cut
+        k = -gates[1].clamp(min=mixer.memory.rule.min_log_alpha).expm1() if k is None else l2norm(k.float())
+        found = (l2norm(q.float()), k, v, *gates)
+        return found if mixer.writes == 1 else self._by_writes(*found)
+
+    def _by_writes(self, q, k, v, eta, log_alpha, delta, log_momentum) -> tuple[Tensor | None, ...]:
+        """`finished` of tokens that write several times: what is forgotten is so before the first write, and what is read is
+        read after the last."""
+        writes = self.mixer.writes
+
+        def own(x: Tensor) -> Tensor:  # the writes of a head stand behind each other
+            return x.unflatten(2, (-1, writes)).transpose(2, 3).flatten(1, 2)
+
+        def alike(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.repeat_interleave(writes, dim=1)
+
+        def only(x: Tensor, place: int) -> Tensor:  # zeros for the others
+            zeros = torch.zeros_like(x)
+            return torch.stack([x if i == place else zeros for i in range(writes)], dim=2).flatten(1, 2)
+
+        return only(q, writes - 1), own(k), own(v), own(eta), only(log_alpha, 0), alike(delta), alike(log_momentum)
 
     def release(self) -> None:
         """Lets the projections go, which are as large as what was made of them, while the memory reads."""
-        del self.q, self.k, self.v
+        for name in self.mixer.projected:
+            delattr(self, name)
 
     def conv_inputs(self, earlier: Tensor | None) -> Tensor:
         """What enters the convolutions, `[batch, earlier + tokens, channels]`, zeros before a text's first token."""
-        inputs = torch.cat([x.flatten(-2) for x in (self.q, self.k, self.v)], dim=-1)
+        inputs = torch.cat([x.flatten(-2) for x in self.projected.values()], dim=-1)
         if earlier is None:
             return F.pad(inputs, (0, 0, self.mixer.conv_kernel_size - 1, 0))
         return torch.cat((earlier.to(inputs.dtype), inputs), dim=1)
@@ -444,9 +478,9 @@ class ProjectedTokens:
         """Whether the small modules before the memory are what they seem, so that a kernel can do what they do: none is
         wrapped by an adapter, sharded or offloaded, and convolutions have the activation that kernels know."""
         mixer = self.mixer
-        if mixer.conv_act != "silu":
+        if mixer.conv_act != "silu" or mixer.projected != ("q", "k", "v") or mixer.writes > 1:
             return False
-        modules = [(MirasShortConvolution, conv) for conv in (mixer.q_conv, mixer.k_conv, mixer.v_conv)]
+        modules = [(MirasShortConvolution, mixer.convolution(name)) for name in mixer.projected]
         modules += [(MirasStepGate, mixer.eta), (MirasRetentionGate, mixer.alpha)]
         if mixer.delta is not None:
             modules.append((MirasThresholdGate, mixer.delta))
@@ -482,13 +516,14 @@ class MirasMixer(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.memory_key_value_heads
         width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.memory_key_value_heads))
 
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        convolution = (width, config.conv_kernel_size, config.conv_initializer_range, config.conv_act)
-        self.q_conv = MirasShortConvolution(*convolution)
-        self.k_conv = MirasShortConvolution(*convolution)
-        self.v_conv = MirasShortConvolution(*convolution)
+        self.projected, self.writes = config.memory_projections, config.writes_per_token
+        for name in self.projected:
+            features = width if name == "q" else kv_width * self.writes
+            self.add_module(f"{name}_proj", nn.Linear(config.hidden_size, features, bias=config.attention_bias))
+        convolution = (config.conv_kernel_size, config.conv_initializer_range, config.conv_act)
+        for name in self.projected:
+            channels = width if name == "q" else width * self.writes
+            self.add_module(f"{name}_conv", MirasShortConvolution(channels, *convolution))
 
         self.eta = MirasStepGate(config)
         self.alpha = MirasRetentionGate(config)
@@ -526,19 +561,27 @@ class MirasMixer(nn.Module):
         if self.use_rope and position_embeddings is not None:
             rotary = tuple(sequences.gather(x.expand(batch, -1, -1)) for x in position_embeddings)
 
-        projections = self.projections(hidden_states)
+        # no name for the projections: `ProjectedTokens.release` could not free them
+        tokens = ProjectedTokens(self, hidden_states, **dict(self.projections(hidden_states)), rotary=rotary)
         # convolutions, rotary embedding, norms and gates stand before it: `ProjectedTokens.finished`
-        memory = self.memory(ProjectedTokens(self, hidden_states, *projections, rotary), sequences, cached)
+        memory = self.memory(tokens, sequences, cached)
         gate = self.by_heads(self.g_proj(hidden_states))
         output = self.o_norm(memory.to(gate.dtype), gate).flatten(-2)
         return sequences.scatter(self.o_proj(output), batch), None
 
-    def projections(self, hidden_states: Tensor) -> Iterator[Tensor]:
-        """Queries, keys and values, `[batch, tokens, heads, head_dim]`, one after the other, held by nobody else."""
-        yield self.by_heads(self.q_proj(hidden_states))
-        for project in (self.k_proj, self.v_proj):
-            # every head has its own memory, and convolutions, of what it shares
-            yield repeat_heads(self.by_heads(project(hidden_states)), self.num_key_value_groups, dim=2)
+    def projections(self, hidden_states: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Queries, keys and values, `[batch, tokens, heads, head_dim]`, by name one after the other, held by nobody else."""
+        for name in self.projected:
+            projected = self.by_heads(self.get_submodule(f"{name}_proj")(hidden_states))
+            if name != "q" and self.num_key_value_groups > 1:
+                # every head has its own memory, and convolutions, of what it shares
+                by_heads = projected.unflatten(2, (-1, self.writes))
+                projected = repeat_heads(by_heads, self.num_key_value_groups, dim=2).flatten(2, 3)
+            yield name, projected
+
+    def convolution(self, name: str) -> nn.Module:
+        """That of queries, keys or values."""
+        return self.get_submodule(f"{name}_conv")
 
     def by_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

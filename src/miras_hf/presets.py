@@ -123,6 +123,16 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
             "",
             {**_HEBBIAN, "learned_step": False, "gate_granularity": "channel"},
         ),
+        "hgrn2": Preset(
+            "HGRN2 (arXiv 2404.07904)",
+            "S = diag(f) S + (1 - f)^T v",
+            "eta = 1, alpha = f, k = 1 - alpha (`tied_write_key`); its f = sigmoid(x) is `-exp(a_log) softplus(-x)` with "
+            "`a_log = 0`",
+            "its forget gates have a lower bound that grows from layer to layer, which here are cut at `min_log_alpha`; "
+            "`a_log` is learned",
+            "",
+            {**_HEBBIAN, "learned_step": False, "gate_granularity": "channel", "tied_write_key": True},
+        ),
         "mamba2": Preset(
             "Mamba2's state update (arXiv 2405.21060)",
             "S = exp(Delta a) S + Delta B^T x, y = C S + D x",
@@ -154,6 +164,15 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
             "",
             "kimi_linear",
             {**_DELTA, "gate_granularity": "channel"},
+        ),
+        "delta-product": Preset(
+            "Gated DeltaProduct (arXiv 2502.10297)",
+            "S = alpha S, then S = S - beta_j k_j^T (k_j S - v_j) for j = 1 to n",
+            "eta_j = beta_j, up to 2, log alpha = g; n is `writes_per_token`, and the memory reads n tokens for each of the "
+            "text, the first with alpha; without alpha, that of `deltanet` with `writes_per_token`",
+            "",
+            "",
+            {**_DELTA, "gate_granularity": "head", "eta_max": 2.0, "writes_per_token": 2},
         ),
         "longhorn": Preset(
             "Longhorn (arXiv 2407.14207)",
@@ -203,10 +222,7 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
 
 NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
     {
-        "HGRN2 (arXiv 2404.07904)": "its write key is 1 - alpha, and a layer here has keys of their own; given such keys, "
-        "the recurrence is that of `gla`",
         "RWKV-7 (arXiv 2503.14456)": "it erases along another key than it writes along",
-        "DeltaProduct (arXiv 2502.10297)": "it writes several keys a token; each of its steps is one of `gated-deltanet`",
         "Mesa layer (arXiv 2506.05233)": "it reads the exact solution of a ridge regression, which needs a second state",
         "Softmax attention": "it is no parametric memory: it keeps all keys and values",
     }

@@ -142,14 +142,16 @@ class Recording:
         count (`int`): real tokens that every row has read.
         columns (`list` of `bool`): the last columns read, true at real tokens; so many can be taken back.
         inputs (`torch.Tensor` of shape `[rows, conv_kernel_size - 1 + sum(columns), channels]`, *optional*):
-            Last inputs of the q, k and v convolutions; `None` before the first token.
+            Last inputs of the convolutions; `None` before the first token.
         borders (`list` of `(int, MemoryState)`): states before the tokens that ended a chunk, and their counts.
+        writes (`int`): slots of a chunk that a token takes.
     """
 
     count: int = 0
     columns: list[bool] = field(default_factory=list)
     inputs: Tensor | None = None
     borders: list[tuple[int, MemoryState]] = field(default_factory=list)
+    writes: int = 1
 
     @staticmethod
     def start(memory: MemoryState | None, conv_tail: Tensor | None) -> "Recording":
@@ -168,11 +170,13 @@ class Recording:
         """
         return [True] * columns if mask is None else _common(mask)
 
-    def ends(self, tokens: int, chunk_size: int) -> list[int]:
-        """Those of the next real tokens that end a chunk, and can be taken back when all are read."""
+    def ends(self, tokens: int, chunk_size: int, writes: int = 1) -> list[int]:
+        """Those of the next real tokens, of so many slots each, that end a chunk, and can be taken back when all are read."""
+        self.writes = writes
         last = range(max(0, tokens - MAX_TOKENS_BACK), tokens)
         # the first token of all needs no border: before it is nothing
-        return [i for i in last if self.count + i > 0 and (self.count + i + 1) % chunk_size == 0]
+        before = self.count
+        return [i for i in last if before + i > 0 and (before + i + 1) * writes % chunk_size < writes]
 
     def add(
         self, columns: list[bool], conv_inputs: Tensor, conv_before: int, borders: list[tuple[int, MemoryState]]
@@ -212,7 +216,7 @@ class Recording:
             return memory.map(torch.zeros_like), conv_tail
         state = next(border for count, border in [*self.borders, (self.count, memory)] if count >= target)
         size = state.eta.shape[-2]
-        kept = (torch.arange(size, device=state.eta.device) < target % size).unsqueeze(-1)
+        kept = (torch.arange(size, device=state.eta.device) < target * self.writes % size).unsqueeze(-1)
 
         def emptied(slots: Tensor) -> Tensor:
             return torch.where(kept, slots, 0.0)

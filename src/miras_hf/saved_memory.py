@@ -359,10 +359,10 @@ def _shapes(layer: Any, rows: int, tokens: int = 0) -> dict[str, list[int]]:
     )
     gate_dim = head_dim if mixer.eta.per_channel or mixer.alpha.per_channel else 1
     state = _flatten(initial_memory_state(memory.rule, parameters, 1, gate_dim))
-    width = parameters.norm_weight.numel()
+    channels = sum(mixer.convolution(name).weight.shape[0] for name in mixer.projected)
     return {
         **{name: [rows, *tensor.shape[1:]] for name, tensor in state.items()},
-        "conv_tail": [rows, mixer.conv_kernel_size - 1, 3 * width],
+        "conv_tail": [rows, mixer.conv_kernel_size - 1, channels],
     }
 
 
@@ -442,7 +442,7 @@ def _check_state(source: str, header: Header, tensors: dict[str, Tensor], decode
             f"{source}: {first} must be {tokens} in every row, since there is no attention_mask, got {read}."
         )
     slots = torch.arange(config.chunk_size)
-    phase = (torch.tensor(read) % config.chunk_size)[:, None]
+    phase = (torch.tensor(read) * config.writes_per_token % config.chunk_size)[:, None]
     for i in (i for i, layer in enumerate(decoder.layers) if layer.layer_type == MEMORY_LAYER):
         eta, log_decay = (tensors[f"layers.{i}.{name}"].ne(0).any(-1).any(1) for name in ("eta", "log_decay"))
         taken = eta | (log_decay & (slots < phase))

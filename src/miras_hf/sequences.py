@@ -57,6 +57,13 @@ class Sequences:
             return x
         return x.gather(1, self.token_order[..., None].expand_as(x))
 
+    def of_writes(self, writes: int) -> dict[str, Tensor | None]:
+        """`cu_seqlens` and `lengths` as memories take them, of tokens that write so many times each."""
+        return {
+            name: value if value is None or writes == 1 else value * writes
+            for name, value in (("cu_seqlens", self.cu_seqlens), ("lengths", self.lengths))
+        }
+
     def scatter(self, x: Tensor, batch: int) -> Tensor:
         """The inverse of `gather`, zeros at pads."""
         if self.cu_seqlens is not None:

@@ -153,6 +153,8 @@ def state_after(
     x: MemoryInputs, lengths: Tensor, state: MemoryState, rule: MirasRule, parameters: MemoryParameters
 ) -> MemoryState:
     """The state that reading makes of another."""
+    if "channel" not in rule.algorithm.step_granularities:
+        x = x._replace(eta=x.eta[..., :1])  # widened to that of retention
     after = chunk_miras(
         *x, rule=rule, parameters=parameters, initial_state=state, output_final_state=True, lengths=lengths
     )[1]
