@@ -37,6 +37,7 @@ import statistics
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from glob import glob
 from itertools import chain
@@ -45,6 +46,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -61,9 +63,11 @@ from transformers import (
 
 import miras_hf
 from miras_hf.compat import CACHE_NAME
+from miras_hf.configuration_miras import MEMORY_LAYER
 from miras_hf.distillation import AlignmentTrainer, DistillationTrainer, alignment_errors
 from miras_hf.files import atomic_write, write_text
 from miras_hf.model_card import machine, versions
+from miras_hf.stored_alignment import StoredAlignmentTrainer, store_activations
 
 
 @dataclass
@@ -93,6 +97,9 @@ class Arguments:
     block_size: int = field(default=256, metadata={"help": "Tokens in one row."})
     batch_size: int = field(default=4, metadata={"help": "Rows per step."})
     stage1_steps: int = field(default=70, metadata={"help": "Steps of alignment."})
+    offline: bool = field(
+        default=False, metadata={"help": "Stage 1 layer by layer, from activations that are stored first."}
+    )
     stage1_rate: float = field(default=1e-3, metadata={"help": "Peak rate of alignment."})
     stage2_steps: int = field(default=12, metadata={"help": "Steps of distillation."})
     stage2_rate: float = field(default=1e-4, metadata={"help": "Peak rate of memories in distillation."})
@@ -280,8 +287,8 @@ def small_llama(texts: list[str], args: Arguments) -> str:
     return train.output_dir
 
 
-def train_stage(trainer: Trainer, student: PreTrainedModel, done: Path, deadline: float, progress: Progress) -> bool:
-    """Trains from the last checkpoint on; what was learned goes to `done`. Returns whether there was time for it."""
+def train_stage(trainer: Trainer, save: Callable[[], None], deadline: float, progress: Progress) -> bool:
+    """Trains from the last checkpoint on, and saves what was learned. Returns whether there was time for it."""
     folder = Path(trainer.args.output_dir)
     # what a checkpoint writes last is the state
     whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
@@ -291,11 +298,45 @@ def train_stage(trainer: Trainer, student: PreTrainedModel, done: Path, deadline
     trainer.train(resume_from_checkpoint=last and str(last))
     progress.add_seconds(time.perf_counter() - start)
     if not stop.stopped:
-        student.config.use_cache = True
-        student.save_pretrained(done)
+        save()
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
     return not stop.stopped
+
+
+def align_offline(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    train: Dataset,
+    args: Arguments,
+    deadline: float,
+    progress: Progress,
+) -> bool:
+    """Stage 1 from files, one layer after the other. Returns whether there was time for all of them."""
+    folder = Path(args.output_dir)
+    number = min(len(train), args.stage1_steps * args.batch_size)
+    rows = torch.tensor(train.select(range(number))["input_ids"][:])
+    files = {
+        i: folder / "activations" / f"layer_{i}.arrow"
+        for i, kind in enumerate(student.config.layer_types)
+        if kind == MEMORY_LAYER
+    }
+    if not all(path.exists() for path in files.values()):
+        start = time.perf_counter()
+        batches = ({"input_ids": ids} for ids in rows.split(args.batch_size))
+        store_activations(student, teacher, batches, folder / "activations")
+        progress.add_seconds(time.perf_counter() - start)
+    for i, path in files.items():
+        mixer, done = student.model.layers[i].mixer, folder / "stage1" / f"layer_{i}.safetensors"
+        if done.exists():
+            mixer.load_state_dict(load_file(done, device=str(teacher.device)))
+            continue
+        save = {"save_strategy": "steps", "save_steps": max(1, -(-args.stage1_steps // 4)), "save_total_limit": 1}
+        options = training(args, f"stage1/layer_{i}", args.stage1_steps, args.stage1_rate, **save)
+        trainer = StoredAlignmentTrainer(student, i, args=options, train_dataset=Dataset.from_file(str(path)))
+        if not train_stage(trainer, lambda m=mixer, d=done: save_file(m.state_dict(), d), deadline, progress):
+            return False
+    return True
 
 
 @torch.no_grad()
@@ -449,10 +490,21 @@ def main(argv: list[str] | None = None) -> dict | None:
         else:
             if out_of_time(stage):
                 return None
-            save = {"save_strategy": "steps", "save_steps": max(1, -(-steps // 4)), "save_total_limit": 1}
-            options = training(args, name, steps, rate, **save)
-            trainer = kind(student, teacher, **extra, args=options, train_dataset=train, data_collator=collator)
-            if not train_stage(trainer, student, done, deadline, progress):
+
+            def save(student=student, done=done) -> None:
+                student.config.use_cache = True
+                student.save_pretrained(done)
+
+            if args.offline and stage == "stage 1":
+                in_time = align_offline(student, teacher, train, args, deadline, progress)
+                if in_time:
+                    save()
+            else:
+                saves = {"save_strategy": "steps", "save_steps": max(1, -(-steps // 4)), "save_total_limit": 1}
+                options = training(args, name, steps, rate, **saves)
+                trainer = kind(student, teacher, **extra, args=options, train_dataset=train, data_collator=collator)
+                in_time = train_stage(trainer, save, deadline, progress)
+            if not in_time:
                 print(f"{stage} was stopped. The same command goes on.")
                 return None
         climb(stage, student)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from test_convert import make_teacher
 from test_convert import text as random_text
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -178,12 +179,33 @@ def test_a_stage_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path):
             student = miras_hf.convert(teacher, [0, 2], {"chunk_size": 4})
             options = distil.training(args, "stage", 3, 1e-2, save_strategy="steps", save_steps=2)
             trainer = AlignmentTrainer(student, teacher, args=options, train_dataset=rows)
-            finished = distil.train_stage(trainer, student, done, deadline, progress)
+            finished = distil.train_stage(trainer, lambda: student.save_pretrained(done), deadline, progress)
             calls += 1
             assert finished == done.exists() == (calls == 3 or deadline > 0) and calls < 4
         assert not list(folder.glob("stage/checkpoint-*"))
         learned.append(AutoModelForCausalLM.from_pretrained(done).state_dict())
     assert all(torch.equal(learned[1][name], weight) for name, weight in learned[0].items())
+
+
+def test_layers_learn_one_by_one_and_go_on(tmp_path):
+    distil, teacher, weights = load_example("distil"), make_teacher("smollm"), []
+    train = Dataset.from_dict({"input_ids": random_text(24, rows=6).tolist()})
+    for name, deadline in (("whole", math.inf), ("pieces", 0.0)):
+        args = distil.Arguments(output_dir=str(tmp_path / name), batch_size=2, stage1_steps=3, stage1_rate=1e-2)
+        for calls in range(1, 6):  # what is done of one layer is not done again
+            torch.manual_seed(0)
+            student = miras_hf.convert(teacher, [0, 2], {"chunk_size": 4})
+            before = {n: p.clone() for n, p in student.named_parameters()}
+            if distil.align_offline(student, teacher, train, args, deadline, distil.Progress(tmp_path / name, {})):
+                break
+        assert calls == (1 if deadline else 5)
+        weights.append(dict(student.named_parameters()))
+    assert {n for n, p in before.items() if not torch.equal(p, weights[1][n])} >= {
+        f"model.layers.{i}.mixer.{x}_proj.weight" for i in (0, 2) for x in "qkvgo"
+    }
+    assert all(
+        torch.equal(weights[0][n], p) and (".mixer." in n or torch.equal(p, before[n])) for n, p in weights[1].items()
+    )
 
 
 def test_a_file_is_carried_in_pieces(tmp_path):
