@@ -76,6 +76,12 @@ class Arguments:
         default=None, metadata={"help": "A Llama, Mistral, Qwen2 or Qwen3: folder or Hub name."}
     )
     gguf_file: str | None = field(default=None, metadata={"help": "File in that folder, of a model stored as GGUF."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "The teacher's name for the hybrid's card, by default that on the Hub."}
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Its licence, by default what its card says, if that is there."}
+    )
     split_teacher: int | None = field(
         default=None,
         metadata={
@@ -473,7 +479,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         train = train.map(lambda row: {"labels": row["input_ids"]})
     climb("teacher", teacher)
     set_seed(args.seed)  # whatever was drawn before, or was not because it was there
-    student = miras_hf.convert(teacher, layers, memory)
+    student = miras_hf.convert(teacher, layers, memory, base_model=args.base_model, license=args.license)
     print(f"{type(teacher).__name__} to {type(student).__name__}, layers {layers} are memories now", flush=True)
     climb("converted", student)
     stages = {

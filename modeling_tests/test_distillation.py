@@ -19,9 +19,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_convert import make_teacher, text
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import miras_hf
 from miras_hf.distillation import (
@@ -31,6 +32,7 @@ from miras_hf.distillation import (
     alignment_errors,
     chunked_divergence,
 )
+from miras_hf.model_card import training_run
 from miras_hf.modeling_miras import MirasMixer
 from miras_hf.stored_alignment import (
     StoredAlignment,
@@ -264,6 +266,30 @@ def test_what_cannot_be_stored_is_named_and_leaves_no_file(pair, tmp_path):
     rows = [{"hidden_states": [0.0] * 64, "attention_output": [0.0] * 64}]
     with pytest.raises(ValueError, match=r"more than `sink_tokens` \(4\), got \[2\]"):
         StoredAlignment(student, 2)(**collate_activations(rows, 32))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_cards_of_what_was_trained_name_the_teacher(pair, tmp_path, stage):
+    student, teacher = copy.deepcopy(pair)
+    student.config.base_model, student.config.license = "me/small", "apache-2.0"
+    kind = AlignmentTrainer if stage == 1 else DistillationTrainer
+    trainer = kind(student, teacher, args=arguments(tmp_path / "run", max_steps=1), train_dataset=ROWS)
+    trainer.train()
+    if stage == 1:  # what is saved is the student
+        student.save_pretrained(tmp_path / "saved")
+    else:
+        trainer.save_model(tmp_path / "saved")
+    trainer.create_model_card(model_name="me/hybrid", tags="converted")  # as `push_to_hub` does
+    for folder in ("saved", "run"):
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        assert (card.data.base_model, card.data.license) == ("me/small", "apache-2.0")
+        assert "converted from me/small and trained with `miras-hf`" in " ".join(card.text.split())
+        assert "1 steps of 2 rows" in card.text
+    assert card.data.model_name == "me/hybrid" and "converted" in card.data.tags
+    # trained on from a folder, it still comes from the teacher
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    trainer = DistillationTrainer(loaded, teacher, args=arguments(tmp_path / "on", max_steps=1), train_dataset=ROWS)
+    assert training_run(trainer)["base_model"] == "me/small"
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

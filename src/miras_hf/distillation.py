@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer
 
 from .configuration_miras import MEMORY_LAYER
+from .model_card import ModelCardMixin
 from .modeling_miras import MirasForCausalLM, MirasMixer
 from .sequences import Sequences, packed_sequences, padded_sequences
 from .weight_decay import exempt_from_trainer
@@ -62,10 +63,15 @@ class Alignment(nn.Module):
         )
         self.sink_tokens = sink_tokens
         self._teacher = (teacher,)  # no module of this one: neither trained nor saved
+        self._student = (student,)
 
     @property
     def teacher(self) -> PreTrainedModel:
         return self._teacher[0]
+
+    @property
+    def student(self) -> MirasForCausalLM:
+        return self._student[0]
 
     def forward(
         self,
@@ -159,8 +165,9 @@ def errors_of(rows: Tensor) -> dict[str, Tensor]:
     return {"loss": errors.mean(), "errors": errors, "sizes": sizes, "rows": rows.detach()}
 
 
-class RowsTrainer(Trainer):
-    """A `Trainer` that evaluates exactly: sums of every row are gathered, and its metrics are made of their totals.
+class RowsTrainer(ModelCardMixin, Trainer):
+    """A `Trainer` that evaluates exactly and writes model cards: of the latter, see [`~miras_hf.model_card.ModelCardMixin`].
+    In evaluation, sums of every row are gathered, and its metrics are made of their totals.
 
     Means of batches, which `Trainer` averages, depend on how rows fall into batches and processes. Subclasses call
     `add_rows` where they compute the loss of an evaluation, and turn the totals into metrics in `metrics_of`.
@@ -223,6 +230,14 @@ class ErrorsTrainer(RowsTrainer):
             self._errors.append(errors.detach())
         return (loss, outputs) if return_outputs else loss
 
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self.record_run()  # the student is saved by itself
+        return result
+
+    def model_of_card(self) -> MirasForCausalLM:
+        return self.accelerator.unwrap_model(self.model).student
+
     def metrics_of(self, totals: Tensor) -> dict[str, float]:
         errors = totals[0] / totals[1]
         return {"loss": errors.mean().item(), **self.of_layers(errors)}
@@ -249,7 +264,7 @@ class AlignmentTrainer(ErrorsTrainer):
     """
     Stage 1: `Trainer` of an [`Alignment`]. Logs the error of every layer as `alignment/layer_0` and so on, in evaluation as
     `eval_alignment/layer_0`, of the rows of all processes; its checkpoints hold the memory layers alone. Train with a rate like 1e-3; the student has learned when
-    `train()` returns: save it by `student.save_pretrained`.
+    `train()` returns: save it by `student.save_pretrained`, with a card that says how it was trained.
 
     Errors are those of the rows of all processes and of all accumulated batches together, whatever their lengths; with
     `gradient_accumulation_steps` above 1 the teacher reads every batch once more, for that.

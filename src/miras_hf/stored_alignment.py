@@ -137,7 +137,11 @@ class StoredAlignment(nn.Module):
             raise ValueError(f"`sink_tokens` must be an integer of at least 0, got {sink_tokens!r}.")
         self.mixers = nn.ModuleDict({str(layer): student.model.layers[layer].mixer})
         self.sink_tokens = sink_tokens
-        self._rotary = (student.model.rotary_emb,)  # no module of this one: it has nothing to learn
+        self._student = (student,)  # no module of this one: its other layers do not learn
+
+    @property
+    def student(self) -> MirasForCausalLM:
+        return self._student[0]
 
     def forward(
         self, hidden_states: Tensor, attention_output: Tensor, lengths: Tensor, return_loss: bool = True
@@ -161,8 +165,7 @@ class StoredAlignment(nn.Module):
                 f"`lengths` must hold one of more than `sink_tokens` ({self.sink_tokens}), got {lengths.tolist()}."
             )
         hidden_states = hidden_states.to(mixer.q_proj.weight.dtype)
-        rotary = self._rotary[0]
-        positions = None if rotary is None else rotary.to(hidden_states.device)(hidden_states, position)
+        positions = self.student.model.rotary_emb.to(hidden_states.device)(hidden_states, position)
         sequences = padded_sequences(real.long(), *real.shape, 0)
         output, _ = mixer(hidden_states, position_embeddings=positions, sequences=sequences)
         return errors_of(sums_of_rows(output, attention_output, counts)[..., None])
