@@ -184,6 +184,9 @@ def alignment(folder: Path) -> dict:
     result = {
         "wrapper": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "errors": [entry["alignment/layer_0"] for entry in trainer.state.log_history if "loss" in entry],
+        # one process has a row more than the other
+        "evaluation": trainer.evaluate(padded_examples()[11:])["eval_alignment/layer_0"],
         "weights": {name: p.tolist() for name, p in student.named_parameters()},
     }
     AcceleratorState._reset_state()
@@ -199,7 +202,10 @@ def distillation(folder: Path) -> dict:
     rows = [{name: x for name, x in row.items() if name != "labels"} for row in padded_examples()]
     trainer = DistillationTrainer(student, teacher, body_learning_rate=1e-2, args=arguments, train_dataset=rows)
     trainer.train()
-    result = {"weights": {name: p.tolist() for name, p in student.named_parameters()}}
+    result = {
+        "evaluation": trainer.evaluate(padded_examples()[11:])["eval_loss"],
+        "weights": {name: p.tolist() for name, p in student.named_parameters()},
+    }
     AcceleratorState._reset_state()
     return result
 

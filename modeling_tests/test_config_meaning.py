@@ -141,7 +141,7 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
     # for others than the decoder: tools, tokenizers, how it is run; and those that ask for other choices: gates of heads,
     # whose parameters `test_momentum.py` counts, or the dot product, see `test_presets.py`
     told = {"max_position_embeddings", "use_cache", "chunk_size_feed_forward", "pad_token_id", "bos_token_id"}
-    told |= {"eos_token_id", "memory_backend", "learning_algorithm", "tied_write_key"}
+    told |= {"eos_token_id", "memory_backend", "learning_algorithm", "tied_write_key", "base_model", "license"}
     own = {field.name for field in dataclasses.fields(MirasConfig)}
     own -= {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"chunk_size_feed_forward"}
     assert own == other.keys() | told | means_something_with().keys()
@@ -203,6 +203,8 @@ def test_without_a_memory_its_fields_mean_nothing(monkeypatch):
         "eos_token_id",
         "attention_layers",
         "full_attention_layers",
+        "base_model",
+        "license",
     }
     assert own == shared | other.keys()
     # and a stored config that lost its memories is read without what was said about them

@@ -14,11 +14,14 @@
 """Pretrained Transformers that become hybrids: what stays attention is the teacher's, bit for bit, and memories are heirs."""
 
 import copy
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -42,7 +45,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import miras_hf
 from miras_hf.compat import CACHE_NAME, cache_of
+from miras_hf.convert import lineage
+from miras_hf.model_card import model_card
 
+
+convert_module = sys.modules["miras_hf.convert"]  # under the function's name
 
 SMALL = {
     "vocab_size": 64,
@@ -106,6 +113,47 @@ def text(tokens, rows=2, seed=0):
 @pytest.fixture(scope="module", params=TEACHERS)
 def teacher(request):
     return make_teacher(request.param)
+
+
+def test_config_and_card_say_where_the_weights_come_from(tmp_path, monkeypatch):
+    teacher, memory = make_teacher("llama"), {"chunk_size": 4}
+    nothing = miras_hf.convert(teacher, [1], memory)
+    assert (nothing.config.base_model, nothing.config.license) == (None, None)
+    assert model_card(nothing).data.base_model is None and "come from" not in model_card(nothing).text
+    # of a folder its own card knows the licence, and nobody its name on the Hub
+    teacher.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "README.md").write_text("---\nlicense: mit\nbase_model: someone/else\n---\n# A card\n")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    assert lineage(loaded) == {"base_model": None, "license": "mit"}
+    # of a model from the Hub the card may be in the cache
+    snapshot = tmp_path / "hub" / "models--me--small" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (tmp_path / "hub" / "models--me--small" / "refs").mkdir()
+    (tmp_path / "hub" / "models--me--small" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(
+        convert_module, "try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir=tmp_path / "hub")
+    )
+    teacher.config._name_or_path = "me/unknown"
+    assert lineage(teacher) == {"base_model": "me/unknown", "license": None}
+    teacher.config._name_or_path = "me/small"
+    student = miras_hf.convert(teacher, [1], memory)
+    assert (student.config.base_model, student.config.license) == ("me/small", "apache-2.0")
+    named = miras_hf.convert(teacher, [1], memory, base_model="me/other", license="mit").config
+    assert (named.base_model, named.license) == ("me/other", "mit")
+
+    student.save_pretrained(tmp_path / "student")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert (student.config.base_model, student.config.license) == ("me/small", "apache-2.0")
+    card = ModelCard.load(tmp_path / "student" / "README.md")
+    assert (card.data.base_model, card.data.license) == ("me/small", "apache-2.0")
+    words = " ".join(card.text.split())
+    assert "converted from me/small with `miras-hf`" in words
+    assert "weights come from me/small (licence: apache-2.0): some of its attention layers became memories" in words
+    with pytest.raises(ValueError, match="leave to the teacher what is the teacher's, got `license`"):
+        miras_hf.convert(teacher, [1], {"license": "mit"})
+    with pytest.raises(StrictDataclassError, match="license"):
+        miras_hf.convert(teacher, [1], license=7)
 
 
 @torch.no_grad()

@@ -18,9 +18,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_convert import make_teacher, text
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import miras_hf
 from miras_hf.distillation import (
@@ -30,7 +32,14 @@ from miras_hf.distillation import (
     alignment_errors,
     chunked_divergence,
 )
+from miras_hf.model_card import training_run
 from miras_hf.modeling_miras import MirasMixer
+from miras_hf.stored_alignment import (
+    StoredAlignment,
+    StoredAlignmentTrainer,
+    collate_activations,
+    store_activations,
+)
 
 
 LAYERS = [0, 2]
@@ -133,7 +142,9 @@ def test_alignment_trains_the_memories_alone_and_resumes(pair, tmp_path):
     assert last["loss"] < first["loss"] and last["alignment/layer_2"] < first["alignment/layer_2"]
     assert first["loss"] == pytest.approx((first["alignment/layer_0"] + first["alignment/layer_2"]) / 2, rel=1e-3)
     errors = alignment_errors(student, teacher, [{"input_ids": torch.stack([row["input_ids"] for row in ROWS])}])
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(errors.values()) / 2, rel=0.05)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(sum(errors.values()) / 2, rel=1e-5)
+    assert metrics["eval_alignment/layer_2"] == pytest.approx(errors[2], rel=1e-5)
 
     stored = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert all(name.startswith(("mixers.0.", "mixers.2.")) for name in stored)
@@ -141,6 +152,144 @@ def test_alignment_trains_the_memories_alone_and_resumes(pair, tmp_path):
     trainer = AlignmentTrainer(resumed, teacher, args=args, train_dataset=ROWS)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(map(torch.equal, resumed.parameters(), student.parameters()))
+
+
+PADDED = [  # of very different lengths
+    {
+        "input_ids": row["input_ids"].where(real, 0),
+        "attention_mask": real.long(),
+        "labels": row["labels"].where(real, -100),
+    }
+    for row, real in zip(ROWS, (torch.arange(24) < torch.tensor([[5], [24], [9], [16], [7]])))
+]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_evaluation_is_of_all_tokens_however_they_fall_into_batches(pair, tmp_path, stage):
+    student, teacher = pair
+    if stage == 1:
+        sums = torch.zeros(2, 2)
+        for row in PADDED:
+            ids = row["input_ids"][row["attention_mask"].bool()][None]
+            with torch.no_grad():
+                sums += torch.tensor(
+                    [[x.sum() for x in norms(student, teacher, ids, layer, first=4)] for layer in LAYERS]
+                )
+        expected = (sums[:, 0] / sums[:, 1]).mean().item()
+    else:
+        divergences = []
+        for row in PADDED:
+            ids = row["input_ids"][row["attention_mask"].bool()][None]
+            with torch.no_grad():
+                log_p, log_q = (model(ids).logits[0, :-1].log_softmax(-1) for model in (teacher, student))
+            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        expected = torch.cat(divergences).mean().item()
+    for batch in (1, 2, 5):
+        args = arguments(tmp_path, per_device_eval_batch_size=batch)
+        kind = AlignmentTrainer if stage == 1 else DistillationTrainer
+        trainer = kind(student, teacher, args=args, eval_dataset=PADDED)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def stored(pair, folder, batches, dtype="float32"):
+    files = store_activations(*pair, batches, folder, dtype=dtype)
+    assert files.keys() == set(LAYERS) and sorted(folder.iterdir()) == sorted(files.values())
+    return {layer: Dataset.from_file(str(path)) for layer, path in files.items()}
+
+
+def test_stored_activations_are_those_of_every_text(pair, tmp_path):
+    rows = [text(13, rows=1), text(9, rows=1, seed=1)]
+    padded = {
+        "input_ids": torch.cat((rows[0], F.pad(rows[1], (4, 0), value=5))),
+        "attention_mask": torch.tensor([[1] * 13, [0] * 4 + [1] * 9]),
+    }
+    packed = {
+        "input_ids": torch.cat(rows, dim=1),
+        "position_ids": torch.cat((torch.arange(13), torch.arange(9)))[None],
+        "labels": torch.cat(rows, dim=1),
+    }
+    with torch.no_grad():
+        expected = Alignment(*pair, sink_tokens=3)(padded["input_ids"], padded["attention_mask"])["errors"]
+    for name, batches in (("padded", [padded]), ("packed", [packed]), ("rows", [{"input_ids": row} for row in rows])):
+        for i, (layer, dataset) in enumerate(stored(pair, tmp_path / name, batches).items()):
+            assert [len(row["hidden_states"]) for row in dataset] == [13 * 32, 9 * 32]
+            with torch.no_grad():
+                found = StoredAlignment(pair[0], layer, sink_tokens=3)(**collate_activations(list(dataset), 32))
+            torch.testing.assert_close(found["errors"], expected[i : i + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_learns_from_a_file_what_it_learns_beside_its_teacher(pair, tmp_path):
+    student, teacher = copy.deepcopy(pair)
+    offline = copy.deepcopy(student)
+    files = stored(pair, tmp_path / "stored", [{"input_ids": row["input_ids"][None]} for row in ROWS])
+    for layer in (0, 2):  # beside its teacher each of them alone
+        alone = copy.deepcopy(student)
+        other = 2 - layer
+        trainer = AlignmentTrainer(alone, teacher, args=arguments(tmp_path / "beside"), train_dataset=ROWS)
+        del trainer.model.mixers[str(other)]
+        trainer.train()
+        stored_trainer = StoredAlignmentTrainer(
+            offline, layer, args=arguments(tmp_path / "offline"), train_dataset=files[layer], eval_dataset=files[layer]
+        )
+        stored_trainer.train()
+        for name, p in alone.model.layers[layer].mixer.named_parameters():
+            found = offline.model.layers[layer].mixer.get_parameter(name)
+            torch.testing.assert_close(found, p, rtol=1e-4, atol=1e-5)
+        logs = [entry for entry in stored_trainer.state.log_history if "loss" in entry]
+        assert logs[0][f"alignment/layer_{layer}"] == pytest.approx(logs[0]["loss"], rel=1e-3)
+        errors = alignment_errors(offline, teacher, [{"input_ids": row["input_ids"][None]} for row in ROWS])
+        assert stored_trainer.evaluate()["eval_loss"] == pytest.approx(errors[layer], rel=1e-4)
+    assert not torch.equal(offline.model.layers[2].mixer.q_proj.weight, student.model.layers[2].mixer.q_proj.weight)
+    # half the size, and about the same
+    halves = stored(pair, tmp_path / "half", [{"input_ids": ROWS[0]["input_ids"][None]}], dtype="float16")[2]
+    whole = torch.tensor(files[2][0]["attention_output"])
+    torch.testing.assert_close(torch.tensor(halves[0]["attention_output"]), whole, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_stored_is_named_and_leaves_no_file(pair, tmp_path):
+    student, teacher = copy.deepcopy(pair)
+    batch = {"input_ids": text(13)}
+    for dtype, batches, message in (
+        ("bfloat16", [batch], "`dtype` must be one of float32, float16, got 'bfloat16'"),
+        ("float16", [], "`batches` must hold at least one text, got none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            store_activations(student, teacher, batches, tmp_path, dtype)
+    teacher.model.layers[2].self_attn.o_proj.weight.data.mul_(1e7)
+    with pytest.raises(ValueError, match="`dtype` must hold what layer 2 reads and returns, float16 cannot"):
+        store_activations(student, teacher, [batch], tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"`layer` must be a memory layer, one of \[0, 2\], got 1"):
+        StoredAlignment(student, 1)
+    with pytest.raises(ValueError, match="`sink_tokens` must be an integer of at least 0, got -1"):
+        StoredAlignment(student, 2, -1)
+    rows = [{"hidden_states": [0.0] * 64, "attention_output": [0.0] * 64}]
+    with pytest.raises(ValueError, match=r"more than `sink_tokens` \(4\), got \[2\]"):
+        StoredAlignment(student, 2)(**collate_activations(rows, 32))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_cards_of_what_was_trained_name_the_teacher(pair, tmp_path, stage):
+    student, teacher = copy.deepcopy(pair)
+    student.config.base_model, student.config.license = "me/small", "apache-2.0"
+    kind = AlignmentTrainer if stage == 1 else DistillationTrainer
+    trainer = kind(student, teacher, args=arguments(tmp_path / "run", max_steps=1), train_dataset=ROWS)
+    trainer.train()
+    if stage == 1:  # what is saved is the student
+        student.save_pretrained(tmp_path / "saved")
+    else:
+        trainer.save_model(tmp_path / "saved")
+    trainer.create_model_card(model_name="me/hybrid", tags="converted")  # as `push_to_hub` does
+    for folder in ("saved", "run"):
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        assert (card.data.base_model, card.data.license) == ("me/small", "apache-2.0")
+        assert "converted from me/small and trained with `miras-hf`" in " ".join(card.text.split())
+        assert "1 steps of 2 rows" in card.text
+    assert card.data.model_name == "me/hybrid" and "converted" in card.data.tags
+    # trained on from a folder, it still comes from the teacher
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    trainer = DistillationTrainer(loaded, teacher, args=arguments(tmp_path / "on", max_steps=1), train_dataset=ROWS)
+    assert training_run(trainer)["base_model"] == "me/small"
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

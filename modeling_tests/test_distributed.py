@@ -174,11 +174,15 @@ def test_alignment_on_two_processes(results, tmp_path):
     before = {name: p.clone() for name, p in student.named_parameters()}
     trainer = AlignmentTrainer(student, teacher, sink_tokens=1, args=arguments, train_dataset=padded_examples())
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses, errors = ([entry[name] for entry in logs] for name in ("loss", "alignment/layer_0"))
+    evaluation = trainer.evaluate(padded_examples()[11:])["eval_alignment/layer_0"]
     for rank, found in enumerate(results("alignment")):
         assert found["wrapper"] == "DistributedDataParallel"
+        assert found["evaluation"] == pytest.approx(evaluation, abs=1e-5)
         if rank == 0:  # the one that logs
             assert found["losses"] == pytest.approx(losses, abs=1e-6)
+            assert found["errors"] == pytest.approx(errors, abs=1e-6)
         assert_moved_alike(found["weights"], student, before)
 
 
@@ -187,8 +191,11 @@ def test_distillation_on_two_processes(results, tmp_path):
     before = {name: p.clone() for name, p in student.named_parameters()}
     arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, **PLAIN_STEPS)
     rows = [{name: x for name, x in row.items() if name != "labels"} for row in padded_examples()]
-    DistillationTrainer(student, teacher, body_learning_rate=1e-2, args=arguments, train_dataset=rows).train()
+    trainer = DistillationTrainer(student, teacher, body_learning_rate=1e-2, args=arguments, train_dataset=rows)
+    trainer.train()
+    evaluation = trainer.evaluate(padded_examples()[11:])["eval_loss"]
     for found in results("distillation"):
+        assert found["evaluation"] == pytest.approx(evaluation, abs=1e-5)
         assert_moved_alike(found["weights"], student, before)
 
 

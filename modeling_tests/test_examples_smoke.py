@@ -15,6 +15,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -22,9 +23,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import Dataset
+from test_convert import make_teacher
+from test_convert import text as random_text
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import miras_hf
 from miras_hf import saved_memory
+from miras_hf.distillation import AlignmentTrainer
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -142,10 +149,80 @@ def check_distil(folder: Path, text: str) -> None:
     assert list(ladder) == ["teacher", "converted", "stage 1", "stage 2"]
     assert abs(ladder["stage 2"] - ladder["teacher"]) < 0.05 and f"| stage 1 | {ladder['stage 1']:.3f} |" in text
     # two of three layers have keys and values, of 2 heads of 16 numbers in float32, as the teacher's three have
-    sizes = result["cache_bytes"]
-    assert sizes["teacher"]["512"] == 3 * 2 * 2 * 16 * 4 * 512
-    assert sizes["hybrid"]["512"] - sizes["hybrid"]["64"] == 2 * 2 * 2 * 16 * 4 * (512 - 64)
+    theirs, ours = (
+        {length: row["cache_bytes"] for length, row in result["after"][name].items()} for name in ("teacher", "hybrid")
+    )
+    assert theirs["512"] == 3 * 2 * 2 * 16 * 4 * 512
+    assert ours["512"] - ours["64"] == 2 * 2 * 2 * 16 * 4 * (512 - 64)
+    assert f"| stage 2 | {ladder['stage 2']:.3f} | {math.exp(ladder['stage 2']):.2f} |" in text
+    assert result["tokens"] == {"stage 1": 16 * 8 * 64, "stage 2": 6 * 8 * 64}
+    # what has been measured is not measured again, and nothing is trained anew
+    seconds = json.loads((folder / "distilled" / "progress.json").read_text())["seconds"]
+    again = load_example("distil").main(["--smoke", "--output_dir", str(folder / "distilled")])
+    assert again["seconds"] == seconds and again["nats_per_token"] == ladder
+    with pytest.raises(ValueError, match=r"other settings: --batch_size 8, now 4\. Name another folder"):
+        load_example("distil").main(["--smoke", "--output_dir", str(folder / "distilled"), "--batch_size", "4"])
     assert AutoModelForCausalLM.from_pretrained(folder / "distilled").config.full_attention_layers == [0, 2]
+
+
+def test_a_stage_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path):
+    distil = load_example("distil")
+    teacher = make_teacher("smollm")
+    rows = [{"input_ids": row, "labels": row} for row in random_text(24, rows=6, seed=3)]
+    learned = []
+    for deadline in (math.inf, 0.0):
+        folder = tmp_path / str(deadline)
+        args = distil.Arguments(output_dir=str(folder), batch_size=2)
+        progress, done, calls = distil.Progress(folder, {}), folder / "done", 0
+        while not done.exists():
+            torch.manual_seed(calls)  # what a checkpoint brings back is not what is made anew
+            student = miras_hf.convert(teacher, [0, 2], {"chunk_size": 4})
+            options = distil.training(args, "stage", 3, 1e-2, save_strategy="steps", save_steps=2)
+            trainer = AlignmentTrainer(student, teacher, args=options, train_dataset=rows)
+            finished = distil.train_stage(trainer, lambda: student.save_pretrained(done), deadline, progress)
+            calls += 1
+            assert finished == done.exists() == (calls == 3 or deadline > 0) and calls < 4
+        assert not list(folder.glob("stage/checkpoint-*"))
+        learned.append(AutoModelForCausalLM.from_pretrained(done).state_dict())
+    assert all(torch.equal(learned[1][name], weight) for name, weight in learned[0].items())
+
+
+def test_layers_learn_one_by_one_and_go_on(tmp_path):
+    distil, teacher, weights = load_example("distil"), make_teacher("smollm"), []
+    train = Dataset.from_dict({"input_ids": random_text(24, rows=6).tolist()})
+    for name, deadline in (("whole", math.inf), ("pieces", 0.0)):
+        args = distil.Arguments(output_dir=str(tmp_path / name), batch_size=2, stage1_steps=3, stage1_rate=1e-2)
+        for calls in range(1, 6):  # what is done of one layer is not done again
+            torch.manual_seed(0)
+            student = miras_hf.convert(teacher, [0, 2], {"chunk_size": 4})
+            before = {n: p.clone() for n, p in student.named_parameters()}
+            if distil.align_offline(student, teacher, train, args, deadline, distil.Progress(tmp_path / name, {})):
+                break
+        assert calls == (1 if deadline else 5)
+        weights.append(dict(student.named_parameters()))
+    assert {n for n, p in before.items() if not torch.equal(p, weights[1][n])} >= {
+        f"model.layers.{i}.mixer.{x}_proj.weight" for i in (0, 2) for x in "qkvgo"
+    }
+    assert all(
+        torch.equal(weights[0][n], p) and (".mixer." in n or torch.equal(p, before[n])) for n, p in weights[1].items()
+    )
+
+
+def test_a_file_is_carried_in_pieces(tmp_path):
+    distil, path, content = load_example("distil"), tmp_path / "model.gguf", bytes(range(256)) * 10
+    path.write_bytes(content)
+    pieces = distil.split_file(path, 1000)
+    assert [piece.stat().st_size for piece in pieces] == [1000, 1000, 560]
+    path.unlink()
+    distil.join_file(path)
+    assert path.read_bytes() == content
+    path.unlink()
+    pieces[1].write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match="not those that were cut"):
+        distil.join_file(path)
+    pieces[1].unlink()
+    with pytest.raises(ValueError, match="these pieces are missing: model.gguf.piece-01"):
+        distil.join_file(path)
 
 
 def test_notebook_runs_and_is_stored_without_outputs(tmp_path, monkeypatch):
@@ -181,6 +258,13 @@ def test_examples_name_their_mistakes(tmp_path):
         forecast.main(["--context", "888", "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="--do takes train, read and ask, got rest"):
         load_example("long_document_qa").main(["--do", "rest", "--folder", str(tmp_path)])
+    for flags, message in (
+        (["--size", "tpu"], "--size must be one of smoke, cpu, gpu, got 'tpu'"),
+        (["--teacher", "x", "--split_teacher", "4"], "--split_teacher needs --gguf_file and at least 1 MiB, got 4"),
+        (["--smoke", "--train_files", __file__], "--train_files must name at least 10 files.*got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_example("distil").main([*flags, "--output_dir", str(tmp_path / "none")])
     for name in ("finetune_lora", "distil"):
         with pytest.raises(ValueError, match="--smoke"):
             load_example(name).main(["--output_dir", str(tmp_path)])

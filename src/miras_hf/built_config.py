@@ -27,9 +27,11 @@ from .configuration_miras import MirasConfig
 # config and modules together, and drafts that exit early set the number of layers for a while.
 READ_WHEN_RUN = frozenset(
     {
+        "base_model",
         "bos_token_id",
         "eos_token_id",
         "initializer_range",
+        "license",
         "num_hidden_layers",
         "pad_token_id",
         "tie_word_embeddings",

@@ -249,6 +249,8 @@ class MirasConfig(PreTrainedConfig):
         memory_backend (`str`, *optional*, defaults to `"auto"`):
             What memories compute with. `"auto"`: Triton kernels where they serve the call, PyTorch elsewhere;
             `"triton"` raises where no kernel does; `"pytorch"`. The environment variable `MIRAS_BACKEND` wins over it.
+        base_model (`str`, *optional*): Name of the model that this one was converted from, for its model card.
+        license (`str`, *optional*): Licence of the weights, as the Hub calls it, for the model card: `"apache-2.0"`.
 
     Fields that say more about a choice, as `lp_power` does about `attentional_bias="lp"`, must be left at their defaults
     where another choice is made. A stored config in which they are not, which earlier versions wrote, is read without
@@ -342,6 +344,8 @@ class MirasConfig(PreTrainedConfig):
     output_gate_act: str = "silu"
     output_norm_eps: int | float | None = bounded(1.0, 1e-30, 1e6)
     memory_backend: Literal["auto", "triton", "pytorch"] = "auto"
+    base_model: str | None = None
+    license: str | None = None
 
     def __post_init__(self, **kwargs):
         # Transformers drops some of them without a word, and would make attributes of the others

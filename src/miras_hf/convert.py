@@ -18,11 +18,14 @@ the same projection. It has read nothing yet, and must be trained: `miras_hf.dis
 """
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard, try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -87,8 +90,10 @@ _OF_THE_TEACHER = {
     "attention_dropout",
     "attention_layers",
     "attention_output_bias",
+    "base_model",
     "full_attention_layers",
     "layer_types",
+    "license",
     "num_key_value_heads",
     "qk_norm",
     "rope_parameters",
@@ -99,7 +104,12 @@ _WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def convert(
-    model: PreTrainedModel, layers: Sequence[int], memory: str | Mapping[str, Any] = "yaad"
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    memory: str | Mapping[str, Any] = "yaad",
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
 ) -> MirasForCausalLM:
     """
     A Miras hybrid with the weights of a pretrained Transformer, copied.
@@ -118,6 +128,10 @@ def convert(
         memory (`str` or `dict`, *optional*, defaults to `"yaad"`):
             What they become: `"yaad"`, `"moneta"`, `"memora"` or `"miras"`; or fields of a [`MirasConfig`], `model_type`
             among them if it is none of `"yaad"`. Those of [`heir_fields`] are set unless they are given.
+        base_model (`str`, *optional*): Name of the teacher on the Hub, by default the one that it was loaded by.
+        license (`str`, *optional*):
+            Licence of its weights, and so of these, by default what its own card says, where that is in its folder or in
+            the Hub's cache. Config and model card keep both.
 
     Returns:
         `MirasForCausalLM` of the kind that `memory` names, in the teacher's dtype, on its device and in its mode, with its
@@ -141,6 +155,8 @@ def convert(
     family = _family(model)
     layers = _layers(layers, model.config.num_hidden_layers)
     config = _config(model.config, family, layers, memory)
+    found = lineage(model)
+    config.base_model, config.license = base_model or found["base_model"], license or found["license"]
     heir = AutoModelForCausalLM.from_config(
         config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
     ).to(model.device)
@@ -161,6 +177,19 @@ def heir_fields(teacher: PreTrainedConfig) -> dict[str, Any]:
         # half open at zero, and the norm after the memory doubles it
         "output_gate_act": "sigmoid",
     }
+
+
+def lineage(model: PreTrainedModel) -> dict[str, str | None]:
+    """`base_model` and `license` of a model that was loaded from the Hub, or of a folder with a card, as far as they can be
+    known without a network."""
+    name = model.config._name_or_path
+    in_folder = bool(name) and Path(name).is_dir()
+    on_hub = not in_folder and re.fullmatch(r"[\w.-]+/[\w.-]+", name or "") is not None
+    card = Path(name) / "README.md" if in_folder else try_to_load_from_cache(name, "README.md") if on_hub else None
+    license = None
+    if isinstance(card, str | Path) and Path(card).is_file():
+        license = ModelCard(Path(card).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
+    return {"base_model": name if on_hub else None, "license": license if isinstance(license, str) else None}
 
 
 def _family(model: Any) -> Family:
@@ -319,4 +348,4 @@ def start_as_heir(mixer: MirasMixer, attention: nn.Module) -> None:
     mixer.o_norm.weight.fill_(1.0 / float(mixer.o_norm.act_fn(torch.zeros(()))))
 
 
-__all__ = ["FAMILIES", "Family", "convert", "heir_fields", "start_as_heir"]
+__all__ = ["FAMILIES", "Family", "convert", "heir_fields", "lineage", "start_as_heir"]

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer
 
 from .configuration_miras import MEMORY_LAYER
+from .model_card import ModelCardMixin
 from .modeling_miras import MirasForCausalLM, MirasMixer
 from .sequences import Sequences, packed_sequences, padded_sequences
 from .weight_decay import exempt_from_trainer
@@ -62,10 +63,15 @@ class Alignment(nn.Module):
         )
         self.sink_tokens = sink_tokens
         self._teacher = (teacher,)  # no module of this one: neither trained nor saved
+        self._student = (student,)
 
     @property
     def teacher(self) -> PreTrainedModel:
         return self._teacher[0]
+
+    @property
+    def student(self) -> MirasForCausalLM:
+        return self._student[0]
 
     def forward(
         self,
@@ -83,25 +89,23 @@ class Alignment(nn.Module):
 
         Returns:
             `loss`, the mean of the layers' errors; `errors` of shape `[memory layers]`: the norms of the difference, summed
-            over tokens, over those of what the teacher returns; and `sizes` of the same shape, the latter sums. An untrained
-            memory that returns nothing has an error of 1.
+            over tokens, over those of what the teacher returns; `sizes` of the same shape, the latter sums; and `rows` of
+            shape `[batch, 2, memory layers]`, both sums of every row. An untrained memory that returns nothing has an error
+            of 1.
         """
-        sequences, position = _sequences(input_ids, attention_mask, position_ids)
+        sequences, position = sequences_of(input_ids, attention_mask, position_ids)
         counts = position >= self.sink_tokens
         if not counts.any():
             raise ValueError(
                 f"`input_ids` must have texts longer than `sink_tokens` ({self.sink_tokens}), got shape "
                 f"{tuple(input_ids.shape)}."
             )
-        errors, sizes = [], []
-        seen = self._attention(input_ids, attention_mask, sequences, position)
+        seen = self.attention(input_ids, attention_mask, sequences, position)
+        rows = []
         for i, (hidden_states, positions, expected) in seen.items():
             output, _ = self.mixers[i](hidden_states, position_embeddings=positions, sequences=sequences)
-            expected = expected[counts].float()
-            sizes.append(expected.norm(dim=-1).sum())
-            errors.append((output[counts].float() - expected).norm(dim=-1).sum() / sizes[-1])
-        stacked = torch.stack(errors)
-        return {"loss": stacked.mean(), "errors": stacked, "sizes": torch.stack(sizes)}
+            rows.append(sums_of_rows(output, expected, counts))
+        return errors_of(torch.stack(rows, dim=-1))
 
     @torch.no_grad()
     def teacher_sizes(
@@ -112,15 +116,15 @@ class Alignment(nn.Module):
         return_loss: bool = True,
     ) -> Tensor:
         """`sizes` of [`~Alignment.forward`], of the same arguments, without a word from the memories."""
-        sequences, position = _sequences(input_ids, attention_mask, position_ids)
-        seen, counts = self._attention(input_ids, attention_mask, sequences, position), position >= self.sink_tokens
-        return torch.stack([expected[counts].float().norm(dim=-1).sum() for _, _, expected in seen.values()])
+        sequences, position = sequences_of(input_ids, attention_mask, position_ids)
+        seen, counts = self.attention(input_ids, attention_mask, sequences, position), position >= self.sink_tokens
+        return torch.stack([norms(expected, counts).sum() for _, _, expected in seen.values()])
 
     @torch.no_grad()
-    def _attention(
+    def attention(
         self, input_ids: Tensor, attention_mask: Tensor | None, sequences: Sequences, position: Tensor
     ) -> dict[str, tuple]:
-        """Inputs, rotary embeddings and outputs of the attention layers that memories replace."""
+        """Inputs, rotary embeddings and outputs of the attention layers that memories replace, by the layer's index."""
         attention_mask = None if sequences.mask is None else attention_mask  # with one, teachers see no packs
         seen: dict[str, tuple] = {}
 
@@ -143,11 +147,124 @@ class Alignment(nn.Module):
         return seen
 
 
-class AlignmentTrainer(Trainer):
+def norms(x: Tensor, counts: Tensor) -> Tensor:
+    """Norms of tokens, summed in every row: of `[batch, tokens, hidden_size]`, where the bool `[batch, tokens]` says so."""
+    return torch.where(counts[..., None], x.float(), 0.0).norm(dim=-1).sum(-1)
+
+
+def sums_of_rows(output: Tensor, expected: Tensor, counts: Tensor) -> Tensor:
+    """`[batch, 2]`: norms of the differences and of what was expected, summed over the tokens of a row that count."""
+    expected = expected.float()
+    return torch.stack((norms(output.float() - expected, counts), norms(expected, counts)), dim=-1)
+
+
+def errors_of(rows: Tensor) -> dict[str, Tensor]:
+    """What [`Alignment`] returns, from sums of shape `[batch, 2, memory layers]`."""
+    differences, sizes = rows.sum(0)
+    errors = differences / sizes
+    return {"loss": errors.mean(), "errors": errors, "sizes": sizes, "rows": rows.detach()}
+
+
+class RowsTrainer(ModelCardMixin, Trainer):
+    """A `Trainer` that evaluates exactly and writes model cards: of the latter, see [`~miras_hf.model_card.ModelCardMixin`].
+    In evaluation, sums of every row are gathered, and its metrics are made of their totals.
+
+    Means of batches, which `Trainer` averages, depend on how rows fall into batches and processes. Subclasses call
+    `add_rows` where they compute the loss of an evaluation, and turn the totals into metrics in `metrics_of`.
     """
-    Stage 1: `Trainer` of an [`Alignment`]. Logs the error of every layer as `alignment/layer_0` and so on, of the first
-    process, and its checkpoints hold the memory layers alone. Train with a rate like 1e-3; the student has learned when
-    `train()` returns: save it by `student.save_pretrained`.
+
+    _rows: list[Tensor]
+
+    def add_rows(self, rows: Tensor) -> None:
+        """Takes sums of shape `[batch, ...]`. Rows that another process repeats, to have as many, do not count."""
+        self._rows.append(self.accelerator.gather_for_metrics(rows.contiguous()).double())
+
+    def metrics_of(self, totals: Tensor) -> dict[str, float]:
+        raise NotImplementedError
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        self._rows = []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        if self._rows:
+            totals = torch.cat(self._rows).sum(0)
+            output.metrics.update({f"{metric_key_prefix}_{n}": x for n, x in self.metrics_of(totals).items()})
+        self._rows = []
+        return output
+
+
+class ErrorsTrainer(RowsTrainer):
+    """`Trainer` of a model with `mixers` by their layers, that returns `errors` and `sizes` of them: [`Alignment`], for one."""
+
+    def __init__(self, model: nn.Module, **kwargs):
+        super().__init__(model=model, **kwargs)
+        exempt_from_trainer()
+        self._errors: list[Tensor] = []
+        self._accumulated: Tensor | None = None
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._accumulated = None
+        if len(batches) > 1:
+            # gradients are averaged over batches, whose rows do not hold as many tokens
+            alignment = self.accelerator.unwrap_model(self.model)
+            inputs = ({n: x for n, x in self._prepare_inputs(batch).items() if n != "labels"} for batch in batches)
+            self._accumulated = torch.stack([alignment.teacher_sizes(**batch) for batch in inputs]).mean(0)
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = outputs["loss"]
+        if not model.training:
+            self.add_rows(outputs["rows"])
+        else:
+            errors = outputs["errors"]
+            if self.accelerator.num_processes > 1 or self._accumulated is not None:
+                # gradients are averaged over processes and batches, whose rows do not hold as many tokens
+                mine = outputs["sizes"] if self._accumulated is None else self._accumulated
+                errors = errors * (outputs["sizes"] / self.accelerator.reduce(mine, reduction="mean"))
+                loss = errors.mean()
+            self._errors.append(errors.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self.record_run()  # the student is saved by itself
+        return result
+
+    def model_of_card(self) -> MirasForCausalLM:
+        return self.accelerator.unwrap_model(self.model).student
+
+    def metrics_of(self, totals: Tensor) -> dict[str, float]:
+        errors = totals[0] / totals[1]
+        return {"loss": errors.mean().item(), **self.of_layers(errors)}
+
+    def of_layers(self, errors: Tensor) -> dict[str, float]:
+        mixers = self.accelerator.unwrap_model(self.model).mixers
+        return {f"alignment/layer_{i}": error for i, error in zip(mixers, errors.tolist(), strict=True)}
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        # collators look for them
+        self._signature_columns = [*self._signature_columns, "labels"]
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self._errors and "loss" in logs:
+            # the parts of the loss, of all processes as it is
+            errors = self.accelerator.reduce(torch.stack(self._errors).mean(0), reduction="mean")
+            logs |= self.of_layers(errors)
+            self._errors.clear()
+        super().log(logs, *args, **kwargs)
+
+
+class AlignmentTrainer(ErrorsTrainer):
+    """
+    Stage 1: `Trainer` of an [`Alignment`]. Logs the error of every layer as `alignment/layer_0` and so on, in evaluation as
+    `eval_alignment/layer_0`, of the rows of all processes; its checkpoints hold the memory layers alone. Train with a rate like 1e-3; the student has learned when
+    `train()` returns: save it by `student.save_pretrained`, with a card that says how it was trained.
 
     Errors are those of the rows of all processes and of all accumulated batches together, whatever their lengths; with
     `gradient_accumulation_steps` above 1 the teacher reads every batch once more, for that.
@@ -167,46 +284,8 @@ class AlignmentTrainer(Trainer):
     ```"""
 
     def __init__(self, student: MirasForCausalLM, teacher: PreTrainedModel, sink_tokens: int = 4, **kwargs):
-        super().__init__(model=Alignment(student, teacher, sink_tokens), **kwargs)
-        exempt_from_trainer()
+        super().__init__(Alignment(student, teacher, sink_tokens), **kwargs)
         teacher.to(self.args.device).eval()
-        self._errors: list[Tensor] = []
-        self._accumulated: Tensor | None = None
-
-    def get_batch_samples(self, *args, **kwargs):
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        self._accumulated = None
-        if len(batches) > 1:
-            # gradients are averaged over batches, whose rows do not hold as many tokens
-            alignment = self.accelerator.unwrap_model(self.model)
-            inputs = ({n: x for n, x in self._prepare_inputs(batch).items() if n != "labels"} for batch in batches)
-            self._accumulated = torch.stack([alignment.teacher_sizes(**batch) for batch in inputs]).mean(0)
-        return batches, num_items
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        loss = outputs["loss"]
-        if model.training:
-            self._errors.append(outputs["errors"].detach())
-            if self.accelerator.num_processes > 1 or self._accumulated is not None:
-                # gradients are averaged over processes, whose rows do not hold as many tokens
-                mine = outputs["sizes"] if self._accumulated is None else self._accumulated
-                together = self.accelerator.reduce(mine, reduction="mean")
-                loss = (outputs["errors"] * (outputs["sizes"] / together)).mean()
-        return (loss, outputs) if return_outputs else loss
-
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        # collators look for them
-        self._signature_columns = [*self._signature_columns, "labels"]
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if self._errors and "loss" in logs:
-            means = torch.stack(self._errors).mean(0).tolist()
-            mixers = self.accelerator.unwrap_model(self.model).mixers
-            logs |= {f"alignment/layer_{i}": error for i, error in zip(mixers, means, strict=True)}
-            self._errors.clear()
-        super().log(logs, *args, **kwargs)
 
 
 @torch.no_grad()
@@ -226,24 +305,25 @@ def alignment_errors(
     Raises:
         `ValueError`: if there are none.
     """
-    alignment, errors = Alignment(student, teacher, sink_tokens), []
+    alignment, sums = Alignment(student, teacher, sink_tokens), []
     modes = student.training, teacher.training
     student.eval()
     teacher.eval()
     try:
         for batch in batches:
             inputs = {name: value.to(teacher.device) for name, value in batch.items() if name != "labels"}
-            errors.append(alignment(**inputs)["errors"])
+            sums.append(alignment(**inputs)["rows"].sum(0))
     finally:
         student.train(modes[0])
         teacher.train(modes[1])
-    if not errors:
+    if not sums:
         raise ValueError("`batches` must hold at least one batch, got none.")
-    means = torch.stack(errors).mean(0).tolist()
-    return dict(sorted(zip(map(int, alignment.mixers), means, strict=True), key=lambda pair: pair[1]))
+    differences, sizes = torch.stack(sums).sum(0)
+    errors = zip(map(int, alignment.mixers), (differences / sizes).tolist(), strict=True)
+    return dict(sorted(errors, key=lambda pair: pair[1]))
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(RowsTrainer):
     """
     Stage 2: a `Trainer` whose loss is the Kullback-Leibler divergence of the student's next token from the teacher's, in
     nats a token. Logits of both stand in memory for `chunk_tokens` tokens at a time, and are computed again for gradients.
@@ -316,7 +396,7 @@ class DistillationTrainer(Trainer):
         items = torch.zeros((), device=device)
         for batch in batches:
             _check_batch(batch)
-            _, position = _sequences(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
+            _, position = sequences_of(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
             items += _counted(batch.get("labels"), position).sum().to(device)
         if self.args.average_tokens_across_devices:
             items = self.accelerator.reduce(items, reduction="mean")
@@ -327,7 +407,7 @@ class DistillationTrainer(Trainer):
         labels = inputs.pop("labels", None)
         _check_batch(inputs)
         # the same positions for both, which begin their texts with another number where pads stand before
-        sequences, position = _sequences(
+        sequences, position = sequences_of(
             inputs["input_ids"], inputs.pop("attention_mask", None), inputs.get("position_ids")
         )
         inputs |= {"position_ids": position.clamp(min=0), "use_cache": False}
@@ -345,11 +425,21 @@ class DistillationTrainer(Trainer):
         with torch.no_grad():
             expected = self.teacher.model(**inputs)[0]
         counts = _counted(labels, position)
-        loss = chunked_divergence(
-            hidden[0][counts], expected[counts], base.lm_head, self.teacher.lm_head, self.chunk_tokens
-        )
-        loss = loss / (num_items_in_batch if num_items_in_batch is not None else counts.sum().clamp(min=1))
+        heads = (base.lm_head, self.teacher.lm_head, self.chunk_tokens)
+        if model.training:
+            divergence = chunked_divergence(hidden[0][counts], expected[counts], *heads)
+        else:
+            of_rows = [
+                chunked_divergence(x[i], y[i], *heads) for x, y, i in zip(hidden[0], expected, counts, strict=True)
+            ]
+            self.add_rows(torch.stack((torch.stack(of_rows), counts.sum(-1).float()), dim=-1))
+            divergence = sum(of_rows)
+        loss = divergence / (num_items_in_batch if num_items_in_batch is not None else counts.sum().clamp(min=1))
         return (loss, outputs) if return_outputs else loss
+
+    def metrics_of(self, totals: Tensor) -> dict[str, float]:
+        divergence, tokens = totals.tolist()
+        return {"loss": divergence / max(tokens, 1.0)}
 
 
 def chunked_divergence(
@@ -411,7 +501,7 @@ def _counted(labels: Tensor | None, position: Tensor) -> Tensor:
     return position >= 0 if labels is None else F.pad(labels[:, 1:] != -100, (0, 1), value=False)
 
 
-def _sequences(
+def sequences_of(
     input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> tuple[Sequences, Tensor]:
     """The sequences of a call, and the place of every token in its own, -1 at pads."""

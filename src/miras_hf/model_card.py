@@ -92,11 +92,13 @@ def model_card(
     ending = next((ending for ending in _TASKS if type(model).__name__.endswith(ending)), None)
     task, kind = _TASKS.get(ending, ("feature-extraction", "model without a head"))
     data = (run or {}).get("data", {})
+    base_model, license = (getattr(config, field, None) for field in ("base_model", "license"))
     fields = {
         "library_name": "transformers",
         "pipeline_tag": task,
         "language": data.get("language"),
-        "base_model": (run or {}).get("base_model") or None,
+        "base_model": (run or {}).get("base_model") or base_model,
+        "license": license,
         "datasets": [data["id"]] if data.get("id") else None,
         "tags": ["miras-hf", config.model_type, "arxiv:2504.13173"],
         "model_name": str(name),
@@ -125,6 +127,8 @@ def model_card(
         choices=four_choices(config) if memories else None,
         memory_bytes=4 * sum(weight.numel() for memory in memories for weight in memory.initial_state),
         config=changed_fields(config),
+        converted_from=_in_text(_one_line(base_model)),
+        license=_in_text(_one_line(license)),
         run=_in_text(run),
     )
 
@@ -238,13 +242,20 @@ class ModelCardMixin(_Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # PEFT's models hand attributes on to the model inside, and write cards of their own
-        model = self.accelerator.unwrap_model(self.model)
-        model.training_run = _merged(training_run(self), self.run_details or {})
+        self.record_run()
         super()._save(output_dir, state_dict)
+
+    def record_run(self) -> None:
+        """Leaves what is known of the run at the model, whose card says it whenever it is saved."""
+        self.model_of_card().training_run = _merged(training_run(self), self.run_details or {})
+
+    def model_of_card(self) -> PreTrainedModel:
+        """The model that a card is written for."""
+        return self.accelerator.unwrap_model(self.model)
 
     def create_model_card(self, **kwargs) -> None:
         """What `push_to_hub` calls after saving; arguments of `Trainer.create_model_card`."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.model_of_card()
         if hasattr(model, "peft_config"):
             super().create_model_card(**kwargs)
         elif self.is_world_process_zero():
@@ -260,8 +271,12 @@ def training_run(trainer) -> dict[str, Any]:
     args, state = trainer.args, trainer.state
     dataset = trainer.train_dataset
     precision = next((name for name in ("bf16", "fp16") if getattr(args, name)), "float32")
+    card_of = getattr(trainer, "model_of_card", lambda: trainer.accelerator.unwrap_model(trainer.model))
+    config = card_of().config
+    path, base_model = config._name_or_path, getattr(config, "base_model", None)
     run = {
-        "base_model": trainer.accelerator.unwrap_model(trainer.model).config._name_or_path or None,
+        # a folder on the way from the base model says nothing to others
+        "base_model": base_model if base_model and (not path or Path(path).is_dir()) else path or None,
         "data": {"train_rows": len(dataset) if hasattr(dataset, "__len__") else None},
         "training": {
             "steps": state.global_step,

@@ -51,11 +51,13 @@ from .modeling_miras import MirasModel
 # What a memory means does not depend on these; any other field, those to come included, changes what the model computes.
 NEUTRAL_FIELDS = {
     "attention_dropout",
+    "base_model",
     "bos_token_id",
     "conv_initializer_range",
     "eos_token_id",
     "initial_memory_scale",
     "initializer_range",
+    "license",
     "max_half_life",
     "memory_backend",
     "min_half_life",
