@@ -33,6 +33,7 @@ from miras_hf.memory import (
     Decay,
     Dot,
     ElasticNet,
+    ElasticNetDecay,
     GatedMLPMemory,
     HuberCoordinate,
     HuberMixture,
@@ -93,6 +94,7 @@ OTHER_RULES = {
         decay_target="zero",
     ),
     "sparse": MirasRule(attentional_bias=L2(), retention=ElasticNet(threshold=0.1), decay_target="zero"),
+    "shrunk": MirasRule(attentional_bias=HuberNorm(), retention=ElasticNetDecay(threshold=2e-3)),
     "shallow": MirasRule(architecture=MLPMemory(depth=1), attentional_bias=L2(), retention=Lq()),
     "deep": MirasRule(architecture=MLPMemory(expansion=2, depth=3), attentional_bias=L2(), retention=KL()),
     "last": MirasRule(

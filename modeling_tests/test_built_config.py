@@ -83,6 +83,7 @@ EDITS = {
     "simplex_mass": 1.0,
     "bregman_bound": 0.5,
     "elastic_net_threshold": 0.5,
+    "elastic_net_decay_threshold": 0.5,
     "weight_cap": 0.1,
     "decay_target": "zero",
     "chunk_size": 2,

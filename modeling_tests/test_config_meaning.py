@@ -45,6 +45,7 @@ OTHER = {
     "simplex_mass": 0.1,
     "bregman_bound": 1e-2,
     "elastic_net_threshold": 3.0,
+    "elastic_net_decay_threshold": 0.3,
     "weight_cap": 1e-2,
     "gradient_at": "previous",
     "gate_rank": 2,
@@ -53,10 +54,14 @@ OTHER = {
     "qk_norm": True,
     "sliding_window": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 3.0},
+    "learned_retention": False,
+    "min_half_life": 2.0,
+    "max_half_life": 64.0,
+    "min_log_alpha": -1e-9,
 }
 CHOICES = {
     "attentional_bias": ["l2", "lp", "huber_coordinate", "huber_norm", "huber_mixture", "robust", "dot", "l1"],
-    "retention": ["decay", "lq", "kl", "chi_squared", "bregman", "elastic_net"],
+    "retention": ["none", "decay", "lq", "kl", "chi_squared", "bregman", "elastic_net", "elastic_net_decay"],
     "memory_architecture": ["mlp", "gated_mlp", "matrix"],
     "memory_depth": [1, 2],
     "memory_norm": [True, False],
@@ -96,7 +101,7 @@ def test_a_field_changes_what_is_computed_or_is_refused(name, monkeypatch):
     if about & {"has_attention", "has_sliding_attention"}:
         about = about - {"has_attention", "has_sliding_attention"} | {"attention_layers", "full_attention_layers"}
     else:
-        about |= {"retention"}
+        about = about - {"has_retention"} | {"retention"}
     outcomes = set()
     for values in itertools.product(*(CHOICES[choice] for choice in sorted(about))):
         choices = dict(zip(sorted(about), values, strict=True))
@@ -134,8 +139,8 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
         "attention_output_bias": True, "mlp_bias": True, "memory_num_key_value_heads": 1, "conv_act": "linear",
         "attention_layers": [1], "full_attention_layers": [1], "attentional_bias": "lp", "retention": "lq", "residual_clip": 1e-3,
         "memory_architecture": "matrix", "decay_target": "zero", "chunk_size": 3, "gate_granularity": "head",
-        "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 2.0, "max_half_life": 64.0, "use_rope": True,
-        "learned_step": False, "learned_retention": False, "writes_per_token": 2,
+        "eta_max": 1e-3, "use_rope": True,
+        "learned_step": False, "writes_per_token": 2,
         "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5, "conv_kernel_size": 2, "output_gate_act": "relu", "output_norm_eps": 0.5, "tie_word_embeddings": True,
     }  # fmt: skip
     # for others than the decoder: tools, tokenizers, how it is run; and those that ask for other choices: gates of heads,
@@ -156,8 +161,8 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
 def test_the_message_names_every_choice():
     for fields, words in {
         "lp_sharpness=3.0 attentional_bias=lp": "`attentional_bias='lp'` and `lp_sign='tanh'`, got 3.0: leave it at 10.0",
-        "weight_cap=3.0 retention=kl": "`retention='decay'` or `retention='lq'` or `retention='bregman'` or "
-        "`retention='elastic_net'`, got 3.0: leave it at 2.0",
+        "weight_cap=3.0 retention=kl": "`retention='none'` or `retention='decay'` or `retention='lq'` or "
+        "`retention='bregman'` or `retention='elastic_net'` or `retention='elastic_net_decay'`, got 3.0: leave it at 2.0",
         "sliding_window=8": "sliding-window attention layers .`attention_layers` or `layer_types`., got 8: leave it at "
         "2048",
         "attention_dropout=0.5": "attention layers .`attention_layers`, `full_attention_layers` or `layer_types`., got 0.5: "

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The choices one by one: gradients of the attentional biases, properties of the retention gates' links, the memory."""
 
+import dataclasses
 import math
 
 import pytest
@@ -33,6 +34,7 @@ from miras_hf.memory import (
     Decay,
     Dot,
     ElasticNet,
+    ElasticNetDecay,
     Factors,
     GatedMLPMemory,
     HuberCoordinate,
@@ -45,12 +47,13 @@ from miras_hf.memory import (
     MemoryParameters,
     MirasRule,
     MLPMemory,
+    NoRetention,
     Robust,
     VectorMemory,
     chunk_miras,
     recurrent_miras,
 )
-from miras_hf.memory.retention import ChunkWeights
+from miras_hf.memory.retention import ChunkWeights, soft_threshold
 from miras_hf.memory.vjp import with_vjp
 
 
@@ -315,6 +318,38 @@ def test_chi_squared_keeps_what_is_not_a_number_where_it_is():
         met = torch.zeros(6, 10, dtype=torch.bool)
         met[2 if axis == -1 else slice(None), 3 if axis == -2 else slice(None)] = True
         assert torch.equal(weight[0].isnan(), met) and weight[1].isfinite().all()
+
+
+def test_elastic_net_decay_is_equation_22():
+    gamma, rule = 2e-3, MirasRule(MatrixMemory(), L2(residual_clip=None), chunk_size=1, decay_target="zero")
+    rule = dataclasses.replace(rule, retention=ElasticNetDecay(weight_cap=None, threshold=gamma))
+    case = make_case(rule, batch=1, tokens=40, heads=1, gates="head")
+    q, k, v = (case.inputs[name][0, :, 0] for name in "qkv")
+    eta, alpha = case.inputs["eta"].flatten(), case.inputs["log_alpha"].flatten().exp()
+    w, expected = case.parameters.initial[0][0], []
+    for t in range(len(q)):
+        moved = alpha[t] * w - eta[t] * torch.outer(k[t], k[t] @ w - v[t])
+        expected.append(q[t] @ moved)  # a token reads in its own chunk, which is not over
+        w = moved - gamma * torch.tanh(moved / gamma)
+    y, state = case(chunk_miras, output_final_state=True)
+    assert relative_error(y[0, :, 0], torch.stack(expected)) < 1e-12
+    assert relative_error(state.dual[0][0, 0], w) < 1e-12
+    # small weights go out, and large ones lose gamma
+    far = moved.abs() > 20.0 * gamma
+    assert far.any() and relative_error(w[far], moved[far].sign() * (moved[far].abs() - gamma)) < 1e-12
+    near = soft_threshold(gamma / 10 * torch.linspace(-1.0, 1.0, 11), gamma)
+    assert near.abs().max() < gamma / 2000
+
+
+@pytest.mark.parametrize("form", [chunk_miras, recurrent_miras])
+def test_without_a_retention_gate_nothing_is_forgotten(form):
+    case = make_case(MirasRule(attentional_bias=L2(), retention=NoRetention(), chunk_size=4), tokens=13)
+    inputs = {**case.inputs, "log_alpha": torch.zeros_like(case.inputs["log_alpha"])}
+    kept = case._replace(rule=dataclasses.replace(case.rule, retention=Decay()), inputs=inputs)
+    assert case.inputs["log_alpha"].lt(0).all()
+    for one, other in zip(*(c(form, output_final_state=True) for c in (case, kept)), strict=True):
+        for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x.leaves() for x in (one, other)), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)

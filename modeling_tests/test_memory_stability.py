@@ -30,7 +30,15 @@ from miras_hf.memory.inputs import KEY_CAP, VALUE_CAP
 
 HEAD_DIM = 16
 RETENTIONS = (0.9, 0.99, 0.9999)
-STEPS = {"moneta": 1.5e-3, "yaad": 0.03, "memora": 0.07, "bounded": 0.03, "sparse": 0.03, "hebbian": 0.03}
+STEPS = {
+    "moneta": 1.5e-3,
+    "yaad": 0.03,
+    "memora": 0.07,
+    "bounded": 0.03,
+    "sparse": 0.03,
+    "shrunk": 0.03,
+    "hebbian": 0.03,
+}
 STEPS |= {
     "shallow": 1.5e-3,
     "deep": 0.02,

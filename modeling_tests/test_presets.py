@@ -361,13 +361,15 @@ def test_a_preset_makes_a_model(name):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     mixer = model.model.layers[0].mixer
     assert [hasattr(gate, "up_proj") for gate in (mixer.eta, mixer.alpha)] == [
-        config.learned_step, config.learned_retention,
+        config.learned_step, config.learned_retention and config.has_retention,
     ]  # fmt: skip
     with torch.no_grad():
         x = torch.randn(2, 3, 128)
         if not config.learned_step:
             assert mixer.eta(x).shape[:3] == (2, 3, 4) and (mixer.eta(x) == 1.0).all()
-        if not config.learned_retention:
+        if not config.has_retention:
+            assert mixer.alpha(x).shape[:3] == (2, 3, 4) and not mixer.alpha(x).any()
+        elif not config.learned_retention:
             half_lives = -torch.log(torch.tensor(2.0)) / mixer.alpha(x)
             ends = torch.tensor([config.min_half_life, config.max_half_life])
             torch.testing.assert_close(half_lives[..., [0, -1]], ends.expand(2, 3, 2), rtol=1e-3, atol=0)

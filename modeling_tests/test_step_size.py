@@ -74,6 +74,8 @@ CASES = {
     "chi_squared": {"retention": "chi_squared"},
     "bregman": {"retention": "bregman"},
     "elastic_net": {"retention": "elastic_net"},
+    "elastic_net_decay": {"retention": "elastic_net_decay"},
+    "none": {"retention": "none"},
     "matrix": {"memory_architecture": "matrix"},
     "gated": {"memory_architecture": "gated_mlp"},
     "gated_kl": {"memory_architecture": "gated_mlp", "retention": "kl", "memory_expansion": 2},

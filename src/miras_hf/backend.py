@@ -49,6 +49,7 @@ BACKENDS = ("auto", "triton", "pytorch")
 _KERNELS_KNOW = {"memory_architecture": MEMORIES, "attentional_bias": ATTENTIONAL_BIASES, "retention": RETENTION_GATES}
 # what they take for granted
 _KERNELS_ASSUME = {"memory_depth": 2, "memory_norm": True, "memory_residual": True, "update_layers": "all"}
+_KERNELS_CALL = {"none": "decay"}  # of a log retention of zero
 _KERNEL_WORDS = {"memory_architecture": "memory", "memory_expansion": "expansion", "memory_norm_eps": "norm_eps"}
 
 
@@ -275,6 +276,7 @@ def kernel_choices(rule: MirasRule) -> tuple[Choices | None, str | None]:
     for field, part in parts.items():
         # the classes themselves: a subclass may compute something else
         name = next((name for name, cls in CHOICES[field].items() if cls is type(part)), None)
+        name = _KERNELS_CALL.get(name, name)
         if name not in _KERNELS_KNOW[field]:
             return None, f"kernels do not know {type(part).__name__}"
         found |= {field: name, **part.keys()}
@@ -289,7 +291,7 @@ def kernel_choices(rule: MirasRule) -> tuple[Choices | None, str | None]:
             **found,
             chunk_size=rule.chunk_size,
             decay_target=rule.decay_target,
-            min_log_alpha=rule.min_log_alpha,
+            min_log_alpha=rule.least_log_alpha,
         )
     except ValueError as error:
         return None, str(error).removesuffix(".")

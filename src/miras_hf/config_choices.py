@@ -71,7 +71,7 @@ def check_algorithm(config: PreTrainedConfig) -> None:
 
 def check_initial_memory(config: PreTrainedConfig) -> None:
     """Raises a `ValueError` for a memory that is to start nearly empty, or empty under a link that has no such state."""
-    scale, empty = config.initial_memory_scale, config.retention == "decay"
+    scale, empty = config.initial_memory_scale, config.retention in ("none", "decay", "elastic_net_decay")
     if scale < 1e-6 and not (empty and scale == 0.0):
         or_empty = " or 0" if empty else f" with `retention={config.retention!r}`"
         raise ValueError(f"`initial_memory_scale` must be at least 1e-06{or_empty}, got {scale}.")

@@ -34,10 +34,12 @@ Alternatives = tuple[dict[str, Any], ...]
 
 _ATTENTION: Alternatives = ({"has_attention": True},)
 _MEMORY: Alternatives = ({"has_memory": True},)
+_RETENTION: Alternatives = ({"has_retention": True},)
 _IN_WORDS = {
     "has_attention": "attention layers (`attention_layers`, `full_attention_layers` or `layer_types`)",
     "has_sliding_attention": "sliding-window attention layers (`attention_layers` or `layer_types`)",
     "has_memory": "memory layers (`layer_types`)",
+    "has_retention": "a gate that forgets (`retention`)",
 }
 
 # What says something about a model without any memory, as a converted Transformer may be; all other fields are memories'.
@@ -90,6 +92,7 @@ def means_something_with() -> dict[str, Alternatives]:
                     found[parameter.key] = (*found.get(parameter.key, ()), line)
     thresholds = (name for name, cls in CHOICES["attentional_bias"].items() if cls.delta_granularity == "channel")
     found["gate_rank"] = ({"gate_granularity": "channel"}, *({"attentional_bias": name} for name in thresholds))
+    found |= dict.fromkeys(("learned_retention", "min_half_life", "max_half_life", "min_log_alpha"), _RETENTION)
     found["rope_parameters"] = ({"use_rope": True}, *_ATTENTION)
     found |= dict.fromkeys(("num_key_value_heads", "attention_dropout", "qk_norm"), _ATTENTION)
     return found | {"sliding_window": ({"has_sliding_attention": True},)}
@@ -114,6 +117,7 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     # what `None` stands for
     derived = {
         "memory_norm_eps": {gate.norm_eps for gate in CHOICES["retention"].values()},
+        "min_log_alpha": (default_min_log_alpha(config.chunk_size),),
         "num_key_value_heads": (config.num_attention_heads,),
         "rope_parameters": ({"rope_type": "default", "rope_theta": PreTrainedConfig.default_theta},),
     }
@@ -127,7 +131,6 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
         inherited = {field.name for field in fields(PreTrainedConfig)}
         derived |= {
             "initial_memory_scale": {1.0, *(gate.last_layer_scale for gate in CHOICES["retention"].values())},
-            "min_log_alpha": (default_min_log_alpha(config.chunk_size),),
             "eta_max": _default_step(config),
         }
         for name in defaults.keys() - inherited - _WITHOUT_MEMORY - found.keys():
@@ -166,6 +169,7 @@ def without_meaningless(
     defaults = _defaults(config_class)
     choices = SimpleNamespace(**{**defaults, **stored, **given})
     choices.retention_gate = config_class.retention_gate.fget(choices)  # ty: ignore[missing-attribute]
+    choices.has_retention = CHOICES["retention"][choices.retention_gate].forgets
     layers = getattr(choices, "layer_types", None)
     sliding, full = choices.attention_layers or (), choices.full_attention_layers or ()
     if layers is None:

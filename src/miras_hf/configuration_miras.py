@@ -177,8 +177,8 @@ class MirasConfig(PreTrainedConfig):
         residual_clip (`float`, *optional*, defaults to 3.0):
             Largest root mean square of a token's residual; `None` for no limit.
         retention (`str`, *optional*, defaults to `"decay"`):
-            Choice (iii). `"decay"` (26), `"lq"` (24), `"kl"` (27), `"chi_squared"` (18), `"bregman"` (variant 5,
-            bounded weights), `"elastic_net"` (23), or one that is registered.
+            Choice (iii). `"none"`, nothing is forgotten; `"decay"` (26), `"lq"` (24), `"kl"` (27), `"chi_squared"` (18), `"bregman"` (variant 5,
+            bounded weights), `"elastic_net"` (23), `"elastic_net_decay"` (22), or one that is registered.
         lq_power (`float`, *optional*, defaults to 4.0): q.
         lq_map (`str`, *optional*, defaults to `"paper"`):
             `"paper"`: `A / ||A||_q^(q-2)` as printed; `"mirror"`: `sign(A)|A|^(q-1) / ||A||_q^(q-2)`, the mirror map
@@ -189,6 +189,8 @@ class MirasConfig(PreTrainedConfig):
         bregman_bound (`float`, *optional*, defaults to 1.0): Bregman retention: magnitude that no weight reaches.
         elastic_net_threshold (`float`, *optional*, defaults to 0.03):
             Elastic net retention: states far below it have weights of nearly zero.
+        elastic_net_decay_threshold (`float`, *optional*, defaults to 1e-4):
+            Elastic net retention in its first form: what states lose in size with every token, besides their decay.
         weight_cap (`float`, *optional*, defaults to 2.0): Largest root mean square of a head's weights; `None` for no cap.
         decay_target (`str`, *optional*, defaults to `"init"`):
             `"init"` decays toward the learned initial memory; `"zero"` toward zero as printed, where MLP memories
@@ -320,6 +322,7 @@ class MirasConfig(PreTrainedConfig):
     simplex_mass: int | float = declared("simplex_mass")
     bregman_bound: int | float = declared("bregman_bound")
     elastic_net_threshold: int | float = declared("elastic_net_threshold")
+    elastic_net_decay_threshold: int | float = declared("elastic_net_decay_threshold")
     weight_cap: int | float | None = declared("weight_cap")
     decay_target: Literal["init", "zero"] = "init"
     learning_algorithm: str = choice("learning_algorithm", "gradient_descent")
@@ -470,6 +473,11 @@ class MirasConfig(PreTrainedConfig):
         return any(i < self.num_hidden_layers for i in self.attention_layers or ())
 
     @property
+    def has_retention(self) -> bool:
+        """Whether memories forget."""
+        return chosen(self, "retention").forgets
+
+    @property
     def has_memory(self) -> bool:
         """Whether any layer is a memory. A converted Transformer may have none."""
         return self.first_memory_layer is not None
@@ -561,6 +569,10 @@ class MirasConfig(PreTrainedConfig):
                         "token would differ in nothing."
                     )
         if self.tied_write_key:
+            if not self.has_retention:
+                raise ValueError(
+                    f"`retention` must forget with `tied_write_key=True`, got {self.retention!r}: keys are what it lets go."
+                )
             needs = {
                 "attentional_bias": "dot",
                 "gate_granularity": "channel",
@@ -666,7 +678,10 @@ class MirasConfig(PreTrainedConfig):
             gates = {"eta": True, "alpha": True}
             gates["delta"] = chosen(self, "attentional_bias").delta_granularity is not None
             gates["momentum"] = chosen(self, "learning_algorithm").has_momentum
-            fixed = {"eta": not self.learned_step, "alpha": not self.learned_retention}
+            fixed = {
+                "eta": not self.learned_step,
+                "alpha": not (self.learned_retention and self.has_retention),
+            }
             for gate in (name for name, there in gates.items() if there):
                 mixer |= {gate: "heads"} if fixed.get(gate) else {gate: "heads", f"{gate}.up_proj": "colwise"}
             mixer["memory.initial_state"] = "heads"

@@ -258,10 +258,12 @@ class MirasStepGate(MirasLowRankGate):
 
 
 class MirasRetentionGate(MirasLowRankGate):
-    """Log retention of every token, `log alpha = -exp(a_log) softplus(.)`, float32; the memory bounds it below."""
+    """Log retention of every token, `log alpha = -exp(a_log) softplus(.)`, float32; the memory bounds it below. It is zero,
+    and nothing of it is learned, where a memory forgets nothing."""
 
     def __init__(self, config: MirasConfig):
-        super().__init__(config, config.gate_granularity, config.learned_retention)
+        super().__init__(config, config.gate_granularity, config.learned_retention and config.has_retention)
+        self.forgets = config.has_retention
         self.half_lives = (config.min_half_life, config.max_half_life)
         self.a_log = nn.Parameter(torch.zeros(config.num_attention_heads), requires_grad=self.learned)
 
@@ -270,6 +272,8 @@ class MirasRetentionGate(MirasLowRankGate):
         return negative_softplus(self.logits(hidden_states), scale[:, None] if self.per_channel else scale)
 
     def initial_bias(self) -> Tensor:
+        if not self.forgets:
+            return torch.zeros_like(self.bias)
         shortest, longest = (math.log(half_life) for half_life in self.half_lives)
         half_life = torch.linspace(shortest, longest, self.bias.numel(), device=self.bias.device).exp()
         rate = math.log(2.0) / half_life
@@ -433,7 +437,7 @@ class ProjectedTokens:
         gates = (mixer.eta, mixer.alpha, mixer.delta, mixer.momentum)
         gates = [None if gate is None else gate(self.hidden_states) for gate in gates]
         # 1 - alpha, of the retention that there is after the cut
-        k = -gates[1].clamp(min=mixer.memory.rule.min_log_alpha).expm1() if k is None else l2norm(k.float())
+        k = -gates[1].clamp(min=mixer.memory.rule.least_log_alpha).expm1() if k is None else l2norm(k.float())
         found = (l2norm(q.float()), k, v, *gates)
         return found if mixer.writes == 1 else self._by_writes(*found)
 
@@ -830,7 +834,7 @@ class MirasPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MirasLowRankGate):
             init.copy_(module.bias, module.initial_bias())
             if isinstance(module, MirasRetentionGate):
-                init.zeros_(module.a_log)
+                init.constant_(module.a_log, 0.0 if module.forgets else -math.inf)
         elif isinstance(module, MirasMemory):
             for layer, parameter in enumerate(module.initial_state):
                 init.copy_(parameter, module.sample_initial_state(layer))

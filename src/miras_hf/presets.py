@@ -70,7 +70,7 @@ _TTT_DIFFERS = (
     "with which a write counts differently for every later read; eta is that of heads of 64; weights start at a "
     "deviation of {start}, not 0.02; no rotary embedding"
 )
-_KEEPS_ALL = {"learned_retention": False, "min_half_life": 2.0**30, "max_half_life": 2.0**30}
+_KEEPS_ALL = {"retention": "none"}
 _HEBBIAN = {**_MATRIX, "attentional_bias": "dot", "eta_max": 1.0}
 _DELTA = {**_MATRIX, "learning_algorithm": "delta_rule", "eta_max": 1.0}
 

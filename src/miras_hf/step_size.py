@@ -38,6 +38,7 @@ from .memory import (
     L2,
     Decay,
     Dot,
+    ElasticNetDecay,
     GatedMLPMemory,
     HuberCoordinate,
     HuberMixture,
@@ -48,6 +49,7 @@ from .memory import (
     MatrixMemory,
     MirasRule,
     MLPMemory,
+    NoRetention,
     VectorMemory,
 )
 from .memory.architecture import MemoryArchitecture
@@ -116,7 +118,7 @@ def start_of(gate: RetentionGate, shape: tuple[int, int], std: float, hidden_axi
         # the variance of one entry that has the whole mass bounds it
         spread = math.expm1(min((std / slope) ** 2, math.log(shape[hidden_axis])))
         return Start(slope * math.sqrt(spread), slope, mean=slope if hidden_axis == -1 else 0.0)
-    if type(gate) is Decay:
+    if type(gate) in (Decay, NoRetention, ElasticNetDecay):
         return Start(std, 1.0)
     # of a link that nobody has derived it for, by what it makes of some weights
     if isinstance(gate, Elementwise):  # of every entry by itself

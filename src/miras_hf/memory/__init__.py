@@ -55,8 +55,10 @@ from .retention import (
     ChunkWeights,
     Decay,
     ElasticNet,
+    ElasticNetDecay,
     Lq,
     LqMirror,
+    NoRetention,
     RetentionGate,
 )
 from .rule import MirasRule
@@ -77,6 +79,8 @@ __all__ = [
     "ChiSquared",
     "ChunkWeights",
     "Decay",
+    "ElasticNetDecay",
+    "NoRetention",
     "DeltaRule",
     "Dot",
     "ElasticNet",

@@ -23,7 +23,7 @@ from .architecture import Factors, Known, MatrixMemory, MemoryArchitecture, Resi
 from .attentional_bias import L2, AttentionalBias, Dot
 from .declared import parameter
 from .learning import Gates, GradientDescent, plus_product, relative, scores_of
-from .retention import ChunkWeights, Decay, RetentionGate
+from .retention import ChunkWeights, Decay, NoRetention, RetentionGate
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class TokenByToken(GradientDescent):
                 "takes gradients token by token, which chunks compute together where they are linear in the memory: of the "
                 "l2 loss, with `residual_clip=None`"
             )
-        if type(retention) is not Decay:
+        if type(retention) not in (Decay, NoRetention):
             return (
                 "takes gradients token by token, which chunks compute together where weights are the state itself: with "
-                "decay"
+                "decay or none"
             )
         return None
 

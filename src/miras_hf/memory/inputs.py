@@ -167,7 +167,7 @@ def bound_inputs(x: MemoryInputs, rule: MirasRule) -> MemoryInputs:
         k=k,
         v=x.v.clamp(-VALUE_CAP, VALUE_CAP),
         eta=rule.algorithm.bound_step_size(x.eta, k),
-        log_alpha=x.log_alpha.clamp(rule.min_log_alpha, 0.0),
+        log_alpha=x.log_alpha.clamp(rule.least_log_alpha, 0.0),
         log_momentum=None if x.log_momentum is None else x.log_momentum.clamp(MIN_LOG_MOMENTUM, 0.0),
     )
 

@@ -54,6 +54,7 @@ def naive_miras(
     """
     memory, axes = rule.architecture, rule.architecture.gate_axes
     layers, link = range(len(initial)), rule.retention.link
+    alpha = alpha if rule.retention.forgets else torch.ones_like(alpha)
     base = [a if rule.decay_target == "init" else torch.zeros_like(a) for a in initial]
     dual, momentum = list(initial), [torch.zeros_like(a) for a in initial]
     outputs = []
@@ -75,4 +76,6 @@ def naive_miras(
             dual[i] = base[i] + keep * (dual[i] - base[i]) + momentum[i]
         now = [link(dual[i], rule.hidden_axis(i)) for i in layers]
         outputs.append(memory.read(lambda i, x, now=now: x @ now[i], q[t : t + 1], *norm))
+        if (t + 1) % rule.chunk_size == 0:
+            dual = [base[i] + rule.retention.at_chunk_end(dual[i] - base[i], rule.chunk_size) for i in layers]
     return torch.cat(outputs)

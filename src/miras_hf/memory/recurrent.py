@@ -205,7 +205,8 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         count = count + live.view(rows)
         phase = (count % rule.chunk_size).view(rows, 1, 1, 1)
         full = live & (phase == 0)
-        start = [torch.where(full, duals_t[i], start[i]) for i in layers]
+        ends = [rule.retention.at_chunk_end(dual, rule.chunk_size) for dual in duals_t]
+        start = [torch.where(full, ends[i], start[i]) for i in layers]
         held_at_start = [torch.where(full, new[1], old) for new, old in zip(written_t, held_at_start, strict=False)]
         for i in layers:
             writes, *held = (torch.where(live, new, old) for new, old in zip(written_t[i], written[i], strict=True))

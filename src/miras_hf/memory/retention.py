@@ -76,9 +76,16 @@ class RetentionGate(Choice):
     last_layer_scale: ClassVar[float] = 0.1
     """Factor on the initial weights of an MLP memory's last layer by default: what is written soon outweighs it."""
 
+    forgets: ClassVar[bool] = True
+    """Whether a memory forgets at all: if not, log retention is zero, whatever a call says."""
+
     def refusal(self, architecture: MemoryArchitecture) -> str | None:
         """Why it has no weights of such a memory, behind its name; `None` if it has."""
         return None
+
+    def at_chunk_end(self, state: Tensor, tokens: int) -> Tensor:
+        """What stays of the decaying state when a chunk of so many tokens is over; here all of it."""
+        return state
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
         """`W = phi(A)`, shape `[..., in, out]`, norms and simplices taken over each weight of each head alone."""
@@ -146,6 +153,37 @@ class Decay(FrozenScale):
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         return weight
+
+
+@dataclass(frozen=True)
+class NoRetention(Decay):
+    """No retention gate: `W = A`, and nothing is ever forgotten."""
+
+    forgets: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class ElasticNetDecay(Decay):
+    """Elastic net retention in its first form, equation (22), which learns and retains: what decay leaves is soft-thresholded
+    at every step, `W_t = S_gamma(alpha_t W_{t-1} - eta_t g_t)`.
+
+    The threshold acts on the decaying state (with `decay_target="init"` what a text has changed of the learned initial
+    memory), and once a chunk, with the gamma of all its tokens, as gradients are taken once a chunk (28). It is smooth,
+    `S_gamma(D) = D - gamma tanh(D / gamma)`, as that of `ElasticNet` is. What writes do not keep alive goes to zero.
+
+    Args:
+        threshold (`float`, *optional*, defaults to 1e-4): gamma of one token.
+    """
+
+    threshold: float = parameter("elastic_net_decay_threshold", 1e-4, 1e-9, 1e3, symbol="gamma")
+
+    def at_chunk_end(self, state: Tensor, tokens: int) -> Tensor:
+        return soft_threshold(state, tokens * self.threshold)
+
+
+def soft_threshold(x: Tensor, gamma: float) -> Tensor:
+    """`x - gamma sign(x)` for large x, and about `x^3 / (3 gamma^2)` for small, smooth in between."""
+    return x - gamma * torch.tanh(x / gamma)
 
 
 def _power_norm(x: Tensor, power: float, floor: float) -> Tensor:
@@ -436,7 +474,7 @@ class ElasticNet(Elementwise):
     threshold: float = parameter("elastic_net_threshold", 0.03, 1e-6, 1e3, symbol="gamma")
 
     def function(self, dual: Tensor) -> Tensor:
-        return dual - self.threshold * torch.tanh(dual / self.threshold)
+        return soft_threshold(dual, self.threshold)
 
     def slope(self, dual: Tensor) -> Tensor:
         return torch.tanh(dual / self.threshold).square()
@@ -452,6 +490,7 @@ class ElasticNet(Elementwise):
 
 
 RETENTION_GATES: dict[str, type[RetentionGate]] = {
+    "none": NoRetention,
     "decay": Decay,
     "lq": Lq,
     "lq_mirror": LqMirror,
@@ -459,4 +498,5 @@ RETENTION_GATES: dict[str, type[RetentionGate]] = {
     "chi_squared": ChiSquared,
     "bregman": Bregman,
     "elastic_net": ElasticNet,
+    "elastic_net_decay": ElasticNetDecay,
 }

@@ -94,6 +94,11 @@ class MirasRule:
                 f"{self.attentional_bias}, {self.retention}."
             )
 
+    @property
+    def least_log_alpha(self) -> float:
+        """Where log retention is cut: at zero without a retention gate."""
+        return self.min_log_alpha if self.retention.forgets else 0.0
+
     # looked up for every weight at every decoded token
     @cached_property
     def written_axes(self) -> tuple[str, ...]:
@@ -248,4 +253,5 @@ class MirasRule:
             self.algorithm.fold(axis, tuple(states[i::layers]), factors[i], self.gates_of(fixed + i, gates))
             for i, axis in enumerate(self.written_axes)
         ]
+        slots = [(self.retention.at_chunk_end(dual, self.chunk_size), *held) for dual, *held in slots]
         return tuple(state for of_kind in zip(*slots, strict=True) for state in of_kind)

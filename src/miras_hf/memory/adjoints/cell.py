@@ -13,6 +13,7 @@
 # limitations under the License.
 """The derivatives of what a rule makes of a chunk: those of the choices, put together as the rule does the choices."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from ..architecture import Factors
 from ..learning import Gates
-from ..retention import ChunkWeights
+from ..retention import ChunkWeights, RetentionGate
 from ..rule import MirasRule
-from ..vjp import added, derivative_of, with_vjp
+from ..vjp import added, by_autograd, derivative_of, with_vjp
 
 
 @derivative_of(MirasRule.weights)
@@ -150,6 +151,8 @@ def read(
 @derivative_of(MirasRule.fold)
 def fold(rule: MirasRule, states: Sequence[Tensor], factors: Sequence[Factors], gates: Gates):
     """Without the result, as that of the algorithm."""
+    if type(rule.retention).at_chunk_end is not RetentionGate.at_chunk_end:
+        return by_autograd(functools.partial(MirasRule.fold, rule), states, factors, gates)
     axes = rule.written_axes
     channels = gates.decay.shape[-1]
 
