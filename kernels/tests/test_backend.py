@@ -25,6 +25,7 @@ from transformers.utils import logging
 import miras_hf
 from miras_hf.backend import MemoryBackend, kernel_choices
 from miras_hf.memory import L2, GatedMLPMemory, MirasRule, MLPMemory, VectorMemory
+from miras_kernels import refusal
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -301,8 +302,9 @@ def test_rules_that_kernels_do_not_know_say_why(ids):
         ((name, value),) = changed.items()
         choices, reason = kernel_choices(MirasRule(MLPMemory(**changed), L2(), chunk_size=16))
         assert choices is None and reason == f"kernels do not know `memory_{name}={value}`"
-    choices, reason = kernel_choices(MirasRule(MLPMemory(update_layers="last"), L2(), chunk_size=16))
-    assert choices is None and reason == "kernels do not know `update_layers='last'`"
+    choices, _ = kernel_choices(MirasRule(MLPMemory(update_layers="last"), L2(), chunk_size=16))
+    call = (torch.device(DEVICE), torch.float32, 32, choices)
+    assert refusal(*call, needs_grad=True) == "gradients are needed, and `update_layers='last'` has kernels without"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the slow path is only slow where there is a GPU")

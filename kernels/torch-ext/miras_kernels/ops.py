@@ -19,6 +19,7 @@ Triton is imported when the operator first runs.
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -41,6 +42,7 @@ from .configuration import INTERPRETED, PRECISIONS, launch_configuration, thread
 
 
 LARGEST_STATE_ADJOINT = 1e12  # as in pieces.py
+CHUNKS_AT_ONCE = 64  # whose states at their starts are kept for reads that wait for no other
 # `miras_kernels`, or what a copy from the Hub was loaded as: of two copies in one process each has operators of its own
 NAMESPACE = re.sub(r"\W", "_", __package__)
 OPERATORS = getattr(torch.ops, NAMESPACE)
@@ -89,6 +91,8 @@ def _reason(device, dtype, head_dim, choices: Choices, needs_grad, decode, preci
         return f"the memory has {choices.expansion * head_dim} hidden units, not a multiple of 16"
     if decode and needs_grad:
         return "gradients are needed, and decoding has none"
+    if choices.fixed and needs_grad:
+        return f"gradients are needed, and `update_layers={choices.update_layers!r}` has kernels without"
     for part in ("decode",) if decode else ("forward", "backward") if needs_grad else ("forward",):
         kernel = f"{choices.memory}_{part}"
         reason = _no_launch(kernel, str(device), str(dtype), head_dim, choices.chunk_size, precision)
@@ -191,6 +195,8 @@ def forward(
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("`lengths` and `cu_seqlens` exclude each other: a pack has no pad tokens.")
     check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, cu_seqlens, lengths)
+    if choices.fixed and save_every:
+        raise ValueError(f"`save_every` must be 0 with `update_layers='last'`, got {save_every}.")
     if needs_grad and save_every == 0:
         save_every = chunks_between_starts(choices, q.shape[-1], q.element_size())
     y, final, saved = OPERATORS.forward(
@@ -282,7 +288,7 @@ class _Call:
 
         q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths = operands
         self.batch, self.tokens, self.heads, self.head_dim = q.shape
-        self.device, self.rows, self.layers = q.device, _rows(q, cu_seqlens), len(initial)
+        self.device, self.rows, self.layers = q.device, _rows(q, cu_seqlens), len(initial) - choices.fixed
         self.programs = self.rows * self.heads
         self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
         eta, log_alpha = gate(eta), gate(log_alpha)
@@ -292,7 +298,8 @@ class _Call:
         )
         self.delta = gate(delta).float().contiguous() if choices.threshold else None
         self.base = [a.contiguous() for a in initial]
-        self.shapes = [tuple(a.shape[1:]) for a in initial]
+        self.written = self.base[choices.fixed :]
+        self.shapes = [tuple(a.shape[1:]) for a in self.written]
         self.toward_init = choices.decay_target == "init"
         has_norm = choices.memory == "mlp"
         self.norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if has_norm else []
@@ -318,7 +325,6 @@ class _Call:
         ]
         self.partial_in = [x.float().contiguous() for x in state[self.layers : -1]]
         self.hidden_units = choices.expansion * self.head_dim if choices.memory == "mlp" else self.head_dim
-        self.masses = [choices.simplex_mass * self.hidden_units / math.sqrt(fan_in) for fan_in, _ in self.shapes]
         precision = precision or default_precision(q.dtype)
         self.precision = precision
         delta_dim = 0 if self.delta is None else self.delta.shape[-1]
@@ -331,10 +337,10 @@ class _Call:
         if state:
             dual = [d.to(torch.float32, copy=True).contiguous() for d in state[: self.layers]]
             if not self.toward_init:  # a row that has not read anything is at the learned initial memory
-                dual = [torch.where(self.fresh(), a.float(), d) for a, d in zip(self.base, dual)]
+                dual = [torch.where(self.fresh(), a.float(), d) for a, d in zip(self.written, dual)]
             return dual
-        dual = [torch.zeros(self.rows, *a.shape, device=self.device) for a in self.base]
-        return dual if self.toward_init else [d + a for a, d in zip(self.base, dual)]
+        dual = [torch.zeros(self.rows, *a.shape, device=self.device) for a in self.written]
+        return dual if self.toward_init else [d + a for a, d in zip(self.written, dual)]
 
     def fresh(self) -> Tensor:
         return (self.count == 0).view(-1, 1, 1, 1)
@@ -345,7 +351,35 @@ class _Call:
         chunks = (self.lengths + phases + span - 1) // span
         return chunks.cumsum(0) - chunks
 
-    def launch_forward(self, y, dual, final, where, saved, saved_of_row, save_every, begun=None) -> None:
+    def launch_parts(self, y, dual, final) -> None:
+        """The same where no text writes the first weight: writes, a chain, and then the reads of many chunks at once."""
+        from . import forward_pass
+
+        for first, last in self.groups(CHUNKS_AT_ONCE):
+            count = last - first
+            starts, lengths = self.where_of(first, last)
+            saved = [self.scratch(self.rows * count, *a.shape) for a in self.written]
+            slots = torch.arange(self.rows, device=self.device) * count
+            begun = self.continues and first == 0
+            self.launch_forward(y, dual, final, [starts, lengths], saved, slots, 1, begun, forward_pass.WRITES.value)
+            chunks = [torch.stack(x, 1).flatten() for x in zip(*(self.where_of(i, i + 1) for i in range(first, last)))]
+            self.launch_forward(y, saved, [], chunks, [], slots, 0, begun, forward_pass.READS.value)
+
+    def groups(self, every: int) -> list[tuple[int, int]]:
+        """The longest row's chunks, so many at once; alone the first, if it goes on in the middle of a chunk."""
+        chunks = -(-(self.tokens + (self.chunk_size - 1 if self.continues else 0)) // self.chunk_size)
+        borders = sorted({0, *range(int(self.continues), chunks, every), chunks})
+        return list(itertools.pairwise(borders))
+
+    def where_of(self, first: int, last: int) -> list[Tensor]:
+        """Where each row's tokens of some chunks are."""
+        starts, lengths = self.where
+        phases = self.phases if self.continues else 0
+        begin = (torch.full_like(lengths, first * self.chunk_size) - phases).clamp(min=0)
+        end = lengths.clamp(max=last * self.chunk_size - phases)
+        return [starts + begin, (end - begin).clamp(min=0)]
+
+    def launch_forward(self, y, dual, final, where, saved, saved_of_row, save_every, begun=None, part=0) -> None:
         """Reads the tokens `where` says, from `dual` on, which it writes to."""
         from . import forward_pass
         from .arguments import Saved, slots_of
@@ -353,10 +387,11 @@ class _Call:
         tokens, rows, partial_in = self.records(where, begun)
         kept = Saved(tuple(saved), saved_of_row) if saved else None
         factors = partial_in, slots_of(final), rows, kept
+        programs = len(where[0]) * self.heads
         launch = self.configuration(f"{self.memory}_forward")
         if self.memory == "mlp":
-            kernel, launch["THREADS"] = forward_pass.mlp_forward_kernel, threads(launch)
-            hidden = self.scratch(self.programs, self.hidden_units, self.chunk_size)
+            kernel, launch["THREADS"], launch["PART"] = forward_pass.mlp_forward_kernel, threads(launch), part
+            hidden = self.scratch(programs, self.hidden_units, self.chunk_size)
             arguments = (tokens, y, tuple(self.base), self.norm_record(), tuple(dual), *factors, hidden)
         else:
             kernel, arguments = (
@@ -365,7 +400,7 @@ class _Call:
             )
         # Triton launches on the current device, which need not be the tensors'
         with torch.cuda.device_of(self.q):
-            kernel[(self.programs,)](*arguments, self.heads, *self.rule, SAVE_EVERY=save_every, **launch)
+            kernel[(programs,)](*arguments, self.heads, *self.rule, SAVE_EVERY=save_every, **launch)
 
     def records(self, where, begun=None) -> tuple:
         """The tokens, where they are, and what the state has of a chunk that was begun, as kernels are handed it."""
@@ -455,7 +490,9 @@ def _forward(*arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 
     # pads are not written to
     y = torch.zeros_like(call.q) if lengths is not None else torch.empty_like(call.q)
-    if call.programs > 0 and call.tokens > 0:
+    if call.programs > 0 and call.tokens > 0 and call.choices.fixed:
+        call.launch_parts(y, dual, final)
+    elif call.programs > 0 and call.tokens > 0:
         call.launch_forward(y, dual, final, call.where, saved, saved_of_row, save_every)
     elif output_final_state and state:
         final = [x.clone() for x in call.partial_in]
@@ -470,11 +507,12 @@ def _forward(*arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 def _(*arguments):
     operands, (output_final_state, save_every, _precision, *choices) = _split(arguments)
     q, initial, cu_seqlens = operands.q, operands.initial, operands.cu_seqlens
-    chunk_size = dict(zip(CHOICE_NAMES, choices))["chunk_size"]  # a trace may have made a symbol of it
+    named = dict(zip(CHOICE_NAMES, choices))  # a trace may have made symbols of them
+    chunk_size, fixed = named["chunk_size"], 1 if named["update_layers"] == "last" else 0
     rows, heads = _rows(q, cu_seqlens), q.shape[2]
     final, saved = [], []
     if output_final_state:
-        shapes = [tuple(a.shape[1:]) for a in initial]
+        shapes = [tuple(a.shape[1:]) for a in initial[fixed:]]
         gate_dim = max(gate(operands.eta).shape[-1], gate(operands.log_alpha).shape[-1])
         widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + [gate_dim, gate_dim]
         final = [q.new_empty((rows, heads, *shape), dtype=torch.float32) for shape in shapes]
@@ -493,15 +531,11 @@ def _groups(call: _Call, saved: list[Tensor], every: int):
     if every == 1:
         yield continues, call.where, call.saved_of_row(1), saved
         return
-    span, phases = every * call.chunk_size, call.phases if continues else 0
-    starts, lengths = call.where
     slots = torch.arange(call.rows, device=call.device) * every
     nothing = torch.empty_like(call.q)
-    groups = -(-(call.tokens + (call.chunk_size - 1 if continues else 0)) // span)
+    groups = -(-(call.tokens + (call.chunk_size - 1 if continues else 0)) // (every * call.chunk_size))
     for group in reversed(range(groups)):
-        first = (torch.full_like(lengths, group * span) - phases).clamp(min=0)
-        length = (lengths.clamp(max=(group + 1) * span - phases) - first).clamp(min=0)
-        where = [starts + first, length]
+        where = call.where_of(group * every, (group + 1) * every)
         begun = continues and group == 0
         kept = (call.saved_of_row(every) + group).clamp(max=saved[0].shape[0] - 1)
         dual = [x.index_select(0, kept) for x in saved]
