@@ -25,7 +25,6 @@ from transformers.utils import logging
 import miras_hf
 from miras_hf.backend import MemoryBackend, kernel_choices
 from miras_hf.memory import L2, GatedMLPMemory, MirasRule, MLPMemory, VectorMemory
-from miras_kernels import refusal
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,6 +36,7 @@ FAMILIES = {
     "mirror": (miras_hf.MonetaConfig, {"lq_map": "mirror"}),
     "hybrid": (miras_hf.YaadConfig, {"use_rope": True, "attention_layers": [1], "sliding_window": 8}),
     "matrix": (miras_hf.MirasConfig, {"memory_architecture": "matrix", "gate_granularity": "head"}),
+    "last": (miras_hf.YaadConfig, {"update_layers": "last"}),
 }
 THREE = ["moneta", "yaad", "memora"]
 SLOW_MONETA, SLOW_MIRROR, SLOW_HYBRID = (
@@ -173,7 +173,7 @@ def test_whole_model_is_one_graph(ids):
     torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["moneta", SLOW_MIRROR, "memora", SLOW_HYBRID, "matrix"])
+@pytest.mark.parametrize("family", ["moneta", SLOW_MIRROR, "memora", SLOW_HYBRID, "matrix", "last"])
 def test_training_gives_the_same_losses(family, ids, monkeypatch):
     """Steps of AdamW, packs and pads among them, with the memory's own cache in the way as in a loop by hand."""
     models = make_models(family)
@@ -302,9 +302,7 @@ def test_rules_that_kernels_do_not_know_say_why(ids):
         ((name, value),) = changed.items()
         choices, reason = kernel_choices(MirasRule(MLPMemory(**changed), L2(), chunk_size=16))
         assert choices is None and reason == f"kernels do not know `memory_{name}={value}`"
-    choices, _ = kernel_choices(MirasRule(MLPMemory(update_layers="last"), L2(), chunk_size=16))
-    call = (torch.device(DEVICE), torch.float32, 32, choices)
-    assert refusal(*call, needs_grad=True) == "gradients are needed, and `update_layers='last'` has kernels without"
+    assert MemoryBackend(MirasRule(MLPMemory(update_layers="last"), L2(), chunk_size=16)).choices.fixed == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the slow path is only slow where there is a GPU")

@@ -91,8 +91,6 @@ def _reason(device, dtype, head_dim, choices: Choices, needs_grad, decode, preci
         return f"the memory has {choices.expansion * head_dim} hidden units, not a multiple of 16"
     if decode and needs_grad:
         return "gradients are needed, and decoding has none"
-    if choices.fixed and needs_grad:
-        return f"gradients are needed, and `update_layers={choices.update_layers!r}` has kernels without"
     for part in ("decode",) if decode else ("forward", "backward") if needs_grad else ("forward",):
         kernel = f"{choices.memory}_{part}"
         reason = _no_launch(kernel, str(device), str(dtype), head_dim, choices.chunk_size, precision)
@@ -195,8 +193,8 @@ def forward(
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("`lengths` and `cu_seqlens` exclude each other: a pack has no pad tokens.")
     check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, cu_seqlens, lengths)
-    if choices.fixed and save_every:
-        raise ValueError(f"`save_every` must be 0 with `update_layers='last'`, got {save_every}.")
+    if choices.fixed and save_every > 1:
+        raise ValueError(f"`save_every` must be 0 or 1 with `update_layers='last'`, got {save_every}.")
     if needs_grad and save_every == 0:
         save_every = chunks_between_starts(choices, q.shape[-1], q.element_size())
     y, final, saved = OPERATORS.forward(
@@ -235,6 +233,8 @@ def chunks_between_starts(choices: Choices, head_dim: int, itemsize: int) -> int
     Args:
         itemsize (`int`): bytes of a query's number.
     """
+    if choices.fixed:  # the reads ask for every chunk's
+        return 1
     state = sum(fan_in * fan_out for fan_in, fan_out in choices.weight_shapes(head_dim))
     budget = 2 * (4 * head_dim * itemsize + 8 * head_dim)
     return max(1, math.ceil(4 * state / (choices.chunk_size * budget)))
@@ -351,17 +351,21 @@ class _Call:
         chunks = (self.lengths + phases + span - 1) // span
         return chunks.cumsum(0) - chunks
 
-    def launch_parts(self, y, dual, final) -> None:
+    def launch_parts(self, y, dual, final, kept, kept_of_row) -> None:
         """The same where no text writes the first weight: writes, a chain, and then the reads of many chunks at once."""
         from . import forward_pass
 
         for first, last in self.groups(CHUNKS_AT_ONCE):
             count = last - first
-            starts, lengths = self.where_of(first, last)
-            saved = [self.scratch(self.rows * count, *a.shape) for a in self.written]
+            where = self.where_of(first, last)
             slots = torch.arange(self.rows, device=self.device) * count
+            saved = kept or [self.scratch(self.rows * count, *a.shape) for a in self.written]
             begun = self.continues and first == 0
-            self.launch_forward(y, dual, final, [starts, lengths], saved, slots, 1, begun, forward_pass.WRITES.value)
+            of_row = kept_of_row + first if kept else slots
+            self.launch_forward(y, dual, final, where, saved, of_row, 1, begun, forward_pass.WRITES.value)
+            if kept:
+                places = of_row[:, None] + torch.arange(count, device=self.device)
+                saved = [x.index_select(0, places.flatten().clamp(max=len(x) - 1)) for x in kept]
             chunks = [torch.stack(x, 1).flatten() for x in zip(*(self.where_of(i, i + 1) for i in range(first, last)))]
             self.launch_forward(y, saved, [], chunks, [], slots, 0, begun, forward_pass.READS.value)
 
@@ -445,6 +449,11 @@ def choice_values(choices: Choices) -> tuple:
     return tuple(0.0 if (value := getattr(choices, name)) is None else value for name in CHOICE_NAMES)
 
 
+def _fixed(values) -> int:
+    # `Choices.fixed` of values that may be a trace's
+    return int(dict(zip(CHOICE_NAMES, values))["update_layers"] == "last")
+
+
 @functools.lru_cache(maxsize=None, typed=True)
 def choices_of(*values) -> Choices:
     """What `choice_values` was made of."""
@@ -473,7 +482,7 @@ def _split(arguments: tuple) -> tuple[Operands, tuple]:
 @torch.library.impl(LIBRARY, "forward", "CompositeExplicitAutograd")
 def _forward(*arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     operands, (output_final_state, save_every, precision, *choices) = _split(arguments)
-    q, initial, state = operands.q, operands.initial, operands.state
+    q, state = operands.q, operands.state
     cu_seqlens, lengths = operands.cu_seqlens, operands.lengths
     if cu_seqlens is not None:
         cu_seqlens = checked_borders(cu_seqlens, q.shape[1], q.device)
@@ -485,13 +494,13 @@ def _forward(*arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     saved, saved_of_row = [], call.lengths
     if save_every:
         room = _saved_chunks(q, cu_seqlens, call.chunk_size, save_every)
-        saved = [call.scratch(room, *a.shape) for a in initial]
+        saved = [call.scratch(room, *a.shape) for a in call.written]
         saved_of_row = call.saved_of_row(save_every)
 
     # pads are not written to
     y = torch.zeros_like(call.q) if lengths is not None else torch.empty_like(call.q)
     if call.programs > 0 and call.tokens > 0 and call.choices.fixed:
-        call.launch_parts(y, dual, final)
+        call.launch_parts(y, dual, final, saved, saved_of_row)
     elif call.programs > 0 and call.tokens > 0:
         call.launch_forward(y, dual, final, call.where, saved, saved_of_row, save_every)
     elif output_final_state and state:
@@ -506,13 +515,13 @@ def _forward(*arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 @torch.library.register_fake(f"{NAMESPACE}::forward", lib=LIBRARY)
 def _(*arguments):
     operands, (output_final_state, save_every, _precision, *choices) = _split(arguments)
-    q, initial, cu_seqlens = operands.q, operands.initial, operands.cu_seqlens
-    named = dict(zip(CHOICE_NAMES, choices))  # a trace may have made symbols of them
-    chunk_size, fixed = named["chunk_size"], 1 if named["update_layers"] == "last" else 0
+    q, cu_seqlens = operands.q, operands.cu_seqlens
+    chunk_size = dict(zip(CHOICE_NAMES, choices))["chunk_size"]  # a trace may have made a symbol of it
+    written = operands.initial[_fixed(choices) :]
     rows, heads = _rows(q, cu_seqlens), q.shape[2]
     final, saved = [], []
     if output_final_state:
-        shapes = [tuple(a.shape[1:]) for a in initial[fixed:]]
+        shapes = [tuple(a.shape[1:]) for a in written]
         gate_dim = max(gate(operands.eta).shape[-1], gate(operands.log_alpha).shape[-1])
         widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + [gate_dim, gate_dim]
         final = [q.new_empty((rows, heads, *shape), dtype=torch.float32) for shape in shapes]
@@ -520,7 +529,7 @@ def _(*arguments):
         final.append(q.new_empty((rows,), dtype=torch.int64))
     if save_every:
         room = _saved_chunks(q, cu_seqlens, chunk_size, save_every)
-        saved = [q.new_empty((room, *a.shape), dtype=torch.float32) for a in initial]
+        saved = [q.new_empty((room, *a.shape), dtype=torch.float32) for a in written]
     return q.new_empty(q.shape), final, saved
 
 
@@ -565,8 +574,9 @@ def _backward(
         state_bars = [x.to(torch.float32, copy=True).contiguous() for x in final_bars[:layers]]
         factor_bars = [x.float().contiguous() for x in final_bars[layers:]]
     else:
-        state_bars, factor_bars = [call.zeros(rows, *a.shape) for a in initial], []
-    base_bars = [call.zeros(rows, *a.shape) for a in initial] if call.toward_init else state_bars
+        state_bars, factor_bars = [call.zeros(rows, *a.shape) for a in call.written], []
+    base_bars = [call.zeros(rows, *a.shape) for a in initial[: choices.fixed]]
+    base_bars += [call.zeros(rows, *a.shape) for a in call.written] if call.toward_init else state_bars
     norm_bars = [call.zeros(rows, heads, call.head_dim) for _ in range(2)]
     partial_in_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else []
     if call.programs > 0 and call.tokens > 0:
@@ -581,7 +591,7 @@ def _backward(
         scratch = Scratch(
             hidden=tuple(call.scratch(call.programs, call.hidden_units, call.chunk_size) for _ in range(4 * mlp)),
             weight_bar=tuple(call.scratch(*shape) for shape in shapes),
-            read_bar=call.scratch(*shapes[1]) if mlp else None,
+            read_bar=call.scratch(*shapes[-1]) if mlp else None,
             link_bar=None,
             slope_bar=tuple(call.scratch(call.programs, call.hidden_units) for _ in initial) if mirrors else None,
             rows=call.scratch(call.programs, places),
@@ -610,13 +620,10 @@ def _backward(
         partial_in_bars = [x.clone() for x in factor_bars]
 
     # sums over rows in fixed order
-    if call.toward_init:
-        initial_bars = [x.sum(0) for x in base_bars]
-    elif state:
-        initial_bars = [torch.where(call.fresh(), x, 0.0).sum(0) for x in state_bars]
+    if state and not call.toward_init:
+        base_bars[choices.fixed :] = [torch.where(call.fresh(), x, 0.0) for x in state_bars]
         state_bars = [torch.where(call.fresh(), 0.0, x) for x in state_bars]
-    else:
-        initial_bars = [x.sum(0) for x in state_bars]
+    initial_bars = [x.sum(0) for x in base_bars]
 
     def like(bar: Tensor, x: Tensor) -> Tensor:
         if bar.shape[-1] != gate(x).shape[-1]:
@@ -693,7 +700,8 @@ def _forward_with_gradients(*arguments) -> tuple[Tensor, list[Tensor], list[Tens
     if not asks_for_gradients(list(operands)):
         with torch._C._AutoDispatchBelowAutograd():
             return OPERATORS.forward(*arguments)
-    layers, kept = len(operands.initial), len(operands.initial) if options[1] else 0
+    layers = len(operands.initial)
+    kept = layers - _fixed(options[3:]) if options[1] else 0
     tensors = (*operands[:6], *operands.initial, *operands[7:9], *operands.state, *operands[10:])
     y, *lists = _Differentiated.apply(layers, options, *tensors)
     final = len(lists) - kept
