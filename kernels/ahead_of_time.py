@@ -77,6 +77,7 @@ class Call:
     narrow: bool = False  # parameters in bfloat16, as a bfloat16 model has them
     several: bool = False  # tokens at once, of decoding
     rotary: bool = True  # queries and keys are turned by their position, of decoding
+    nth: int = -1  # of its launches, which to count
     variant: int = 0  # which of `launches.changed`; 0 is the configured launch
 
     def at(self, kernel: str, head_dim: int, chunk_size: int, precision: str) -> "Call":
@@ -117,6 +118,7 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
     if call.padded:
         arguments["lengths"] = torch.full((batch,), max(tokens - 3, 0), dtype=torch.int32, device=device)
     if call.continues or decodes:
+        shapes = shapes[choices.fixed :]
         widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + 2 * [(*gate, 1)[3]]
         factors = (torch.zeros(batch, heads, choices.chunk_size, width, device=device) for width in widths)
         dual = (torch.zeros(batch, heads, *shape, device=device) for shape in shapes)
@@ -174,12 +176,13 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
     ):
         knobs.cache.dir = cache
         run(call)()
-    asynchronous, unawaited = asynchronous_products(binaries[-1].asm["ttgir"])
+    binary = binaries[call.nth]
+    asynchronous, unawaited = asynchronous_products(binary.asm["ttgir"])
     if unawaited:
         raise RuntimeError(f"{call.kernel} goes on before an asynchronous product has its result: {unawaited[0]}")
     every_chunk, threads = not call.kernel.endswith("_decode"), 32 * launch["num_warps"]
-    done = work(_sass(binaries[-1], "-sass"), tiles(call, launch), threads, every_chunk)
-    return _counts(binaries[-1]) | {"asynchronous": len(asynchronous)} | done
+    done = work(_sass(binary, "-sass"), tiles(call, launch), threads, every_chunk)
+    return _counts(binary) | {"asynchronous": len(asynchronous)} | done
 
 
 def tiles(call: Call, launch: dict[str, int]) -> int:

@@ -56,6 +56,9 @@ CALLS = {
         channel_gates=False,
         save_every=4,
     ),
+    # of the forward pass on Hopper alone: the chain of writes, and the reads of all chunks
+    "last": Call(Choices(update_layers="last"), nth=0),
+    "last, reads": Call(Choices(update_layers="last"), nth=1),
 }
 MAIN = (64, 64, "bf16")
 
@@ -77,7 +80,8 @@ def programs(name: str, kernel: str) -> list[dict]:
         if entry["launch"] is None:
             continue
         shape = (entry["head_dim"], entry["chunk_size"], entry["precision"])
-        calls = list(CALLS) if shape == MAIN else ["memora"] if shape[2] == "bf16" else ["yaad"]
+        calls = [call for call in CALLS if "last" not in call or (name, kernel) == ("sm_90", "mlp_forward")]
+        calls = calls if shape == MAIN else ["memora"] if shape[2] == "bf16" else ["yaad"]
         if kernel.endswith("_backward"):
             # half a minute each
             calls = ["plain", "yaad"] if shape == MAIN else ["yaad"]

@@ -36,6 +36,7 @@ FAMILIES = {
     "mirror": (miras_hf.MonetaConfig, {"lq_map": "mirror"}),
     "hybrid": (miras_hf.YaadConfig, {"use_rope": True, "attention_layers": [1], "sliding_window": 8}),
     "matrix": (miras_hf.MirasConfig, {"memory_architecture": "matrix", "gate_granularity": "head"}),
+    "last": (miras_hf.YaadConfig, {"update_layers": "last"}),
 }
 THREE = ["moneta", "yaad", "memora"]
 SLOW_MONETA, SLOW_MIRROR, SLOW_HYBRID = (
@@ -172,7 +173,7 @@ def test_whole_model_is_one_graph(ids):
     torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["moneta", SLOW_MIRROR, "memora", SLOW_HYBRID, "matrix"])
+@pytest.mark.parametrize("family", ["moneta", SLOW_MIRROR, "memora", SLOW_HYBRID, "matrix", "last"])
 def test_training_gives_the_same_losses(family, ids, monkeypatch):
     """Steps of AdamW, packs and pads among them, with the memory's own cache in the way as in a loop by hand."""
     models = make_models(family)
@@ -301,8 +302,7 @@ def test_rules_that_kernels_do_not_know_say_why(ids):
         ((name, value),) = changed.items()
         choices, reason = kernel_choices(MirasRule(MLPMemory(**changed), L2(), chunk_size=16))
         assert choices is None and reason == f"kernels do not know `memory_{name}={value}`"
-    choices, reason = kernel_choices(MirasRule(MLPMemory(update_layers="last"), L2(), chunk_size=16))
-    assert choices is None and reason == "kernels do not know `update_layers='last'`"
+    assert MemoryBackend(MirasRule(MLPMemory(update_layers="last"), L2(), chunk_size=16)).choices.fixed == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the slow path is only slow where there is a GPU")

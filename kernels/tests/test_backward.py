@@ -148,7 +148,7 @@ def test_sizes(head_dim, chunk_size, retention):
 
 
 @pytest.mark.parametrize("retention", ["decay", "kl"])
-@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize("memory", ["mlp", "matrix", "last"])
 def test_operands_that_are_read_again_for_every_tile(memory, retention, monkeypatch):
     """What a launch asks for where shared memory is small: the same bits."""
     rule = make_rule(memory, "huber_mixture", retention)
@@ -156,16 +156,18 @@ def test_operands_that_are_read_again_for_every_tile(memory, retention, monkeypa
     found = []
     for stream, run in ((False, gradients), (True, check)):
         backward = {"TN": 32, "num_warps": 4, "STREAM": stream}
-        forward = {"TN": 64, "num_warps": 4} if memory == "mlp" else {"num_warps": 4}
-        launches = {f"{memory}_forward": forward, f"{memory}_backward": backward}
+        forward = {"num_warps": 4} if memory == "matrix" else {"TN": 64, "num_warps": 4}
+        kernel = "matrix" if memory == "matrix" else "mlp"
+        launches = {f"{kernel}_forward": forward, f"{kernel}_backward": backward}
         monkeypatch.setattr(ops, "launch_configuration", lambda kernel, found=launches, **_: found[kernel])
         found.append(run(rule, inputs, parameters))
     assert all(torch.equal(one, other) for one, other in zip(*found) if one is not None)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 47])
-def test_lengths(tokens):
-    rule = make_rule("mlp", "huber_norm", "lq")
+@pytest.mark.parametrize("memory", ["mlp", "last"])
+def test_lengths(memory, tokens):
+    rule = make_rule(memory, "huber_norm", "lq")
     check(rule, *make_call(rule, batch=2, tokens=tokens, heads=1))
 
 
@@ -180,7 +182,7 @@ def test_against_autograd_of_the_recurrent_reference():
     ("l2", "lq_mirror", "zero", "head"),
 ])  # fmt: skip
 @pytest.mark.parametrize("cuts", [slow((21,)), slow((16,)), (7, 9, 16, 30)])
-@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize("memory", ["mlp", "matrix", "last"])
 def test_through_states_in_the_middle_of_a_chunk(memory, cuts, bias, retention, decay_target, gates):
     """Truncated and full backpropagation over several calls: gradients of the final and of the initial state."""
     rule = make_rule(memory, bias, retention, decay_target=decay_target)
@@ -188,16 +190,18 @@ def test_through_states_in_the_middle_of_a_chunk(memory, cuts, bias, retention, 
 
 
 @pytest.mark.parametrize("retention", ["decay", "lq_mirror", "kl"])
-@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize("memory", ["mlp", "matrix", "last"])
 def test_packs(memory, retention):
     rule = make_rule(memory, "huber_mixture", retention)
     inputs, parameters = make_call(rule, tokens=39, heads=1)
     check(rule, inputs, parameters, cu_seqlens=torch.tensor([0, 5, 5, 22, 38, 39], device=DEVICE))
 
 
-@pytest.mark.parametrize(("cuts", "retention"), [((), "lq"), ((11,), "lq"), ((11,), "lq_mirror")])
-def test_pads_on_any_side_and_in_between(cuts, retention):
-    rule = make_rule("mlp", "l2", retention)
+@pytest.mark.parametrize(("memory", "cuts", "retention"), [
+    ("mlp", (), "lq"), ("mlp", (11,), "lq"), ("mlp", (11,), "lq_mirror"), ("last", (11,), "lq"),
+])  # fmt: skip
+def test_pads_on_any_side_and_in_between(memory, cuts, retention):
+    rule = make_rule(memory, "l2", retention)
     inputs, parameters = make_call(rule, batch=4, tokens=24, heads=1)
     mask = torch.ones(4, 24, dtype=torch.bool, device=DEVICE)
     mask[0, 17:], mask[1, :9], mask[3] = False, False, False
@@ -272,8 +276,9 @@ def test_adjoint_stays_finite_on_streams_that_make_it_grow():
     assert all(torch.isfinite(grad).all() for grad in got if grad is not None)
 
 
-def test_operator_is_well_formed():
-    rule = make_rule("mlp", "huber_mixture", "lq")
+@pytest.mark.parametrize("memory", ["mlp", "last"])
+def test_operator_is_well_formed(memory):
+    rule = make_rule(memory, "huber_mixture", "lq")
     # two chunks, as many as there is room for
     inputs, parameters = make_call(rule, tokens=17, heads=1)
     check_operator(rule, inputs, parameters, [], None, chunks=2)

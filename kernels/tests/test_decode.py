@@ -85,7 +85,7 @@ def check(rule, prompt=(14, 3), tokens=4, tolerance=None, holes=False, **call):
 
 @pytest.mark.parametrize("decay_target", ["init", "zero"])
 @pytest.mark.parametrize("retention", RETENTION_GATES)
-@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize("memory", ["mlp", "matrix", "last"])
 def test_links(memory, retention, decay_target):
     check(make_rule(memory, "huber_mixture", retention, decay_target=decay_target), heads=1)
 
@@ -114,16 +114,16 @@ def test_unusual_choices(options):
     check(make_rule(**options), heads=2, prompt=(15, 9), tokens=2)
 
 
-@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize("memory", ["mlp", "matrix", "last"])
 def test_rows_without_a_token_stay(memory):
-    rule = make_rule(memory, "l2", "kl" if memory == "mlp" else "decay", decay_target="zero")
+    rule = make_rule(memory, "l2", "decay" if memory == "matrix" else "kl", decay_target="zero")
     check(rule, prompt=(14, 0), holes=True, heads=1)
 
 
-@pytest.mark.parametrize("retention", ["decay", "kl"])
-def test_bits_do_not_depend_on_company(retention):
+@pytest.mark.parametrize(("memory", "retention"), [("mlp", "decay"), ("mlp", "kl"), ("last", "lq")])
+def test_bits_do_not_depend_on_company(memory, retention):
     """A row alone, in a batch, with all its tokens at once or one by one: the same bits, in the state, too."""
-    rule = make_rule("mlp", "huber_mixture", retention)
+    rule = make_rule(memory, "huber_mixture", retention)
     inputs, parameters = make_call(rule, 3, 17, heads=2, dtype=torch.bfloat16)
     prompt = torch.arange(13, device=DEVICE) < torch.tensor([[13], [2], [7]], device=DEVICE)
     start, link_cache = after_prompt(rule, inputs, parameters, 13, prompt)

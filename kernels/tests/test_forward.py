@@ -31,6 +31,7 @@ from miras_hf.memory import (
     MemoryParameters,
     MemoryState,
     MirasRule,
+    MLPMemory,
     chunk_miras,
     recurrent_miras,
 )
@@ -61,7 +62,9 @@ def uninitialised_memory_is_nan():
 def make_rule(memory="mlp", bias="l2", retention="decay", chunk_size=16, decay_target="init", **options) -> MirasRule:
     bias = BIASES[bias](**{k: v for k, v in options.items() if k in ("power", "sign")} if bias == "lp" else {})
     gate = GATES[retention](**{"power": options["q"]} if "q" in options and retention.startswith("lq") else {})
-    return MirasRule(MEMORY_ARCHITECTURES[memory](), bias, gate, chunk_size=chunk_size, decay_target=decay_target)
+    # "last": an MLP memory whose first weight no text writes
+    architecture = MLPMemory(update_layers="last") if memory == "last" else MEMORY_ARCHITECTURES[memory]()
+    return MirasRule(architecture, bias, gate, chunk_size=chunk_size, decay_target=decay_target)
 
 
 def make_call(rule, batch=1, tokens=21, heads=2, head_dim=32, gates="channel", dtype=torch.float32, seed=0):
@@ -176,7 +179,7 @@ def test_losses_and_links(memory, bias, retention):
 @pytest.mark.parametrize("gates", ["channel", "head"])
 @pytest.mark.parametrize("decay_target", ["init", "zero"])
 @pytest.mark.parametrize("retention", RETENTION_GATES)
-@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize("memory", ["mlp", "matrix", "last"])
 def test_gates_and_decay_targets(memory, retention, decay_target, gates):
     rule = make_rule(memory, "huber_mixture", retention, decay_target=decay_target)
     check(rule, *make_call(rule, gates=gates, seed=1))
@@ -231,7 +234,7 @@ def test_sizes(head_dim, chunk_size, memory):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 15, 16, 17, 32, 47])
-@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize("memory", ["mlp", "matrix", "last"])
 def test_lengths(memory, tokens):
     rule = make_rule(memory, "huber_norm", "lq")
     check(rule, *make_call(rule, batch=2, tokens=tokens, heads=1))
@@ -242,7 +245,7 @@ def test_against_the_recurrent_reference():
     check(rule, *make_call(rule, tokens=35), form=recurrent_miras)
 
 
-@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize("memory", ["mlp", "matrix", "last"])
 @pytest.mark.parametrize("borders", [[0, 5, 5, 22, 38, 39], [0, 0, 16, 33], [0, 40]])
 def test_packs(memory, borders):
     rule = make_rule(memory, "huber_mixture", "decay")
@@ -254,7 +257,7 @@ def test_packs(memory, borders):
             assert torch.equal(y[:, first:last], alone)
 
 
-@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize("memory", ["mlp", "matrix", "last"])
 def test_pads_on_any_side_and_in_between(memory):
     rule = make_rule(memory, "l2", "lq")
     inputs, parameters = make_call(rule, batch=4, tokens=24)
@@ -270,7 +273,7 @@ def test_pads_on_any_side_and_in_between(memory):
 
 @pytest.mark.parametrize(("memory", "retention", "decay_target"), [
     ("mlp", "decay", "init"), ("mlp", "lq", "zero"), ("mlp", "kl", "init"), ("matrix", "lq_mirror", "init"),
-    ("matrix", "kl", "zero"),
+    ("matrix", "kl", "zero"), ("last", "lq_mirror", "init"), ("last", "kl", "zero"),
 ])  # fmt: skip
 @pytest.mark.parametrize("cuts", [(1,), (15, 16), (16,), (7, 9, 30)])
 def test_reading_in_pieces_is_reading_at_once(cuts, memory, retention, decay_target):
@@ -287,8 +290,9 @@ def test_reading_in_pieces_is_reading_at_once(cuts, memory, retention, decay_tar
         assert_close("state", got, expected, 3 * TOLERANCE[retention])
 
 
-def test_rows_continue_at_phases_of_their_own():
-    rule = make_rule("mlp", "l2", "decay")
+@pytest.mark.parametrize("memory", ["mlp", "last"])
+def test_rows_continue_at_phases_of_their_own(memory):
+    rule = make_rule(memory, "l2", "decay")
     inputs, parameters = make_call(rule, batch=3, tokens=40)
     mask = torch.arange(40, device=DEVICE) < torch.tensor([[21], [0], [16]], device=DEVICE)
     whole = [None if x is None else x for x in inputs]
@@ -305,8 +309,9 @@ def test_rows_continue_at_phases_of_their_own():
     assert final[-1].tolist() == [32, 11, 27]
 
 
-def test_no_tokens_hand_the_state_on():
-    rule = make_rule("mlp", "l2", "lq")
+@pytest.mark.parametrize("memory", ["mlp", "last"])
+def test_no_tokens_hand_the_state_on(memory):
+    rule = make_rule(memory, "l2", "lq")
     inputs, parameters = make_call(rule, tokens=21)
     _, state, _ = by_kernel(rule, inputs, parameters)
     _, again, _ = by_kernel(rule, [None if x is None else x[:, :0] for x in inputs], parameters, state=state)
@@ -314,6 +319,15 @@ def test_no_tokens_hand_the_state_on():
     _, masked, _ = by_kernel(rule, inputs, parameters, state=state, mask=mask)
     for one, other, third in zip(state, again, masked, strict=True):
         assert torch.equal(one, other) and torch.equal(one, third)
+
+
+def test_reads_of_some_chunks_at_once_are_those_of_all(monkeypatch):
+    rule = make_rule("last", "huber_mixture", "lq")
+    inputs, parameters = make_call(rule, batch=2, tokens=75, heads=1)
+    _, state, _ = by_kernel(rule, [None if x is None else x[:, :21] for x in inputs], parameters)
+    whole, *_ = by_kernel(rule, inputs, parameters, state=state)
+    monkeypatch.setattr(ops, "CHUNKS_AT_ONCE", 2)
+    assert torch.equal(by_kernel(rule, inputs, parameters, state=state)[0], whole)
 
 
 def test_arguments_are_not_written_to():

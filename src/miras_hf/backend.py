@@ -48,7 +48,7 @@ BACKENDS = ("auto", "triton", "pytorch")
 # the choices that kernels know, by the config's names, and what they call otherwise than configs do
 _KERNELS_KNOW = {"memory_architecture": MEMORIES, "attentional_bias": ATTENTIONAL_BIASES, "retention": RETENTION_GATES}
 # what they take for granted
-_KERNELS_ASSUME = {"memory_depth": 2, "memory_norm": True, "memory_residual": True, "update_layers": "all"}
+_KERNELS_ASSUME = {"memory_depth": 2, "memory_norm": True, "memory_residual": True}
 _KERNELS_CALL = {"none": "decay"}  # of a log retention of zero
 _KERNEL_WORDS = {"memory_architecture": "memory", "memory_expansion": "expansion", "memory_norm_eps": "norm_eps"}
 

@@ -163,8 +163,8 @@ class MirasConfig(PreTrainedConfig):
         memory_norm_eps (`float`, *optional*):
             Epsilon of the memory's layer norm, which bounds its backward; `None` for 0.1, or 0.01 with KL retention.
         update_layers (`str`, *optional*, defaults to `"all"`):
-            The weights of an MLP memory that a text writes: `"all"`, or the `"last"` alone, in PyTorch only. The others then
-            stay the learned initial ones, and states are as much smaller.
+            The weights of an MLP memory that a text writes: `"all"`, or the `"last"` alone. The others then stay the learned
+            initial ones, and states are as much smaller.
         attentional_bias (`str`, *optional*, defaults to `"l2"`):
             Choice (ii). `"l2"`, `"dot"` (8), `"lp"` (11), `"l1"` (12), `"huber_coordinate"` (14), `"huber_norm"` (15),
             `"huber_mixture"` (16), `"robust"` (17), or one that is registered (`miras_hf.memory.register_attentional_bias`).

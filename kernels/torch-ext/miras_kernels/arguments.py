@@ -96,13 +96,14 @@ class Scratch(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """A chunk's tokens, a head's channels, the next power of two, the memory's hidden units; numbers of a gate and of a
-    threshold; what products take."""
+    """A chunk's tokens, a head's channels, the next power of two, the memory's hidden units; weights that no text writes;
+    numbers of a gate and of a threshold; what products take."""
 
     C: tl.constexpr
     D: tl.constexpr
     BD: tl.constexpr
     N: tl.constexpr
+    FIXED: tl.constexpr
     GATE_DIM: tl.constexpr
     DELTA_DIM: tl.constexpr
     PRECISION: tl.constexpr
@@ -164,6 +165,7 @@ def records_of(
         D=constant(head_dim),
         BD=constant(padded(head_dim)),
         N=constant(width),
+        FIXED=constant(choices.fixed),
         GATE_DIM=constant(gate_dim),
         DELTA_DIM=constant(delta_dim),
         PRECISION=constant(products),

@@ -36,7 +36,7 @@ from .backward_pieces import (
     handed_on,
     hold_read,
     store_state_bar,
-    sums_of_image,
+    sums_of_base,
 )
 from .chunks import behind, load_rows, place_of, residual_of, residual_vjp_of, slot_of, store_delta_bar
 from .layers import add_to_sums, along_dual, load_dual, rates_of, scale_of, threads_fit, tile_of, weight_of, within
@@ -88,7 +88,8 @@ def matrix_backward_kernel(
     LINEAR: tl.constexpr = link.KIND != KL and link.KIND != LQ_MIRROR
     TILES: tl.constexpr = (D + TN - 1) // TN
     # what the initial memory's own link needs, and the adjoint of its image: through the link when all chunks are done
-    base_sums = sums_of_image(base, link, sizes, True, TN)
+    IMAGE: tl.constexpr = link.KIND == LQ_MIRROR and link.TOWARD_INIT
+    base_sums = sums_of_base(base, IMAGE, link, sizes, True, TN)
     base_scale = scale_of(base_sums, link, sizes)
     constant_bar, slope_bar = base_bar, rows
     if link.KIND == LQ_MIRROR:

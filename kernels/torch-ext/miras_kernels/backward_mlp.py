@@ -49,6 +49,7 @@ from .backward_pieces import (
     Weight,
     X,
     back_through_first,
+    back_through_fixed,
     back_through_image,
     back_through_link,
     back_to_gates,
@@ -57,7 +58,7 @@ from .backward_pieces import (
     handed_on,
     hold_read,
     store_state_bar,
-    sums_of_image,
+    sums_of_base,
 )
 from .chunks import behind, load_rows, place_of, residual_of, residual_vjp_of, slot_of, store_delta_bar
 from .layers import (
@@ -65,6 +66,7 @@ from .layers import (
     along_dual,
     hidden_behind,
     load_dual,
+    load_first,
     parts_of_read,
     rates_of,
     scale_of,
@@ -155,10 +157,12 @@ def mlp_backward_kernel(
     b_beta_bar = tl.zeros([BD], dtype=tl.float32)
 
     weights, activations = place.program * D * N, place.program * C * N
+    # whether texts write the first weight, too; else `base_bar1` is the sum of its adjoints, which the link waits for
+    BOTH: tl.constexpr = sizes.FIXED == 0
     base1, base2 = base[0] + place.head * D * N, base[1] + place.head * D * N
-    state_bar1, state_bar2 = state_bar[0] + weights, state_bar[1] + weights
+    state_bar1, state_bar2 = state_bar[0] + weights, state_bar[-1] + weights
     base_bar1, base_bar2 = base_bar[0] + weights, base_bar[1] + weights
-    weight_bar1, weight_bar2 = scratch.weight_bar[0] + weights, scratch.weight_bar[1] + weights
+    weight_bar1, weight_bar2 = scratch.weight_bar[0] + weights, scratch.weight_bar[-1] + weights
     read_bar2 = scratch.read_bar + weights
     hidden, read_hidden = scratch.hidden[0] + activations, scratch.hidden[1] + activations
     kept_hidden, hidden_bar = scratch.hidden[2] + activations, scratch.hidden[3] + activations
@@ -168,22 +172,24 @@ def mlp_backward_kernel(
     LINEAR: tl.constexpr = link.KIND != KL and link.KIND != LQ_MIRROR
     TILES: tl.constexpr = (N + TN - 1) // TN
     # what the initial memory's own link needs, and the adjoint of its image: through the link when all chunks are done
-    base_sums1, base_sums2 = sums_of_image(base1, link, sizes, True, TN), sums_of_image(base2, link, sizes, False, TN)
+    IMAGE: tl.constexpr = link.KIND == LQ_MIRROR and link.TOWARD_INIT
+    base_sums1 = sums_of_base(base1, IMAGE or not BOTH, link, sizes, True, TN)
+    base_sums2 = sums_of_base(base2, IMAGE, link, sizes, False, TN)
     base_scale1, base_scale2 = scale_of(base_sums1, link, sizes), scale_of(base_sums2, link, sizes)
     constant_bar1, constant_bar2 = base_bar1, base_bar2
     slope_bar1, slope_bar2 = rows, rows
     if link.KIND == LQ_MIRROR:
         slope_bar1 = scratch.slope_bar[0] + place.program * N
-        slope_bar2 = scratch.slope_bar[1] + place.program * N
+        slope_bar2 = scratch.slope_bar[-1] + place.program * N
         if link.TOWARD_INIT:
-            constant_bar1, constant_bar2 = scratch.link_bar[0] + weights, scratch.link_bar[1] + weights
+            constant_bar1, constant_bar2 = scratch.link_bar[0] + weights, scratch.link_bar[-1] + weights
     # the largest entries of the state's adjoint, which bound it
     largest1, largest2 = 0.0, 0.0
 
     for i in range(0, place.chunks):
         i_c = place.chunks - 1 - i
         slot = slot_of(saved, i_c, place, H, sizes)
-        saved1, saved2 = saved.duals[0] + slot, saved.duals[1] + slot
+        saved1, saved2 = saved.duals[0] + slot, saved.duals[-1] + slot
         bound1 = LARGEST_STATE_ADJOINT / tl.maximum(largest1, LARGEST_STATE_ADJOINT)
         bound2 = LARGEST_STATE_ADJOINT / tl.maximum(largest2, LARGEST_STATE_ADJOINT)
 
@@ -192,9 +198,13 @@ def mlp_backward_kernel(
         sums1, sums2 = start_of_sum(BD, link.KIND), start_of_sum(BD, link.KIND)
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
-            _, _, b_a1 = load_dual(saved1, base1, tile.o_1, tile.m_w, link)
             _, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
-            sums1, sums2 = add_to_sums(sums1, b_a1, tile.m_w, link, 0), add_to_sums(sums2, b_a2, tile.m_w, link, 0)
+            sums2 = add_to_sums(sums2, b_a2, tile.m_w, link, 0)
+            if BOTH:
+                _, _, b_a1 = load_first(saved1, base1, tile, link, sizes)
+                sums1 = add_to_sums(sums1, b_a1, tile.m_w, link, 0)
+        if not BOTH:
+            sums1 = base_sums1
         scale1, scale2 = scale_of(sums1, link, sizes), scale_of(sums2, link, sizes)
         mean_slope1, mean_slope2 = tl.sum(sums1[2]) / (1.0 * D * N), tl.sum(sums2[2]) / (1.0 * D * N)
         slope_gain1, inverse_mean1 = (link.Q - 1.0) * scale1, inverse_of_mean(mean_slope1)
@@ -215,7 +225,7 @@ def mlp_backward_kernel(
         hidden_mean = tl.zeros([C], dtype=tl.float32)
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
-            _, _, b_a1 = load_dual(saved1, base1, tile.o_1, tile.m_w, link)
+            _, _, b_a1 = load_first(saved1, base1, tile, link, sizes)
             _, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
             b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
             b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
@@ -225,7 +235,7 @@ def mlp_backward_kernel(
             b_z2 += product(tl.trans(b_h), b_w2, PRECISION)
             if link.KIND == KL:
                 if partial_in is not None:
-                    b_h = hidden_behind(b_h, partial_in.inputs[1] + activations, at, tile)
+                    b_h = hidden_behind(b_h, partial_in.inputs[-1] + activations, at, tile)
                 hidden_mean += tl.sum(b_h, 0) / N
         put(rows, Z2, b_z2, C, BD)
         b_normed, inverse_std, b_error, b_r = error_of_write(
@@ -233,16 +243,20 @@ def mlp_backward_kernel(
         )
         b_dz2 = normalise_vjp(b_r * b_gamma[None, :], b_normed, inverse_std, m_d, D)
         if partial_in is not None:
-            b_dz2 = behind(b_dz2, partial_in.gradients[1], at)
+            b_dz2 = behind(b_dz2, partial_in.gradients[-1], at)
         put(rows, DZ2, b_dz2, C, BD)
 
         # -- read -----------------------------------------------------------------------------------------------------
-        b_p, operands = hold_read(rows, tokens, at, half, layer1, link, sizes, STREAM)
-        p_operand, x_operand, decayed_operand = operands
+        if BOTH:
+            b_p, operands = hold_read(rows, tokens, at, half, layer1, link, sizes, STREAM)
+            p_operand, x_operand, decayed_operand = operands
+        else:
+            b_x = bounded(load_rows(tokens.q, at), KEY_CAP)
+            x_operand = hold(rows, X, b_x, C, BD, PRECISION, STREAM)
         dz2_operand = operand(b_dz2, PRECISION)
         tl.debug_barrier()
         gradient_mean = tl.zeros([C], dtype=tl.float32)
-        if link.KIND == KL:
+        if link.KIND == KL and BOTH:
             for j in range(0, TILES):
                 tile = tile_of(j, sizes, TN)
                 _, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
@@ -259,33 +273,40 @@ def mlp_backward_kernel(
         read_mean = tl.zeros([C], dtype=tl.float32)
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
-            b_d1, b_base1, b_a1 = load_dual(saved1, base1, tile.o_1, tile.m_w, link)
+            b_d1, b_base1, b_a1 = load_first(saved1, base1, tile, link, sizes)
             b_d2, b_base2, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
             b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
             b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
-            b_decaying1, b_fixed1 = parts_of_read(b_d1, b_base1, b_w1, base_scale1, link)
             b_decaying2, b_fixed2 = parts_of_read(b_d2, b_base2, b_w2, base_scale2, link)
             b_h, b_slope = gelu_and_slope(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
-            dz2_rows = held(rows, DZ2, dz2_operand, BD, C, BD, STREAM)
-            b_dz1 = product(b_w2, tl.trans(dz2_rows), PRECISION) * b_slope
             if partial_in is not None:
-                b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + activations, at, tile)
-                b_h = hidden_behind(b_h, partial_in.inputs[1] + activations, at, tile)
-            tl.store(kept_hidden + tile.o_hc, b_dz1, mask=tile.m_hc)
-            b_inputs, b_gradients = b_h, b_dz1
-            if link.KIND == KL:
-                b_gradients = tl.where(tile.m_hc, (b_dz1 - gradient_mean[None, :]) * (mass1 / N), 0.0)
-            elif link.KIND == LQ_MIRROR:
-                b_gradients = b_dz1 * (slope_gain1 * (slope_of_hidden(b_a1, link, sizes, 0) * inverse_mean1))[:, None]
+                b_h = hidden_behind(b_h, partial_in.inputs[-1] + activations, at, tile)
+            b_inputs = b_h
+            if link.KIND == LQ_MIRROR:
                 b_inputs = b_h * slope_of_hidden(b_a2, link, sizes, 0)[:, None]
-            b_z1q = product(b_gradients, tl.trans(held(rows, P, p_operand, C, C, BD, STREAM)), PRECISION)
-            if link.KIND == KL:
-                b_z1q += product(b_w1, tl.trans(held(rows, X, x_operand, BD, C, BD, STREAM)), PRECISION)
+            if BOTH:
+                b_decaying1, b_fixed1 = parts_of_read(b_d1, b_base1, b_w1, base_scale1, link)
+                dz2_rows = held(rows, DZ2, dz2_operand, BD, C, BD, STREAM)
+                b_dz1 = product(b_w2, tl.trans(dz2_rows), PRECISION) * b_slope
+                if partial_in is not None:
+                    b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + activations, at, tile)
+                tl.store(kept_hidden + tile.o_hc, b_dz1, mask=tile.m_hc)
+                b_gradients = b_dz1
+                if link.KIND == KL:
+                    b_gradients = tl.where(tile.m_hc, (b_dz1 - gradient_mean[None, :]) * (mass1 / N), 0.0)
+                elif link.KIND == LQ_MIRROR:
+                    slope1 = slope_of_hidden(b_a1, link, sizes, 0) * inverse_mean1
+                    b_gradients = b_dz1 * (slope_gain1 * slope1)[:, None]
+                b_z1q = product(b_gradients, tl.trans(held(rows, P, p_operand, C, C, BD, STREAM)), PRECISION)
+                if link.KIND == KL:
+                    b_z1q += product(b_w1, tl.trans(held(rows, X, x_operand, BD, C, BD, STREAM)), PRECISION)
+                else:
+                    decayed_rows = held(rows, X_DECAYED, decayed_operand, BD, C, BD, STREAM)
+                    b_z1q += product(b_decaying1, tl.trans(decayed_rows), PRECISION)
+                    if link.TOWARD_INIT:
+                        b_z1q += product(b_fixed1, tl.trans(held(rows, X, x_operand, BD, C, BD, STREAM)), PRECISION)
             else:
-                decayed_rows = held(rows, X_DECAYED, decayed_operand, BD, C, BD, STREAM)
-                b_z1q += product(b_decaying1, tl.trans(decayed_rows), PRECISION)
-                if link.TOWARD_INIT:
-                    b_z1q += product(b_fixed1, tl.trans(held(rows, X, x_operand, BD, C, BD, STREAM)), PRECISION)
+                b_z1q = product(b_w1, tl.trans(held(rows, X, x_operand, BD, C, BD, STREAM)), PRECISION)
             tl.store(read_hidden + tile.o_hc, b_z1q, mask=tile.m_hc)
             b_hq = gelu(b_z1q, PRECISION)
             b_s += product(tl.trans(b_hq), b_inputs, PRECISION)
@@ -356,7 +377,7 @@ def mlp_backward_kernel(
             b_decaying2, b_fixed2 = parts_of_read(b_d2, b_base2, b_w2, base_scale2, link)
             b_h = gelu(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
             if partial_in is not None:
-                b_h = hidden_behind(b_h, partial_in.inputs[1] + activations, at, tile)
+                b_h = hidden_behind(b_h, partial_in.inputs[-1] + activations, at, tile)
             b_hq, b_slope_q = gelu_and_slope(tl.load(read_hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
             b_inputs = b_h
             slope2 = slope_of_hidden(b_a2, link, sizes, 0)
@@ -401,30 +422,46 @@ def mlp_backward_kernel(
         tl.debug_barrier()
 
         # -- back through the read's first layer ----------------------------------------------------------------------
-        gradient_bar_mean = tl.zeros([C], dtype=tl.float32)
-        if link.KIND == KL:
-            b_p = held(rows, P, p_operand, C, C, BD, STREAM).to(tl.float32)
-            gradient_bar_mean = tl.sum(b_p * z1q_bar_mean[:, None], 0)
-        means = gradient_mean, gradient_bar_mean
-        carried = tl.zeros([C, C], tl.float32), tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32), 0.0
-        for j in range(0, TILES):
-            tile = tile_of(j, sizes, TN)
-            b_dz1 = tl.load(kept_hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
-            b_z1q_bar = tl.load(read_hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
-            b_dz1_bar, carried = back_through_first(
-                b_z1q_bar, b_dz1, means, carried, operands, layer1, tile, rows, link, sizes, STREAM
-            )
+        if BOTH:
+            gradient_bar_mean = tl.zeros([C], dtype=tl.float32)
+            if link.KIND == KL:
+                b_p = held(rows, P, p_operand, C, C, BD, STREAM).to(tl.float32)
+                gradient_bar_mean = tl.sum(b_p * z1q_bar_mean[:, None], 0)
+            means = gradient_mean, gradient_bar_mean
+            carried = tl.zeros([C, C], tl.float32), tl.zeros([C, BD], tl.float32), tl.zeros([C, BD], tl.float32), 0.0
+            for j in range(0, TILES):
+                tile = tile_of(j, sizes, TN)
+                b_dz1 = tl.load(kept_hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
+                b_z1q_bar = tl.load(read_hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
+                b_dz1_bar, carried = back_through_first(
+                    b_z1q_bar, b_dz1, means, carried, operands, layer1, tile, rows, link, sizes, STREAM
+                )
+                tl.debug_barrier()
+                tl.store(kept_hidden + tile.o_hc, b_dz1_bar, mask=tile.m_hc)
             tl.debug_barrier()
-            tl.store(kept_hidden + tile.o_hc, b_dz1_bar, mask=tile.m_hc)
-        tl.debug_barrier()
-        of_half, scale_bar1, key_slope_bar = back_to_queries(
-            carried, load_rows(y_bar, at), rows, tokens, bars, at, half, layer1, link, sizes, True
-        )
-        half_bar += of_half
+            of_half, scale_bar1, key_slope_bar = back_to_queries(
+                carried, load_rows(y_bar, at), rows, tokens, bars, at, half, layer1, link, sizes, True
+            )
+            half_bar += of_half
+        else:
+            b_x_bar = tl.zeros([C, BD], dtype=tl.float32)
+            for j in range(0, TILES):
+                tile = tile_of(j, sizes, TN)
+                _, _, b_a1 = load_first(saved1, base1, tile, link, sizes)
+                b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
+                b_z1q_bar = tl.load(read_hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
+                b_x_bar += product(tl.trans(b_z1q_bar), b_w1, PRECISION)
+                b_w1_bar = tl.load(base_bar1 + tile.o_1, mask=tile.m_w, other=0.0)
+                b_w1_bar += product(b_z1q_bar, held(rows, X, x_operand, BD, C, BD, STREAM), PRECISION)
+                tl.store(base_bar1 + tile.o_1, b_w1_bar, mask=tile.m_w)
+            b_q_bar = tl.where(tl.abs(load_rows(tokens.q, at)) > KEY_CAP, 0.0, b_x_bar + load_rows(y_bar, at))
+            tl.store(bars.q + at.p_td, b_q_bar.to(bars.q.dtype.element_ty), mask=at.m_td)
+            put(rows, K_BAR, tl.zeros([C, BD], tl.float32), C, BD)
 
         # -- back through the fold, and through dZ1 = (dZ2 W2^T) o gelu'(Z1) -------------------------------------------
         b_dz2, b_fold = get(rows, DZ2, BD, C, BD), get(rows, KEY_GATE, BD, C, BD) * half[None, :]
-        k_fold_operand = hold(rows, K_FOLD, get(rows, K, BD, C, BD) * b_fold, C, BD, PRECISION, STREAM)
+        if BOTH:
+            k_fold_operand = hold(rows, K_FOLD, get(rows, K, BD, C, BD) * b_fold, C, BD, PRECISION, STREAM)
         dz2_fold_operand = hold(rows, DZ2_FOLD, b_dz2 * b_fold, C, BD, PRECISION, STREAM)
         dz2_operand = operand(b_dz2, PRECISION)
         tl.debug_barrier()
@@ -438,23 +475,31 @@ def mlp_backward_kernel(
             folds = tl.where(is_partial, 0.0, 1.0)
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
-            b_d1 = tl.load(saved1 + tile.o_1, mask=tile.m_w, other=0.0)
             b_d2, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
-            b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
             b_z1 = tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
             b_h, b_slope, b_curvature = gelu_slope_curvature(b_z1, PRECISION)
-            dz2_rows = held(rows, DZ2, dz2_operand, BD, C, BD, STREAM)
-            b_dh = product(b_w2, tl.trans(dz2_rows), PRECISION)
-            b_dz1 = b_dh * b_slope
             if partial_in is not None:
-                b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + activations, at, tile)
-                b_h = hidden_behind(b_h, partial_in.inputs[1] + activations, at, tile)
-
-            b_next = tl.load(state_bar1 + tile.o_1, mask=tile.m_w, other=0.0) * (bound1 * folds)
-            b_total_bar += tl.sum(b_next * b_d1, 0)
-            b_k_fold_bar -= product(tl.trans(b_dz1), b_next, PRECISION)
-            b_dz1_bar = tl.load(kept_hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
-            b_dz1_bar -= product(b_next, tl.trans(held(rows, K_FOLD, k_fold_operand, BD, C, BD, STREAM)), PRECISION)
+                b_h = hidden_behind(b_h, partial_in.inputs[-1] + activations, at, tile)
+            if BOTH:
+                b_d1 = tl.load(saved1 + tile.o_1, mask=tile.m_w, other=0.0)
+                b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
+                b_dh = product(b_w2, tl.trans(held(rows, DZ2, dz2_operand, BD, C, BD, STREAM)), PRECISION)
+                b_dz1 = b_dh * b_slope
+                if partial_in is not None:
+                    b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + activations, at, tile)
+                b_next = tl.load(state_bar1 + tile.o_1, mask=tile.m_w, other=0.0) * (bound1 * folds)
+                b_total_bar += tl.sum(b_next * b_d1, 0)
+                b_k_fold_bar -= product(tl.trans(b_dz1), b_next, PRECISION)
+                b_dz1_bar = tl.load(kept_hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
+                fold_rows = held(rows, K_FOLD, k_fold_operand, BD, C, BD, STREAM)
+                b_dz1_bar -= product(b_next, tl.trans(fold_rows), PRECISION)
+                if partial_out_bar is not None:
+                    m_fh = tile.m_hc & m_f[None, :]
+                    b_dz1_bar += tl.load(partial_out_bar.gradients[0] + activations + tile.o_ch, mask=m_fh, other=0.0)
+                if partial_in is not None:
+                    m_eh = tile.m_hc & at.m_e[None, :]
+                    tl.store(partial_in_bar.gradients[0] + activations + tile.o_ch, b_dz1_bar, mask=m_eh)
+                    b_dz1_bar = tl.where(at.m_e[None, :], 0.0, b_dz1_bar)
 
             b_next = tl.load(state_bar2 + tile.o_2, mask=tile.m_w, other=0.0) * (bound2 * folds)
             b_total_bar += tl.sum(b_next * b_d2, 0)
@@ -462,26 +507,24 @@ def mlp_backward_kernel(
             b_h_bar = tl.load(hidden_bar + tile.o_hc, mask=tile.m_hc, other=0.0)
             fold_rows = held(rows, DZ2_FOLD, dz2_fold_operand, BD, C, BD, STREAM)
             b_h_bar -= product(b_next, tl.trans(fold_rows), PRECISION)
-
             if partial_out_bar is not None:
                 m_fh = tile.m_hc & m_f[None, :]
-                b_h_bar += tl.load(partial_out_bar.inputs[1] + activations + tile.o_ch, mask=m_fh, other=0.0)
-                b_dz1_bar += tl.load(partial_out_bar.gradients[0] + activations + tile.o_ch, mask=m_fh, other=0.0)
+                b_h_bar += tl.load(partial_out_bar.inputs[-1] + activations + tile.o_ch, mask=m_fh, other=0.0)
             if partial_in is not None:
                 m_eh = tile.m_hc & at.m_e[None, :]
-                tl.store(partial_in_bar.inputs[1] + activations + tile.o_ch, b_h_bar, mask=m_eh)
-                tl.store(partial_in_bar.gradients[0] + activations + tile.o_ch, b_dz1_bar, mask=m_eh)
+                tl.store(partial_in_bar.inputs[-1] + activations + tile.o_ch, b_h_bar, mask=m_eh)
                 b_h_bar = tl.where(at.m_e[None, :], 0.0, b_h_bar)
-                b_dz1_bar = tl.where(at.m_e[None, :], 0.0, b_dz1_bar)
 
-            b_z1_bar = b_h_bar * b_slope + b_dz1_bar * b_dh * b_curvature
+            b_z1_bar = b_h_bar * b_slope
+            if BOTH:
+                b_z1_bar += b_dz1_bar * b_dh * b_curvature
+                b_dh_bar = b_dz1_bar * b_slope
+                b_dz2_bar += product(tl.trans(b_dh_bar), b_w2, PRECISION)
+                b_w2_bar = product(b_dh_bar, held(rows, DZ2, dz2_operand, BD, C, BD, STREAM), PRECISION)
+                if not LINEAR:
+                    b_w2_bar += tl.load(weight_bar2 + tile.o_2, mask=tile.m_w, other=0.0)
+                tl.store(weight_bar2 + tile.o_2, b_w2_bar, mask=tile.m_w)
             tl.store(hidden_bar + tile.o_hc, b_z1_bar, mask=tile.m_hc)
-            b_dh_bar = b_dz1_bar * b_slope
-            b_dz2_bar += product(tl.trans(b_dh_bar), b_w2, PRECISION)
-            b_w2_bar = product(b_dh_bar, held(rows, DZ2, dz2_operand, BD, C, BD, STREAM), PRECISION)
-            if not LINEAR:
-                b_w2_bar += tl.load(weight_bar2 + tile.o_2, mask=tile.m_w, other=0.0)
-            tl.store(weight_bar2 + tile.o_2, b_w2_bar, mask=tile.m_w)
         tl.debug_barrier()
 
         # -- gates ----------------------------------------------------------------------------------------------------
@@ -530,7 +573,7 @@ def mlp_backward_kernel(
         inner2 = tl.zeros([BD], dtype=tl.float32)
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
-            _, _, b_a1 = load_dual(saved1, base1, tile.o_1, tile.m_w, link)
+            _, _, b_a1 = load_first(saved1, base1, tile, link, sizes)
             _, _, b_a2 = load_dual(saved2, base2, tile.o_2, tile.m_w, link)
             b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
             b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
@@ -538,66 +581,88 @@ def mlp_backward_kernel(
             z2_rows = held(rows, Z2_BAR, z2_operand, BD, C, BD, STREAM)
             b_z1_bar = tl.load(hidden_bar + tile.o_hc, mask=tile.m_hc, other=0.0)
             b_z1_bar += product(b_w2, tl.trans(z2_rows), PRECISION) * b_slope
-            b_w2_bar = tl.load(weight_bar2 + tile.o_2, mask=tile.m_w, other=0.0)
-            b_w2_bar += product(b_h, z2_rows, PRECISION)
+            b_w2_bar = product(b_h, z2_rows, PRECISION)
+            if BOTH or not LINEAR:
+                b_w2_bar += tl.load(weight_bar2 + tile.o_2, mask=tile.m_w, other=0.0)
             b_w1_bar = product(b_z1_bar, held(rows, K, k_operand, BD, C, BD, STREAM), PRECISION)
-            b_state1 = tl.load(state_bar1 + tile.o_1, mask=tile.m_w, other=0.0) * bound1 * b_kept_total[None, :]
+            b_k_bar += product(tl.trans(b_z1_bar), b_w1, PRECISION)
             b_state2 = tl.load(state_bar2 + tile.o_2, mask=tile.m_w, other=0.0) * bound2 * b_kept_total[None, :]
             if LINEAR:
-                b_state1 += tl.load(weight_bar1 + tile.o_1, mask=tile.m_w, other=0.0)
                 b_state2 += tl.load(read_bar2 + tile.o_2, mask=tile.m_w, other=0.0)
-            else:
-                b_w1_bar += tl.load(weight_bar1 + tile.o_1, mask=tile.m_w, other=0.0)
-            tl.store(state_bar1 + tile.o_1, b_state1, mask=tile.m_w)
             tl.store(state_bar2 + tile.o_2, b_state2, mask=tile.m_w)
-            b_k_bar += product(tl.trans(b_z1_bar), b_w1, PRECISION)
+            if BOTH:
+                b_state1 = tl.load(state_bar1 + tile.o_1, mask=tile.m_w, other=0.0) * bound1 * b_kept_total[None, :]
+                b_read_bar = tl.load(weight_bar1 + tile.o_1, mask=tile.m_w, other=0.0)
+                if LINEAR:
+                    b_state1 += b_read_bar
+                else:
+                    b_w1_bar += b_read_bar
+                tl.store(state_bar1 + tile.o_1, b_state1, mask=tile.m_w)
+                if link.KIND == KL:
+                    inner1 += tl.sum(b_w1_bar * b_w1, 0) / mass1
+                else:
+                    scale_bar1 += along_dual(b_w1_bar, b_a1, link)
+            else:
+                b_w1_bar += tl.load(base_bar1 + tile.o_1, mask=tile.m_w, other=0.0)
             if link.KIND == KL:
-                inner1 += tl.sum(b_w1_bar * b_w1, 0) / mass1
                 # the weights themselves, with their uniform part
                 inner2 += tl.sum(tl.where(tile.m_w, b_w2_bar * (b_w2 + mass2 / N), 0.0), 0) / mass2
             else:
-                scale_bar1 += along_dual(b_w1_bar, b_a1, link)
                 scale_bar2 += along_dual(b_w2_bar, b_a2, link)
             # a number may have been read by more than one thread: all have, before one writes
             tl.debug_barrier()
-            tl.store(weight_bar1 + tile.o_1, b_w1_bar, mask=tile.m_w)
+            if BOTH:
+                tl.store(weight_bar1 + tile.o_1, b_w1_bar, mask=tile.m_w)
+            else:
+                tl.store(base_bar1 + tile.o_1, b_w1_bar, mask=tile.m_w)
             tl.store(weight_bar2 + tile.o_2, b_w2_bar, mask=tile.m_w)
         tl.debug_barrier()
         b_k_bar += get(rows, K_BAR, BD, C, BD)
-        b_k_bar = handed_on(b_k_bar, partial_in_bar, partial_out_bar, at, m_f, sizes, True)
+        if BOTH:
+            b_k_bar = handed_on(b_k_bar, partial_in_bar, partial_out_bar, at, m_f, sizes, True)
         b_k_bar = tl.where(tl.abs(load_rows(tokens.k, at)) > KEY_CAP, 0.0, b_k_bar)
         tl.store(bars.k + at.p_td, b_k_bar.to(bars.k.dtype.element_ty), mask=at.m_td)
 
         # -- link -----------------------------------------------------------------------------------------------------
         slope_mean_bar1, slope_mean_bar2 = 0.0, 0.0
         if link.KIND == LQ_MIRROR:
-            of_scale1, slope_mean_bar1 = slope_bars(carried[3], slope_gain1, mean_slope1, link.Q)
             of_scale2, slope_mean_bar2 = slope_bars(slope_gain_bar2, slope_gain2, mean_slope2, link.Q)
-            scale_bar1 += of_scale1
             scale_bar2 += of_scale2
+            if BOTH:
+                of_scale1, slope_mean_bar1 = slope_bars(carried[3], slope_gain1, mean_slope1, link.Q)
+                scale_bar1 += of_scale1
         rates1, rates2 = (0.0, 0.0), (0.0, 0.0)
         if link.KIND != KL:
-            rates1, rates2 = rates_of(sums1, scale_bar1, link, sizes), rates_of(sums2, scale_bar2, link, sizes)
+            rates2 = rates_of(sums2, scale_bar2, link, sizes)
+            if BOTH:
+                rates1 = rates_of(sums1, scale_bar1, link, sizes)
         largest1, largest2 = 0.0, 0.0
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
             b_slope1_bar, b_slope2_bar = 0.0, 0.0
             if link.KIND == LQ_MIRROR:
-                of_hidden1 = tl.load(slope_bar1 + tile.o_h, mask=tile.m_h, other=0.0)
                 of_hidden2 = tl.load(slope_bar2 + tile.o_h, mask=tile.m_h, other=0.0)
-                b_slope1_bar = (of_hidden1 / D + slope_mean_bar1 / (D * N))[:, None] + (key_slope_bar / N)[None, :]
                 b_slope2_bar = (of_hidden2 / D)[:, None]
                 b_slope2_bar += (channel_slope_bar / N + slope_mean_bar2 / (D * N))[None, :]
-            b_a1_bar, b_state1 = back_through_link(rates1, inner1, b_slope1_bar, layer1, tile.o_1, tile, link)
+                if BOTH:
+                    of_hidden1 = tl.load(slope_bar1 + tile.o_h, mask=tile.m_h, other=0.0)
+                    b_slope1_bar = (of_hidden1 / D + slope_mean_bar1 / (D * N))[:, None]
+                    b_slope1_bar += (key_slope_bar / N)[None, :]
             b_a2_bar, b_state2 = back_through_link(rates2, inner2, b_slope2_bar, layer2, tile.o_2, tile, link)
-            largest1 = tl.maximum(largest1, tl.max(tl.abs(b_state1)))
             largest2 = tl.maximum(largest2, tl.max(tl.abs(b_state2)))
+            if BOTH:
+                b_a1_bar, b_state1 = back_through_link(rates1, inner1, b_slope1_bar, layer1, tile.o_1, tile, link)
+                largest1 = tl.maximum(largest1, tl.max(tl.abs(b_state1)))
             tl.debug_barrier()
-            store_state_bar(b_state1, b_a1_bar, layer1, tile.o_1, tile, link)
             store_state_bar(b_state2, b_a2_bar, layer2, tile.o_2, tile, link)
+            if BOTH:
+                store_state_bar(b_state1, b_a1_bar, layer1, tile.o_1, tile, link)
         tl.debug_barrier()
 
-    back_through_image(base1, constant_bar1, base_bar1, base_sums1, base_scale1, link, sizes, True, TN)
+    if BOTH:
+        back_through_image(base1, constant_bar1, base_bar1, base_sums1, base_scale1, link, sizes, True, TN)
+    else:
+        back_through_fixed(base1, base_bar1, base_sums1, base_scale1, mass1, link, sizes, TN)
     back_through_image(base2, constant_bar2, base_bar2, base_sums2, base_scale2, link, sizes, False, TN)
     tl.store(norm_bar[0] + place.program * D + o_d, b_gamma_bar, mask=m_d)
     tl.store(norm_bar[1] + place.program * D + o_d, b_beta_bar, mask=m_d)

@@ -73,7 +73,7 @@ def begin_chunk(i_c, place, rows, tokens, partial_in, H, link, sizes):
     is_partial = (i_c == place.chunks - 1) & (place.taken > 0)
     m_f = tl.arange(0, sizes.C) < tl.where(is_partial, place.taken, 0)
     b_k = bounded(load_rows(tokens.k, at), KEY_CAP)
-    if partial_in is not None:
+    if partial_in is not None and sizes.FIXED == 0:
         b_k = behind(b_k, partial_in.inputs[0], at)
     b_eta, b_log_decay, total_log_decay = load_gates(tokens, partial_in, at, place, link, sizes)
     _, b_gq, b_gk, _, _ = chunk_gates(b_eta, b_log_decay, total_log_decay)
@@ -84,15 +84,40 @@ def begin_chunk(i_c, place, rows, tokens, partial_in, H, link, sizes):
 
 
 @triton.jit
-def sums_of_image(base, link, sizes, FIRST: tl.constexpr, TN: tl.constexpr):
+def sums_of_base(base, WANTED: tl.constexpr, link, sizes, FIRST: tl.constexpr, TN: tl.constexpr):
     # what the link needs of the initial memory, where its image is asked for
     sums = start_of_sum(sizes.BD, link.KIND)
-    if link.KIND == LQ_MIRROR and link.TOWARD_INIT:
+    if WANTED:
         for j in range(0, (sizes.N + TN - 1) // TN):
             tile = tile_of(j, sizes, TN)
             b_base = tl.load(base + (tile.o_1 if FIRST else tile.o_2), mask=tile.m_w, other=0.0).to(tl.float32)
             sums = add_to_sums(sums, b_base, tile.m_w, link, 0)
     return sums
+
+
+@triton.jit
+def back_through_fixed(base, base_bar, sums, scale, mass, link, sizes, TN: tl.constexpr):
+    # a weight that no text writes is the same in all chunks: the sum of its adjoints goes through the link in the end
+    TILES: tl.constexpr = (sizes.N + TN - 1) // TN
+    scale_bar = 0.0
+    inner = tl.zeros([sizes.BD], dtype=tl.float32)
+    for j in range(0, TILES):
+        tile = tile_of(j, sizes, TN)
+        b_dual = tl.load(base + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
+        b_bar = tl.load(base_bar + tile.o_1, mask=tile.m_w, other=0.0)
+        if link.KIND == KL:
+            inner += tl.sum(b_bar * weight_of(b_dual, tile.m_w, sums, scale, mass, 0.0, link, 0), 0) / mass
+        else:
+            scale_bar += along_dual(b_bar, b_dual, link)
+    rates = (0.0, 0.0)
+    if link.KIND != KL:
+        rates = rates_of(sums, scale_bar, link, sizes)
+    for j in range(0, TILES):
+        tile = tile_of(j, sizes, TN)
+        b_dual = tl.load(base + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
+        b_bar = tl.load(base_bar + tile.o_1, mask=tile.m_w, other=0.0)
+        b_bar = back_to_dual(b_dual, b_bar, sums, scale, rates, inner, 0.0, mass, tile, link)
+        tl.store(base_bar + tile.o_1, b_bar, mask=tile.m_w)
 
 
 @triton.jit

@@ -109,8 +109,8 @@ def gate_width(eta: Tensor, log_alpha: Tensor) -> int:
 
 
 def state_shapes(choices: Choices, rows: int, heads: int, head_dim: int, gate_dim: int) -> list[tuple[int, ...]]:
-    """Shapes of a state's tensors, as `forward` takes and returns them."""
-    weights = choices.weight_shapes(head_dim)
+    """Shapes of a state's tensors, as `forward` takes and returns them; of weights that a text writes."""
+    weights = choices.weight_shapes(head_dim)[choices.fixed :]
     widths = [fan_in for fan_in, _ in weights] + [fan_out for _, fan_out in weights] + [gate_dim, gate_dim]
     shapes: list[tuple[int, ...]] = [(rows, heads, *weight) for weight in weights]
     return shapes + [(rows, heads, choices.chunk_size, width) for width in widths] + [(rows,)]

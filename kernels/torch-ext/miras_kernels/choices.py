@@ -60,6 +60,9 @@ class Choices:
         lq_power, lq_norm_floor (`float`, *optional*, default to 4.0 and 0.01): of both lq maps.
         weight_cap (`float`, *optional*): largest root mean square of the weights, `None` for no cap; not used with KL.
         simplex_mass (`float`, *optional*, defaults to 2.0): KL's c over `hidden / sqrt(fan_in)`.
+        update_layers (`str`, *optional*, defaults to `"all"`):
+            The weights of an MLP memory that a text writes: `"all"`, or the `"last"` alone. The first one then stays the
+            learned initial one, and has no part in states.
 
     Raises:
         `ValueError`: for values that no kernel serves, naming the argument and what is allowed.
@@ -82,6 +85,7 @@ class Choices:
     lq_norm_floor: float = 0.01
     weight_cap: float | None = 2.0
     simplex_mass: float = 2.0
+    update_layers: str = "all"
 
     def __post_init__(self):
         allowed = {
@@ -90,6 +94,7 @@ class Choices:
             "retention": RETENTION_GATES,
             "chunk_size": CHUNK_SIZES,
             "decay_target": ("init", "zero"),
+            "update_layers": ("all", "last") if self.memory == "mlp" else ("all",),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -124,6 +129,11 @@ class Choices:
             return ((head_dim, head_dim),)
         hidden = self.expansion * head_dim
         return (head_dim, hidden), (hidden, head_dim)
+
+    @property
+    def fixed(self) -> int:
+        """How many of the weights, the first ones, no text writes."""
+        return 1 if self.update_layers == "last" else 0
 
 
 def padded(head_dim: int) -> int:

@@ -182,7 +182,8 @@ def keep_slots(partial_out, b_inputs, b_gradients, b_eta, b_log_decay, broken, a
     # of the last chunk, which is not full: the inputs of its first weight, the gradients of its last, its gates
     o_c, o_d = tl.arange(0, sizes.C), tl.arange(0, sizes.BD)
     m_f = (o_c < place.taken)[:, None] & (o_d < sizes.D)[None, :]
-    tl.store(partial_out.inputs[0] + at.p_e, b_inputs, mask=m_f)
+    if sizes.FIXED == 0:
+        tl.store(partial_out.inputs[0] + at.p_e, b_inputs, mask=m_f)
     tl.store(partial_out.gradients[-1] + at.p_e, b_gradients, mask=m_f)
     p_g = place.program * sizes.C * sizes.GATE_DIM + o_c[:, None] * sizes.GATE_DIM + o_d[None, :]
     if sizes.GATE_DIM == 1:

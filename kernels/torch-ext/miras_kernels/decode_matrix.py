@@ -16,7 +16,7 @@
 import triton
 import triton.language as tl
 
-from .decode_pieces import empty_chunk, load_chunk_gates, next_token, row_of, taken_slots
+from .decode_pieces import empty_chunk, empty_slots, load_chunk_gates, next_token, row_of, taken_slots
 from .layers import add_to_sums, load_dual, parts_of_read, scale_of, slope_of_hidden, weight_of
 from .links import start_of_sum
 from .pieces import KL, LQ_MIRROR, inverse_of_mean, product, residual
@@ -104,7 +104,8 @@ def matrix_decode_kernel(
                 b_state = b_state * b_total[:, None] - product(b_into, b_out, sizes.PRECISION)
                 tl.store(dual + o_w, b_state, mask=m_w)
                 tl.debug_barrier()
-                empty_chunk(inputs, gradients, slots, row, sizes)
+                empty_slots(inputs, C, D, BD)
+                empty_chunk(gradients, slots, row, sizes)
                 phase = 0
                 tl.debug_barrier()
     tl.store(phases + row.program, phase)

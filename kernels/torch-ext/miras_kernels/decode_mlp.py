@@ -29,8 +29,18 @@ Products with one token are sums of elements: the kernel waits for memory, not f
 import triton
 import triton.language as tl
 
-from .decode_pieces import empty_chunk, load_chunk_gates, next_token, row_of, taken_slots
-from .layers import add_to_sums, load_dual, parts_of_read, scale_of, slope_of_hidden, threads_fit, tile_of, weight_of
+from .decode_pieces import empty_chunk, empty_slots, load_chunk_gates, next_token, row_of, taken_slots
+from .layers import (
+    add_to_sums,
+    load_dual,
+    load_first,
+    parts_of_read,
+    scale_of,
+    slope_of_hidden,
+    threads_fit,
+    tile_of,
+    weight_of,
+)
 from .links import start_of_sum
 from .pieces import (
     KL,
@@ -75,6 +85,8 @@ def mlp_decode_kernel(
     BD: tl.constexpr = sizes.BD
     N: tl.constexpr = sizes.N
     threads_fit(sizes, TN, THREADS)
+    # whether texts write the first weight, too
+    BOTH: tl.constexpr = sizes.FIXED == 0
     # W = s A, whose reads are those of the dual state times s
     LINEAR: tl.constexpr = link.KIND != KL and link.KIND != LQ_MIRROR
     TILES: tl.constexpr = (N + TN - 1) // TN
@@ -86,9 +98,9 @@ def mlp_decode_kernel(
     b_beta = tl.load(norm.bias + row.head * D + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
 
     base1, base2 = base[0] + row.head * D * N, base[1] + row.head * D * N
-    dual1, dual2 = dual[0] + row.program * D * N, dual[1] + row.program * D * N
-    inputs1, inputs2 = slots.inputs[0] + row.program * C * D, slots.inputs[1] + row.program * C * N
-    gradients1, gradients2 = slots.gradients[0] + row.program * C * N, slots.gradients[1] + row.program * C * D
+    dual1, dual2 = dual[0] + row.program * D * N, dual[-1] + row.program * D * N
+    inputs1, inputs2 = slots.inputs[0] + row.program * C * D, slots.inputs[-1] + row.program * C * N
+    gradients1, gradients2 = slots.gradients[0] + row.program * C * N, slots.gradients[-1] + row.program * C * D
     scratch += row.program * 3 * N
     mass1, mass2 = link.masses[0], link.masses[1]
     # what the link needs of the whole weights at the chunk's start: 4 scales, 4 vectors of channels, then the means of
@@ -114,25 +126,25 @@ def mlp_decode_kernel(
 
             # -- first pass: the write's forward, and what the read's first layer has before the chunk's writes ---------
             b_x = token.q
-            if LINEAR:
+            if LINEAR and BOTH:
                 b_x = b_x * scale1
             b_x_decayed = b_x * b_decay
             b_sum = tl.zeros([TN, BD], dtype=tl.float32)
             for j in range(0, TILES):
                 tile = tile_of(j, sizes, TN)
-                b_d1, b_base1, b_a1 = load_dual(dual1, base1, tile.o_1, tile.m_w, link)
+                b_d1, b_base1, b_a1 = load_first(dual1, base1, tile, link, sizes)
                 _, _, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
                 b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
                 b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
                 b_z1 = tl.sum(b_w1 * token.k[None, :], 1)
-                if link.KIND == KL:
+                if link.KIND == KL or not BOTH:
                     b_zq = tl.sum(b_w1 * b_x[None, :], 1)
                 else:
                     b_decaying, b_constant = parts_of_read(b_d1, b_base1, b_w1, base_scale1, link)
                     b_zq = tl.sum(b_decaying * b_x_decayed[None, :], 1)
                     if link.TOWARD_INIT:
                         b_zq += tl.sum(b_constant * b_x[None, :], 1)
-                if link.KIND == LQ_MIRROR:
+                if link.KIND == LQ_MIRROR and BOTH:
                     tl.store(scratch + 2 * N + tile.o_h, slope_of_hidden(b_a1, link, sizes, 0), mask=tile.m_h)
                 tl.store(scratch + tile.o_h, b_z1, mask=tile.m_h)
                 tl.store(scratch + N + tile.o_h, b_zq, mask=tile.m_h)
@@ -148,12 +160,14 @@ def mlp_decode_kernel(
             b_dz2 = normalise_vjp(b_r * b_gamma, b_normed, inverse_std, m_d, D)
 
             # -- what the read sees of the chunk's writes, on the input axis ---------------------------------------------
-            b_inputs1 = taken_slots(inputs1, token.k, phase, sizes) * token.keys
-            if link.KIND == LQ_MIRROR:
-                b_inputs1 = b_inputs1 * (x1 / N)[None, :]
-            b_p = -tl.sum(b_inputs1 * b_x[None, :], 1)
+            b_p = tl.zeros([C], dtype=tl.float32)
+            if BOTH:
+                b_inputs1 = taken_slots(inputs1, token.k, phase, sizes) * token.keys
+                if link.KIND == LQ_MIRROR:
+                    b_inputs1 = b_inputs1 * (x1 / N)[None, :]
+                b_p = -tl.sum(b_inputs1 * b_x[None, :], 1)
             shift = 0.0
-            if link.KIND == KL:
+            if link.KIND == KL and BOTH:
                 # the softmax's slope centres gradients over the hidden axis: the token's mean before the tiles' reads
                 total = tl.zeros([TN], dtype=tl.float32)
                 for j in range(0, TILES):
@@ -182,19 +196,19 @@ def mlp_decode_kernel(
                 b_d2, b_base2, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
                 b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
                 b_h, b_slope = gelu_and_slope(tl.load(scratch + tile.o_h, mask=tile.m_h, other=0.0), "ieee")
-                b_dz1 = tl.sum(b_w2 * b_dz2, 1) * b_slope
+                b_zq = tl.load(scratch + N + tile.o_h, mask=tile.m_h, other=0.0)
                 tl.store(inputs2 + phase * N + tile.o_h, b_h, mask=tile.m_h)
-                tl.store(gradients1 + phase * N + tile.o_h, b_dz1, mask=tile.m_h)
-
-                # the first layer's read
-                b_written = tl.load(gradients1 + tile.o_ch, mask=m_ch, other=0.0)
-                b_written = tl.sum(b_written * b_p[None, :], 1) + own * b_dz1
-                if link.KIND == KL:
-                    b_written = (mass1 / N) * (b_written - shift)
-                elif link.KIND == LQ_MIRROR:
-                    b_columns = tl.load(scratch + 2 * N + tile.o_h, mask=tile.m_h, other=0.0)
-                    b_written = b_written * ((link.Q - 1.0) * scale1 * (b_columns * inverse_mean1))
-                b_zq = tl.load(scratch + N + tile.o_h, mask=tile.m_h, other=0.0) + b_written
+                if BOTH:  # the first layer's read sees what has been written of it
+                    b_dz1 = tl.sum(b_w2 * b_dz2, 1) * b_slope
+                    tl.store(gradients1 + phase * N + tile.o_h, b_dz1, mask=tile.m_h)
+                    b_written = tl.load(gradients1 + tile.o_ch, mask=m_ch, other=0.0)
+                    b_written = tl.sum(b_written * b_p[None, :], 1) + own * b_dz1
+                    if link.KIND == KL:
+                        b_written = (mass1 / N) * (b_written - shift)
+                    elif link.KIND == LQ_MIRROR:
+                        b_columns = tl.load(scratch + 2 * N + tile.o_h, mask=tile.m_h, other=0.0)
+                        b_written = b_written * ((link.Q - 1.0) * scale1 * (b_columns * inverse_mean1))
+                    b_zq += b_written
                 b_hq = tl.where(tile.m_h, gelu(b_zq, "ieee"), 0.0)
 
                 # the second layer's
@@ -234,41 +248,49 @@ def mlp_decode_kernel(
             read += 1
             if phase == C:
                 b_fold, b_total = load_chunk_gates(slots, row, token.log_decay, sizes)
-                b_into = tl.trans(tl.load(inputs1 + o_cd, mask=m_cd, other=0.0) * b_fold)
                 b_out = tl.load(gradients2 + o_cd, mask=m_cd, other=0.0) * b_fold
-                sums1, sums2 = start_of_sum(BD, link.KIND), start_of_sum(BD, link.KIND)
+                sums2 = start_of_sum(BD, link.KIND)
+                if BOTH:
+                    b_into = tl.trans(tl.load(inputs1 + o_cd, mask=m_cd, other=0.0) * b_fold)
+                    sums1 = start_of_sum(BD, link.KIND)
                 for j in range(0, TILES):
                     tile = tile_of(j, sizes, TN)
-                    b_dz1 = tl.load(gradients1 + tile.o_ch, mask=tile.m_hc, other=0.0)
                     b_h = tl.load(inputs2 + tile.o_ch, mask=tile.m_hc, other=0.0)
-                    b_d1 = tl.load(dual1 + tile.o_1, mask=tile.m_w, other=0.0) * b_total[None, :]
                     b_d2 = tl.load(dual2 + tile.o_2, mask=tile.m_w, other=0.0) * b_total[None, :]
-                    # channels as rows: there are enough of them for the matrix units of a whole warp group
-                    b_d1 -= tl.trans(product(b_into, tl.trans(b_dz1), sizes.PRECISION))
                     b_d2 -= product(b_h, b_out, sizes.PRECISION)
-                    tl.store(dual1 + tile.o_1, b_d1, mask=tile.m_w)
                     tl.store(dual2 + tile.o_2, b_d2, mask=tile.m_w)
                     if link.TOWARD_INIT:
-                        b_d1 += tl.load(base1 + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
                         b_d2 += tl.load(base2 + tile.o_2, mask=tile.m_w, other=0.0).to(tl.float32)
-                    sums1 = add_to_sums(sums1, b_d1, tile.m_w, link, 0)
                     sums2 = add_to_sums(sums2, b_d2, tile.m_w, link, 0)
+                    if BOTH:
+                        b_dz1 = tl.load(gradients1 + tile.o_ch, mask=tile.m_hc, other=0.0)
+                        b_d1 = tl.load(dual1 + tile.o_1, mask=tile.m_w, other=0.0) * b_total[None, :]
+                        # channels as rows: there are enough of them for the matrix units of a whole warp group
+                        b_d1 -= tl.trans(product(b_into, tl.trans(b_dz1), sizes.PRECISION))
+                        tl.store(dual1 + tile.o_1, b_d1, mask=tile.m_w)
+                        if link.TOWARD_INIT:
+                            b_d1 += tl.load(base1 + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
+                        sums1 = add_to_sums(sums1, b_d1, tile.m_w, link, 0)
                 tl.debug_barrier()
-                if link.KIND == KL:
-                    tl.store(means + o_c, tl.zeros([C], dtype=tl.float32))
-                else:
-                    tl.store(links, scale_of(sums1, link, sizes))
+                if link.KIND != KL:
                     tl.store(links + 1, scale_of(sums2, link, sizes))
-                tl.store(vectors, sums1[2], mask=m_d)
-                tl.store(vectors + D, sums1[3], mask=m_d)
                 tl.store(vectors + 2 * D, sums2[2], mask=m_d)
                 tl.store(vectors + 3 * D, sums2[3], mask=m_d)
-                empty_chunk(inputs1, gradients2, slots, row, sizes)
+                if BOTH:
+                    if link.KIND == KL:
+                        tl.store(means + o_c, tl.zeros([C], dtype=tl.float32))
+                    else:
+                        tl.store(links, scale_of(sums1, link, sizes))
+                    tl.store(vectors, sums1[2], mask=m_d)
+                    tl.store(vectors + D, sums1[3], mask=m_d)
+                    empty_slots(inputs1, C, D, BD)
+                empty_chunk(gradients2, slots, row, sizes)
                 for j in range(0, TILES):
                     tile = tile_of(j, sizes, TN)
                     b_zeros = tl.zeros([TN, C], dtype=tl.float32)
                     tl.store(inputs2 + tile.o_ch, b_zeros, mask=tile.m_hc)
-                    tl.store(gradients1 + tile.o_ch, b_zeros, mask=tile.m_hc)
+                    if BOTH:
+                        tl.store(gradients1 + tile.o_ch, b_zeros, mask=tile.m_hc)
                 phase = 0
                 tl.debug_barrier()
     tl.store(phases + row.program, phase)

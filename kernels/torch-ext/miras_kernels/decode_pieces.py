@@ -237,11 +237,10 @@ def empty_slots(x, C: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
 
 
 @triton.jit
-def empty_chunk(inputs, gradients, slots, row, sizes):
-    # of slots: the first weight's inputs, the last one's gradients, the gates
+def empty_chunk(gradients, slots, row, sizes):
+    # of slots: the last weight's gradients, the gates
     BG: tl.constexpr = sizes.BD if sizes.GATE_DIM > 1 else 1
     gates = row.program * sizes.C * sizes.GATE_DIM
-    empty_slots(inputs, sizes.C, sizes.D, sizes.BD)
     empty_slots(gradients, sizes.C, sizes.D, sizes.BD)
     empty_slots(slots.eta + gates, sizes.C, sizes.GATE_DIM, BG)
     empty_slots(slots.log_decay + gates, sizes.C, sizes.GATE_DIM, BG)

@@ -114,12 +114,12 @@ def resident_state(
     check_shapes("state", state, state_shapes(choices, rows, heads, head_dim, gate_dim))
     for name, tensors, last in (("initial", initial, FLOATS), ("state", state, INTEGERS)):
         check_tensors(name, tensors, state[0].device, last=last, beside="state[0]")
-    layers = len(initial)
+    layers = len(initial) - choices.fixed
     count = state[-1].to(torch.int64).contiguous()
     rest = [x.float().contiguous() for x in state[:-1]]
     if choices.decay_target != "init":  # a row that has not read anything is at the learned initial memory
         fresh = (count == 0).view(-1, 1, 1, 1)
-        rest[:layers] = [torch.where(fresh, a.float(), d) for a, d in zip(initial, rest)]
+        rest[:layers] = [torch.where(fresh, a.float(), d) for a, d in zip(initial[choices.fixed :], rest)]
     heads = rest[0].shape[1]
     phases = (count % choices.chunk_size).to(torch.int32)[:, None].expand(-1, heads).contiguous()
     link_cache = [phases]
@@ -133,7 +133,8 @@ def _links(choices: Choices, initial, duals, gradients: Tensor) -> Tensor:
     # [rows, heads, 4 + 4 head_dim + chunk_size]: the layout that decode_mlp.py reads and writes
     bases = [a.float() for a in initial]
     if choices.decay_target == "init":
-        duals = [a + d for a, d in zip(bases, duals)]
+        duals = [a + d for a, d in zip(bases[choices.fixed :], duals)]
+    duals = [*(a.expand(len(gradients), *a.shape) for a in bases[: choices.fixed]), *duals]
     scales = [_scale(choices, x) for x in duals]
     base_scales = [_scale(choices, a).expand_as(s) for a, s in zip(bases, scales)]
     vectors = []
@@ -335,7 +336,7 @@ def _decode(
     launch = launch_configuration(
         f"{c.memory}_decode", device=q.device, head_dim=head_dim, chunk_size=c.chunk_size, precision=precision
     )
-    layers = len(initial)
+    layers = len(initial) - c.fixed
     dual, slots = tuple(state[:layers]), slots_of(state[layers : 3 * layers + 2])
     arguments = [Tokens(q, k, v, eta, log_alpha, delta), y, tuple(a.contiguous() for a in initial)]
     if c.memory == "mlp":

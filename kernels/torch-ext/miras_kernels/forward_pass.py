@@ -45,6 +45,7 @@ from .layers import (
     add_to_sums,
     hidden_behind,
     load_dual,
+    load_first,
     parts_of_read,
     scale_of,
     slope_of_hidden,
@@ -71,6 +72,11 @@ from .pieces import (
 )
 
 
+# what a launch does: everything, or, where no text writes the first weight, one of two parts. Writes are a chain, and leave
+# the state at every chunk's start; reads need nothing else, and are made of all chunks at once
+EVERYTHING, WRITES, READS = (tl.constexpr(part) for part in range(3))
+
+
 @triton.jit
 def keys_of(i_c, tokens, y, partial_in, place, H, sizes):
     # where a chunk's tokens are up to the first that is broken, their keys behind those of slots filled before, and that slot
@@ -80,7 +86,7 @@ def keys_of(i_c, tokens, y, partial_in, place, H, sizes):
     store_broken(y, broken, at, sizes)
     at = ends_before(broken, at, sizes)
     b_k = bounded(tl.where(at.m_td, b_k, 0.0), KEY_CAP)
-    if partial_in is not None:
+    if partial_in is not None and sizes.FIXED == 0:
         b_k = behind(b_k, partial_in.inputs[0], at)
     return at, b_k, broken
 
@@ -185,6 +191,7 @@ def mlp_forward_kernel(
     link,
     sizes,
     SAVE_EVERY: tl.constexpr,
+    PART: tl.constexpr,
     TN: tl.constexpr,
     THREADS: tl.constexpr,
 ):
@@ -195,6 +202,8 @@ def mlp_forward_kernel(
     N: tl.constexpr = sizes.N
     PRECISION: tl.constexpr = sizes.PRECISION
     TILES: tl.constexpr = (N + TN - 1) // TN
+    # whether texts write the first weight, too
+    BOTH: tl.constexpr = sizes.FIXED == 0
     # W = s A, whose reads are those of the dual state times s
     LINEAR: tl.constexpr = link.KIND != KL and link.KIND != LQ_MIRROR
     place = place_of(rows, H, sizes)
@@ -206,7 +215,7 @@ def mlp_forward_kernel(
     b_beta = tl.load(norm.bias + place.head * D + o_d, mask=m_d, other=0.0).to(tl.float32)
 
     base1, base2 = base[0] + place.head * D * N, base[1] + place.head * D * N
-    dual1, dual2 = dual[0] + place.program * D * N, dual[1] + place.program * D * N
+    dual1, dual2 = dual[0] + place.program * D * N, dual[-1] + place.program * D * N
     hidden += place.program * C * N
     mass1, mass2 = link.masses[0], link.masses[1]
 
@@ -215,7 +224,7 @@ def mlp_forward_kernel(
     base_sums1, base_sums2 = start_of_sum(BD, link.KIND), start_of_sum(BD, link.KIND)
     for j in range(0, TILES):
         tile = tile_of(j, sizes, TN)
-        _, b_base1, b_a1 = load_dual(dual1, base1, tile.o_1, tile.m_w, link)
+        _, b_base1, b_a1 = load_first(dual1, base1, tile, link, sizes)
         _, b_base2, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
         sums1, sums2 = add_to_sums(sums1, b_a1, tile.m_w, link, 0), add_to_sums(sums2, b_a2, tile.m_w, link, 0)
         if link.KIND == LQ_MIRROR:
@@ -234,22 +243,23 @@ def mlp_forward_kernel(
         b_columns = tl.trans(operand(b_k, PRECISION))
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
-            b_d1, _, b_a1 = load_dual(dual1, base1, tile.o_1, tile.m_w, link)
+            b_d1, _, b_a1 = load_first(dual1, base1, tile, link, sizes)
             b_d2, _, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
             if SAVE_EVERY > 0:
                 if i_c % SAVE_EVERY == 0:
                     slot = slot_of(saved, i_c // SAVE_EVERY, place, H, sizes)
-                    tl.store(saved.duals[0] + slot + tile.o_1, b_d1, mask=tile.m_w)
-                    tl.store(saved.duals[1] + slot + tile.o_2, b_d2, mask=tile.m_w)
+                    if BOTH:
+                        tl.store(saved.duals[0] + slot + tile.o_1, b_d1, mask=tile.m_w)
+                    tl.store(saved.duals[-1] + slot + tile.o_2, b_d2, mask=tile.m_w)
             b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
             b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
             b_z1 = product(b_w1, b_columns, PRECISION)
-            tl.store(hidden + tile.o_hc, b_z1, mask=tile.m_hc)
             b_h = gelu(b_z1, PRECISION)
+            tl.store(hidden + tile.o_hc, b_z1 if BOTH else b_h, mask=tile.m_hc)
             b_z2 += product(tl.trans(b_h), b_w2, PRECISION)
             if link.KIND == KL:
                 if partial_in is not None:
-                    b_h = hidden_behind(b_h, partial_in.inputs[1] + of_chunk, at, tile)
+                    b_h = hidden_behind(b_h, partial_in.inputs[-1] + of_chunk, at, tile)
                 hidden_sum += tl.sum(b_h, 0)
         # threads read what others of this program have written
         tl.debug_barrier()
@@ -261,21 +271,22 @@ def mlp_forward_kernel(
         b_r = residual_of(b_error, tokens, at, loss, sizes)
         b_dz2 = normalise_vjp(b_r * b_gamma[None, :], b_normed, inverse_std, m_d, D)
         if partial_in is not None:
-            b_dz2 = behind(b_dz2, partial_in.gradients[1], at)
+            b_dz2 = behind(b_dz2, partial_in.gradients[-1], at)
         b_eta, b_log_decay, total_log_decay = load_gates(tokens, partial_in, at, place, link, sizes)
         b_decay, b_gq, b_gk, b_fold, b_total = chunk_gates(b_eta, b_log_decay, total_log_decay)
         b_total = tl.where(broken < C, float("nan"), b_total)
 
         # -- what the read sees of the writes, on the input axis ------------------------------------------------------
         b_x = bounded(load_rows(tokens.q, at), KEY_CAP)
-        b_keys = b_k * b_gk
-        if LINEAR:
-            b_x = b_x * scale1
-        if link.KIND == LQ_MIRROR:
-            # the slope's best rank-one factorisation: row means times column means over the mean
-            b_keys = b_keys * (sums1[2] / N)[None, :]
-        b_p = product(b_keys, tl.trans(b_x * b_gq), PRECISION)
-        b_p = operand(tl.where(m_seen, -b_p, 0.0), PRECISION)
+        if BOTH:
+            b_keys = b_k * b_gk
+            if LINEAR:
+                b_x = b_x * scale1
+            if link.KIND == LQ_MIRROR:
+                # the slope's best rank-one factorisation: row means times column means over the mean
+                b_keys = b_keys * (sums1[2] / N)[None, :]
+            b_p = product(b_keys, tl.trans(b_x * b_gq), PRECISION)
+            b_p = operand(tl.where(m_seen, -b_p, 0.0), PRECISION)
         b_dz2_columns = tl.trans(operand(b_dz2, PRECISION))
         b_dz2_fold = operand(b_dz2 * b_fold, PRECISION)
         b_values = operand(b_dz2 * b_gk, PRECISION)
@@ -283,12 +294,12 @@ def mlp_forward_kernel(
         b_x_decayed = tl.trans(operand(b_x * b_decay, PRECISION))
         b_x = tl.trans(operand(b_x, PRECISION))
         is_partial = (i_c == place.chunks - 1) & (place.taken > 0)
-        if partial_out is not None:
+        if partial_out is not None and PART != READS:
             if is_partial:
                 keep_slots(partial_out, b_k, b_dz2, b_eta, b_log_decay, broken, at, place, sizes)
 
         gradient_mean = tl.zeros([C], dtype=tl.float32)
-        if link.KIND == KL:
+        if link.KIND == KL and BOTH:
             # the softmax's slope centres gradients over the hidden axis: their mean is needed before the tiles' reads
             for j in range(0, TILES):
                 tile = tile_of(j, sizes, TN)
@@ -306,84 +317,102 @@ def mlp_forward_kernel(
         b_constant = tl.zeros([C, BD], dtype=tl.float32)
         read_sum = tl.zeros([C], dtype=tl.float32)
         read1, read2 = sums1, sums2
-        sums1, sums2 = start_of_sum(BD, link.KIND), start_of_sum(BD, link.KIND)
+        sums2 = start_of_sum(BD, link.KIND)
+        if BOTH:
+            sums1 = start_of_sum(BD, link.KIND)
         gain1 = (link.Q - 1.0) * scale1
         inverse_mean1 = inverse_of_mean(tl.sum(read1[2]) / (1.0 * D * N))
         inverse_mean2 = inverse_of_mean(tl.sum(read2[2]) / (1.0 * D * N))
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
-            b_d1, b_base1, b_a1 = load_dual(dual1, base1, tile.o_1, tile.m_w, link)
+            b_d1, b_base1, b_a1 = load_first(dual1, base1, tile, link, sizes)
             b_d2, b_base2, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
             b_w2 = weight_of(b_a2, tile.m_w, read2, scale2, mass2, mass2 / N, link, 0)
-            b_h, b_slope = gelu_and_slope(tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0), PRECISION)
-            b_dz1 = product(b_w2, b_dz2_columns, PRECISION) * b_slope
+            b_h = tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
+            if BOTH:
+                b_h, b_slope = gelu_and_slope(b_h, PRECISION)
+                b_dz1 = product(b_w2, b_dz2_columns, PRECISION) * b_slope
+                if partial_in is not None:
+                    b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + of_chunk, at, tile)
             if partial_in is not None:
-                b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + of_chunk, at, tile)
-                b_h = hidden_behind(b_h, partial_in.inputs[1] + of_chunk, at, tile)
-            # what a begun chunk keeps is not rounded
-            b_written, b_inputs = b_dz1, b_h
-            if link.KIND == KL:
-                b_written = tl.where(tile.m_hc, (b_dz1 - gradient_mean[None, :]) * (mass1 / N), 0.0)
-            elif link.KIND == LQ_MIRROR:
-                b_written = b_dz1 * (gain1 * (slope_of_hidden(b_a1, link, sizes, 0) * inverse_mean1))[:, None]
-                b_inputs = b_h * slope_of_hidden(b_a2, link, sizes, 0)[:, None]
+                b_h = hidden_behind(b_h, partial_in.inputs[-1] + of_chunk, at, tile)
 
             # the first layer's read, and the second's
-            b_z1 = product(b_written, b_p, PRECISION)
-            if link.KIND == KL:
+            if PART != WRITES:
+                # what a begun chunk keeps is not rounded
+                b_inputs = b_h
+                if link.KIND == LQ_MIRROR:
+                    b_inputs = b_h * slope_of_hidden(b_a2, link, sizes, 0)[:, None]
                 b_w1 = weight_of(b_a1, tile.m_w, read1, scale1, mass1, 0.0, link, 0)
-                b_z1 += product(b_w1, b_x, PRECISION)
+                if BOTH:
+                    b_written = b_dz1
+                    if link.KIND == KL:
+                        b_written = tl.where(tile.m_hc, (b_dz1 - gradient_mean[None, :]) * (mass1 / N), 0.0)
+                    elif link.KIND == LQ_MIRROR:
+                        b_written = b_dz1 * (gain1 * (slope_of_hidden(b_a1, link, sizes, 0) * inverse_mean1))[:, None]
+                    b_z1 = product(b_written, b_p, PRECISION)
+                    if link.KIND == KL:
+                        b_z1 += product(b_w1, b_x, PRECISION)
+                    else:
+                        b_decaying, b_fixed = parts_of_read(b_d1, b_base1, b_w1, base_scale1, link)
+                        b_z1 += product(b_decaying, b_x_decayed, PRECISION)
+                        if link.TOWARD_INIT:
+                            b_z1 += product(b_fixed, b_x, PRECISION)
+                else:
+                    b_z1 = product(b_w1, b_x, PRECISION)
                 b_hq = gelu(b_z1, PRECISION)
-                read_sum += tl.sum(b_hq, 0)
-                b_constant += product(tl.trans(b_hq), b_w2, PRECISION)
-            else:
-                b_w1 = weight_of(b_a1, tile.m_w, read1, scale1, mass1, 0.0, link, 0)
-                b_decaying, b_fixed = parts_of_read(b_d1, b_base1, b_w1, base_scale1, link)
-                b_z1 += product(b_decaying, b_x_decayed, PRECISION)
-                if link.TOWARD_INIT:
-                    b_z1 += product(b_fixed, b_x, PRECISION)
-                b_hq = gelu(b_z1, PRECISION)
-                b_decaying, b_fixed = parts_of_read(b_d2, b_base2, b_w2, base_scale2, link)
-                b_kept += product(tl.trans(b_hq), b_decaying, PRECISION)
-                if link.TOWARD_INIT:
-                    b_constant += product(tl.trans(b_hq), b_fixed, PRECISION)
-            b_s += product(tl.trans(b_hq), b_inputs, PRECISION)
+                if link.KIND == KL:
+                    read_sum += tl.sum(b_hq, 0)
+                    b_constant += product(tl.trans(b_hq), b_w2, PRECISION)
+                else:
+                    b_decaying, b_fixed = parts_of_read(b_d2, b_base2, b_w2, base_scale2, link)
+                    b_kept += product(tl.trans(b_hq), b_decaying, PRECISION)
+                    if link.TOWARD_INIT:
+                        b_constant += product(tl.trans(b_hq), b_fixed, PRECISION)
+                b_s += product(tl.trans(b_hq), b_inputs, PRECISION)
 
             # the fold, or the begun chunk's factors
-            if is_partial:
-                if partial_out is not None:
-                    m_f = tile.m_hc & (o_c < place.taken)[None, :]
-                    tl.store(partial_out.inputs[1] + of_chunk + tile.o_ch, b_h, mask=m_f)
-                    tl.store(partial_out.gradients[0] + of_chunk + tile.o_ch, b_dz1, mask=m_f)
-            else:
-                b_d1 = b_d1 * b_total[None, :] - product(b_dz1, b_into, PRECISION)
-                b_d2 = b_d2 * b_total[None, :] - product(b_h, b_dz2_fold, PRECISION)
-                tl.store(dual1 + tile.o_1, b_d1, mask=tile.m_w)
-                tl.store(dual2 + tile.o_2, b_d2, mask=tile.m_w)
-                b_a1, b_a2 = b_d1, b_d2
-                if link.TOWARD_INIT:
-                    b_a1 = b_base1 + b_d1
-                    b_a2 = b_base2 + b_d2
-                sums1, sums2 = add_to_sums(sums1, b_a1, tile.m_w, link, 0), add_to_sums(sums2, b_a2, tile.m_w, link, 0)
+            if PART != READS:
+                if is_partial:
+                    if partial_out is not None:
+                        m_f = tile.m_hc & (o_c < place.taken)[None, :]
+                        tl.store(partial_out.inputs[-1] + of_chunk + tile.o_ch, b_h, mask=m_f)
+                        if BOTH:
+                            tl.store(partial_out.gradients[0] + of_chunk + tile.o_ch, b_dz1, mask=m_f)
+                else:
+                    b_d2 = b_d2 * b_total[None, :] - product(b_h, b_dz2_fold, PRECISION)
+                    tl.store(dual2 + tile.o_2, b_d2, mask=tile.m_w)
+                    if BOTH:
+                        b_d1 = b_d1 * b_total[None, :] - product(b_dz1, b_into, PRECISION)
+                        tl.store(dual1 + tile.o_1, b_d1, mask=tile.m_w)
+                        b_a1 = b_d1
+                        if link.TOWARD_INIT:
+                            b_a1 = b_base1 + b_d1
+                        sums1 = add_to_sums(sums1, b_a1, tile.m_w, link, 0)
+                    b_a2 = b_d2
+                    if link.TOWARD_INIT:
+                        b_a2 = b_base2 + b_d2
+                    sums2 = add_to_sums(sums2, b_a2, tile.m_w, link, 0)
         tl.debug_barrier()
 
         # -- the read's second layer, its norm, the output ------------------------------------------------------------
-        # gates and queries are read again: keeping them through the tiles would cost registers
-        b_eta, b_log_decay, total_log_decay = load_gates(tokens, partial_in, at, place, link, sizes)
-        b_decay, b_gq, b_gk, b_fold, b_end = chunk_gates(b_eta, b_log_decay, total_log_decay)
-        if PRECISION == "ieee":
-            # the same again: in float32 and through the tiles it would not fit into shared memory beside the others
-            b_values = b_dz2 * b_gk
-        if link.KIND == KL:
-            b_s = (b_s - read_sum[:, None] * (hidden_sum / N)[None, :]) * (mass2 / N)
-        b_s = tl.where(tl.trans(m_seen), -b_s, 0.0)
-        b_z2 = product(b_s, b_values, PRECISION) * b_gq
-        if link.KIND == LQ_MIRROR:
-            b_z2 = b_z2 * ((link.Q - 1.0) * scale2 * (read2[2] / N * inverse_mean2))[None, :]
-        b_z2 += b_kept * b_decay + b_constant
-        if LINEAR:
-            b_z2 = b_z2 * scale2
-        b_normed, inverse_std = normalise(b_z2, m_d, D, norm.EPS)
-        b_q = bounded(load_rows(tokens.q, at), KEY_CAP)
-        b_y = b_q + (b_beta[None, :] + b_normed * b_gamma[None, :])
-        tl.store(y + at.p_td, b_y.to(y.dtype.element_ty), mask=at.m_td)
+        if PART != WRITES:
+            # gates and queries are read again: keeping them through the tiles would cost registers
+            b_eta, b_log_decay, total_log_decay = load_gates(tokens, partial_in, at, place, link, sizes)
+            b_decay, b_gq, b_gk, b_fold, b_end = chunk_gates(b_eta, b_log_decay, total_log_decay)
+            if PRECISION == "ieee":
+                # the same again: in float32 and through the tiles it would not fit into shared memory beside the others
+                b_values = b_dz2 * b_gk
+            if link.KIND == KL:
+                b_s = (b_s - read_sum[:, None] * (hidden_sum / N)[None, :]) * (mass2 / N)
+            b_s = tl.where(tl.trans(m_seen), -b_s, 0.0)
+            b_z2 = product(b_s, b_values, PRECISION) * b_gq
+            if link.KIND == LQ_MIRROR:
+                b_z2 = b_z2 * ((link.Q - 1.0) * scale2 * (read2[2] / N * inverse_mean2))[None, :]
+            b_z2 += b_kept * b_decay + b_constant
+            if LINEAR:
+                b_z2 = b_z2 * scale2
+            b_normed, inverse_std = normalise(b_z2, m_d, D, norm.EPS)
+            b_q = bounded(load_rows(tokens.q, at), KEY_CAP)
+            b_y = b_q + (b_beta[None, :] + b_normed * b_gamma[None, :])
+            tl.store(y + at.p_td, b_y.to(y.dtype.element_ty), mask=at.m_td)

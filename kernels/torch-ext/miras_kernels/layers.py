@@ -86,6 +86,16 @@ def load_dual(dual, base, offsets, mask, link):
 
 
 @triton.jit
+def load_first(dual, base, tile, link, sizes):
+    # the same of the first weight, which is the initial one where no text writes it
+    if sizes.FIXED == 0:
+        return load_dual(dual, base, tile.o_1, tile.m_w, link)
+    else:
+        b_base = tl.load(base + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
+        return b_base, b_base, b_base
+
+
+@triton.jit
 def scale_of(sums, link, sizes):
     return frozen_scale(sums[0], sums[1], 1.0 * sizes.D * sizes.N, link.KIND, link.Q, link.FLOOR, link.CAP)
 

@@ -19,6 +19,7 @@ Triton is imported when the operator first runs.
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -41,6 +42,7 @@ from .configuration import INTERPRETED, PRECISIONS, launch_configuration, thread
 
 
 LARGEST_STATE_ADJOINT = 1e12  # as in pieces.py
+CHUNKS_AT_ONCE = 64  # whose states at their starts are kept for reads that wait for no other
 # `miras_kernels`, or what a copy from the Hub was loaded as: of two copies in one process each has operators of its own
 NAMESPACE = re.sub(r"\W", "_", __package__)
 OPERATORS = getattr(torch.ops, NAMESPACE)
@@ -191,6 +193,8 @@ def forward(
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("`lengths` and `cu_seqlens` exclude each other: a pack has no pad tokens.")
     check_inputs(q, k, v, eta, log_alpha, delta, choices, initial, norm_weight, norm_bias, state, cu_seqlens, lengths)
+    if choices.fixed and save_every > 1:
+        raise ValueError(f"`save_every` must be 0 or 1 with `update_layers='last'`, got {save_every}.")
     if needs_grad and save_every == 0:
         save_every = chunks_between_starts(choices, q.shape[-1], q.element_size())
     y, final, saved = OPERATORS.forward(
@@ -229,6 +233,8 @@ def chunks_between_starts(choices: Choices, head_dim: int, itemsize: int) -> int
     Args:
         itemsize (`int`): bytes of a query's number.
     """
+    if choices.fixed:  # the reads ask for every chunk's
+        return 1
     state = sum(fan_in * fan_out for fan_in, fan_out in choices.weight_shapes(head_dim))
     budget = 2 * (4 * head_dim * itemsize + 8 * head_dim)
     return max(1, math.ceil(4 * state / (choices.chunk_size * budget)))
@@ -282,7 +288,7 @@ class _Call:
 
         q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths = operands
         self.batch, self.tokens, self.heads, self.head_dim = q.shape
-        self.device, self.rows, self.layers = q.device, _rows(q, cu_seqlens), len(initial)
+        self.device, self.rows, self.layers = q.device, _rows(q, cu_seqlens), len(initial) - choices.fixed
         self.programs = self.rows * self.heads
         self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
         eta, log_alpha = gate(eta), gate(log_alpha)
@@ -292,7 +298,8 @@ class _Call:
         )
         self.delta = gate(delta).float().contiguous() if choices.threshold else None
         self.base = [a.contiguous() for a in initial]
-        self.shapes = [tuple(a.shape[1:]) for a in initial]
+        self.written = self.base[choices.fixed :]
+        self.shapes = [tuple(a.shape[1:]) for a in self.written]
         self.toward_init = choices.decay_target == "init"
         has_norm = choices.memory == "mlp"
         self.norm = [p.float().contiguous() for p in (norm_weight, norm_bias)] if has_norm else []
@@ -318,7 +325,6 @@ class _Call:
         ]
         self.partial_in = [x.float().contiguous() for x in state[self.layers : -1]]
         self.hidden_units = choices.expansion * self.head_dim if choices.memory == "mlp" else self.head_dim
-        self.masses = [choices.simplex_mass * self.hidden_units / math.sqrt(fan_in) for fan_in, _ in self.shapes]
         precision = precision or default_precision(q.dtype)
         self.precision = precision
         delta_dim = 0 if self.delta is None else self.delta.shape[-1]
@@ -331,10 +337,10 @@ class _Call:
         if state:
             dual = [d.to(torch.float32, copy=True).contiguous() for d in state[: self.layers]]
             if not self.toward_init:  # a row that has not read anything is at the learned initial memory
-                dual = [torch.where(self.fresh(), a.float(), d) for a, d in zip(self.base, dual)]
+                dual = [torch.where(self.fresh(), a.float(), d) for a, d in zip(self.written, dual)]
             return dual
-        dual = [torch.zeros(self.rows, *a.shape, device=self.device) for a in self.base]
-        return dual if self.toward_init else [d + a for a, d in zip(self.base, dual)]
+        dual = [torch.zeros(self.rows, *a.shape, device=self.device) for a in self.written]
+        return dual if self.toward_init else [d + a for a, d in zip(self.written, dual)]
 
     def fresh(self) -> Tensor:
         return (self.count == 0).view(-1, 1, 1, 1)
@@ -345,7 +351,39 @@ class _Call:
         chunks = (self.lengths + phases + span - 1) // span
         return chunks.cumsum(0) - chunks
 
-    def launch_forward(self, y, dual, final, where, saved, saved_of_row, save_every, begun=None) -> None:
+    def launch_parts(self, y, dual, final, kept, kept_of_row) -> None:
+        """The same where no text writes the first weight: writes, a chain, and then the reads of many chunks at once."""
+        from . import forward_pass
+
+        for first, last in self.groups(CHUNKS_AT_ONCE):
+            count = last - first
+            where = self.where_of(first, last)
+            slots = torch.arange(self.rows, device=self.device) * count
+            saved = kept or [self.scratch(self.rows * count, *a.shape) for a in self.written]
+            begun = self.continues and first == 0
+            of_row = kept_of_row + first if kept else slots
+            self.launch_forward(y, dual, final, where, saved, of_row, 1, begun, forward_pass.WRITES.value)
+            if kept:
+                places = of_row[:, None] + torch.arange(count, device=self.device)
+                saved = [x.index_select(0, places.flatten().clamp(max=len(x) - 1)) for x in kept]
+            chunks = [torch.stack(x, 1).flatten() for x in zip(*(self.where_of(i, i + 1) for i in range(first, last)))]
+            self.launch_forward(y, saved, [], chunks, [], slots, 0, begun, forward_pass.READS.value)
+
+    def groups(self, every: int) -> list[tuple[int, int]]:
+        """The longest row's chunks, so many at once; alone the first, if it goes on in the middle of a chunk."""
+        chunks = -(-(self.tokens + (self.chunk_size - 1 if self.continues else 0)) // self.chunk_size)
+        borders = sorted({0, *range(int(self.continues), chunks, every), chunks})
+        return list(itertools.pairwise(borders))
+
+    def where_of(self, first: int, last: int) -> list[Tensor]:
+        """Where each row's tokens of some chunks are."""
+        starts, lengths = self.where
+        phases = self.phases if self.continues else 0
+        begin = (torch.full_like(lengths, first * self.chunk_size) - phases).clamp(min=0)
+        end = lengths.clamp(max=last * self.chunk_size - phases)
+        return [starts + begin, (end - begin).clamp(min=0)]
+
+    def launch_forward(self, y, dual, final, where, saved, saved_of_row, save_every, begun=None, part=0) -> None:
         """Reads the tokens `where` says, from `dual` on, which it writes to."""
         from . import forward_pass
         from .arguments import Saved, slots_of
@@ -353,10 +391,11 @@ class _Call:
         tokens, rows, partial_in = self.records(where, begun)
         kept = Saved(tuple(saved), saved_of_row) if saved else None
         factors = partial_in, slots_of(final), rows, kept
+        programs = len(where[0]) * self.heads
         launch = self.configuration(f"{self.memory}_forward")
         if self.memory == "mlp":
-            kernel, launch["THREADS"] = forward_pass.mlp_forward_kernel, threads(launch)
-            hidden = self.scratch(self.programs, self.hidden_units, self.chunk_size)
+            kernel, launch["THREADS"], launch["PART"] = forward_pass.mlp_forward_kernel, threads(launch), part
+            hidden = self.scratch(programs, self.hidden_units, self.chunk_size)
             arguments = (tokens, y, tuple(self.base), self.norm_record(), tuple(dual), *factors, hidden)
         else:
             kernel, arguments = (
@@ -365,7 +404,7 @@ class _Call:
             )
         # Triton launches on the current device, which need not be the tensors'
         with torch.cuda.device_of(self.q):
-            kernel[(self.programs,)](*arguments, self.heads, *self.rule, SAVE_EVERY=save_every, **launch)
+            kernel[(programs,)](*arguments, self.heads, *self.rule, SAVE_EVERY=save_every, **launch)
 
     def records(self, where, begun=None) -> tuple:
         """The tokens, where they are, and what the state has of a chunk that was begun, as kernels are handed it."""
@@ -410,6 +449,11 @@ def choice_values(choices: Choices) -> tuple:
     return tuple(0.0 if (value := getattr(choices, name)) is None else value for name in CHOICE_NAMES)
 
 
+def _fixed(values) -> int:
+    # `Choices.fixed` of values that may be a trace's
+    return int(dict(zip(CHOICE_NAMES, values))["update_layers"] == "last")
+
+
 @functools.lru_cache(maxsize=None, typed=True)
 def choices_of(*values) -> Choices:
     """What `choice_values` was made of."""
@@ -438,7 +482,7 @@ def _split(arguments: tuple) -> tuple[Operands, tuple]:
 @torch.library.impl(LIBRARY, "forward", "CompositeExplicitAutograd")
 def _forward(*arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     operands, (output_final_state, save_every, precision, *choices) = _split(arguments)
-    q, initial, state = operands.q, operands.initial, operands.state
+    q, state = operands.q, operands.state
     cu_seqlens, lengths = operands.cu_seqlens, operands.lengths
     if cu_seqlens is not None:
         cu_seqlens = checked_borders(cu_seqlens, q.shape[1], q.device)
@@ -450,12 +494,14 @@ def _forward(*arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     saved, saved_of_row = [], call.lengths
     if save_every:
         room = _saved_chunks(q, cu_seqlens, call.chunk_size, save_every)
-        saved = [call.scratch(room, *a.shape) for a in initial]
+        saved = [call.scratch(room, *a.shape) for a in call.written]
         saved_of_row = call.saved_of_row(save_every)
 
     # pads are not written to
     y = torch.zeros_like(call.q) if lengths is not None else torch.empty_like(call.q)
-    if call.programs > 0 and call.tokens > 0:
+    if call.programs > 0 and call.tokens > 0 and call.choices.fixed:
+        call.launch_parts(y, dual, final, saved, saved_of_row)
+    elif call.programs > 0 and call.tokens > 0:
         call.launch_forward(y, dual, final, call.where, saved, saved_of_row, save_every)
     elif output_final_state and state:
         final = [x.clone() for x in call.partial_in]
@@ -469,12 +515,13 @@ def _forward(*arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 @torch.library.register_fake(f"{NAMESPACE}::forward", lib=LIBRARY)
 def _(*arguments):
     operands, (output_final_state, save_every, _precision, *choices) = _split(arguments)
-    q, initial, cu_seqlens = operands.q, operands.initial, operands.cu_seqlens
+    q, cu_seqlens = operands.q, operands.cu_seqlens
     chunk_size = dict(zip(CHOICE_NAMES, choices))["chunk_size"]  # a trace may have made a symbol of it
+    written = operands.initial[_fixed(choices) :]
     rows, heads = _rows(q, cu_seqlens), q.shape[2]
     final, saved = [], []
     if output_final_state:
-        shapes = [tuple(a.shape[1:]) for a in initial]
+        shapes = [tuple(a.shape[1:]) for a in written]
         gate_dim = max(gate(operands.eta).shape[-1], gate(operands.log_alpha).shape[-1])
         widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + [gate_dim, gate_dim]
         final = [q.new_empty((rows, heads, *shape), dtype=torch.float32) for shape in shapes]
@@ -482,7 +529,7 @@ def _(*arguments):
         final.append(q.new_empty((rows,), dtype=torch.int64))
     if save_every:
         room = _saved_chunks(q, cu_seqlens, chunk_size, save_every)
-        saved = [q.new_empty((room, *a.shape), dtype=torch.float32) for a in initial]
+        saved = [q.new_empty((room, *a.shape), dtype=torch.float32) for a in written]
     return q.new_empty(q.shape), final, saved
 
 
@@ -493,15 +540,11 @@ def _groups(call: _Call, saved: list[Tensor], every: int):
     if every == 1:
         yield continues, call.where, call.saved_of_row(1), saved
         return
-    span, phases = every * call.chunk_size, call.phases if continues else 0
-    starts, lengths = call.where
     slots = torch.arange(call.rows, device=call.device) * every
     nothing = torch.empty_like(call.q)
-    groups = -(-(call.tokens + (call.chunk_size - 1 if continues else 0)) // span)
+    groups = -(-(call.tokens + (call.chunk_size - 1 if continues else 0)) // (every * call.chunk_size))
     for group in reversed(range(groups)):
-        first = (torch.full_like(lengths, group * span) - phases).clamp(min=0)
-        length = (lengths.clamp(max=(group + 1) * span - phases) - first).clamp(min=0)
-        where = [starts + first, length]
+        where = call.where_of(group * every, (group + 1) * every)
         begun = continues and group == 0
         kept = (call.saved_of_row(every) + group).clamp(max=saved[0].shape[0] - 1)
         dual = [x.index_select(0, kept) for x in saved]
@@ -531,8 +574,9 @@ def _backward(
         state_bars = [x.to(torch.float32, copy=True).contiguous() for x in final_bars[:layers]]
         factor_bars = [x.float().contiguous() for x in final_bars[layers:]]
     else:
-        state_bars, factor_bars = [call.zeros(rows, *a.shape) for a in initial], []
-    base_bars = [call.zeros(rows, *a.shape) for a in initial] if call.toward_init else state_bars
+        state_bars, factor_bars = [call.zeros(rows, *a.shape) for a in call.written], []
+    base_bars = [call.zeros(rows, *a.shape) for a in initial[: choices.fixed]]
+    base_bars += [call.zeros(rows, *a.shape) for a in call.written] if call.toward_init else state_bars
     norm_bars = [call.zeros(rows, heads, call.head_dim) for _ in range(2)]
     partial_in_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else []
     if call.programs > 0 and call.tokens > 0:
@@ -547,7 +591,7 @@ def _backward(
         scratch = Scratch(
             hidden=tuple(call.scratch(call.programs, call.hidden_units, call.chunk_size) for _ in range(4 * mlp)),
             weight_bar=tuple(call.scratch(*shape) for shape in shapes),
-            read_bar=call.scratch(*shapes[1]) if mlp else None,
+            read_bar=call.scratch(*shapes[-1]) if mlp else None,
             link_bar=None,
             slope_bar=tuple(call.scratch(call.programs, call.hidden_units) for _ in initial) if mirrors else None,
             rows=call.scratch(call.programs, places),
@@ -576,13 +620,10 @@ def _backward(
         partial_in_bars = [x.clone() for x in factor_bars]
 
     # sums over rows in fixed order
-    if call.toward_init:
-        initial_bars = [x.sum(0) for x in base_bars]
-    elif state:
-        initial_bars = [torch.where(call.fresh(), x, 0.0).sum(0) for x in state_bars]
+    if state and not call.toward_init:
+        base_bars[choices.fixed :] = [torch.where(call.fresh(), x, 0.0) for x in state_bars]
         state_bars = [torch.where(call.fresh(), 0.0, x) for x in state_bars]
-    else:
-        initial_bars = [x.sum(0) for x in state_bars]
+    initial_bars = [x.sum(0) for x in base_bars]
 
     def like(bar: Tensor, x: Tensor) -> Tensor:
         if bar.shape[-1] != gate(x).shape[-1]:
@@ -659,7 +700,8 @@ def _forward_with_gradients(*arguments) -> tuple[Tensor, list[Tensor], list[Tens
     if not asks_for_gradients(list(operands)):
         with torch._C._AutoDispatchBelowAutograd():
             return OPERATORS.forward(*arguments)
-    layers, kept = len(operands.initial), len(operands.initial) if options[1] else 0
+    layers = len(operands.initial)
+    kept = layers - _fixed(options[3:]) if options[1] else 0
     tensors = (*operands[:6], *operands.initial, *operands[7:9], *operands.state, *operands[10:])
     y, *lists = _Differentiated.apply(layers, options, *tensors)
     final = len(lists) - kept
