@@ -47,6 +47,7 @@ OTHER = {
     "elastic_net_threshold": 3.0,
     "weight_cap": 1e-2,
     "gradient_at": "previous",
+    "erase_key": "own",
     "gate_rank": 2,
     "num_key_value_heads": 1,
     "attention_dropout": 0.5,

@@ -53,7 +53,7 @@ def read(name, form, q, k, v, eta, log_alpha, rule=None, initial=None, norm=None
         norm = torch.ones(HEADS, WIDTH, dtype=q.dtype), torch.zeros(HEADS, WIDTH, dtype=q.dtype)
     given = {"eta": eta.expand(log_alpha.shape[:3]), "log_alpha": log_alpha, **others}
     y = FORMS[form](q, k, v, **given, rule=rule, parameters=MemoryParameters(initial, *norm))[0]
-    writes = MirasConfig.from_preset(name).writes_per_token
+    writes = MirasConfig.from_preset(name).slots_per_token
     return y[:, writes - 1 :: writes]
 
 
@@ -151,7 +151,9 @@ def published(name):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("titans-lmm", "ttt-linear", "ttt-mlp")])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name not in ("titans-lmm", "ttt-linear", "ttt-mlp", "rwkv-7")]
+)
 def test_a_preset_is_the_published_recurrence(name, form):
     inputs, expected = published(name)
     assert relative_error(read(name, form, *inputs), expected) < 1e-9
@@ -213,6 +215,29 @@ def by_transformers(name):
 def test_a_preset_is_what_transformers_computes(name, form):
     for inputs, expected in by_transformers(name):
         assert relative_error(read(name, form, *inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rwkv7(form):
+    """`S (diag(w) - kappa^T (a o kappa)) + v^T k~`, its rows the values' channels as in the paper, `y = S r`."""
+    r, key, v, _, _, a = draw()
+    kappa, w = draw(seed=1)[1], draw(seed=2)[5]
+    state, expected = torch.zeros(ROWS, HEADS, WIDTH, WIDTH, dtype=torch.float64), []
+    for t in range(TOKENS):
+        transition = torch.diag_embed(w[:, t]) - outer(kappa[:, t], a[:, t] * kappa[:, t])
+        state = state @ transition + outer(v[:, t], key[:, t])
+        expected.append((state @ r[:, t].unsqueeze(-1)).squeeze(-1))
+    expected = torch.stack(expected, dim=1)
+
+    def two(first, second):
+        return torch.stack((first, second), 2).flatten(1, 2)
+
+    zero = torch.zeros_like(r)
+    inputs = two(zero, r), two(a * kappa, key), two(zero, v), ONE.double(), two(w.log(), zero)
+    erase = two(kappa, zero)
+    assert relative_error(read("rwkv-7", form, *inputs, erase=erase), expected) < 1e-9
+    inputs, erase = [x.float() for x in inputs], erase.float()
+    assert relative_error(read("rwkv-7", form, *inputs, erase=erase), expected) < 1e-5
 
 
 def test_hgrn2s_layer_writes_along_what_it_forgets():

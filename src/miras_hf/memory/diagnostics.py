@@ -63,6 +63,7 @@ def memory_statistics(
     log_alpha: Tensor,
     delta: Tensor | None = None,
     log_momentum: Tensor | None = None,
+    erase: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -77,7 +78,7 @@ def memory_statistics(
     Raises:
         `ValueError`: for arguments that do not fit, and if there is no real token.
     """
-    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
+    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, erase, rule, parameters), rule)
     batch, tokens, heads, _ = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, lengths)
     x, lengths = real_rows(x, cu_seqlens, lengths)
@@ -94,8 +95,8 @@ def memory_statistics(
     for chunk, weights, state in chunks(x, lengths, rule, parameters):
         initial = weights if initial is None else initial
         gates = rule.algorithm.chunk_gradient_gates(chunk.eta, *(log.cumsum(-2) for log in chunk.logs))
-        before_write = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
-        for found, prediction in ((losses, before_write), (initial_losses, rule.recall(initial, chunk.k, norm))):
+        before_write = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates, chunk.erase)
+        for found, prediction in ((losses, before_write), (initial_losses, rule.recall(initial, chunk.asked, norm))):
             found.append(tokens_first(rule.attentional_bias.loss_at(prediction, chunk.v, chunk.delta), heads))
 
     # the writes that wait in a chunk not yet full: slots not taken have no step, and the decay of the last one taken

@@ -109,6 +109,7 @@ def probe_memory(
     log_alpha: Tensor,
     delta: Tensor | None = None,
     log_momentum: Tensor | None = None,
+    erase: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -127,7 +128,7 @@ def probe_memory(
     """
     if any(lag < 0 for lag in lags):
         raise ValueError(f"`lags` must not be negative, got {tuple(lags)}.")
-    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
+    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, erase, rule, parameters), rule)
     check_layout_arguments(*q.shape[:2], cu_seqlens, lengths)
     x, lengths = real_rows(x, cu_seqlens, lengths)
     live = is_token(lengths, x.q.shape[1])
@@ -201,8 +202,8 @@ def _recalled_and_written(
     for chunk, weights, _ in chunks(x, lengths, rule, parameters):
         initial = weights if initial is None else initial
         gates = rule.algorithm.chunk_gradient_gates(chunk.eta, *(log.cumsum(-2) for log in chunk.logs))
-        factors = rule.write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
-        asked = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
+        factors = rule.write(weights, chunk.k, chunk.v, chunk.delta, norm, gates, erase=chunk.erase)
+        asked = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates, chunk.erase)
         # with and without the step size in one way: what does not come from the write is the same to the last bit
         before, after = (
             rule.read(weights, factors, chunk.k, rule.own_gates(eta), norm)
