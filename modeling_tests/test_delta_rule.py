@@ -14,6 +14,7 @@
 """The delta rule: gradients token by token, against its recurrence written out and in every form."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -39,6 +40,7 @@ from miras_hf.memory import (
     Dot,
     GradientDescent,
     HuberNorm,
+    Implicit,
     Lq,
     MatrixMemory,
     MemoryParameters,
@@ -345,6 +347,20 @@ def test_diagnostics_tell_of_errors_at_the_time_of_the_write():
     torch.testing.assert_close(probe.write_share, torch.ones(2, dtype=torch.float64))
     at_chunk_start = dataclasses.replace(case.rule, algorithm=GradientDescent())
     torch.testing.assert_close(case._replace(rule=at_chunk_start)(memory_statistics).inner_loss, first)
+
+
+@pytest.mark.parametrize("algorithm", [DeltaRule(), DeltaRule(erase_key="own"), Implicit()])
+def test_diagnostics_do_not_depend_on_chunks(algorithm):
+    """With retention one a channel, and steps that the algorithm does not take as they are."""
+    rule = dataclasses.replace(RULES["decayed"], algorithm=algorithm)
+    case = delta_case(rule, largest=3.0)
+    for function in (memory_statistics, functools.partial(probe_memory, lags=(0, 2))):
+        at_once, one_by_one = (
+            case._replace(rule=dataclasses.replace(rule, chunk_size=size))(function) for size in (13, 1)
+        )
+        for name in ("inner_loss", "memory_norm", "read_rms", "write_share", "recall"):
+            if hasattr(at_once, name):
+                assert relative_error(getattr(one_by_one, name), getattr(at_once, name)) < 1e-9, name
 
 
 # -- models ---------------------------------------------------------------------------------------------------------------
