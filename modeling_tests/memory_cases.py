@@ -231,6 +231,8 @@ def make_case(
         inputs["delta"] = 0.5 + 2 * uniform(shape)
     elif granularity == "head":
         inputs["delta"] = math.sqrt(head_dim) * (0.5 + 2 * uniform(shape[:-1]))
+    if rule.algorithm.has_erase_key:
+        inputs["erase"] = torch.nn.functional.normalize(normal(), dim=-1)
     return Case(rule, inputs, make_parameters(rule, heads, head_dim, generator)).to(dtype)
 
 

@@ -90,6 +90,7 @@ EDITS = {
     "gate_granularity": "head",
     "learned_step": False,
     "learned_retention": False,
+    "writes_per_token": 2,
     "gate_rank": 2,
     "eta_max": 0.5,
     "min_log_alpha": -0.01,
@@ -123,8 +124,8 @@ def test_every_field_is_read_when_run_or_known_to_be_built_in(model):
         "rope_parameters",
         "learning_algorithm",
         "gradient_at",
+        "erase_key",
         "tied_write_key",
-        "writes_per_token",
     }
     assert own == built | READ_WHEN_RUN | {"max_position_embeddings"} and model.model._built_with.keys() == built
 

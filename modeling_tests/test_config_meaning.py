@@ -48,6 +48,7 @@ OTHER = {
     "elastic_net_decay_threshold": 0.3,
     "weight_cap": 1e-2,
     "gradient_at": "previous",
+    "erase_key": "own",
     "gate_rank": 2,
     "num_key_value_heads": 1,
     "attention_dropout": 0.5,

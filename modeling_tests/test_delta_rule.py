@@ -14,10 +14,12 @@
 """The delta rule: gradients token by token, against its recurrence written out and in every form."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from memory_cases import (
     FORMS,
@@ -38,8 +40,10 @@ from miras_hf.memory import (
     Dot,
     GradientDescent,
     HuberNorm,
+    Implicit,
     Lq,
     MatrixMemory,
+    MemoryParameters,
     MirasRule,
     MLPMemory,
     chunk_miras,
@@ -52,8 +56,10 @@ from miras_hf.memory.probe import probe_memory
 from miras_hf.model_card import four_choices
 
 
-def delta_rule(gradient_at="decayed", weight_cap=None, decay_target="zero", chunk_size=4) -> MirasRule:
-    algorithm = DeltaRule(gradient_at=gradient_at)
+def delta_rule(
+    gradient_at="decayed", weight_cap=None, decay_target="zero", chunk_size=4, erase_key="write"
+) -> MirasRule:
+    algorithm = DeltaRule(gradient_at=gradient_at, erase_key=erase_key)
     return MirasRule(
         MatrixMemory(), L2(residual_clip=None), Decay(weight_cap=weight_cap), algorithm, chunk_size, decay_target
     )
@@ -65,6 +71,8 @@ RULES = {
     "to_init": delta_rule(decay_target="init"),
     "previous_to_init": delta_rule("previous", decay_target="init"),
     "capped": delta_rule(weight_cap=0.1),
+    "own_key": delta_rule(erase_key="own"),
+    "own_key_previous_to_init": delta_rule("previous", decay_target="init", erase_key="own"),
 }
 
 
@@ -82,10 +90,12 @@ def written_out(case, row, head):
     start = case.parameters.initial[0][head]
     base = start if case.rule.decay_target == "init" else torch.zeros_like(start)
     dual, reads = start - base, []
-    for q, k, v, eta, log_alpha in zip(*(x[name] for name in ("q", "k", "v", "eta", "log_alpha")), strict=True):
+    x.setdefault("erase", x["k"])
+    names = ("q", "k", "v", "eta", "log_alpha", "erase")
+    for q, k, v, eta, log_alpha, erase in zip(*(x[name] for name in names), strict=True):
         kept = torch.diag(log_alpha.exp().expand(8)) @ dual
         at = dual if case.rule.algorithm.gradient_at == "previous" else kept
-        dual = kept - eta * torch.outer(k, k @ (base + at) - v)
+        dual = kept - eta * torch.outer(k, erase @ (base + at) - v)
         reads.append(q @ (base + dual))
     return torch.stack(reads), dual
 
@@ -117,7 +127,7 @@ def test_forms_agree(rule, form):
         assert_same(values_and_gradients(case, FORMS[form], final_state), expected, 1e-9)
 
 
-@pytest.mark.parametrize("rule", ["decayed", "previous_to_init"])
+@pytest.mark.parametrize("rule", ["decayed", "previous_to_init", "own_key"])
 def test_the_naive_form_says_the_same(rule):
     case = delta_case(rule, batch=1, heads=1, tokens=9)
     x = {name: t[0, :, 0] for name, t in case.inputs.items()}
@@ -147,7 +157,7 @@ def test_forms_take_over_from_each_other(first, then):
     )
 
 
-@pytest.mark.parametrize("rule", ["decayed", "previous", "capped"])
+@pytest.mark.parametrize("rule", ["decayed", "previous", "capped", "own_key"])
 def test_steps_in_place(rule):
     case = delta_case(rule)
     whole, end = case(recurrent_miras, output_final_state=True)
@@ -181,7 +191,7 @@ def test_pads_and_packs(form):
         assert relative_error(packed, torch.cat([want for want, _ in expected], dim=1)) < 1e-12
 
 
-@pytest.mark.parametrize("rule", ["decayed", "previous_to_init"])
+@pytest.mark.parametrize("rule", ["decayed", "previous_to_init", "own_key"])
 def test_gradients_of_finite_differences(rule):
     case = delta_case(rule, tokens=6, batch=1, heads=1, head_dim=3)
     leaves = {key: x.requires_grad_() for key, x in case.named_leaves().items()}
@@ -209,12 +219,52 @@ def test_a_memory_does_not_grow_without_end(rule, keys):
     assert relative_error(found["y"], exact["y"]) < 1e-3
 
 
+@pytest.mark.parametrize("gates", ["head", "channel"])
+def test_erasures_that_are_made_to_grow(gates):
+    """Every token takes `(a o e)^T (e S)` away, of 64 e and a the ones that leave most: with an a that is one number no token
+    makes a memory larger, and with one a channel nothing but the weights' cap bounds it."""
+    tokens, width = 1500, 4
+    generator = torch.Generator().manual_seed(0)
+    found, state = [], F.normalize(torch.randn(width, generator=generator, dtype=torch.float64), dim=0)
+    initial = state.clone()
+    for _ in range(tokens):
+        e = F.normalize(torch.randn(64, width, generator=generator, dtype=torch.float64), dim=-1)
+        a = torch.rand(64, width if gates == "channel" else 1, generator=generator, dtype=torch.float64).round()
+        left = state - a * e * (e @ state).unsqueeze(-1)
+        best = left.norm(dim=-1).argmax()
+        state = F.normalize(left[best], dim=0)
+        found.append((a[best] * e[best], e[best]))
+    k, erase = (torch.stack(x).view(1, tokens, 1, width).float() for x in zip(*found, strict=True))
+    one, zero = torch.ones(1, tokens, 1), torch.zeros(1, tokens, 1)
+    largest = {}
+    for cap in (None, 2.0):
+        rule = delta_rule("previous", weight_cap=cap, chunk_size=16, erase_key="own")
+        start = (initial.unsqueeze(-1).expand(1, width, width).float().contiguous(),)
+        parameters = MemoryParameters(start, torch.ones(1, width), torch.zeros(1, width))
+        y, end = chunk_miras(
+            torch.ones_like(k), k, torch.zeros_like(k), one, zero, erase=erase, rule=rule, parameters=parameters,
+            output_final_state=True,
+        )  # fmt: skip
+        largest[cap] = max(y.abs().nan_to_num(torch.inf).max(), end.dual[0].abs().nan_to_num(torch.inf).max()).item()
+    assert largest[2.0] < 1e4
+    assert largest[None] > 1e15 if gates == "channel" else largest[None] < 10
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_is_cut_at_the_largest(form):
     case = delta_case("decayed", "head", tokens=5, largest=3.0)
     cut = case._replace(inputs=case.inputs | {"eta": case.inputs["eta"].clamp(max=2.0)})
     assert (case.inputs["eta"] > 2.0).any()
     assert relative_error(case(FORMS[form])[0], cut(FORMS[form])[0]) < 1e-13
+
+
+def test_an_erase_key_that_is_the_write_key_changes_nothing():
+    """Neither what is read nor, keys and erase keys together, any gradient; steps far above the largest are cut alike."""
+    case = delta_case("decayed", "head", largest=3.0)
+    own = case._replace(rule=RULES["own_key"], inputs=case.inputs | {"erase": case.inputs["k"].clone()})
+    expected, found = values_and_gradients(case, chunk_miras), values_and_gradients(own, chunk_miras)
+    found["grad.k"] = found["grad.k"] + found.pop("grad.erase")
+    assert_same(found, expected, 1e-12)
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunk"])
@@ -267,6 +317,19 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=f"(?s)`algorithm` must fit.*DeltaRule.*{why}.*got"):
             MirasRule(**{**fitting, **other})
+    with pytest.raises(
+        ValueError, match="`erase` must be None: DeltaRule.* takes errors of the keys that it writes along"
+    ):
+        case._replace(inputs=case.inputs | {"erase": case.inputs["k"]})(chunk_miras)
+    own = case._replace(rule=RULES["own_key"])
+    with pytest.raises(ValueError, match="`erase` is required by DeltaRule.*erase_key='own'"):
+        own(chunk_miras)
+    with pytest.raises(
+        ValueError, match=r"`erase` must have the shape of `q`, \(2, 13, 2, 8\).*got torch.float64 \(2, 13, 2\)"
+    ):
+        own._replace(inputs=case.inputs | {"erase": case.inputs["eta"]})(chunk_miras)
+    with pytest.raises(ValueError, match="`erase_key` must be one of 'write', 'own', got both"):
+        DeltaRule(erase_key="both")
     with pytest.raises(ValueError, match="`gradient_at` must be one of 'decayed', 'previous', got chunk"):
         DeltaRule(gradient_at="chunk")
 
@@ -284,6 +347,20 @@ def test_diagnostics_tell_of_errors_at_the_time_of_the_write():
     torch.testing.assert_close(probe.write_share, torch.ones(2, dtype=torch.float64))
     at_chunk_start = dataclasses.replace(case.rule, algorithm=GradientDescent())
     torch.testing.assert_close(case._replace(rule=at_chunk_start)(memory_statistics).inner_loss, first)
+
+
+@pytest.mark.parametrize("algorithm", [DeltaRule(), DeltaRule(erase_key="own"), Implicit()])
+def test_diagnostics_do_not_depend_on_chunks(algorithm):
+    """With retention one a channel, and steps that the algorithm does not take as they are."""
+    rule = dataclasses.replace(RULES["decayed"], algorithm=algorithm)
+    case = delta_case(rule, largest=3.0)
+    for function in (memory_statistics, functools.partial(probe_memory, lags=(0, 2))):
+        at_once, one_by_one = (
+            case._replace(rule=dataclasses.replace(rule, chunk_size=size))(function) for size in (13, 1)
+        )
+        for name in ("inner_loss", "memory_norm", "read_rms", "write_share", "recall"):
+            if hasattr(at_once, name):
+                assert relative_error(getattr(one_by_one, name), getattr(at_once, name)) < 1e-9, name
 
 
 # -- models ---------------------------------------------------------------------------------------------------------------
@@ -338,13 +415,19 @@ def test_a_config_says_what_does_not_fit(model, tmp_path):
     model.config.save_pretrained(tmp_path)
     config = MirasConfig.from_pretrained(tmp_path)
     assert (config.residual_clip, config.gradient_at, config.eta_max) == (None, "decayed", 1.0)
-    assert "`delta_rule`, `gradient_at` = decayed, computed in chunks of 4 tokens" in four_choices(config)
+    assert (
+        "`delta_rule`, `gradient_at` = decayed, `erase_key` = write, computed in chunks of 4 tokens"
+        in four_choices(config)
+    )
     for fields, why in (
         ({"memory_architecture": "mlp"}, "for a matrix memory only.*got `memory_architecture='mlp'`"),
         ({"residual_clip": 3.0}, "with `residual_clip=None`, got .*`residual_clip=3.0`"),
         ({"attentional_bias": "huber_norm"}, "of the l2 loss.*`attentional_bias='huber_norm'`"),
         ({"retention": "kl"}, "with decay, got .*`retention='kl'`"),
-        ({"eta_max": 2.5}, "`eta_max` must be at most 2 with DeltaRule.gradient_at='decayed'., got 2.5"),
+        (
+            {"eta_max": 2.5},
+            "`eta_max` must be at most 2 with DeltaRule.gradient_at='decayed', erase_key='write'., got 2.5",
+        ),
         ({"eta_max": 1.5, "gradient_at": "previous"}, "`eta_max` must be at most 1 with"),
         ({"learning_algorithm": "momentum", "gradient_at": "previous", "gate_granularity": "head"}, "means nothing"),
     ):

@@ -56,7 +56,16 @@ def rules(draw) -> MirasRule:
     """Any point that the rule accepts, a chunk of 1 to 6 tokens."""
     chunk_size, decay_target = draw(st.integers(1, 6)), draw(st.sampled_from(("init", "zero")))
     algorithm = draw(
-        st.sampled_from((GradientDescent(), Momentum(), DeltaRule(), DeltaRule(gradient_at="previous"), Implicit()))
+        st.sampled_from(
+            (
+                GradientDescent(),
+                Momentum(),
+                DeltaRule(),
+                DeltaRule(gradient_at="previous"),
+                DeltaRule(erase_key="own"),
+                Implicit(),
+            )
+        )
     )
     cap = draw(st.sampled_from((None, 0.5, 2.0)))
     if algorithm.gradient_at != "chunk":

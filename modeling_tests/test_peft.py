@@ -88,9 +88,18 @@ def test_peft_is_never_imported(monkeypatch):
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_lora_needs_no_names_and_trains_all_it_adapts(model_type, input_ids):
     model = get_peft_model(make_model(model_type), LoraConfig())
-    mixer = {f"mixer.{name}" for name in MIXER_MODULES}
-    attention = {f"self_attn.{name}" for name in MIXER_MODULES if name != "g_proj"}
+    mixer = {f"mixer.{name}" for name in MIXER_MODULES if name != "e_proj"}  # of erase keys
+    attention = {f"self_attn.{name}" for name in MIXER_MODULES if name not in ("e_proj", "g_proj")}
     assert adapted(model) == mixer | attention
+    assert_only_adapters_learn(model, input_ids)
+
+
+@pytest.mark.parametrize(("preset", "without"), [("rwkv-7", set()), ("hgrn2", {"k_proj", "e_proj"})])
+def test_lora_adapts_the_projections_that_there_are(preset, without, input_ids):
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "chunk_size": 4}
+    model = miras_hf.MirasForCausalLM(miras_hf.MirasConfig.from_preset(preset, size="tiny", **small))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+    assert adapted(model) == {f"mixer.{name}" for name in MIXER_MODULES if name not in without}
     assert_only_adapters_learn(model, input_ids)
 
 

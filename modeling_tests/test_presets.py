@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from memory_cases import relative_error
 from transformers.models.kimi_linear.modeling_kimi_linear import recurrent_kimi_delta_attention
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
@@ -53,7 +54,7 @@ def read(name, form, q, k, v, eta, log_alpha, rule=None, initial=None, norm=None
         norm = torch.ones(HEADS, WIDTH, dtype=q.dtype), torch.zeros(HEADS, WIDTH, dtype=q.dtype)
     given = {"eta": eta.expand(log_alpha.shape[:3]), "log_alpha": log_alpha, **others}
     y = FORMS[form](q, k, v, **given, rule=rule, parameters=MemoryParameters(initial, *norm))[0]
-    writes = MirasConfig.from_preset(name).writes_per_token
+    writes = MirasConfig.from_preset(name).slots_per_token
     return y[:, writes - 1 :: writes]
 
 
@@ -151,7 +152,9 @@ def published(name):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("titans-lmm", "ttt-linear", "ttt-mlp")])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name not in ("titans-lmm", "ttt-linear", "ttt-mlp", "rwkv-7")]
+)
 def test_a_preset_is_the_published_recurrence(name, form):
     inputs, expected = published(name)
     assert relative_error(read(name, form, *inputs), expected) < 1e-9
@@ -215,6 +218,29 @@ def test_a_preset_is_what_transformers_computes(name, form):
         assert relative_error(read(name, form, *inputs), expected) < 1e-5
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_rwkv7(form):
+    """`S (diag(w) - kappa^T (a o kappa)) + v^T k~`, its rows the values' channels as in the paper, `y = S r`."""
+    r, key, v, _, _, a = draw()
+    kappa, w = draw(seed=1)[1], draw(seed=2)[5]
+    state, expected = torch.zeros(ROWS, HEADS, WIDTH, WIDTH, dtype=torch.float64), []
+    for t in range(TOKENS):
+        transition = torch.diag_embed(w[:, t]) - outer(kappa[:, t], a[:, t] * kappa[:, t])
+        state = state @ transition + outer(v[:, t], key[:, t])
+        expected.append((state @ r[:, t].unsqueeze(-1)).squeeze(-1))
+    expected = torch.stack(expected, dim=1)
+
+    def two(first, second):
+        return torch.stack((first, second), 2).flatten(1, 2)
+
+    zero = torch.zeros_like(r)
+    inputs = two(zero, r), two(a * kappa, key), two(zero, v), ONE.double(), two(w.log(), zero)
+    erase = two(kappa, zero)
+    assert relative_error(read("rwkv-7", form, *inputs, erase=erase), expected) < 1e-9
+    inputs, erase = [x.float() for x in inputs], erase.float()
+    assert relative_error(read("rwkv-7", form, *inputs, erase=erase), expected) < 1e-5
+
+
 def test_hgrn2s_layer_writes_along_what_it_forgets():
     """The tie is the layer's: its outputs are those of the published recurrence of its own forget gates."""
     torch.manual_seed(0)
@@ -256,6 +282,44 @@ def test_a_tied_write_key_is_refused_where_it_means_nothing():
             StrictDataclassError, match=f"`{field}` must be .* with `tied_write_key=True`, got {value!r}"
         ):
             MirasConfig.from_preset("hgrn2", **{field: value})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_layer_of_mamba2_computes_the_same_with_the_presets_memory(groups, form, monkeypatch):
+    """Its weights, convolution, gates and norm, and in the place of its scan the memory; gradients, too."""
+    config = modeling_mamba2.Mamba2Config(
+        hidden_size=8, expand=4, num_heads=4, head_dim=8, state_size=8, n_groups=groups, conv_kernel=3, chunk_size=4,
+        num_hidden_layers=1, vocab_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    layer = modeling_mamba2.Mamba2Mixer(config, 0).eval()
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if name != "A_log":
+                p.copy_(torch.randn_like(p) * (1.0 if p.dim() == 1 else p[0].numel() ** -0.5))
+    # no token forgets more than the rule's chunks can tell from all
+    rule, calls = memory_rule(MirasConfig.from_preset("mamba2", chunk_size=8, min_log_alpha=-20.0)), []
+
+    def scan(x, dt, a, b, c, *, D, dt_bias, **_):
+        calls.append(x.shape)
+        heads, dt = x.shape[2], F.softplus(dt + dt_bias)
+        k, q = (t.repeat_interleave(heads // groups, dim=2) for t in (b, c))
+        memory = MemoryParameters((torch.zeros(heads, 8, 8),), torch.ones(heads, 8), torch.zeros(heads, 8))
+        return FORMS[form](q, k, x, dt, dt * a, rule=rule, parameters=memory)[0] + D[:, None] * x
+
+    hidden = torch.randn(ROWS, TOKENS, 8)
+    found = {}
+    for name in ("theirs", "ours"):
+        if name == "ours":
+            monkeypatch.setattr(modeling_mamba2, "mamba2_chunk_scan", scan)
+        layer.zero_grad()
+        y = layer(hidden)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found[name] = {"y": y.detach(), **{n: p.grad.clone() for n, p in layer.named_parameters()}}
+    assert calls == [(ROWS, TOKENS, 4, 8)]
+    for name, want in found["theirs"].items():
+        assert relative_error(found["ours"][name], want) < 1e-5, name
 
 
 @pytest.mark.parametrize("form", FORMS)

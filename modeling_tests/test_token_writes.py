@@ -32,7 +32,16 @@ from miras_hf.compat import CACHE_NAME, cache_of
 POINTS = {
     "delta": {"name": "delta-product", "eta_max": 2.0},
     "three": {"name": "delta-product", "writes_per_token": 3, "memory_num_key_value_heads": 1},
-    "kda": {"name": "kda", "writes_per_token": 2, "gradient_at": "previous"},
+    "kda": {"name": "kda", "writes_per_token": 2, "gradient_at": "previous", "use_rope": True},
+    "rwkv": {"name": "rwkv-7"},
+    "erase": {
+        "name": "gated-deltanet",
+        "erase_key": "own",
+        "writes_per_token": 2,
+        "memory_num_key_value_heads": 1,
+        "use_rope": True,
+        "eta_max": 0.5,
+    },
     "mlp": {"name": "tiny", "writes_per_token": 2, "attentional_bias": "huber_norm", "retention": "lq"},
     "momentum": {"name": "titans-lmm", "writes_per_token": 3},
     "hebbian": {"name": "gla", "writes_per_token": 2},
@@ -177,12 +186,13 @@ def test_gradients_go_through_caches(point):
 
 
 def test_what_means_nothing_is_refused():
-    for field in ("use_rope", "tied_write_key"):
-        with pytest.raises(StrictDataclassError, match=f"`{field}` must be False with `writes_per_token=2`, got True"):
-            MirasConfig.from_preset("gla", writes_per_token=2, **{field: True})
+    with pytest.raises(
+        StrictDataclassError, match="`tied_write_key` must be False with `writes_per_token=2`, got True"
+    ):
+        MirasConfig.from_preset("hgrn2", writes_per_token=2)
     for value in (0, 9, 1.5, True):
         with pytest.raises(StrictDataclassError, match="writes_per_token"):
             MirasConfig(writes_per_token=value)
     model = MirasForCausalLM(MirasConfig.from_preset("tiny", writes_per_token=2, memory_backend="triton"))
-    with pytest.raises(ValueError, match="the backend is 'triton': kernels do not know `writes_per_token=2`"):
+    with pytest.raises(ValueError, match="the backend is 'triton': kernels do not know tokens with 2 writes"):
         model(IDS)

@@ -89,7 +89,7 @@ class MemoryBackend:
         self.rule, self.backend, self.writes = rule, backend, writes
         self.choices, self.reason = kernel_choices(rule)
         if writes > 1 and self.reason is None:
-            self.choices, self.reason = None, f"kernels do not know `writes_per_token={writes}`"
+            self.choices, self.reason = None, f"kernels do not know tokens with {writes} writes"
 
     def _takes_kernel(self, v: Tensor, needs_grad: bool, in_place: bool = False) -> bool:
         if self.backend == "pytorch":

@@ -175,10 +175,11 @@ def measure_memories(
             def measure(memory: MirasMemory, args: tuple, layer: int = mixer.layer_idx) -> None:
                 tokens, sequences, _ = args
                 parameters = MemoryParameters(memory.initial_state(), memory.norm_weight, memory.norm_bias)
-                *x, log_momentum = tokens.finished(position=sequences.position)
+                *x, log_momentum, erase = tokens.finished(position=sequences.position)
                 others = sequences.of_writes(memory.backend.writes)
-                if log_momentum is not None:  # functions for other memories need not know it
-                    others["log_momentum"] = log_momentum
+                # functions for other memories need not know them
+                more = {"log_momentum": log_momentum, "erase": erase}
+                others |= {name: t for name, t in more.items() if t is not None}
                 found[layer] = function(*x, rule=memory.rule, parameters=parameters, **others)
 
             hooks.append(memory.register_forward_pre_hook(measure))

@@ -202,6 +202,11 @@ class MirasConfig(PreTrainedConfig):
         gradient_at (`str`, *optional*, defaults to `"decayed"`):
             The delta rule: whether an error is that of the memory after its decay, `"decayed"` as in Gated DeltaNet, or
             before it, `"previous"`.
+        erase_key (`str`, *optional*, defaults to `"write"`):
+            The delta rule: `"write"` erases along a token's key what the memory returns for it. With `"own"`, as in RWKV-7, layers
+            project erase keys e besides, and have gates a in (0, 1) for them, one a channel or head: a token erases, `S - (a o
+            e)^T (e S)`, and then writes, `S + eta k^T v`. Where gates are one a channel, nothing but `weight_cap` keeps a
+            memory from growing on streams that are made for it.
         chunk_size (`int`, *optional*, defaults to 64):
             Tokens whose gradients are taken at the same weights (28), with the delta rule computed at once; where a token
             writes several times, writes. Part of the trained model.
@@ -217,7 +222,7 @@ class MirasConfig(PreTrainedConfig):
             and no convolution of keys. With the dot-product loss and learned retention of channels, without rotary embedding.
         writes_per_token (`int`, *optional*, defaults to 1):
             Keys and values, each with a step of its own, that a token writes one after the other, at most 8, before it reads: the
-            n of DeltaProduct. What it forgets it forgets before the first. Without rotary embedding, in PyTorch only.
+            n of DeltaProduct. What it forgets it forgets before the first. In PyTorch only.
         gate_rank (`int`, *optional*, defaults to 32): Rank of the maps from the layer's input to channel gates.
         eta_max (`float`, *optional*):
             Largest step of one token; `None` for the one whose write, alone and at a new memory, takes a token's own
@@ -327,6 +332,7 @@ class MirasConfig(PreTrainedConfig):
     decay_target: Literal["init", "zero"] = "init"
     learning_algorithm: str = choice("learning_algorithm", "gradient_descent")
     gradient_at: str = declared("gradient_at")
+    erase_key: str = declared("erase_key")
     chunk_size: int = bounded(64, 1, 4096)
     gate_granularity: Literal["channel", "head"] = "channel"
     learned_step: bool = True
@@ -446,8 +452,19 @@ class MirasConfig(PreTrainedConfig):
 
     @property
     def memory_projections(self) -> tuple[str, ...]:
-        """What a memory layer projects and convolves, of queries, keys and values."""
-        return ("q", "v") if self.tied_write_key else ("q", "k", "v")
+        """What a memory layer projects and convolves, of queries, keys, values and erase keys."""
+        keys = () if self.tied_write_key else ("k",)
+        return ("q", *keys, "v", "e") if self.has_erase_key else ("q", *keys, "v")
+
+    @property
+    def has_erase_key(self) -> bool:
+        """Whether tokens erase along keys of their own."""
+        return choice_of(self, "learning_algorithm").has_erase_key
+
+    @property
+    def slots_per_token(self) -> int:
+        """The tokens that a memory reads for one of the text: its writes, and an erasure before them."""
+        return self.writes_per_token + self.has_erase_key
 
     @property
     def has_output_bias(self) -> bool:
@@ -561,13 +578,11 @@ class MirasConfig(PreTrainedConfig):
         check_own_values(self)
         check_algorithm(self)
         check_meaning(self)
-        if self.writes_per_token > 1:
-            for name in ("use_rope", "tied_write_key"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"`{name}` must be False with `writes_per_token={self.writes_per_token}`, got True: the keys of a "
-                        "token would differ in nothing."
-                    )
+        if self.writes_per_token > 1 and self.tied_write_key:
+            raise ValueError(
+                f"`tied_write_key` must be False with `writes_per_token={self.writes_per_token}`, got True: the keys of a "
+                "token would be one."
+            )
         if self.tied_write_key:
             if not self.has_retention:
                 raise ValueError(
@@ -678,6 +693,7 @@ class MirasConfig(PreTrainedConfig):
             gates = {"eta": True, "alpha": True}
             gates["delta"] = chosen(self, "attentional_bias").delta_granularity is not None
             gates["momentum"] = chosen(self, "learning_algorithm").has_momentum
+            gates["erase"] = self.has_erase_key
             fixed = {
                 "eta": not self.learned_step,
                 "alpha": not (self.learned_retention and self.has_retention),

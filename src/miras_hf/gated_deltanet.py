@@ -11,16 +11,21 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Gated DeltaNet's layer as Qwen3-Next has it in Transformers, taken into a memory layer that computes the same.
+"""Gated DeltaNet's layer as Qwen3-Next and OLMo Hybrid have it in Transformers, taken into a memory layer that computes the
+same.
 
-What stands elsewhere there, and comes to the same: queries are divided by `sqrt(head_dim)`, which here the epsilon of the norm
-after the memory takes; keys serve several values' heads, and are repeated in the weights here; decay has no bound there, and
-here, in chunks of 8 tokens, one below which nothing is left (`exp(-20)`).
+What stands elsewhere there, and comes to the same: queries are divided by the root of the keys' width, which here the epsilon of
+the norm after the memory takes; keys serve several values' heads, and are repeated in the weights here; where keys and values
+differ in width, the narrower ones have zeros behind them here, in weights, because a matrix memory is square; decay has no bound
+there, and here, in chunks of 8 tokens, one below which nothing is left (`exp(-20)`).
 """
 
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .memory.rule import least_log_alpha
@@ -32,31 +37,79 @@ CHUNK_SIZE = 8
 """The log retention of a chunk must stay above -160: of a token, above -20."""
 
 
+class _Weights(NamedTuple):
+    """What the layers have by other names.
+
+    Args:
+        q, k, v, gate, beta, decay (`torch.Tensor` of shape `[features, hidden_size]`): projections.
+        norm (`torch.Tensor` of shape `[head_v_dim]`), eps (`float`): of the norm after the memory.
+        out (`torch.Tensor` of shape `[hidden_size, value features]`): the projection after it.
+        largest_step (`float`): what beta is at most.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+    beta: Tensor
+    decay: Tensor
+    norm: Tensor
+    eps: float
+    out: Tensor
+    largest_step: float
+
+
+def _of_qwen3_next(layer: Any) -> _Weights:
+    groups, keys, values = layer.num_k_heads, layer.head_k_dim, layer.head_v_dim
+    shared = layer.num_v_heads // groups
+
+    def parted(weight: Tensor, *sizes: int) -> list[Tensor]:  # what belongs to a head of keys stands together
+        return [w.flatten(0, 1) for w in weight.unflatten(0, (groups, -1)).split(sizes, dim=1)]
+
+    q, k, v, gate = parted(layer.in_proj_qkvz.weight, keys, keys, shared * values, shared * values)
+    beta, decay = parted(layer.in_proj_ba.weight, shared, shared)
+    return _Weights(
+        q, k, v, gate, beta, decay, layer.norm.weight, layer.layer_norm_epsilon, layer.out_proj.weight, 1.0
+    )
+
+
+def _of_olmo_hybrid(layer: Any) -> _Weights:
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.g_proj, layer.b_proj, layer.a_proj)
+    largest_step = 2.0 if layer.allow_neg_eigval else 1.0
+    norm, eps = layer.o_norm.weight, layer.o_norm.variance_epsilon
+    return _Weights(*(p.weight for p in projections), norm, eps, layer.o_proj.weight, largest_step)
+
+
+_LAYERS: dict[str, tuple[str, Callable[[Any], _Weights]]] = {
+    "Qwen3NextGatedDeltaNet": ("transformers.models.qwen3_next.modeling_qwen3_next", _of_qwen3_next),
+    "OlmoHybridGatedDeltaNet": ("transformers.models.olmo_hybrid.modeling_olmo_hybrid", _of_olmo_hybrid),
+}
+
+
 def gated_deltanet_fields(layer: nn.Module) -> dict[str, Any]:
     """The fields of a `MirasConfig` whose memory layers compute what a layer does.
 
     Args:
-        layer (`Qwen3NextGatedDeltaNet`): of Transformers' `qwen3_next`.
+        layer (`Qwen3NextGatedDeltaNet` or `OlmoHybridGatedDeltaNet`): of Transformers' `qwen3_next` or `olmo_hybrid`.
 
     Raises:
         `TypeError`: for another layer.
-        `ValueError`: for a layer whose keys and values differ in width, or with another activation, naming both.
+        `ValueError`: for a layer with another activation, naming it.
     """
-    _check(layer)
-    if layer.head_k_dim != layer.head_v_dim:
-        raise ValueError(
-            f"`layer` must have keys as wide as values, got `head_k_dim` {layer.head_k_dim} and `head_v_dim` "
-            f"{layer.head_v_dim}: a matrix memory is square."
-        )
+    weights = _weights_of(layer)
     if layer.activation != "silu":
         raise ValueError(f"`layer.activation` must be 'silu', got {layer.activation!r}.")
+    keys, values = layer.head_k_dim, layer.head_v_dim
+    width = max(keys, values)
     return {
         **MODELS["gated-deltanet"].fields,
         "hidden_size": layer.hidden_size,
         "num_attention_heads": layer.num_v_heads,
-        "head_dim": layer.head_v_dim,
+        "head_dim": width,
         "conv_kernel_size": layer.conv_kernel_size,
-        "output_norm_eps": layer.layer_norm_epsilon * layer.head_v_dim,
+        # of a mean over zeros, too
+        "output_norm_eps": weights.eps * keys * values / width,
+        "eta_max": weights.largest_step,
         "chunk_size": CHUNK_SIZE,
         "min_log_alpha": least_log_alpha(CHUNK_SIZE),
     }
@@ -70,35 +123,35 @@ def load_gated_deltanet(mixer: MirasMixer, layer: nn.Module) -> None:
         `TypeError`: for another layer.
         `ValueError`: if the memory layer's weights are of other shapes, naming one.
     """
-    _check(layer)
-    groups, width = layer.num_k_heads, layer.head_v_dim
-    shared = layer.num_v_heads // groups
+    found = _weights_of(layer)
+    groups, heads, keys, values = layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim
+    width = max(keys, values)
 
-    def repeated(weight: Tensor) -> Tensor:
-        """`[groups * width, n]` of keys' heads, for the heads of values that they serve."""
-        return weight.unflatten(0, (groups, width)).repeat_interleave(shared, dim=0).flatten(0, 1)
+    def of_keys(weight: Tensor) -> Tensor:
+        """`[groups * keys, n]` for the heads of values that they serve."""
+        by_heads = weight.unflatten(0, (groups, keys)).repeat_interleave(heads // groups, dim=0)
+        return F.pad(by_heads, (0, 0, 0, width - keys)).flatten(0, 1)
 
-    of_groups = layer.in_proj_qkvz.weight.unflatten(0, (groups, -1))
-    q, k, v, z = (w.flatten(0, 1) for w in of_groups.split([width, width, shared * width, shared * width], dim=1))
-    of_gates = layer.in_proj_ba.weight.unflatten(0, (groups, -1))
-    beta, decay = (w.flatten(0, 1) for w in of_gates.split([shared, shared], dim=1))
+    def of_values(weight: Tensor) -> Tensor:
+        return F.pad(weight.unflatten(0, (heads, values)), (0, 0, 0, width - values)).flatten(0, 1)
+
     q_conv, k_conv, v_conv = layer.conv1d.weight.squeeze(1).split([layer.key_dim, layer.key_dim, layer.value_dim])
     weights = {
-        "q_proj.weight": repeated(q),
-        "k_proj.weight": repeated(k),
-        "v_proj.weight": v,
-        "g_proj.weight": z,
-        "q_conv.weight": repeated(q_conv),
-        "k_conv.weight": repeated(k_conv),
-        "v_conv.weight": v_conv,
-        "eta.up_proj.weight": beta,
+        "q_proj.weight": of_keys(found.q),
+        "k_proj.weight": of_keys(found.k),
+        "v_proj.weight": of_values(found.v),
+        "g_proj.weight": of_values(found.gate),
+        "q_conv.weight": of_keys(q_conv),
+        "k_conv.weight": of_keys(k_conv),
+        "v_conv.weight": of_values(v_conv),
+        "eta.up_proj.weight": found.beta,
         "eta.bias": torch.zeros_like(layer.dt_bias),
-        "alpha.up_proj.weight": decay,
+        "alpha.up_proj.weight": found.decay,
         "alpha.bias": layer.dt_bias,
         "alpha.a_log": layer.A_log,
-        "memory.initial_state.0": torch.zeros(layer.num_v_heads, width, width),
-        "o_norm.weight": layer.norm.weight,
-        "o_proj.weight": layer.out_proj.weight,
+        "memory.initial_state.0": torch.zeros(heads, width, width),
+        "o_norm.weight": F.pad(found.norm * (values / width) ** 0.5, (0, width - values)),
+        "o_proj.weight": of_values(found.out.mT).mT,
     }
     own = dict(mixer.named_parameters())
     shapes, wanted = ({name: tuple(w.shape) for name, w in found.items()} for found in (own, weights))
@@ -112,11 +165,14 @@ def load_gated_deltanet(mixer: MirasMixer, layer: nn.Module) -> None:
         own[name].copy_(weight)
 
 
-def _check(layer: nn.Module) -> None:
-    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
-
-    if not isinstance(layer, Qwen3NextGatedDeltaNet):
-        raise TypeError(f"`layer` must be a `Qwen3NextGatedDeltaNet`, got a `{type(layer).__name__}`.")
+def _weights_of(layer: Any) -> _Weights:
+    for name, (module, weights_of) in _LAYERS.items():
+        # whoever has such a layer has imported its module
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and isinstance(layer, kind):
+            return weights_of(layer)
+    kinds = " or a ".join(f"`{name}`" for name in _LAYERS)
+    raise TypeError(f"`layer` must be a {kinds}, got a `{type(layer).__name__}`.")
 
 
 __all__ = ["gated_deltanet_fields", "load_gated_deltanet"]

@@ -257,6 +257,19 @@ class MirasStepGate(MirasLowRankGate):
         return torch.full_like(self.bias, math.log(0.5) if self.learned else 30.0)
 
 
+class MirasEraseGate(MirasLowRankGate):
+    """What every token takes away of what the memory returns for its erase key, `sigmoid(.)`, float32; a third at first."""
+
+    def __init__(self, config: MirasConfig):
+        super().__init__(config, config.gate_granularity)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return scaled_sigmoid(self.logits(hidden_states), 1.0)
+
+    def initial_bias(self) -> Tensor:
+        return torch.full_like(self.bias, math.log(0.5))
+
+
 class MirasRetentionGate(MirasLowRankGate):
     """Log retention of every token, `log alpha = -exp(a_log) softplus(.)`, float32; the memory bounds it below. It is zero,
     and nothing of it is learned, where a memory forgets nothing."""
@@ -339,7 +352,7 @@ class MirasMemory(NotByParameter, nn.Module):
     def __init__(self, config: MirasConfig):
         super().__init__()
         self.rule = memory_rule(config)
-        self.backend = MemoryBackend(self.rule, config.memory_backend, config.writes_per_token)
+        self.backend = MemoryBackend(self.rule, config.memory_backend, config.slots_per_token)
         self.initial_scale = config.initial_memory_scale
         heads, head_dim = config.num_attention_heads, config.head_dim
         self.initial_state = MirasInitialState(
@@ -392,6 +405,7 @@ class ProjectedTokens:
         q, k, v (`torch.Tensor` of shape `[batch, tokens, heads, head_dim]`):
             Projections; `k` is `None` where keys are what retention lets go, and where a token writes several times, `k` and `v`
             have the writes of a head behind each other, `[batch, tokens, heads * writes, head_dim]`.
+        e (`torch.Tensor`, as `q`, *optional*): projected erase keys, where they are not those that are written.
         rotary (`tuple` of `torch.Tensor`, *optional*): cosines and sines, `[batch, tokens, head_dim]`.
     """
 
@@ -400,6 +414,7 @@ class ProjectedTokens:
     q: Tensor
     v: Tensor
     k: Tensor | None = None
+    e: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -414,8 +429,8 @@ class ProjectedTokens:
         return replace(self, hidden_states=self.hidden_states[:, first:last], rotary=rotary, **cut)
 
     def finished(self, tail: Tensor | None = None, position: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        """Queries, keys, values, steps, log retention, thresholds and log momentum, as memories take them: `[batch, tokens,
-        heads, ...]`, with tokens that write several times as so many tokens of the memory.
+        """Queries, keys, values, steps, log retention, thresholds, log momentum and erase keys, as memories take them: `[batch,
+        tokens, heads, ...]`, with tokens that erase and write, or write several times, as so many tokens of the memory.
 
         Args:
             tail (`torch.Tensor` of shape `[batch, conv_kernel_size - 1, channels]`, *optional*):
@@ -429,34 +444,47 @@ class ProjectedTokens:
             name: mixer.by_heads(mixer.convolution(name)(x, t, position))
             for (name, x), t in zip(parts.items(), tails, strict=True)
         }
-        q, k, v = (found.pop(name, None) for name in "qkv")
+        q, k, v, e = (found.pop(name, None) for name in "qkve")
         if self.rotary is not None:
             q, k = apply_rotary_pos_emb(q, k, *self.rotary, unsqueeze_dim=2)
+            e = None if e is None else apply_rotary_pos_emb(e, e, *self.rotary, unsqueeze_dim=2)[0]
         if mixer.value_norm:
             v = l2norm(v.float(), length=mixer.head_dim**0.5).to(v.dtype)
         gates = (mixer.eta, mixer.alpha, mixer.delta, mixer.momentum)
         gates = [None if gate is None else gate(self.hidden_states) for gate in gates]
         # 1 - alpha, of the retention that there is after the cut
         k = -gates[1].clamp(min=mixer.memory.rule.least_log_alpha).expm1() if k is None else l2norm(k.float())
-        found = (l2norm(q.float()), k, v, *gates)
-        return found if mixer.writes == 1 else self._by_writes(*found)
+        e = None if e is None else l2norm(e.float())
+        found = (l2norm(q.float()), k, v, *gates, e)
+        return found if mixer.slots == 1 else self._by_slots(*found)
 
-    def _by_writes(self, q, k, v, eta, log_alpha, delta, log_momentum) -> tuple[Tensor | None, ...]:
-        """`finished` of tokens that write several times: what is forgotten is so before the first write, and what is read is
-        read after the last."""
-        writes = self.mixer.writes
+    def _by_slots(self, q, k, v, eta, log_alpha, delta, log_momentum, e) -> tuple[Tensor | None, ...]:
+        """`finished` of tokens for which the memory reads several: one that erases, and one a write. What is forgotten is so
+        before the first of them, and what is read is read after the last."""
+        writes, slots = self.mixer.writes, self.mixer.slots
 
-        def own(x: Tensor) -> Tensor:  # the writes of a head stand behind each other
-            return x.unflatten(2, (-1, writes)).transpose(2, 3).flatten(1, 2)
+        def writing(x: Tensor, erasure: Tensor | None) -> Tensor:  # the writes of a head stand behind each other
+            x = x.unflatten(2, (-1, writes))
+            x = x if erasure is None else torch.cat((erasure.to(x.dtype).unsqueeze(3), x), dim=3)
+            return x.transpose(2, 3).flatten(1, 2)
 
         def alike(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.repeat_interleave(writes, dim=1)
+            return None if x is None else x.repeat_interleave(slots, dim=1)
 
         def only(x: Tensor, place: int) -> Tensor:  # zeros for the others
             zeros = torch.zeros_like(x)
-            return torch.stack([x if i == place else zeros for i in range(writes)], dim=2).flatten(1, 2)
+            return torch.stack([x if i == place else zeros for i in range(slots)], dim=2).flatten(1, 2)
 
-        return only(q, writes - 1), own(k), own(v), own(eta), only(log_alpha, 0), alike(delta), alike(log_momentum)
+        erasures: tuple[Tensor | None, ...] = (None, None, None)
+        if e is not None:
+            gate = self.mixer.erase(self.hidden_states)
+            gate = gate if gate.dim() == e.dim() else gate.unsqueeze(-1)
+            # no value, and a step of one: what the memory returns for e is taken away along a o e
+            erasures = gate * e, torch.zeros_like(e), torch.ones_like(e[..., 0])
+        k, v, eta = (writing(x, erasure) for x, erasure in zip((k, v, eta), erasures, strict=True))
+        # a write that has no erase key of its own has no error to take away
+        erase = None if e is None else only(e, 0)
+        return only(q, slots - 1), k, v, eta, only(log_alpha, 0), alike(delta), alike(log_momentum), erase
 
     def release(self) -> None:
         """Lets the projections go, which are as large as what was made of them, while the memory reads."""
@@ -482,7 +510,7 @@ class ProjectedTokens:
         """Whether the small modules before the memory are what they seem, so that a kernel can do what they do: none is
         wrapped by an adapter, sharded or offloaded, and convolutions have the activation that kernels know."""
         mixer = self.mixer
-        if mixer.conv_act != "silu" or mixer.projected != ("q", "k", "v") or mixer.writes > 1:
+        if mixer.conv_act != "silu" or mixer.projected != ("q", "k", "v"):
             return False
         modules = [(MirasShortConvolution, mixer.convolution(name)) for name in mixer.projected]
         modules += [(MirasStepGate, mixer.eta), (MirasRetentionGate, mixer.alpha)]
@@ -520,14 +548,14 @@ class MirasMixer(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.memory_key_value_heads
         width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.memory_key_value_heads))
 
-        self.projected, self.writes = config.memory_projections, config.writes_per_token
+        self.projected = config.memory_projections
+        self.writes, self.slots = config.writes_per_token, config.slots_per_token
         for name in self.projected:
-            features = width if name == "q" else kv_width * self.writes
+            features = width if name == "q" else kv_width * self.writes_of(name)
             self.add_module(f"{name}_proj", nn.Linear(config.hidden_size, features, bias=config.attention_bias))
         convolution = (config.conv_kernel_size, config.conv_initializer_range, config.conv_act)
         for name in self.projected:
-            channels = width if name == "q" else width * self.writes
-            self.add_module(f"{name}_conv", MirasShortConvolution(channels, *convolution))
+            self.add_module(f"{name}_conv", MirasShortConvolution(width * self.writes_of(name), *convolution))
 
         self.eta = MirasStepGate(config)
         self.alpha = MirasRetentionGate(config)
@@ -535,6 +563,8 @@ class MirasMixer(nn.Module):
         self.delta = MirasThresholdGate(config) if thresholded else None
         has_momentum = chosen(config, "learning_algorithm").has_momentum
         self.momentum = MirasMomentumGate(config) if has_momentum else None
+
+        self.erase = MirasEraseGate(config) if config.has_erase_key else None
 
         self.memory = MirasMemory(config)
         self.g_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
@@ -579,12 +609,16 @@ class MirasMixer(nn.Module):
             projected = self.by_heads(self.get_submodule(f"{name}_proj")(hidden_states))
             if name != "q" and self.num_key_value_groups > 1:
                 # every head has its own memory, and convolutions, of what it shares
-                by_heads = projected.unflatten(2, (-1, self.writes))
+                by_heads = projected.unflatten(2, (-1, self.writes_of(name)))
                 projected = repeat_heads(by_heads, self.num_key_value_groups, dim=2).flatten(2, 3)
             yield name, projected
 
+    def writes_of(self, name: str) -> int:
+        """How many of what is projected a head has."""
+        return self.writes if name in ("k", "v") else 1
+
     def convolution(self, name: str) -> nn.Module:
-        """That of queries, keys or values."""
+        """That of queries, keys, values or erase keys."""
         return self.get_submodule(f"{name}_conv")
 
     def by_heads(self, x: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from .compat import CACHE_NAME
 
 MODEL_TYPES = ("miras", "moneta", "yaad", "memora")
 
-# Where Llama's default is queries and values only. A memory writes keys and values, reads with queries, and passes what
-# it reads through a gate: its mixer learns little when one of them stands still.
-MIXER_MODULES = ["q_proj", "k_proj", "v_proj", "g_proj", "o_proj"]
+# Where Llama's default is queries and values only. A memory writes keys and values, reads with queries, passes what it reads
+# through a gate, and may have erase keys: its mixer learns little when one of them stands still.
+MIXER_MODULES = ["q_proj", "k_proj", "v_proj", "e_proj", "g_proj", "o_proj"]
 
 
 def register_peft_defaults() -> None:

@@ -174,6 +174,22 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
             "",
             {**_DELTA, "gate_granularity": "head", "eta_max": 2.0, "writes_per_token": 2},
         ),
+        "rwkv-7": Preset(
+            "RWKV-7's state update (arXiv 2503.14456)",
+            "S = diag(w) S - (a o e)^T (e S') + k^T v, S' the state before",
+            "e = kappa^, alpha = w, a = a, k = k~, eta = 1; the memory reads two tokens for each of the text, an erasure with alpha "
+            "and a write without",
+            "erase keys, keys and values have projections of their own, where RWKV-7 makes the first two of one; its w is at "
+            "least exp(-0.61), which here is cut at `min_log_alpha`; no bonus of a token's own value",
+            "",
+            {
+                **_DELTA,
+                "gradient_at": "previous",
+                "erase_key": "own",
+                "gate_granularity": "channel",
+                "learned_step": False,
+            },
+        ),
         "longhorn": Preset(
             "Longhorn (arXiv 2407.14207)",
             "S = argmin |S - S'|^2 + beta |k S - v|^2, S' the state before",
@@ -222,7 +238,6 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
 
 NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
     {
-        "RWKV-7 (arXiv 2503.14456)": "it erases along another key than it writes along",
         "Mesa layer (arXiv 2506.05233)": "it reads the exact solution of a ridge regression, which needs a second state",
         "Softmax attention": "it is no parametric memory: it keeps all keys and values",
     }

@@ -416,7 +416,7 @@ def _check_state(source: str, header: Header, tensors: dict[str, Tensor], decode
     wide, narrow = torch.promote_types(dtype, torch.float32), {dtype, torch.float32, torch.bfloat16, torch.float16}
     ranges = {
         # rounding may put the product of the largest step and a sigmoid of one above it
-        "eta": (0.0, config.eta_max * (1 + 1e-6)),
+        "eta": (0.0, max(config.eta_max, float(config.has_erase_key)) * (1 + 1e-6)),
         "log_decay": (config.min_log_alpha * config.chunk_size * (1 + 1e-5), 0.0),
         "count": (0, tokens),
     }
@@ -444,7 +444,7 @@ def _check_state(source: str, header: Header, tensors: dict[str, Tensor], decode
             f"{source}: {first} must be {tokens} in every row, since there is no attention_mask, got {read}."
         )
     slots = torch.arange(config.chunk_size)
-    phase = (torch.tensor(read) * config.writes_per_token % config.chunk_size)[:, None]
+    phase = (torch.tensor(read) * config.slots_per_token % config.chunk_size)[:, None]
     for i in (i for i, layer in enumerate(decoder.layers) if layer.layer_type == MEMORY_LAYER):
         eta, log_decay = (tensors[f"layers.{i}.{name}"].ne(0).any(-1).any(1) for name in ("eta", "log_decay"))
         taken = eta | (log_decay & (slots < phase))

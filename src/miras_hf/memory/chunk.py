@@ -47,6 +47,7 @@ def chunk_miras(
     log_alpha: Tensor,
     delta: Tensor | None = None,
     log_momentum: Tensor | None = None,
+    erase: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -72,6 +73,7 @@ def chunk_miras(
         delta (`torch.Tensor`, as `eta`, *optional*): threshold of the Huber biases, positive.
         log_momentum (`torch.Tensor` of shape `[batch, tokens, heads]`, *optional*):
             Log momentum of every token, at most 0, of `Momentum`, whose other gates are one number a head, too.
+        erase (`torch.Tensor`, as `k`, *optional*): the keys of which errors are taken, of `DeltaRule(erase_key="own")`.
         rule (`MirasRule`): the four choices.
         parameters (`MemoryParameters`): initial memory and layer norm.
         initial_state (`MemoryState`, *optional*): where to go on from, also in the middle of a chunk.
@@ -95,7 +97,7 @@ def chunk_miras(
     Raises:
         `ValueError`: naming the argument, its value and what is allowed.
     """
-    x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters)
+    x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, erase, rule, parameters)
     batch, tokens, heads, head_dim = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, lengths)
     if chunks_per_group is not None and chunks_per_group < 1:
@@ -263,7 +265,7 @@ class _Memory:
         else:
             gates_of_gradients = split_gates(gates_of_gradients, sizes)
         q, k, v, eta, *logs = (t.split(sizes) for t in (x.q, x.k, x.v, eta, *logs))
-        delta = [None] * len(sizes) if x.delta is None else x.delta.split(sizes)
+        delta, erase = ([None] * len(sizes) if t is None else t.split(sizes) for t in (x.delta, x.erase))
 
         outputs = []
         base, norm = self.base, self.norm
@@ -275,7 +277,7 @@ class _Memory:
                 norm = tuple(p[: sizes[i]] for p in norm)
             weights = rule.weights(states, base)
             known = self._known(sizes[0]) if step == 0 and self.partial_in is not None else None
-            factors = rule.write(weights, k[i], v[i], delta[i], norm, gates_of_gradients[i], known)
+            factors = rule.write(weights, k[i], v[i], delta[i], norm, gates_of_gradients[i], known, erase[i])
             outputs.append(rule.read(weights, factors, q[i], gates_of_step[i], norm))
             states = tuple(map(with_bounded_adjoint, rule.fold(states, factors, gates_of_step[i])))
             if partial_out is not None:

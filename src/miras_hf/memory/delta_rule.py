@@ -79,11 +79,18 @@ class TokenByToken(GradientDescent):
         return self.step_gates(eta, log_decay, before if self.gradient_at == "previous" else now)
 
     def write(
-        self, weights: ChunkWeights, k: Tensor, residual: Residual, gates: Gates, known: Known | None = None
+        self,
+        weights: ChunkWeights,
+        k: Tensor,
+        residual: Residual,
+        gates: Gates,
+        known: Known | None = None,
+        erase: Tensor | None = None,
     ) -> Factors:
+        asked = k if erase is None else erase
         if known is not None:
             k = torch.where(known.where, known.factors[0].inputs, k)
-        scaled = k if weights.scale is None else k * weights.scale
+        scaled = asked if weights.scale is None else asked * weights.scale
         prediction = torch.bmm(scaled * gates.decay, weights.decaying)
         if weights.constant is not None:
             prediction = plus_product(prediction, scaled, weights.constant)
@@ -101,20 +108,36 @@ class DeltaRule(TokenByToken):
     """The delta rule as DeltaNet, Gated DeltaNet and Kimi Delta Attention publish it. Step sizes of more than
     `largest_step / |k|^2` are cut there: without end, the memory would grow by a factor with every token.
 
+    With erase keys e of their own, as RWKV-7 and Comba have them, a write goes along another key than the error is taken of,
+
+        A_t = alpha_t A_{t-1} - eta_t k_t^T (e_t (alpha_t A_{t-1}) - v_t)
+
+    and above the chunk's diagonal `e_t . k_i` stands in the place of `k_t . k_i`. Steps are cut at `largest_step / |e| |k|`; where e
+    and k are not parallel, a memory may grow all the same.
+
     Args:
         gradient_at (`str`, *optional*, defaults to `"decayed"`): `"decayed"` or `"previous"`.
+        erase_key (`str`, *optional*, defaults to `"write"`): `"write"`: errors are of the key that is written; or `"own"`.
     """
 
     gradient_at: str = parameter("gradient_at", "decayed", one_of=("decayed", "previous"))
+    erase_key: str = parameter("erase_key", "write", one_of=("write", "own"))
+
+    @property
+    def has_erase_key(self) -> bool:
+        return self.erase_key == "own"
 
     @property
     def largest_step(self) -> float:
         # neither diag(alpha) - eta k^T k nor (1 - eta k^T k) diag(alpha) makes any vector longer then
         return 1.0 if self.gradient_at == "previous" else 2.0
 
-    def bound_step_size(self, eta: Tensor, k: Tensor) -> Tensor:
-        limit = self.largest_step
-        return eta * (limit / (eta * k.square().sum(-1, keepdim=True)).clamp(min=limit))
+    def bound_step_size(self, eta: Tensor, k: Tensor, erase: Tensor | None = None) -> Tensor:
+        limit, squared = self.largest_step, k.square().sum(-1, keepdim=True)
+        if erase is not None:
+            # no slope of a root at zero, where nothing is cut
+            squared = (squared * erase.square().sum(-1, keepdim=True)).clamp(min=1e-30).sqrt()
+        return eta * (limit / (eta * squared).clamp(min=limit))
 
 
 @dataclass(frozen=True)
@@ -129,5 +152,5 @@ class Implicit(TokenByToken):
 
     gradient_at: ClassVar[str] = "decayed"
 
-    def bound_step_size(self, eta: Tensor, k: Tensor) -> Tensor:
+    def bound_step_size(self, eta: Tensor, k: Tensor, erase: Tensor | None = None) -> Tensor:
         return eta / (1.0 + eta * k.square().sum(-1, keepdim=True))

@@ -63,6 +63,7 @@ def memory_statistics(
     log_alpha: Tensor,
     delta: Tensor | None = None,
     log_momentum: Tensor | None = None,
+    erase: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -77,10 +78,11 @@ def memory_statistics(
     Raises:
         `ValueError`: for arguments that do not fit, and if there is no real token.
     """
-    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
+    given = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, erase, rule, parameters)
     batch, tokens, heads, _ = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, lengths)
-    x, lengths = real_rows(x, cu_seqlens, lengths)
+    given, lengths = real_rows(given, cu_seqlens, lengths)
+    x = bound_inputs(given, rule)
     valid = is_token(lengths, x.q.shape[1])
     count = valid.sum()
     if count == 0:
@@ -91,11 +93,11 @@ def memory_statistics(
 
     norm = parameters.norm(rule, valid.shape[0], x.q.dtype)
     initial, losses, initial_losses = None, [], []
-    for chunk, weights, state in chunks(x, lengths, rule, parameters):
+    for chunk, weights, state in chunks(given, lengths, rule, parameters):
         initial = weights if initial is None else initial
         gates = rule.algorithm.chunk_gradient_gates(chunk.eta, *(log.cumsum(-2) for log in chunk.logs))
-        before_write = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
-        for found, prediction in ((losses, before_write), (initial_losses, rule.recall(initial, chunk.k, norm))):
+        before_write = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates, chunk.erase)
+        for found, prediction in ((losses, before_write), (initial_losses, rule.recall(initial, chunk.asked, norm))):
             found.append(tokens_first(rule.attentional_bias.loss_at(prediction, chunk.v, chunk.delta), heads))
 
     # the writes that wait in a chunk not yet full: slots not taken have no step, and the decay of the last one taken
@@ -137,8 +139,8 @@ def real_rows(x: MemoryInputs, cu_seqlens: Tensor | None, lengths: Tensor | None
 def chunks(
     x: MemoryInputs, lengths: Tensor, rule: MirasRule, parameters: MemoryParameters
 ) -> Iterator[tuple[MemoryInputs, tuple[ChunkWeights, ...], MemoryState]]:
-    """Reads `real_rows` chunk by chunk: its tokens, the weights at its start and the state after it, all with rows and
-    heads in one axis."""
+    """Reads `real_rows` chunk by chunk: its tokens within the rule's bounds, the weights at its start and the state after it,
+    all with rows and heads in one axis."""
     rows, size, dtype = lengths.shape[0], rule.chunk_size, x.q.dtype
     base = parameters.base(rule, rows, dtype)
     state = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], dtype)
@@ -146,17 +148,26 @@ def chunks(
         chunk = x.map(lambda t, start=start: t[:, start : start + size])
         weights = rule.weights(state.merged(dtype).matrices, base)
         state = state_after(chunk, (lengths - start).clamp(0, chunk.q.shape[1]), state, rule, parameters)
-        yield chunk.merged(), weights, state.merged(dtype)
+        yield bound_inputs(chunk, rule).merged(), weights, state.merged(dtype)
+
+
+def as_passed(x: MemoryInputs, rule: MirasRule) -> MemoryInputs:
+    """Checked inputs as they may be checked again: steps that are one number a head were widened to retention."""
+    return x if "channel" in rule.algorithm.step_granularities else x._replace(eta=x.eta[..., :1])
 
 
 def state_after(
     x: MemoryInputs, lengths: Tensor, state: MemoryState, rule: MirasRule, parameters: MemoryParameters
 ) -> MemoryState:
-    """The state that reading makes of another."""
-    if "channel" not in rule.algorithm.step_granularities:
-        x = x._replace(eta=x.eta[..., :1])  # widened to that of retention
+    """The state that reading makes of another, of inputs that are checked and not bounded: some bounds are no bounds of what
+    is within them."""
     after = chunk_miras(
-        *x, rule=rule, parameters=parameters, initial_state=state, output_final_state=True, lengths=lengths
+        *as_passed(x, rule),
+        rule=rule,
+        parameters=parameters,
+        initial_state=state,
+        output_final_state=True,
+        lengths=lengths,
     )[1]
     assert after is not None
     return after

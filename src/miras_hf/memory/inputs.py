@@ -59,6 +59,12 @@ class MemoryInputs(NamedTuple):
     log_alpha: Tensor
     delta: Tensor | None
     log_momentum: Tensor | None = None
+    erase: Tensor | None = None
+
+    @property
+    def asked(self) -> Tensor:
+        """The keys of which errors are taken."""
+        return self.k if self.erase is None else self.erase
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MemoryInputs":
         """The inputs with `function` applied to every tensor."""
@@ -87,6 +93,7 @@ def check_inputs(
     log_alpha: Tensor,
     delta: Tensor | None,
     log_momentum: Tensor | None,
+    erase: Tensor | None,
     rule: MirasRule,
     parameters: MemoryParameters,
 ) -> MemoryInputs:
@@ -155,18 +162,32 @@ def check_inputs(
                 f"`eta`, `log_alpha` and `log_momentum` must have shape {(batch, tokens, heads)} for {algorithm}, got last "
                 f"axes {gate_dim} and {log_momentum.shape[-1]}."
             )
-    return MemoryInputs(q.to(dtype), k.to(dtype), v.to(dtype), eta, log_alpha, delta, log_momentum)
+    if not rule.algorithm.has_erase_key:
+        if erase is not None:
+            raise ValueError(f"`erase` must be None: {rule.algorithm} takes errors of the keys that it writes along.")
+    elif erase is None:
+        raise ValueError(f"`erase` is required by {rule.algorithm}, a key per token and head.")
+    elif erase.shape != q.shape or not erase.is_floating_point():
+        raise ValueError(
+            f"`erase` must have the shape of `q`, {tuple(q.shape)}, and a floating point dtype, got {erase.dtype} "
+            f"{tuple(erase.shape)}."
+        )
+    else:
+        erase = erase.to(dtype)
+    return MemoryInputs(q.to(dtype), k.to(dtype), v.to(dtype), eta, log_alpha, delta, log_momentum, erase)
 
 
 def bound_inputs(x: MemoryInputs, rule: MirasRule) -> MemoryInputs:
     """Cuts queries, keys and values at magnitudes that keep products finite, log alpha at the rule's bound, and steps at
     the algorithm's."""
     k = x.k.clamp(-KEY_CAP, KEY_CAP)
+    erase = None if x.erase is None else x.erase.clamp(-KEY_CAP, KEY_CAP)
     return x._replace(
         q=x.q.clamp(-KEY_CAP, KEY_CAP),
         k=k,
         v=x.v.clamp(-VALUE_CAP, VALUE_CAP),
-        eta=rule.algorithm.bound_step_size(x.eta, k),
+        eta=rule.algorithm.bound_step_size(x.eta, k, erase),
+        erase=erase,
         log_alpha=x.log_alpha.clamp(rule.least_log_alpha, 0.0),
         log_momentum=None if x.log_momentum is None else x.log_momentum.clamp(MIN_LOG_MOMENTUM, 0.0),
     )

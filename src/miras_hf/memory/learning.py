@@ -88,6 +88,11 @@ class LearningAlgorithm(Choice):
     """The memory at which a token's gradient is taken: `"chunk"` for that of its chunk's start, else see `TokenByToken`."""
 
     @property
+    def has_erase_key(self) -> bool:
+        """Whether errors are those of what the memory returns for keys of their own, not for those that are written along."""
+        return False
+
+    @property
     def largest_step(self) -> float:
         """The step size above which writes along a key of norm 1 would make the memory grow without end."""
         return math.inf
@@ -96,8 +101,9 @@ class LearningAlgorithm(Choice):
         """Why it does not learn under other choices, behind its name; `None` if it does."""
         return None
 
-    def bound_step_size(self, eta: Tensor, k: Tensor) -> Tensor:
-        """The step sizes that are taken, of step sizes `[..., c]` and keys `[..., head_dim]`: cut, where larger ones do harm."""
+    def bound_step_size(self, eta: Tensor, k: Tensor, erase: Tensor | None = None) -> Tensor:
+        """The step sizes that are taken, of step sizes `[..., c]` and keys `[..., head_dim]`, and erase keys, if there are any:
+        cut, where larger ones do harm."""
         return eta
 
     def chunk_gradient_gates(self, eta: Tensor, *logs: Tensor) -> Gates | None:
@@ -110,7 +116,13 @@ class LearningAlgorithm(Choice):
         return None
 
     def write(
-        self, weights: ChunkWeights, k: Tensor, residual: Residual, gates: Gates, known: Known | None = None
+        self,
+        weights: ChunkWeights,
+        k: Tensor,
+        residual: Residual,
+        gates: Gates,
+        known: Known | None = None,
+        erase: Tensor | None = None,
     ) -> Factors:
         """The gradients of a chunk's tokens, each at the memory of its own time, of a memory of one layer.
 
@@ -120,6 +132,7 @@ class LearningAlgorithm(Choice):
             residual (`Callable`): of what the memory returns for them.
             gates (`Gates`): of `chunk_gradient_gates`.
             known (`Known`, *optional*): slots whose gradients have been taken.
+            erase (`torch.Tensor`, as `k`, *optional*): erase keys.
         """
         raise NotImplementedError
 

@@ -33,6 +33,7 @@ def naive_miras(
     alpha: Tensor,
     delta: Tensor | None = None,
     mu: Tensor | None = None,
+    erase: Tensor | None = None,
     *,
     rule: MirasRule,
     initial: Sequence[Tensor],
@@ -45,6 +46,7 @@ def naive_miras(
         eta, alpha (`torch.Tensor` of shape `[tokens, head_dim or 1]`): step size and retention of every token.
         delta (`torch.Tensor` of shape `[tokens, head_dim or 1]`, *optional*): threshold of the Huber biases.
         mu (`torch.Tensor` of shape `[tokens, 1]`, *optional*): momentum, with `rule.algorithm=Momentum()`.
+        erase (`torch.Tensor`, as `k`, *optional*): the keys of which errors are taken, with `DeltaRule(erase_key="own")`.
         rule (`MirasRule`): the four choices.
         initial (sequence of `torch.Tensor` of shape `[in, out]`): the initial dual state, layer by layer.
         norm (two `torch.Tensor` of shape `[head_dim]`): affine of an MLP memory's layer norm.
@@ -67,10 +69,13 @@ def naive_miras(
         if t % rule.chunk_size == 0 or rule.algorithm.gradient_at != "chunk":
             start = [link(at[i], rule.hidden_axis(i)) for i in layers]
             start = [w if w.requires_grad else w.detach().requires_grad_() for w in start]
-        prediction = memory.read(lambda i, x, start=start: x @ start[i], k[t : t + 1], *norm)
+        asked = k if erase is None else erase
+        prediction = memory.read(lambda i, x, start=start: x @ start[i], asked[t : t + 1], *norm)
         error = rule.attentional_bias.error(prediction, v[t : t + 1])
         residual = rule.attentional_bias.residual(error, None if delta is None else delta[t])
         gradients = torch.autograd.grad(prediction, start, residual, create_graph=True, retain_graph=True)
+        if erase is not None:
+            gradients = [torch.outer(k[t], residual[0])]
         for i, (step, keep) in zip(layers, gates, strict=True):
             momentum[i] = -step * gradients[i] if mu is None else mu[t] * momentum[i] - step * gradients[i]
             dual[i] = base[i] + keep * (dual[i] - base[i]) + momentum[i]

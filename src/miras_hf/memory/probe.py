@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunk import chunk_miras
-from .diagnostics import chunks, real_rows, state_after
+from .diagnostics import as_passed, chunks, real_rows, state_after
 from .inputs import MemoryInputs, bound_inputs, check_inputs, tokens_first, without_autocast
 from .layout import check_layout_arguments, is_token
 from .rule import MirasRule
@@ -109,6 +109,7 @@ def probe_memory(
     log_alpha: Tensor,
     delta: Tensor | None = None,
     log_momentum: Tensor | None = None,
+    erase: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -127,9 +128,10 @@ def probe_memory(
     """
     if any(lag < 0 for lag in lags):
         raise ValueError(f"`lags` must not be negative, got {tuple(lags)}.")
-    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
+    given = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, erase, rule, parameters)
     check_layout_arguments(*q.shape[:2], cu_seqlens, lengths)
-    x, lengths = real_rows(x, cu_seqlens, lengths)
+    given, lengths = real_rows(given, cu_seqlens, lengths)
+    x = bound_inputs(given, rule)
     live = is_token(lengths, x.q.shape[1])
     if not live.any():
         raise ValueError(f"`q` must hold at least one real token, got shape {tuple(q.shape)}.")
@@ -141,9 +143,9 @@ def probe_memory(
         return mean(values.square().mean(-1)).sqrt()
 
     def read(queries: Tensor) -> Tensor:
-        return chunk_miras(queries, *x[1:], rule=rule, parameters=parameters, lengths=lengths)[0]
+        return chunk_miras(queries, *as_passed(given, rule)[1:], rule=rule, parameters=parameters, lengths=lengths)[0]
 
-    at_start, errors, writes = _recalled_and_written(x, lengths, rule, parameters)
+    at_start, errors, writes = _recalled_and_written(given, lengths, rule, parameters)
     # the token half a row away, for what values have in common
     token = torch.arange(live.shape[1], device=live.device)
     elsewhere = (token + (lengths // 2)[:, None]) % lengths.clamp(min=1)[:, None]
@@ -169,7 +171,7 @@ def probe_memory(
         recall=torch.stack(recall),
         chance=torch.stack(chance),
         half_lives=math.log(2.0) / rate,
-        log_growth=_log_growth(x, lengths, rule, parameters),
+        log_growth=_log_growth(given, lengths, rule, parameters),
         chunk_size=rule.chunk_size,
     )
 
@@ -201,8 +203,8 @@ def _recalled_and_written(
     for chunk, weights, _ in chunks(x, lengths, rule, parameters):
         initial = weights if initial is None else initial
         gates = rule.algorithm.chunk_gradient_gates(chunk.eta, *(log.cumsum(-2) for log in chunk.logs))
-        factors = rule.write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
-        asked = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates)
+        factors = rule.write(weights, chunk.k, chunk.v, chunk.delta, norm, gates, erase=chunk.erase)
+        asked = rule.recall_to_write(weights, chunk.k, chunk.v, chunk.delta, norm, gates, chunk.erase)
         # with and without the step size in one way: what does not come from the write is the same to the last bit
         before, after = (
             rule.read(weights, factors, chunk.k, rule.own_gates(eta), norm)

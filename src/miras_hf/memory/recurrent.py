@@ -35,6 +35,7 @@ def recurrent_miras(
     log_alpha: Tensor,
     delta: Tensor | None = None,
     log_momentum: Tensor | None = None,
+    erase: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -56,7 +57,7 @@ def recurrent_miras(
     """
     if read not in ("linearised", "exact"):
         raise ValueError(f"`read` must be 'linearised' or 'exact', got {read!r}.")
-    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters), rule)
+    x = bound_inputs(check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, erase, rule, parameters), rule)
     batch, tokens, heads, head_dim = q.shape
     check_layout_arguments(batch, tokens, cu_seqlens, lengths)
     gate_dim = x.eta.shape[-1]
@@ -133,7 +134,9 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
 
     outputs = []
     for t in range(tokens):
-        q, k, v, eta_t, log_alpha_t, delta_t, log_momentum_t = x.map(lambda of_all, t=t: of_all[:, t].unsqueeze(2))
+        q, k, v, eta_t, log_alpha_t, delta_t, log_momentum_t, erase_t = x.map(
+            lambda of_all, t=t: of_all[:, t].unsqueeze(2)
+        )
         live = torch.ones(rows, dtype=torch.bool, device=q.device) if lengths is None else t < lengths
         live = live.view(rows, 1, 1, 1)
         weights = fresh_chunk(start)
@@ -171,9 +174,11 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
             seen.append((h, h @ at[layer - first]))
             return seen[-1][1]
 
-        prediction = architecture.read(linear, k, *norm)
+        prediction = architecture.read(linear, k if erase_t is None else erase_t, *norm)
         residual = rule.attentional_bias.residual(rule.attentional_bias.error(prediction, v), delta_t)
         grads = torch.autograd.grad(prediction, [*at, *(z for _, z in seen)], grad_outputs=residual, create_graph=True)
+        if erase_t is not None:  # a matrix's gradient, along the key that is written
+            grads, seen = (k.mT @ grads[1], grads[1]), [(k, seen[0][1])]
 
         # the dual state's recurrence, split into the decaying start and the writes since
         gates_t = [log for log in (log_alpha_t, log_momentum_t) if log is not None]

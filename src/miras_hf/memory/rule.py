@@ -164,6 +164,7 @@ class MirasRule:
         norm: Sequence[Tensor],
         gates: Gates | None = None,
         known: Known | None = None,
+        erase: Tensor | None = None,
     ) -> tuple[Factors, ...]:
         """The gradients of the tokens' losses, at the chunk's start or at their own times.
 
@@ -171,13 +172,14 @@ class MirasRule:
             norm (sequence of `torch.Tensor`): of `MemoryParameters.norm`, here and wherever memories are read.
             gates (`Gates`, *optional*): `chunk_gradient_gates` of the algorithm.
             known (`Known`, *optional*): slots whose gradients an earlier call has taken.
+            erase (`torch.Tensor`, as `k`, *optional*): the keys of which errors are taken, of algorithms that have them.
         """
 
         def residual(prediction: Tensor) -> Tensor:
             return self._residual(prediction, v, delta)
 
         if gates is not None:
-            return (self.algorithm.write(weights[0], k, residual, gates, known),)
+            return (self.algorithm.write(weights[0], k, residual, gates, known, erase),)
         affine, fixed = norm[:2], norm[2:]
         factors = self.architecture.write((*fixed, *(w.weight for w in weights)), k, residual, *affine)
         return factors if known is None else known.into(factors)
@@ -191,6 +193,7 @@ class MirasRule:
         delta: Tensor | None,
         norm: Sequence[Tensor],
         gates: Gates | None,
+        erase: Tensor | None = None,
     ) -> tuple[Factors, ...]:
         """`write` for one token a row, behind what waits in the slots of its chunk.
 
@@ -199,7 +202,8 @@ class MirasRule:
         """
         if gates is None:
             return self.write(weights, k, v, delta, norm)
-        return (Factors(k, self._residual(self.read(weights, factors, k, gates, norm), v, delta)),)
+        asked = k if erase is None else erase
+        return (Factors(k, self._residual(self.read(weights, factors, asked, gates, norm), v, delta)),)
 
     def _residual(self, prediction: Tensor, v: Tensor, delta: Tensor | None) -> Tensor:
         bias = self.attentional_bias
@@ -213,11 +217,12 @@ class MirasRule:
         delta: Tensor | None,
         norm: Sequence[Tensor],
         gates: Gates | None,
+        erase: Tensor | None = None,
     ) -> Tensor:
-        """What the memory returns for the keys where the tokens' gradients are taken. Arguments as of `write`."""
+        """What the memory returns for the keys, or the erase keys, where the tokens' gradients are taken. Arguments as of `write`."""
         if gates is None:
             return self.recall(weights, k, norm)
-        return v + self.write(weights, k, v, delta, norm, gates)[0].gradients
+        return v + self.write(weights, k, v, delta, norm, gates, erase=erase)[0].gradients
 
     def read(
         self,

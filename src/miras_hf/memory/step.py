@@ -42,6 +42,7 @@ def step_miras(
     log_alpha: Tensor,
     delta: Tensor | None = None,
     log_momentum: Tensor | None = None,
+    erase: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -59,7 +60,7 @@ def step_miras(
     Returns:
         `y` of shape `[batch, 1, heads, head_dim]`, and the new `MemoryState`.
     """
-    x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters)
+    x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, erase, rule, parameters)
     rows, _, heads, head_dim = q.shape
     mask = _check_step(q, lengths)
     gate_dim = x.eta.shape[-1]
@@ -109,6 +110,7 @@ def step_miras_(
     log_alpha: Tensor,
     delta: Tensor | None = None,
     log_momentum: Tensor | None = None,
+    erase: Tensor | None = None,
     *,
     rule: MirasRule,
     parameters: MemoryParameters,
@@ -134,7 +136,7 @@ def step_miras_(
             "`step_miras_` writes into its `state` and cannot be transformed by `torch.func` or differentiated in forward "
             "mode; `step_miras` can."
         )
-    x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, rule, parameters)
+    x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, erase, rule, parameters)
     rows, _, heads, head_dim = q.shape
     mask = _check_step(q, lengths)
     check_state(state, rule, heads, head_dim, rows, x.eta.shape[-1])
@@ -190,7 +192,7 @@ def _check_step(q: Tensor, lengths: Tensor | None) -> Tensor | None:
 def _write(rule: MirasRule, weights, state: MemoryState, x: MemoryInputs, before: Tensor, now: Tensor, norm):
     """The gradients of tokens that have not yet taken their slots of a merged state; the log decay before and after."""
     gates = rule.algorithm.step_gradient_gates(state.eta, state.log_decay, before, now)
-    return rule.write_token(weights, state.factors, x.k, x.v, x.delta, norm, gates)
+    return rule.write_token(weights, state.factors, x.k, x.v, x.delta, norm, gates, x.erase)
 
 
 def _read(rule: MirasRule, weights, state: MemoryState, q: Tensor, log_decay: Tensor, norm, mask) -> Tensor:
