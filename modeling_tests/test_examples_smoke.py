@@ -234,6 +234,18 @@ def test_tables_of_layers_and_of_receivers(tmp_path, monkeypatch):
         which.main([])
 
 
+def test_reports_of_converted_models_are_made_of_their_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    distil, which = load_example("distil"), load_example("which_layers")
+    reports = sorted((EXAMPLES / "results").glob("smollm2_*.json"))
+    assert reports
+    for path in reports:
+        result = json.loads(path.read_text())
+        table = which.markdown(result) if "table" in result else distil.table(result)
+        assert path.with_suffix(".md").read_text() == table + "\n", path
+        assert "/tmp" not in path.read_text() and result["command"].startswith("python examples/")
+
+
 def test_a_file_is_carried_in_pieces(tmp_path):
     distil, path, content = load_example("distil"), tmp_path / "model.gguf", bytes(range(256)) * 10
     path.write_bytes(content)
