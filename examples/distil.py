@@ -89,7 +89,9 @@ class Arguments:
         },
     )
     output_dir: str = field(default="runs/distilled", metadata={"help": "Where the hybrid goes."})
-    report: str | None = field(default=None, metadata={"help": "JSON file for what was measured."})
+    report: str | None = field(
+        default=None, metadata={"help": "JSON file for what was measured, with a .md beside it."}
+    )
     size: str = field(default="cpu", metadata={"help": "What the numbers below are by default: smoke, cpu or gpu."})
     minutes: float = field(default=math.inf, metadata={"help": "Stop after so many; the next command goes on."})
     memory: str = field(default="yaad", metadata={"help": "Type of the memories, or fields of their config as JSON."})
@@ -293,6 +295,15 @@ def small_llama(texts: list[str], args: Arguments) -> str:
     return train.output_dir
 
 
+def load_teacher(source: str, gguf_file: str | None):
+    """Tokenizer and model, in float32, on the GPU if there is one."""
+    if gguf_file:
+        join_file(Path(source, gguf_file))
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+    teacher = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32).eval()
+    return tokenizer, teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def train_stage(trainer: Trainer, save: Callable[[], None], deadline: float, progress: Progress) -> bool:
     """Trains from the last checkpoint on, and saves what was learned. Returns whether there was time for it."""
     folder = Path(trainer.args.output_dir)
@@ -444,11 +455,7 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in text_files(args)]
     source = args.teacher or small_llama(texts[1:], args)
-    if args.gguf_file:
-        join_file(Path(source, args.gguf_file))
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=args.gguf_file)
-    teacher = AutoModelForCausalLM.from_pretrained(source, gguf_file=args.gguf_file, dtype=torch.float32).eval()
-    teacher = teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, teacher = load_teacher(source, args.gguf_file)
     held_out = rows(texts[::10], tokenizer, args.block_size).shuffle(seed=0)
     held_out = held_out.select(range(min(len(held_out), args.eval_rows)))
     train = rows([text for i, text in enumerate(texts) if i % 10], tokenizer, args.block_size).shuffle(seed=0)
@@ -527,9 +534,15 @@ def main(argv: list[str] | None = None) -> dict | None:
     result = summary(args, argv, progress, layers, len(held_out))
     print(f"\n{table(result)}")
     if args.report:
-        Path(args.report).parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.report, json.dumps(result, indent=2) + "\n")
+        write_report(Path(args.report), result, table(result))
     return result
+
+
+def write_report(path: Path, result: dict[str, Any], markdown: str) -> None:
+    """What was measured as JSON, and its tables in Markdown beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(result, indent=2) + "\n")
+    write_text(path.with_suffix(".md"), markdown + "\n")
 
 
 def summary(args: Arguments, argv: list[str], progress: Progress, layers: list[int], held_out: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from miras_hf.distillation import (
     alignment_errors,
     chunked_divergence,
 )
+from miras_hf.layer_ranking import restored_divergences
 from miras_hf.model_card import training_run
 from miras_hf.modeling_miras import MirasMixer
 from miras_hf.stored_alignment import (
@@ -433,3 +434,56 @@ def test_what_cannot_teach_or_learn_is_named(pair, tmp_path):
         trainer.compute_loss(student, {"input_ids": text(5), "seq_idx": text(5)})
     with pytest.raises(ValueError, match=r"Batches must hold `input_ids`.*got \['labels'\]"):
         trainer.get_batch_samples(iter([{"labels": text(5)}]), 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["smollm", "mistral", "qwen3"])
+@pytest.mark.parametrize("how", ["rows", "padded", "packed"])
+@torch.no_grad()
+def test_restored_layers_are_those_of_a_hybrid_without_that_memory(name, how):
+    teacher, memory = make_teacher(name), {"chunk_size": 4}
+    torch.manual_seed(0)
+    student = miras_hf.convert(teacher, LAYERS, memory)
+    inputs = {"input_ids": text(21)}
+    if how == "padded":
+        inputs["attention_mask"] = torch.ones(2, 21, dtype=torch.long)
+        inputs["attention_mask"][1, :7] = 0
+    elif how == "packed":
+        inputs["position_ids"] = torch.cat((torch.arange(9), torch.arange(12)))[None].expand(2, -1)
+    found = restored_divergences(student, teacher, [inputs, {"input_ids": text(9, seed=1)}], chunk_tokens=7)
+    assert [*found][0] is None and found.keys() == {None, *LAYERS}
+    position = inputs.get("position_ids")
+    if how == "padded":
+        position = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    real = inputs.get("attention_mask", torch.ones(2, 21)).bool()
+    for layer in found:
+        other = student
+        if layer is not None:  # a hybrid made with that layer as attention, the other memory copied
+            other = miras_hf.convert(teacher, [i for i in LAYERS if i != layer], memory)
+            (kept,) = (i for i in LAYERS if i != layer)
+            other.model.layers[kept].mixer.load_state_dict(student.model.layers[kept].mixer.state_dict())
+        total = tokens = 0
+        for batch, at, which in (
+            (inputs, position, real),
+            ({"input_ids": text(9, seed=1)}, None, torch.ones(2, 9).bool()),
+        ):
+            log_p, log_q = (
+                model(**batch | {"position_ids": at, "use_cache": False}).logits.log_softmax(-1)
+                for model in (teacher, other)
+            )
+            total += (log_p.exp() * (log_p - log_q)).sum(-1)[which].sum().item()
+            tokens += which.sum().item()
+        assert found[layer] == pytest.approx(total / tokens, rel=1e-4)
+    assert [*found.values()][1:] == sorted([*found.values()][1:])
+    assert isinstance(student.model.layers[0].mixer, MirasMixer) and not student.training
+
+
+def test_what_cannot_be_ranked_is_named(pair):
+    student, teacher = pair
+    with pytest.raises(ValueError, match="at least one token that counts, got none"):
+        restored_divergences(student, teacher, [])
+    with pytest.raises(ValueError, match="got LlamaForCausalLM"):
+        restored_divergences(teacher, teacher, [{"input_ids": text(5)}])
+    other = copy.deepcopy(teacher)
+    other.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="must have eager or SDPA attention, which take masks, got 'flex_attention'"):
+        restored_divergences(student, other, [{"input_ids": text(5)}])

@@ -208,6 +208,44 @@ def test_layers_learn_one_by_one_and_go_on(tmp_path):
     )
 
 
+def test_tables_of_layers_and_of_receivers(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    which = load_example("which_layers")
+    smoke = ["--smoke", "--steps", "4", "--eval_rows", "2"]
+    flags = [*smoke, "--table", "layers", "--output_dir", str(tmp_path / "layers")]
+    result = which.main([*flags, "--report", str(tmp_path / "layers.json")])
+    rows = result["rows"]
+    assert sorted(row["layer"] for row in rows) == [0, 1, 2] and all(0 < row["alignment_error"] < 1 for row in rows)
+    assert [row["gain"] for row in rows] == sorted((row["divergence"] - row["restored"] for row in rows), reverse=True)
+    best = rows[0]
+    assert f"| {best['layer']} | {best['alignment_error']:.3f} | {best['restored']:.3f} |" in which.markdown(result)
+    # of the same command nothing is done twice
+    assert which.main(flags)["rows"] == rows == json.loads((tmp_path / "layers.json").read_text())["rows"]
+
+    flags = [*smoke, "--table", "receivers", "--layers", "1", "--output_dir", str(tmp_path / "receivers")]
+    rows = which.main(flags)["rows"]
+    # heads of 16: one matrix, two with its momentum or in an MLP without expansion
+    assert [row["state_numbers_per_head"] for row in rows] == [256, 256, 512, 512, 512, 512, 512]
+    assert all(row["alignment_errors"]["1"] < row["before"]["1"] for row in rows)
+    assert which.main(flags)["rows"] == rows
+    with pytest.raises(ValueError, match="--table must be layers or receivers, got 'heads'"):
+        which.main(["--table", "heads"])
+    with pytest.raises(ValueError, match="--teacher is needed"):
+        which.main([])
+
+
+def test_reports_of_converted_models_are_made_of_their_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    distil, which = load_example("distil"), load_example("which_layers")
+    reports = sorted((EXAMPLES / "results").glob("smollm2_*.json"))
+    assert reports
+    for path in reports:
+        result = json.loads(path.read_text())
+        table = which.markdown(result) if "table" in result else distil.table(result)
+        assert path.with_suffix(".md").read_text() == table + "\n", path
+        assert "/tmp" not in path.read_text() and result["command"].startswith("python examples/")
+
+
 def test_a_file_is_carried_in_pieces(tmp_path):
     distil, path, content = load_example("distil"), tmp_path / "model.gguf", bytes(range(256)) * 10
     path.write_bytes(content)

@@ -232,6 +232,13 @@ def _family(model: Any) -> Family:
     return family
 
 
+def attention_window(teacher: PreTrainedConfig, layer: int) -> int | None:
+    """Tokens that an attention layer of a teacher looks back on, itself included; `None` for the whole text."""
+    types = getattr(teacher, "layer_types", None)
+    slides = types[layer] == ATTENTION_LAYER if types else FAMILIES[teacher.model_type].windowed
+    return getattr(teacher, "sliding_window", None) if slides else None
+
+
 def _layers(layers: Any, number: int) -> list[int]:
     known = isinstance(layers, Sequence) and not isinstance(layers, str) and all(type(i) is int for i in layers)
     if not known or len(set(layers)) < len(layers) or not all(0 <= i < number for i in layers):
@@ -256,11 +263,8 @@ def _config(
         raise ValueError(
             f"`memory` must leave to the teacher what is the teacher's, got {', '.join(f'`{name}`' for name in taken)}."
         )
-    windows = family.windowed and getattr(teacher, "sliding_window", None) is not None
-    types = list(
-        getattr(teacher, "layer_types", None)
-        or [ATTENTION_LAYER if windows else FULL_ATTENTION_LAYER] * teacher.num_hidden_layers
-    )
+    windows = [attention_window(teacher, i) for i in range(teacher.num_hidden_layers)]
+    types = [FULL_ATTENTION_LAYER if window is None else ATTENTION_LAYER for window in windows]
     for i in layers:
         types[i] = MEMORY_LAYER
     fields = {name: getattr(teacher, name) for name in _SHARED if getattr(teacher, name, None) is not None}

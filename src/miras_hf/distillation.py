@@ -395,9 +395,9 @@ class DistillationTrainer(RowsTrainer):
         # what the loss counts, with labels and without them; a mean over processes, as their gradients are
         items = torch.zeros((), device=device)
         for batch in batches:
-            _check_batch(batch)
+            check_batch(batch)
             _, position = sequences_of(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))
-            items += _counted(batch.get("labels"), position).sum().to(device)
+            items += counted_tokens(batch.get("labels"), position).sum().to(device)
         if self.args.average_tokens_across_devices:
             items = self.accelerator.reduce(items, reduction="mean")
         return batches, items.clamp(min=1.0)
@@ -405,7 +405,7 @@ class DistillationTrainer(RowsTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
-        _check_batch(inputs)
+        check_batch(inputs)
         # the same positions for both, which begin their texts with another number where pads stand before
         sequences, position = sequences_of(
             inputs["input_ids"], inputs.pop("attention_mask", None), inputs.get("position_ids")
@@ -424,7 +424,7 @@ class DistillationTrainer(RowsTrainer):
             hook.remove()
         with torch.no_grad():
             expected = self.teacher.model(**inputs)[0]
-        counts = _counted(labels, position)
+        counts = counted_tokens(labels, position)
         heads = (base.lm_head, self.teacher.lm_head, self.chunk_tokens)
         if model.training:
             divergence = chunked_divergence(hidden[0][counts], expected[counts], *heads)
@@ -487,7 +487,7 @@ def check_pair(student: Any, teacher: Any) -> None:
             raise ValueError(f"`teacher` must have attention in layer {i}, where the student has a memory.")
 
 
-def _check_batch(inputs: Mapping[str, Any]) -> None:
+def check_batch(inputs: Mapping[str, Any]) -> None:
     strange = sorted(inputs.keys() - {"input_ids", "attention_mask", "position_ids", "labels"})
     if strange or "input_ids" not in inputs:
         raise ValueError(
@@ -496,7 +496,7 @@ def _check_batch(inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _counted(labels: Tensor | None, position: Tensor) -> Tensor:
+def counted_tokens(labels: Tensor | None, position: Tensor) -> Tensor:
     """The tokens whose next one is learned, bool of shape `[batch, tokens]`: all that are no pads, or those that labels name."""
     return position >= 0 if labels is None else F.pad(labels[:, 1:] != -100, (0, 1), value=False)
 
