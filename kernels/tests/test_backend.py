@@ -37,6 +37,7 @@ FAMILIES = {
     "hybrid": (miras_hf.YaadConfig, {"use_rope": True, "attention_layers": [1], "sliding_window": 8}),
     "matrix": (miras_hf.MirasConfig, {"memory_architecture": "matrix", "gate_granularity": "head"}),
     "last": (miras_hf.YaadConfig, {"update_layers": "last"}),
+    "none": (miras_hf.MirasConfig, {"memory_architecture": "matrix", "retention": "none"}),
 }
 THREE = ["moneta", "yaad", "memora"]
 SLOW_MONETA, SLOW_MIRROR, SLOW_HYBRID = (
@@ -173,7 +174,7 @@ def test_whole_model_is_one_graph(ids):
     torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["moneta", SLOW_MIRROR, "memora", SLOW_HYBRID, "matrix", "last"])
+@pytest.mark.parametrize("family", ["moneta", SLOW_MIRROR, "memora", SLOW_HYBRID, "matrix", "last", "none"])
 def test_training_gives_the_same_losses(family, ids, monkeypatch):
     """Steps of AdamW, packs and pads among them, with the memory's own cache in the way as in a loop by hand."""
     models = make_models(family)
