@@ -55,6 +55,9 @@ CONFIGS = {
         attentional_bias="huber_norm",
         layer_types=["miras_memory", "full_attention"],
     ),
+    "erasing": miras_hf.MirasConfig.from_preset(
+        "gated-deltanet", **SIZES, erase_key="own", writes_per_token=2, memory_num_key_value_heads=2
+    ),
 }
 # of sizes that kernels know
 BY_KERNEL = {
