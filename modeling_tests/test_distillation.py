@@ -324,6 +324,9 @@ def test_distillation_measures_the_divergence_and_spares_the_body(pair, tmp_path
         train_dataset=ROWS,
         eval_dataset=ROWS,
     )
+    assert trainer.compute_loss(student.eval(), {"input_ids": ids, "labels": ids}).item() == pytest.approx(
+        expected, rel=1e-4
+    )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.9 * expected

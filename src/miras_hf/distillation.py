@@ -173,11 +173,12 @@ class RowsTrainer(ModelCardMixin, Trainer):
     `add_rows` where they compute the loss of an evaluation, and turn the totals into metrics in `metrics_of`.
     """
 
-    _rows: list[Tensor]
+    _rows: list[Tensor] | None = None
 
     def add_rows(self, rows: Tensor) -> None:
         """Takes sums of shape `[batch, ...]`. Rows that another process repeats, to have as many, do not count."""
-        self._rows.append(self.accelerator.gather_for_metrics(rows.contiguous()).double())
+        if self._rows is not None:  # within an evaluation
+            self._rows.append(self.accelerator.gather_for_metrics(rows.contiguous()).double())
 
     def metrics_of(self, totals: Tensor) -> dict[str, float]:
         raise NotImplementedError
@@ -192,7 +193,7 @@ class RowsTrainer(ModelCardMixin, Trainer):
         if self._rows:
             totals = torch.cat(self._rows).sum(0)
             output.metrics.update({f"{metric_key_prefix}_{n}": x for n, x in self.metrics_of(totals).items()})
-        self._rows = []
+        self._rows = None
         return output
 
 
