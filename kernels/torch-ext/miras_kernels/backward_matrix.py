@@ -39,13 +39,14 @@ from .backward_pieces import (
     sums_of_base,
 )
 from .chunks import behind, load_rows, place_of, residual_of, residual_vjp_of, slot_of, store_delta_bar
-from .layers import add_to_sums, along_dual, load_dual, rates_of, scale_of, threads_fit, tile_of, weight_of, within
+from .layers import add_to_sums, along_dual, load_dual, rates_of, scale_of, tile_of, weight_of, within
 from .links import start_of_sum
 from .pieces import (
     KEY_CAP,
     KL,
     LARGEST_STATE_ADJOINT,
     LQ_MIRROR,
+    SHARED_NUMBERS,
     VALUE_CAP,
     bounded,
     inverse_of_mean,
@@ -74,8 +75,9 @@ def matrix_backward_kernel(
     D: tl.constexpr = sizes.D
     BD: tl.constexpr = sizes.BD
     PRECISION: tl.constexpr = sizes.PRECISION
-    threads_fit(sizes, TN, THREADS)
-    threads_fit(sizes, C, THREADS)
+    tl.static_assert(sizes.C * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(sizes.BD * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(C * BD >= THREADS, SHARED_NUMBERS)
     place = place_of(rows_of_call, H, sizes)
     m_d = within(tl.arange(0, BD), D, D == BD)
 

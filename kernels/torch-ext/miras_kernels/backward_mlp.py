@@ -71,7 +71,6 @@ from .layers import (
     rates_of,
     scale_of,
     slope_of_hidden,
-    threads_fit,
     tile_of,
     weight_of,
     within,
@@ -82,6 +81,7 @@ from .pieces import (
     KL,
     LARGEST_STATE_ADJOINT,
     LQ_MIRROR,
+    SHARED_NUMBERS,
     VALUE_CAP,
     bounded,
     gelu,
@@ -145,8 +145,9 @@ def mlp_backward_kernel(
     D: tl.constexpr = sizes.D
     BD: tl.constexpr = sizes.BD
     PRECISION: tl.constexpr = sizes.PRECISION
-    threads_fit(sizes, TN, THREADS)
-    threads_fit(sizes, C, THREADS)
+    tl.static_assert(sizes.C * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(sizes.BD * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(C * BD >= THREADS, SHARED_NUMBERS)
     place = place_of(rows_of_call, H, sizes)
     o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
     m_d = within(o_d, D, D == BD)

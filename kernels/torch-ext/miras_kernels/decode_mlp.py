@@ -37,7 +37,6 @@ from .layers import (
     parts_of_read,
     scale_of,
     slope_of_hidden,
-    threads_fit,
     tile_of,
     weight_of,
 )
@@ -45,6 +44,7 @@ from .links import start_of_sum
 from .pieces import (
     KL,
     LQ_MIRROR,
+    SHARED_NUMBERS,
     gelu,
     gelu_and_slope,
     inverse_of_mean,
@@ -84,7 +84,8 @@ def mlp_decode_kernel(
     D: tl.constexpr = sizes.D
     BD: tl.constexpr = sizes.BD
     N: tl.constexpr = sizes.N
-    threads_fit(sizes, TN, THREADS)
+    tl.static_assert(sizes.C * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(sizes.BD * TN >= THREADS, SHARED_NUMBERS)
     # whether texts write the first weight, too
     BOTH: tl.constexpr = sizes.FIXED == 0
     # W = s A, whose reads are those of the dual state times s

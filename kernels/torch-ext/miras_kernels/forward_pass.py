@@ -49,7 +49,6 @@ from .layers import (
     parts_of_read,
     scale_of,
     slope_of_hidden,
-    threads_fit,
     tile_of,
     weight_of,
     within,
@@ -59,6 +58,7 @@ from .pieces import (
     KEY_CAP,
     KL,
     LQ_MIRROR,
+    SHARED_NUMBERS,
     VALUE_CAP,
     bounded,
     chunk_gates,
@@ -195,7 +195,8 @@ def mlp_forward_kernel(
     TN: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    threads_fit(sizes, TN, THREADS)
+    tl.static_assert(sizes.C * TN >= THREADS, SHARED_NUMBERS)
+    tl.static_assert(sizes.BD * TN >= THREADS, SHARED_NUMBERS)
     C: tl.constexpr = sizes.C
     D: tl.constexpr = sizes.D
     BD: tl.constexpr = sizes.BD

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .links import linked, sum_of_dual
-from .pieces import KL, LQ, LQ_MIRROR, SHARED_NUMBERS, frozen_scale, frozen_scale_rates, mirror_vjp, power
+from .pieces import KL, LQ, LQ_MIRROR, frozen_scale, frozen_scale_rates, mirror_vjp, power
 
 
 class Tile(NamedTuple):
@@ -65,13 +65,6 @@ def tile_of(j, sizes, TN: tl.constexpr):
         o_h[:, None] * sizes.C + o_c[None, :],
         m_h[:, None] & (o_c >= 0)[None, :],
     )
-
-
-@triton.jit
-def threads_fit(sizes, ROWS: tl.constexpr, THREADS: tl.constexpr):
-    # ROWS of a tile, whose numbers are read and written back without a barrier
-    tl.static_assert(sizes.C * ROWS >= THREADS, SHARED_NUMBERS)
-    tl.static_assert(sizes.BD * ROWS >= THREADS, SHARED_NUMBERS)
 
 
 @triton.jit
