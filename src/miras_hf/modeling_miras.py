@@ -606,7 +606,7 @@ class MirasMixer(nn.Module):
     def projections(self, hidden_states: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Queries, keys and values, `[batch, tokens, heads, head_dim]`, by name one after the other, held by nobody else."""
         for name in self.projected:
-            projected = self.by_heads(self.get_submodule(f"{name}_proj")(hidden_states))
+            projected = self.by_heads(getattr(self, f"{name}_proj")(hidden_states))
             if name != "q" and self.num_key_value_groups > 1:
                 # every head has its own memory, and convolutions, of what it shares
                 by_heads = projected.unflatten(2, (-1, self.writes_of(name)))
@@ -619,7 +619,7 @@ class MirasMixer(nn.Module):
 
     def convolution(self, name: str) -> nn.Module:
         """That of queries, keys, values or erase keys."""
-        return self.get_submodule(f"{name}_conv")
+        return getattr(self, f"{name}_conv")
 
     def by_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
