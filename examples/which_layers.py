@@ -37,10 +37,19 @@ import distil
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, HfArgumentParser, PreTrainedModel, default_data_collator, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    HfArgumentParser,
+    PreTrainedModel,
+    default_data_collator,
+    set_seed,
+)
 
 import miras_hf
 from miras_hf.compat import CACHE_NAME
+from miras_hf.configuration_miras import MEMORY_LAYER
 from miras_hf.distillation import AlignmentTrainer, alignment_errors
 from miras_hf.layer_ranking import restored_divergences
 from miras_hf.model_card import machine, versions
@@ -58,6 +67,10 @@ class Arguments:
     report: str | None = field(default=None, metadata={"help": "JSON file for the table, with a .md beside it."})
     layers: list[int] | None = field(
         default=None, metadata={"help": "Candidates; by default all, for receivers four from all depths."}
+    )
+    hybrid: str | None = field(
+        default=None,
+        metadata={"help": "For --table layers, a converted and aligned model of that teacher: its layers."},
     )
     memory: str = field(default="yaad", metadata={"help": "Type of the memories of `--table layers`."})
     train_files: list[str] | None = field(
@@ -108,10 +121,10 @@ def state_numbers(student: PreTrainedModel, layer: int) -> int:
     return sum(x[0, 0].numel() for x in (*state.dual, *state.momentum))
 
 
-def table_of_layers(
-    teacher: PreTrainedModel, train: Dataset, held_out: torch.Tensor, args: Arguments, progress: distil.Progress
-) -> list[dict[str, Any]]:
-    """A row for every candidate: its alignment error, and what its attention brings back."""
+def aligned(teacher: PreTrainedModel, train: Dataset, args: Arguments, progress: distil.Progress) -> PreTrainedModel:
+    """A hybrid with memories in all candidates, after stage 1."""
+    if args.hybrid is not None:
+        return AutoModelForCausalLM.from_pretrained(args.hybrid).to(teacher.device).eval()
     set_seed(args.seed)
     student = miras_hf.convert(teacher, args.layers, args.memory)
     done = Path(args.output_dir, "aligned.safetensors")
@@ -127,6 +140,14 @@ def table_of_layers(
     with torch.no_grad():
         for name, weight in load_file(done, device=str(teacher.device)).items():
             mixers[name].copy_(weight)
+    return student
+
+
+def table_of_layers(
+    teacher: PreTrainedModel, train: Dataset, held_out: torch.Tensor, args: Arguments, progress: distil.Progress
+) -> list[dict[str, Any]]:
+    """A row for every candidate: its alignment error, and what its attention brings back."""
+    student = aligned(teacher, train, args, progress)
 
     def once(what: str, measure) -> Any:
         return progress.once("layers", what, measure)
@@ -243,6 +264,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     source = args.teacher or distil.small_llama(texts[1:], args)
     tokenizer, teacher = distil.load_teacher(source, args.gguf_file)
     number = teacher.config.num_hidden_layers
+    if args.hybrid is not None:
+        if args.layers is not None or args.table != "layers":
+            raise ValueError("--hybrid goes with --table layers, and has its own layers: leave --layers out.")
+        types = AutoConfig.from_pretrained(args.hybrid).layer_types
+        args.layers, args.steps = [i for i, kind in enumerate(types) if kind == MEMORY_LAYER], 0
     if args.layers is None:
         every = max(1, number // 4)
         args.layers = list(range(number)) if args.table == "layers" else list(range(every // 2, number, every))[:4]

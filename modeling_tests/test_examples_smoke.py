@@ -222,6 +222,16 @@ def test_tables_of_layers_and_of_receivers(tmp_path, monkeypatch):
     # of the same command nothing is done twice
     assert which.main(flags)["rows"] == rows == json.loads((tmp_path / "layers.json").read_text())["rows"]
 
+    # of a hybrid that has been trained nothing is trained
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "layers" / "teacher")
+    miras_hf.convert(teacher, [0, 2]).save_pretrained(tmp_path / "hybrid")
+    flags = [*smoke, "--output_dir", str(tmp_path / "of-hybrid"), "--hybrid", str(tmp_path / "hybrid")]
+    found = which.main(flags)
+    assert sorted(row["layer"] for row in found["rows"]) == [0, 2] and found["tokens"] == 0
+    assert not list((tmp_path / "of-hybrid").glob("stage1"))
+    with pytest.raises(ValueError, match="--hybrid goes with --table layers, and has its own layers"):
+        which.main([*flags, "--layers", "1"])
+
     flags = [*smoke, "--table", "receivers", "--layers", "1", "--output_dir", str(tmp_path / "receivers")]
     rows = which.main(flags)["rows"]
     # heads of 16: one matrix, two with its momentum or in an MLP without expansion
