@@ -114,7 +114,9 @@ def wanted() -> Iterator[Case]:
 
 def smaller(case: Case) -> Shape:
     shape, chunk = case.shape, case.shape.chunk_size
-    if case.kind == "decode":  # the first row's first token ends a chunk, and those behind it read what was rounded there
+    if (
+        case.kind == "decode"
+    ):  # the first row's first token ends a chunk, and those behind it read what was rounded there
         head_dim = 64 if shape.head_dim <= 64 else 128
         return replace(shape, head_dim=head_dim, chunk_size=64, batch=2, heads=2, tokens=DECODED)
     batch = 1 if case.packed else min(max(shape.batch, 2), 4)
