@@ -57,13 +57,15 @@ from miras_kernels.configuration import launch_configuration
 from miras_kernels.ops import chunks_between_starts
 
 
-# what models are by default, the matrix memory of the GPU script, and Yaad with the loss that its paper prints
+# what models are by default, the matrix memory of the GPU script, Yaad with the loss that its paper prints, and an MLP memory
+# whose last weight alone is written
 FAMILIES = {
     "yaad": Choices(attentional_bias="huber_norm", retention="decay"),
     "moneta": Choices(attentional_bias="lp", retention="lq"),
     "memora": Choices(attentional_bias="l2", retention="kl", norm_eps=0.01),
     "matrix": Choices(memory="matrix", attentional_bias="l2", retention="decay"),
     "mixture": Choices(attentional_bias="huber_mixture", retention="decay"),
+    "last": Choices(attentional_bias="l2", retention="decay", update_layers="last"),
 }
 MODELS = ("yaad", "moneta", "memora")
 TIMED_FAMILIES = (*MODELS, "matrix")

@@ -120,7 +120,7 @@ def test_presets_take_overrides():
     [
         ({"hidden_size": "64"}, "hidden_size.*expected int, got str"),
         ({"attentional_bias": "l7"}, "attentional_bias.*huber_mixture.*got l7"),
-        ({"retention": "none"}, "retention.*decay.*got none"),
+        ({"retention": "nothing"}, "retention.*decay.*got nothing"),
         ({"chunk_size": 0}, "'chunk_size'.*must be at least 1 and at most 4096, got 0"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "`hidden_size` .30. must be a multiple"),
         (
@@ -163,7 +163,7 @@ ZEROS |= {"initial_memory_scale"} | {f"{name}_token_id" for name in ("pad", "bos
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_wrong_in_every_way(name):
-    assert len(NUMBERS) == 41
+    assert len(NUMBERS) == 42
     wrong = [math.nan, math.inf, -math.inf, 10**30, -(10**30), 1e30, -1e30, True, False, "1", [1.0], torch.tensor(1)]
     wrong += (
         [0] * (name not in ZEROS)

@@ -313,7 +313,7 @@ def test_what_does_not_fit_is_refused():
         ({"attentional_bias": Dot()}, "are the same at every memory"),
         ({"attentional_bias": L2()}, "with `residual_clip=None`"),
         ({"attentional_bias": HuberNorm()}, "of the l2 loss"),
-        ({"retention": Lq()}, "with decay"),
+        ({"retention": Lq()}, "with decay or none"),
     ):
         with pytest.raises(ValueError, match=f"(?s)`algorithm` must fit.*DeltaRule.*{why}.*got"):
             MirasRule(**{**fitting, **other})
@@ -423,7 +423,7 @@ def test_a_config_says_what_does_not_fit(model, tmp_path):
         ({"memory_architecture": "mlp"}, "for a matrix memory only.*got `memory_architecture='mlp'`"),
         ({"residual_clip": 3.0}, "with `residual_clip=None`, got .*`residual_clip=3.0`"),
         ({"attentional_bias": "huber_norm"}, "of the l2 loss.*`attentional_bias='huber_norm'`"),
-        ({"retention": "kl"}, "with decay, got .*`retention='kl'`"),
+        ({"retention": "kl"}, "with decay or none, got .*`retention='kl'`"),
         (
             {"eta_max": 2.5},
             "`eta_max` must be at most 2 with DeltaRule.gradient_at='decayed', erase_key='write'., got 2.5",

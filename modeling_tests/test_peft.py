@@ -148,7 +148,8 @@ def test_defaults_follow_llama_but_for_what_memories_need():
     tables = {name: table for name, table in vars(constants).items() if name.endswith("_MODULES_MAPPING")}
     tables = {name: table for name, table in tables.items() if "llama" in table}
     assert len(tables) > 10
-    names = {name.split(".", 2)[-1] for name, _ in make_model().model.named_modules()}
+    erasing = miras_hf.MirasForCausalLM(miras_hf.MirasConfig.from_preset("rwkv-7", size="tiny", vocab_size=32))
+    names = {name.split(".", 2)[-1] for m in (make_model(), erasing) for name, _ in m.model.named_modules()}
     for name, table in tables.items():
         for model_type in MODEL_TYPES:
             assert table[model_type], name

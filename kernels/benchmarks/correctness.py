@@ -113,7 +113,7 @@ class Prepared:
         memory = type(parameters)(tuple(leaves[6:end]), *leaves[end : end + 2])
         state = None
         if self.state is not None:
-            state = unflat([*leaves[end + 2 :], self.state.count], len(parameters.initial))
+            state = unflat([*leaves[end + 2 :], self.state.count], len(self.state.dual))
         y = read(leaves[:6], memory, state)
         draw = torch.Generator(y.device).manual_seed(5)
         y_bar = torch.randn(y.shape, generator=draw, device=y.device).to(self.inputs[0].dtype).to(y.dtype)

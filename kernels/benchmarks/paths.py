@@ -31,6 +31,7 @@ from miras_hf.memory import (
     ATTENTIONAL_BIASES,
     RETENTION_GATES,
     MatrixMemory,
+    MemoryArchitecture,
     MemoryParameters,
     MirasRule,
     MLPMemory,
@@ -40,13 +41,14 @@ from miras_kernels import forward
 
 
 # attentional bias, retention, and the largest step at a chunk of 64: those of the families by default, of a matrix memory,
-# the linear one beside them, and of Yaad as the paper prints it
+# the linear one beside them, of Yaad as the paper prints it, and of an MLP memory whose last weight alone is written
 MODELS = {
     "yaad": ("huber_norm", "decay", 4e-3),
     "moneta": ("lp", "lq", 1.5e-3),
     "memora": ("l2", "kl", 0.03),
     "matrix": ("l2", "decay", 0.1),
     "mixture": ("huber_mixture", "decay", 4e-3),
+    "last": ("l2", "decay", 0.01),
 }
 TIMED = ("yaad", "moneta", "memora", "matrix")
 """Models that are timed, and checked in other precisions: a loss differs from another in a few operations of a tile."""
@@ -98,7 +100,10 @@ class Path(NamedTuple):
 
 def make_rule(model: str, chunk_size: int) -> MirasRule:
     bias, gate, _ = MODELS[model]
-    memory = MatrixMemory() if model == "matrix" else MLPMemory(norm_eps=0.01 if gate == "kl" else 0.1)
+    memory: MemoryArchitecture = MatrixMemory()
+    if model != "matrix":
+        written = "last" if model == "last" else "all"
+        memory = MLPMemory(norm_eps=0.01 if gate == "kl" else 0.1, update_layers=written)
     return MirasRule(memory, ATTENTIONAL_BIASES[bias](), RETENTION_GATES[gate](), chunk_size=chunk_size)
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import memory_alone  # noqa: F401
 import torch
-from cases import CASES, ROUNDINGS, Case, key
+from cases import CASES, DECODED, ROUNDINGS, Case, key
 from comparison import STATE, TOKENS, Allowed, Comparison
 from correctness import Prepared, compared_decode, flat
 from paths import Shape
@@ -114,8 +114,11 @@ def wanted() -> Iterator[Case]:
 
 def smaller(case: Case) -> Shape:
     shape, chunk = case.shape, case.shape.chunk_size
-    if case.kind == "decode":  # the first row's first token ends a chunk
-        return replace(shape, head_dim=64 if shape.head_dim <= 64 else 128, chunk_size=64, batch=2, heads=1, tokens=4)
+    if (
+        case.kind == "decode"
+    ):  # the first row's first token ends a chunk, and those behind it read what was rounded there
+        head_dim = 64 if shape.head_dim <= 64 else 128
+        return replace(shape, head_dim=head_dim, chunk_size=64, batch=2, heads=2, tokens=DECODED)
     batch = 1 if case.packed else min(max(shape.batch, 2), 4)
     return replace(
         shape,

@@ -94,6 +94,9 @@ class MirasRule:
                 f"{self.attentional_bias}, {self.retention}."
             )
 
+        # made here, and not while a graph is traced, which would be compiled again
+        self.written_axes, self.has_mean_gates  # noqa: B018
+
     @property
     def least_log_alpha(self) -> float:
         """Where log retention is cut: at zero without a retention gate."""
