@@ -17,6 +17,7 @@ The oracle takes the inner gradient by autograd from the loss itself and forms e
 shares no line with the library. All in float64.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -255,7 +256,7 @@ ORACLES = {
 def oracle_and_case(name: str, gates: str, **changes):
     oracle = ORACLES[name]
     oracle = Oracle(
-        MirasRule(**{**vars(oracle.rule), **changes}), oracle.loss, oracle.link, oracle.clip, oracle.norm_eps
+        dataclasses.replace(oracle.rule, **changes), oracle.loss, oracle.link, oracle.clip, oracle.norm_eps
     )
     return oracle, make_case(oracle.rule, batch=1, tokens=10, head_dim=6, gates=gates)
 
