@@ -164,9 +164,9 @@ def test_four_conditions_are_single_calls_over_what_they_have_read(kind, tmp_pat
     def later(gate: torch.Tensor, value: float) -> torch.Tensor:
         return torch.cat([gate[:, :64], torch.full_like(gate[:, 64:], value)], dim=1)
 
-    def without(q, k, v, eta, log_alpha, delta, log_momentum):
+    def without(q, k, v, eta, log_alpha, delta, log_momentum, erase):
         log_momentum = None if log_momentum is None else later(log_momentum, -1e9)
-        return q, k, v, later(eta, 0.0), later(log_alpha, 0.0), delta, log_momentum
+        return q, k, v, later(eta, 0.0), later(log_alpha, 0.0), delta, log_momentum, erase
 
     def no_writes(memory: MirasMemory, inputs: tuple):
         tokens, *others = inputs
