@@ -56,7 +56,7 @@ CALLS = {
         channel_gates=False,
         save_every=4,
     ),
-    # of the forward pass on Hopper alone: the chain of writes, and the reads of all chunks
+    # on Hopper alone; of the forward pass the chain of writes, and the reads of all chunks
     "last": Call(Choices(update_layers="last"), nth=0),
     "last, reads": Call(Choices(update_layers="last"), nth=1),
 }
@@ -80,11 +80,13 @@ def programs(name: str, kernel: str) -> list[dict]:
         if entry["launch"] is None:
             continue
         shape = (entry["head_dim"], entry["chunk_size"], entry["precision"])
-        calls = [call for call in CALLS if "last" not in call or (name, kernel) == ("sm_90", "mlp_forward")]
+        last = {"mlp_forward": ["last", "last, reads"], "mlp_backward": ["last"], "mlp_decode": ["last"]}
+        last = last.get(kernel, []) if name == "sm_90" else []
+        calls = [call for call in CALLS if "last" not in call or call in last]
         calls = calls if shape == MAIN else ["memora"] if shape[2] == "bf16" else ["yaad"]
         if kernel.endswith("_backward"):
             # half a minute each
-            calls = ["plain", "yaad"] if shape == MAIN else ["yaad"]
+            calls = ["plain", "yaad", *last] if shape == MAIN else ["yaad"]
         if name != "sm_90" or kernel.endswith("_decode"):
             calls = [call for call in calls if call != "plain"]  # of the README's table
         wanted += [(shape, call) for call in calls]

@@ -177,8 +177,9 @@ class MirasConfig(PreTrainedConfig):
         residual_clip (`float`, *optional*, defaults to 3.0):
             Largest root mean square of a token's residual; `None` for no limit.
         retention (`str`, *optional*, defaults to `"decay"`):
-            Choice (iii). `"none"`, nothing is forgotten; `"decay"` (26), `"lq"` (24), `"kl"` (27), `"chi_squared"` (18), `"bregman"` (variant 5,
-            bounded weights), `"elastic_net"` (23), `"elastic_net_decay"` (22), or one that is registered.
+            Choice (iii). `"none"`, nothing is forgotten; `"decay"` (26), `"lq"` (24), `"kl"` (27), `"chi_squared"` (18),
+            `"bregman"` (variant 5, bounded weights), `"elastic_net"` (23), `"elastic_net_decay"` (22), or one that is
+            registered.
         lq_power (`float`, *optional*, defaults to 4.0): q.
         lq_map (`str`, *optional*, defaults to `"paper"`):
             `"paper"`: `A / ||A||_q^(q-2)` as printed; `"mirror"`: `sign(A)|A|^(q-1) / ||A||_q^(q-2)`, the mirror map

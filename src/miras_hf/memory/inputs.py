@@ -77,7 +77,7 @@ class MemoryInputs(NamedTuple):
 
     def merged(self) -> "MemoryInputs":
         """`[rows, tokens, heads, f]` as `[rows * heads, tokens, f]`."""
-        return self.map(lambda t: t.transpose(1, 2).flatten(0, 1))
+        return MemoryInputs(*[None if t is None else t.transpose(1, 2).flatten(0, 1) for t in self])
 
 
 def tokens_first(y: Tensor, heads: int) -> Tensor:

@@ -141,7 +141,7 @@ def step_miras_(
     mask = _check_step(q, lengths)
     check_state(state, rule, heads, head_dim, rows, x.eta.shape[-1])
     dtype = x.q.dtype
-    if any(t.dtype != dtype or not t.is_contiguous() for t in state._replace(count=state.eta).leaves()):
+    if any(t.dtype != dtype or not t.is_contiguous() for t in (*state.matrices, *state.slots)):
         raise ValueError(f"`state` must be contiguous and in {dtype} to be updated in place.")
     x, norm = bound_inputs(x, rule).merged(), parameters.norm(rule, rows, dtype)
     # views, through which what is written below is seen; what is folded once a chunk is left out
