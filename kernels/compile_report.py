@@ -80,7 +80,7 @@ def programs(name: str, kernel: str) -> list[dict]:
         if entry["launch"] is None:
             continue
         shape = (entry["head_dim"], entry["chunk_size"], entry["precision"])
-        last = {"mlp_forward": ["last", "last, reads"], "mlp_backward": ["last"], "mlp_decode": ["last"]}
+        last = {"mlp_forward": ["last", "last, reads"], "mlp_backward": ["last"]}
         last = last.get(kernel, []) if name == "sm_90" else []
         calls = [call for call in CALLS if "last" not in call or call in last]
         calls = calls if shape == MAIN else ["memora"] if shape[2] == "bf16" else ["yaad"]
