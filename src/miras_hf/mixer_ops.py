@@ -136,7 +136,7 @@ def _shifts(x: Tensor, weight: Tensor, position: Tensor | None) -> Iterator[tupl
 
 def _scale_of_squares(x: Tensor, squares: Tensor) -> Tensor | None:
     """The s of every row whose squares make `squares`; None if it is one everywhere. Nothing depends on it."""
-    if can_look_at(squares) and bool((squares <= LARGEST_SQUARED**2).all()):
+    if can_look_at(squares) and (squares.numel() == 0 or squares.max().item() <= LARGEST_SQUARED**2):
         return None
     largest = x.detach().abs().amax(-1, keepdim=True)
     return torch.where(largest > LARGEST_SQUARED, largest, 1.0)
@@ -152,7 +152,8 @@ def _l2norm(x: Tensor, eps: float, length: float) -> tuple[Tensor, Tensor]:
     total = (x * x).sum(dim=-1, keepdim=True)
     scale = _scale_of_squares(x, total)
     if scale is None:
-        factor = length * torch.rsqrt(total + eps)
+        factor = torch.rsqrt(total + eps)
+        factor = factor if length == 1.0 else length * factor
         return x * factor, factor
     x = x / scale
     factor = length * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + eps / scale.square())
@@ -161,7 +162,7 @@ def _l2norm(x: Tensor, eps: float, length: float) -> tuple[Tensor, Tensor]:
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x over its root mean square, and the latter's inverse."""
-    mean = x.pow(2).mean(-1, keepdim=True)
+    mean = (x * x).mean(-1, keepdim=True)
     scale = _scale_of_squares(x, mean)
     if scale is None:
         inverse = torch.rsqrt(mean + eps)
