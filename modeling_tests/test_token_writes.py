@@ -46,6 +46,7 @@ POINTS = {
     "momentum": {"name": "titans-lmm", "writes_per_token": 3},
     "hebbian": {"name": "gla", "writes_per_token": 2},
     "tied": {"name": "hgrn2"},
+    "solved": {"name": "mesa", "writes_per_token": 2},
 }
 
 
@@ -183,6 +184,38 @@ def test_gradients_go_through_caches(point):
     parts = torch.autograd.grad(loss([(0, 6), (6, 7), (7, 13)]), list(weights.values()))
     for name, a, b in zip(weights, whole, parts, strict=True):
         assert relative_error(b, a) < 1e-4, name
+
+
+@pytest.mark.parametrize("point", ["three", "rwkv", "mlp", "solved", "tied"])
+def test_gradients_of_finite_differences(point, monkeypatch):
+    """Of a layer's inputs and of all that it learns, where models compute in float64: their gates and norms take float32."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda t: t)
+    mixer = model_of(point).model.layers[0].mixer
+    learned = {name: p for name, p in mixer.named_parameters() if p.requires_grad}
+    x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+
+    def layer(x, *parameters):
+        return torch.func.functional_call(mixer, dict(zip(learned, parameters, strict=True)), (x,))[0]
+
+    assert torch.autograd.gradcheck(layer, (x, *learned.values()), fast_mode=True, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("point", ["rwkv", "tied"])
+def test_compiled_is_eager(point):
+    """One graph of a layer: tokens that erase and write, and keys that are what is forgotten."""
+    mixer = model_of(point, num_attention_heads=1, chunk_size=8).model.layers[0].mixer
+    x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    learned = {name: p for name, p in mixer.named_parameters() if p.requires_grad}
+
+    def read(form):
+        given = x.clone().requires_grad_()
+        y = form(given)[0]
+        return [y, *torch.autograd.grad(y.tanh().sum(), [given, *learned.values()])]
+
+    torch._dynamo.reset()
+    compiled = read(torch.compile(mixer, fullgraph=True, backend="aot_eager"))
+    for name, a, b in zip(["output", "input", *learned], compiled, read(mixer), strict=True):
+        assert relative_error(a, b) < 1e-5, name
 
 
 def test_what_means_nothing_is_refused():
