@@ -259,8 +259,10 @@ def _our_layer(model_class, config, text: str) -> Competitor:
 
     def call(x, cache=None):
         start = 0 if cache is None else cache.get_seq_length()
-        positions = torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0)
-        return module(x, position_embeddings=rotary(x, positions), past_key_values=cache)[0]
+        embeddings = None
+        if config.use_rope:
+            embeddings = rotary(x, torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0))
+        return module(x, position_embeddings=embeddings, past_key_values=cache)[0]
 
     def prefill(x):
         cache = DynamicCache(config=config)

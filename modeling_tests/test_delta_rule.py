@@ -47,6 +47,8 @@ from miras_hf.memory import (
     MirasRule,
     MLPMemory,
     chunk_miras,
+    fold_step_,
+    folds_at_once,
     recurrent_miras,
     step_miras_,
 )
@@ -168,6 +170,52 @@ def test_steps_in_place(rule):
         assert relative_error(y, whole[:, t : t + 1]) < 1e-12
     for got, want in zip(state.leaves(), end.leaves(), strict=True):
         assert relative_error(got, want) < 1e-12
+
+
+HEBBIAN = MirasRule(MatrixMemory(), Dot(residual_clip=None), Decay(weight_cap=None), chunk_size=4, decay_target="zero")
+AT_ONCE = {"decayed": RULES["decayed"], "previous": RULES["previous"], "own_key": RULES["own_key"], "hebbian": HEBBIAN}
+AT_ONCE["implicit"] = dataclasses.replace(RULES["decayed"], algorithm=Implicit())
+
+
+@pytest.mark.parametrize(
+    ("rule", "gates"), [*itertools.product(AT_ONCE, ["head", "alpha_channel"]), ("hebbian", "channel")]
+)
+def test_tokens_that_are_folded_at_once(rule, gates):
+    """From the middle of a chunk and into the middle of another, from which every form goes on; a row without a token stays."""
+    rule = AT_ONCE[rule]
+    case = make_case(rule, tokens=13, gates=gates)
+    assert folds_at_once(rule)
+    whole, end = case(recurrent_miras, output_final_state=True)
+    _, state = case.tokens(0, 2)(chunk_miras, output_final_state=True)
+    weights = None
+    for t in range(2, 7):
+        y, weights = case.tokens(t, t + 1)(fold_step_, state=state, weights=weights)
+        assert relative_error(y, whole[:, t : t + 1]) < 1e-12
+    y, weights = case.tokens(7, 8)(fold_step_, state=state, weights=weights, lengths=torch.tensor([1, 0]))
+    assert relative_error(y[0], whole[0, 7:8]) < 1e-12 and not y[1].any()
+    assert state.count.tolist() == [8, 7] and not any(t.any() for t in state.slots)
+    for form in FORMS.values():
+        y, behind = case.row(1).tokens(7, None)(
+            form, initial_state=state.map(lambda t: t[1:].clone()), output_final_state=True
+        )
+        assert relative_error(y, whole[1:, 7:]) < 1e-12
+        for got, want in zip(behind.leaves(), end.leaves(), strict=True):
+            assert relative_error(got[0], want[1]) < 1e-12
+    # nobody says that nothing waits, or has read anything
+    y, _ = case.row(0).tokens(8, 9)(fold_step_, state=(first := state.map(lambda t: t[:1].clone())))
+    assert relative_error(y, whole[:1, 8:9]) < 1e-12
+    new = first.map(torch.zeros_like)
+    assert relative_error(case.row(0).tokens(0, 1)(fold_step_, state=new)[0], whole[:1, :1]) < 1e-12
+
+
+def test_what_depends_on_chunks_is_not_folded_at_once():
+    assert not any(folds_at_once(RULES[name]) for name in ("to_init", "capped"))
+    other = (
+        {"attentional_bias": L2(residual_clip=None)},
+        {"retention": Lq(weight_cap=None)},
+        {"architecture": MLPMemory()},
+    )
+    assert not any(folds_at_once(dataclasses.replace(HEBBIAN, **fields)) for fields in other)
 
 
 @pytest.mark.parametrize("form", FORMS)

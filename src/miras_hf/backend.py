@@ -19,6 +19,7 @@ call, and says once if a GPU is left to the slow path; `"triton"` raises where n
 
 import itertools
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,10 +30,20 @@ from transformers.utils import logging
 from miras_kernels import LARGEST_CALL, Choices, decode, forward, refusal, resident_state
 from miras_kernels.choices import ATTENTIONAL_BIASES, MEMORIES, RETENTION_GATES
 
-from .memory import MemoryParameters, MemoryState, MirasRule, chunk_miras, step_miras, step_miras_
+from .memory import (
+    MemoryParameters,
+    MemoryState,
+    MirasRule,
+    chunk_miras,
+    fold_step_,
+    folds_at_once,
+    step_miras,
+    step_miras_,
+)
 from .memory.learning import GradientDescent
 from .memory.registry import CHOICES
 from .memory.retention import ChunkWeights
+from .memory.vjp import by_formulas
 from .sequences import Sequences
 
 
@@ -87,6 +98,7 @@ class MemoryBackend:
         if backend not in BACKENDS:
             raise ValueError(f"`{name}` must be one of {BACKENDS}, got {backend!r}.")
         self.rule, self.backend, self.writes = rule, backend, writes
+        self.folds_at_once = folds_at_once(rule)
         self.choices, self.reason = kernel_choices(rule)
         if writes > 1 and self.reason is None:
             self.choices, self.reason = None, f"kernels do not know tokens with {writes} writes"
@@ -112,6 +124,7 @@ class MemoryBackend:
         parameters: MemoryParameters,
         carry: Carry | None = None,
         recording: "Recording | None" = None,
+        keeps_slots: bool = False,
     ) -> tuple[Tensor, Carry | None]:
         """
         Args:
@@ -122,6 +135,7 @@ class MemoryBackend:
                 What is between the calls of a text, where it goes on; its tensors may be written into. `None` for a text
                 that ends with the call.
             recording (`Recording`, *optional*): takes what is needed to take the tokens back.
+            keeps_slots (`bool`, *optional*, defaults to `False`): whether tokens wait in slots even where they need not.
 
         Returns:
             What the tokens read, `[batch, tokens, heads, head_dim]`, and the `carry` after them, `None` if none was given.
@@ -149,9 +163,12 @@ class MemoryBackend:
         if decodes:
             y, state, link_cache = self._decode(*x[:6], state, known, projections=projections, **arguments)
         elif in_place:
-            weights = known.weights if isinstance(known, _ChunkStart) else None
+            # a traced graph serves states that may have something in their slots
+            folds = self.folds_at_once and not keeps_slots and not by_formulas()
+            step = fold_step_ if folds else step_miras_
+            weights = known.weights if isinstance(known, _ChunkStart) and known.folds == folds else None
             for write in self._one_by_one(x):
-                y, weights = step_miras_(*write, rule=self.rule, state=state, weights=weights, **arguments)
+                y, weights = step(*write, rule=self.rule, state=state, weights=weights, **arguments)
             link_cache = None if weights is None else _ChunkStart(weights)
         elif self._takes_kernel(v, _needs_grad(*x, *parameters.initial, *parameters[1:], *_flat(state))):
             y, state, link_cache = self._by_kernel(*x[:6], cu_seqlens=sequences.cu_seqlens, **arguments, **after)
@@ -184,7 +201,7 @@ class MemoryBackend:
             if first in ends:
                 # a copy: decoding may write into the state it goes on from
                 borders.append((recording.count + first, carry.state.map(torch.clone)))
-            y, carry = self(tokens.part(first, last), Sequences(), parameters, carry)
+            y, carry = self(tokens.part(first, last), Sequences(), parameters, carry, keeps_slots=True)
             outputs.append(y)
         recording.add(columns, conv_inputs, carry.conv_tail.shape[1], borders)
         return F.pad(torch.cat(outputs, dim=1), (0, 0, 0, 0, 0, padded - real)), carry
@@ -235,7 +252,7 @@ class MemoryBackend:
 
 
 class _ChunkStart:
-    """The weights of the present chunk, which the next step needs again.
+    """The weights of the present chunk, which the next step needs again; none where nothing waits in slots.
 
     Shows no attributes: Transformers' exporters walk through all that a cache holds, and compare it with what a traced
     step leaves, which keeps none.
@@ -244,8 +261,13 @@ class _ChunkStart:
     __slots__ = ("weights", "made_with")
     __dict__ = property(lambda self: {})
 
-    def __init__(self, weights: list[ChunkWeights]):
+    def __init__(self, weights: Sequence[ChunkWeights]):
         self.weights, self.made_with = weights, None
+
+    @property
+    def folds(self) -> bool:
+        """Whether `fold_step_` has made it."""
+        return not self.weights
 
 
 def _flat(state: MemoryState | None) -> tuple[Tensor, ...]:

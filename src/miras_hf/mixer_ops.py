@@ -153,7 +153,8 @@ def _l2norm(x: Tensor, eps: float, length: float) -> tuple[Tensor, Tensor]:
     total = (x * x).sum(dim=-1, keepdim=True)
     scale = _scale_of_squares(x, total)
     if scale is None:
-        factor = length * torch.rsqrt(total + eps)
+        factor = torch.rsqrt(total + eps)
+        factor = factor if length == 1.0 else length * factor
         return x * factor, factor
     x = x / scale
     factor = length * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + eps / scale.square())
@@ -162,7 +163,7 @@ def _l2norm(x: Tensor, eps: float, length: float) -> tuple[Tensor, Tensor]:
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x over its root mean square, and the latter's inverse."""
-    mean = x.pow(2).mean(-1, keepdim=True)
+    mean = (x * x).mean(-1, keepdim=True)
     scale = _scale_of_squares(x, mean)
     if scale is None:
         inverse = torch.rsqrt(mean + eps)

@@ -500,7 +500,10 @@ class ProjectedTokens:
 
     def next_tail(self, tail: Tensor | None, lengths: Tensor | None) -> Tensor:
         """The convolutions' last inputs of each row's real tokens, `lengths` of them, for the next call."""
-        before, inputs = self.mixer.conv_kernel_size - 1, self.conv_inputs(tail)
+        before = self.mixer.conv_kernel_size - 1
+        if lengths is None and tail is not None and self.v.shape[1] < before:
+            return self.conv_inputs(tail[:, self.v.shape[1] :])  # a new tensor already
+        inputs = self.conv_inputs(tail)
         if lengths is None:
             return inputs[:, inputs.shape[1] - before :].clone()
         index = lengths[:, None] + torch.arange(before, device=inputs.device)

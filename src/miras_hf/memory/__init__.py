@@ -39,6 +39,7 @@ from .attentional_bias import (
 from .chunk import chunk_miras
 from .declared import parameter
 from .delta_rule import DeltaRule, Implicit
+from .fold_step import fold_step_, folds_at_once
 from .learning import GradientDescent, Momentum
 from .recurrent import recurrent_miras
 from .registry import (
@@ -105,6 +106,8 @@ __all__ = [
     "Robust",
     "VectorMemory",
     "chunk_miras",
+    "fold_step_",
+    "folds_at_once",
     "initial_memory_state",
     "parameter",
     "recurrent_miras",
