@@ -155,6 +155,36 @@ def test_alignment_trains_the_memories_alone_and_resumes(pair, tmp_path):
     assert all(map(torch.equal, resumed.parameters(), student.parameters()))
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_in_bfloat16_products_are_rounded_and_weights_are_not(pair, tmp_path, stage):
+    logs, learned = [], []
+    for bf16 in (False, True):
+        student, teacher = copy.deepcopy(pair)
+        kind = AlignmentTrainer if stage == 1 else DistillationTrainer
+        args = arguments(tmp_path, bf16=bf16, max_steps=3, logging_steps=1, learning_rate=1e-3)
+        trainer = kind(student, teacher, args=args, train_dataset=ROWS, eval_dataset=ROWS)
+        watched = {
+            "the teacher's attention": teacher.model.layers[0].self_attn.q_proj,
+            "the memory": student.model.layers[0].mixer.q_proj,
+        }
+        if stage == 2:
+            watched["the teacher's head"] = teacher.lm_head
+        dtypes = {}
+        for name, module in watched.items():
+            module.register_forward_hook(lambda _, args, output, name=name: dtypes.update({name: output.dtype}))
+        trainer.train()
+        assert dtypes == dict.fromkeys(watched, torch.bfloat16 if bf16 else torch.float32)
+        assert {p.dtype for p in (*student.parameters(), *teacher.parameters())} == {torch.float32}
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        logs[-1].append(trainer.evaluate()["eval_loss"])
+        learned.append(
+            student.model.layers[0].mixer.o_proj.weight.detach() - pair[0].model.layers[0].mixer.o_proj.weight
+        )
+    # bfloat16 has eight bits: less than a percent of each number, and of their sums
+    assert logs[1] == pytest.approx(logs[0], rel=1e-2) and logs[1] != logs[0]
+    assert logs[0][-1] < logs[0][0] and (learned[1] - learned[0]).norm() < 0.3 * learned[0].norm()
+
+
 PADDED = [  # of very different lengths
     {
         "input_ids": row["input_ids"].where(real, 0),
