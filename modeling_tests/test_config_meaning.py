@@ -49,6 +49,7 @@ OTHER = {
     "weight_cap": 1e-2,
     "gradient_at": "previous",
     "erase_key": "own",
+    "ridge_floor": 3.0,
     "gate_rank": 2,
     "num_key_value_heads": 1,
     "attention_dropout": 0.5,
@@ -66,7 +67,7 @@ CHOICES = {
     "memory_architecture": ["mlp", "gated_mlp", "matrix"],
     "memory_depth": [1, 2],
     "memory_norm": [True, False],
-    "learning_algorithm": ["gradient_descent", "delta_rule"],
+    "learning_algorithm": ["gradient_descent", "delta_rule", "exact"],
     "lp_sign": ["exact", "tanh"],
     "gate_granularity": ["channel", "head"],
     "attention_layers": [[], [0]],
@@ -114,8 +115,10 @@ def test_a_field_changes_what_is_computed_or_is_refused(name, monkeypatch):
             continue
         if choices.get("memory_architecture") == "matrix" and choices.get("memory_norm") is False:
             continue
-        if choices.get("learning_algorithm") == "delta_rule":
+        if choices.get("learning_algorithm") in ("delta_rule", "exact"):
             choices |= {"memory_architecture": "matrix", "residual_clip": None, "retention": "decay"}
+        if choices.get("learning_algorithm") == "exact":
+            choices |= {"weight_cap": None, "gate_granularity": "head"}
         default = MirasConfig(**SMALL, **choices)
         other = copy.deepcopy(default)
         setattr(other, name, OTHER[name])

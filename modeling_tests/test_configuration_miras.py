@@ -163,7 +163,7 @@ ZEROS |= {"initial_memory_scale"} | {f"{name}_token_id" for name in ("pad", "bos
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_wrong_in_every_way(name):
-    assert len(NUMBERS) == 42
+    assert len(NUMBERS) == 43
     wrong = [math.nan, math.inf, -math.inf, 10**30, -(10**30), 1e30, -1e30, True, False, "1", [1.0], torch.tensor(1)]
     wrong += (
         [0] * (name not in ZEROS)

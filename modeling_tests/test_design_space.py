@@ -24,6 +24,7 @@ from miras_hf.memory import (
     RETENTION_GATES,
     Decay,
     DeltaRule,
+    Exact,
     GatedMLPMemory,
     GradientDescent,
     Implicit,
@@ -64,6 +65,7 @@ def rules(draw) -> MirasRule:
                 DeltaRule(gradient_at="previous"),
                 DeltaRule(erase_key="own"),
                 Implicit(),
+                Exact(),
             )
         )
     )
@@ -71,6 +73,10 @@ def rules(draw) -> MirasRule:
     if algorithm.gradient_at != "chunk":
         return MirasRule(
             MatrixMemory(), L2(residual_clip=None), Decay(weight_cap=cap), algorithm, chunk_size, decay_target
+        )
+    if algorithm.has_covariance:
+        return MirasRule(
+            MatrixMemory(), L2(residual_clip=None), Decay(weight_cap=None), algorithm, chunk_size, decay_target
         )
     bias, gate = draw(st.sampled_from(BIASES)), draw(st.sampled_from(GATES))
     gate = gate(**{"weight_cap": cap} if "weight_cap" in gate.parameters() else {})
@@ -93,7 +99,7 @@ def rules(draw) -> MirasRule:
     seed=st.integers(0, 3),
 )
 def test_a_text_means_the_same_however_it_is_read(rule, gates, tokens, split, pads, seed):
-    if isinstance(rule.algorithm, Momentum):
+    if rule.algorithm.gate_granularities == ("head",):
         gates = "head"
     elif rule.algorithm.gradient_at != "chunk":
         gates = {"channel": "alpha_channel", "eta_channel": "head"}.get(gates, gates)

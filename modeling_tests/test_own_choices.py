@@ -189,7 +189,7 @@ def test_a_keyword_of_another_choice_is_not_stored(tmp_path):
     assert MirasConfig.from_pretrained(tmp_path).attentional_bias == "l2"
     with pytest.raises(
         StrictDataclassError,
-        match="(?s)learning_algorithm.*must be one of 'gradient_descent', 'momentum', 'delta_rule', 'implicit', got",
+        match="(?s)learning_algorithm.*must be one of 'gradient_descent', 'momentum', 'delta_rule', 'implicit', 'exact', got",
     ):
         MirasConfig(**SIZES, learning_algorithm="adam")
 

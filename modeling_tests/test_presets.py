@@ -140,6 +140,17 @@ def published(name):
         decay = channels if name == "kda" else two.unsqueeze(-1)
         expected = loop(q, k, v, lambda s, t: delta_step(decay[:, t].unsqueeze(-1) * s, k[:, t], v[:, t], one[:, t]))
         return (q, k, v, one, decay.log()), expected
+    if name == "mesa":
+        eye = torch.eye(WIDTH, dtype=torch.float64)
+        (h, g), reads = torch.zeros(2, ROWS, HEADS, WIDTH, WIDTH, dtype=torch.float64), []
+        for t in range(TOKENS):
+            beta, gamma = (x[:, t, :, None, None] for x in (one, two))
+            h = gamma * h + beta * outer(k[:, t], k[:, t])
+            g = gamma * g + beta * outer(k[:, t], v[:, t])
+            # logits of one
+            ridge = (0.25 + F.softplus(torch.tensor(1.0, dtype=torch.float64))) * eye
+            reads.append((torch.linalg.solve(h + ridge, q[:, t].unsqueeze(-1)).mT @ g).squeeze(-2))
+        return (q, k, v, one, two.log()), torch.stack(reads, dim=1)
     assert name == "longhorn"
     k, beta = 2 * k, 3 * one
     eye = torch.eye(WIDTH, dtype=torch.float64)

@@ -199,7 +199,9 @@ class MirasConfig(PreTrainedConfig):
         learning_algorithm (`str`, *optional*, defaults to `"gradient_descent"`):
             Choice (iv). `"momentum"` is that of Titans, data-dependent, with `gate_granularity="head"`; `"delta_rule"` takes
             every token's gradient at the memory of its own time, of a matrix memory with l2 loss, `residual_clip=None` and
-            decay; `"implicit"` does, too, and takes Longhorn's step, `eta / (1 + eta |k|^2)`. All three in PyTorch only.
+            decay; `"implicit"` does, too, and takes Longhorn's step, `eta / (1 + eta |k|^2)`. `"exact"` takes no steps: what it
+            reads is the solution of the ridge regression of all that it has read, as in the Mesa layer, of a matrix memory with l2
+            loss, `residual_clip=None`, decay, `weight_cap=None` and `gate_granularity="head"`. All four in PyTorch only.
         gradient_at (`str`, *optional*, defaults to `"decayed"`):
             The delta rule: whether an error is that of the memory after its decay, `"decayed"` as in Gated DeltaNet, or
             before it, `"previous"`.
@@ -208,6 +210,8 @@ class MirasConfig(PreTrainedConfig):
             project erase keys e besides, and have gates a in (0, 1) for them, one a channel or head: a token erases, `S - (a o
             e)^T (e S)`, and then writes, `S + eta k^T v`. Where gates are one a channel, nothing but `weight_cap` keeps a
             memory from growing on streams that are made for it.
+        ridge_floor (`float`, *optional*, defaults to 0.25):
+            The exact solution: smallest entry of the ridge, a learned positive diagonal a head, which starts at 1.
         chunk_size (`int`, *optional*, defaults to 64):
             Tokens whose gradients are taken at the same weights (28), with the delta rule computed at once; where a token
             writes several times, writes. Part of the trained model.
@@ -334,6 +338,7 @@ class MirasConfig(PreTrainedConfig):
     learning_algorithm: str = choice("learning_algorithm", "gradient_descent")
     gradient_at: str = declared("gradient_at")
     erase_key: str = declared("erase_key")
+    ridge_floor: int | float = declared("ridge_floor")
     chunk_size: int = bounded(64, 1, 4096)
     gate_granularity: Literal["channel", "head"] = "channel"
     learned_step: bool = True
@@ -702,7 +707,7 @@ class MirasConfig(PreTrainedConfig):
             for gate in (name for name, there in gates.items() if there):
                 mixer |= {gate: "heads"} if fixed.get(gate) else {gate: "heads", f"{gate}.up_proj": "colwise"}
             mixer["memory.initial_state"] = "heads"
-            if choice_of(self, "memory_architecture").has_norm:
+            if choice_of(self, "memory_architecture").has_norm or chosen(self, "learning_algorithm").has_covariance:
                 mixer["memory"] = "heads"
             mixer |= {"o_norm": "replicated_with_grad_allreduce", "o_proj": "rowwise"}
             plan |= {f"layers.*.mixer.{name}": style for name, style in mixer.items()}

@@ -187,7 +187,8 @@ def four_choices(config: PreTrainedConfig) -> str:
         made[field] = ", ".join([f"`{getattr(config, field)}`", *(f"{name} = {value}" for name, value in in_order)])
     if config.retention == "lq":
         made["retention"] += f", `{config.lq_map}` map"
-    by_chunk = choice_of(config, "learning_algorithm").gradient_at == "chunk"
+    algorithm = choice_of(config, "learning_algorithm")
+    by_chunk = algorithm.gradient_at == "chunk" and not algorithm.has_covariance
     gradients = "gradients taken at the start of chunks of" if by_chunk else "computed in chunks of"
     units = "tokens" if config.writes_per_token == 1 else f"writes, {config.writes_per_token} a token"
     rows = {

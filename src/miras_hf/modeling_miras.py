@@ -358,9 +358,10 @@ class MirasMemory(NotByParameter, nn.Module):
         self.initial_state = MirasInitialState(
             nn.Parameter(torch.empty(heads, *shape)) for shape in self.rule.architecture.weight_shapes(head_dim)
         )
-        affine = {"norm_weight": torch.ones(heads, head_dim), "norm_bias": torch.zeros(heads, head_dim)}
+        start = self.rule.algorithm.initial_norm_weight
+        affine = {"norm_weight": torch.full((heads, head_dim), start), "norm_bias": torch.zeros(heads, head_dim)}
         for name, value in affine.items():
-            if self.rule.architecture.has_norm:
+            if self.rule.architecture.has_norm or (name == "norm_weight" and self.rule.algorithm.has_covariance):
                 self.register_parameter(name, nn.Parameter(value))
             else:  # a parameter that never gets a gradient would trip DistributedDataParallel
                 self.register_buffer(name, value, persistent=False)
@@ -875,7 +876,7 @@ class MirasPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MirasMemory):
             for layer, parameter in enumerate(module.initial_state):
                 init.copy_(parameter, module.sample_initial_state(layer))
-            init.ones_(module.norm_weight)
+            init.constant_(module.norm_weight, module.rule.algorithm.initial_norm_weight)
             init.zeros_(module.norm_bias)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):

@@ -198,6 +198,16 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
             "",
             {**_DELTA, **_KEEPS_ALL, "learning_algorithm": "implicit", "gate_granularity": "head"},
         ),
+        "mesa": Preset(
+            "Mesa layer (arXiv 2506.05233)",
+            "H = alpha H + beta k^T k, G = alpha G + beta k^T v, y = q (H + Lambda)^(-1) G",
+            "eta = beta, log alpha = log gamma; its gamma = sigmoid(x) is `-exp(a_log) softplus(-x)` with `a_log = 0`; Lambda is "
+            "`ridge_floor + softplus(.)` of logits that are learned, one a channel of the key, and starts at 1",
+            "the system is solved, where it takes up to 30 steps of conjugate gradients; values have a convolution; `a_log` is "
+            "learned",
+            "",
+            {**_MATRIX, "learning_algorithm": "exact", "eta_max": 1.0, "gate_granularity": "head"},
+        ),
         "ttt-linear": Preset(
             "TTT-Linear (arXiv 2407.04620)",
             "W = W - eta dloss(W')/dW', W' the one before the mini-batch, loss = |LN(k W') - (v - k)|^2 / 2, y = q + LN(q W)",
@@ -238,7 +248,6 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
 
 NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
     {
-        "Mesa layer (arXiv 2506.05233)": "it reads the exact solution of a ridge regression, which needs a second state",
         "Softmax attention": "it is no parametric memory: it keeps all keys and values",
     }
 )

@@ -39,6 +39,7 @@ from .attentional_bias import (
 from .chunk import chunk_miras
 from .declared import parameter
 from .delta_rule import DeltaRule, Implicit
+from .exact import Exact
 from .fold_step import fold_step_, folds_at_once
 from .learning import GradientDescent, Momentum
 from .recurrent import recurrent_miras
@@ -85,6 +86,7 @@ __all__ = [
     "DeltaRule",
     "Dot",
     "ElasticNet",
+    "Exact",
     "Factors",
     "GatedMLPMemory",
     "GradientDescent",

@@ -200,7 +200,7 @@ class _Memory:
                 torch.zeros_like(b) if b is not None else per_row(a, rows, dtype).clone()
                 for a, b in zip(parameters.written(rule), base, strict=True)
             )
-            if rule.algorithm.has_momentum:
+            if rule.algorithm.has_second_matrix:
                 start = (*start, *map(torch.zeros_like, start))
         if capture:
             empty = initial_memory_state(rule, parameters, rows, x.eta.shape[-1], dtype)

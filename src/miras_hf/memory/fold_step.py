@@ -19,7 +19,7 @@ those of the recurrence token by token, and a token may write into the matrix it
 
     A = alpha_t A,  r_t = e_t A - v_t,  A = A - eta_t k_t^T r_t,  y_t = q_t A
 
-in a few small products, whatever has been read of the chunk. The slots of the state stay empty: a token that writes nothing
+in a few small products, whatever has been read of the chunk; so may one of a memory that solves exactly (`exact.py`). The slots of the state stay empty: a token that writes nothing
 and retains everything stands where one has been read, so that every other form goes on from there.
 """
 
@@ -31,12 +31,13 @@ from torch import Tensor
 from .architecture import MatrixMemory
 from .attentional_bias import Dot
 from .delta_rule import TokenByToken
+from .exact import Exact
 from .inputs import bound_inputs, check_inputs, tokens_first, without_autocast
 from .layout import check_layout_arguments, is_token
 from .learning import GradientDescent
 from .retention import ChunkWeights, Decay, NoRetention
 from .rule import MirasRule
-from .state import MemoryParameters, MemoryState, check_state, starting_dual
+from .state import MemoryParameters, MemoryState, check_state, per_row, starting_dual
 
 
 Folded = tuple[()]
@@ -52,7 +53,7 @@ def folds_at_once(rule: MirasRule) -> bool:
     if type(rule.architecture) is not MatrixMemory or retention.weight_cap is not None or rule.decay_target != "zero":
         return False
     hebbian = type(rule.algorithm) is GradientDescent and type(rule.attentional_bias) is Dot
-    return hebbian or isinstance(rule.algorithm, TokenByToken)
+    return hebbian or isinstance(rule.algorithm, (TokenByToken, Exact))
 
 
 @without_autocast
@@ -73,8 +74,8 @@ def fold_step_(
     weights: Sequence[ChunkWeights] | Folded | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Folded]:
-    """[`step_miras_`] for rules that `folds_at_once` knows: the tensors of `state` are the new state afterwards, all but
-    `dual` and `count` zeros. What it keeps for the next call says that they are.
+    """[`step_miras_`] for rules that `folds_at_once` knows: the tensors of `state` are the new state afterwards, its
+    slots all zeros. What it keeps for the next call says that they are.
 
     Args:
         weights (*optional*): what the last call for this state returned; else what waits in slots is folded first.
@@ -103,10 +104,16 @@ def fold_step_(
     matrix.mul_(retained.mT)
     if rule.algorithm.gradient_at == "decayed":
         found = torch.bmm(x.asked, matrix)
-    bias = rule.attentional_bias
+    bias = rule.written_bias
     residual = bias.residual(bias.error(found, x.v), x.delta)
     matrix.baddbmm_(written.mT, residual if live is None else torch.where(live, residual, 0.0), alpha=-1)
-    y = tokens_first(torch.bmm(x.q, matrix), heads).to(q.dtype)
+    asked = x.q
+    if isinstance(rule.algorithm, Exact):
+        covariance = state.momentum[0].flatten(0, 1)
+        covariance.mul_(retained).baddbmm_(written.mT, x.k if live is None else torch.where(live, x.k, 0.0))
+        logits = per_row(parameters.norm_weight, rows, dtype)
+        asked = rule.algorithm.solved(covariance, asked.squeeze(1), logits).unsqueeze(1)
+    y = tokens_first(torch.bmm(asked, matrix), heads).to(q.dtype)
     if live is None:
         state.count.add_(1)
         return y, ()

@@ -162,6 +162,10 @@ def check_inputs(
                 f"`eta`, `log_alpha` and `log_momentum` must have shape {(batch, tokens, heads)} for {algorithm}, got last "
                 f"axes {gate_dim} and {log_momentum.shape[-1]}."
             )
+    if rule.algorithm.has_covariance and gate_dim != 1:
+        raise ValueError(
+            f"`log_alpha` must have shape {(batch, tokens, heads)} for {algorithm}, got last axis {log_alpha.shape[-1]}."
+        )
     if not rule.algorithm.has_erase_key:
         if erase is not None:
             raise ValueError(f"`erase` must be None: {rule.algorithm} takes errors of the keys that it writes along.")

@@ -73,7 +73,10 @@ class LearningAlgorithm(Choice):
     """Base class: gradients at a chunk's start, of any memory and loss."""
 
     has_momentum: ClassVar[bool] = False
-    """Whether a layer's state is a second matrix besides the dual state."""
+    """Whether a layer's state has a second matrix besides the dual state, momentum, with a gate of its own."""
+
+    has_covariance: ClassVar[bool] = False
+    """Whether that matrix is the weighted sum of the keys' outer products, by which `Exact` solves."""
 
     gate_granularities: ClassVar[tuple[str, ...]] = ("channel", "head")
     """What step size and retention may be one number of."""
@@ -86,6 +89,16 @@ class LearningAlgorithm(Choice):
 
     gradient_at: ClassVar[str] = "chunk"
     """The memory at which a token's gradient is taken: `"chunk"` for that of its chunk's start, else see `TokenByToken`."""
+
+    @property
+    def initial_norm_weight(self) -> float:
+        """What a model starts `MemoryParameters.norm_weight` from."""
+        return 1.0
+
+    @property
+    def has_second_matrix(self) -> bool:
+        """Whether a layer's state has any other matrix besides the dual state."""
+        return self.has_momentum or self.has_covariance
 
     @property
     def has_erase_key(self) -> bool:

@@ -20,8 +20,10 @@ Every other form computes the same for many heads, rows and packs at once, goes 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .exact import Exact
 from .rule import MirasRule
 
 
@@ -49,7 +51,8 @@ def naive_miras(
         erase (`torch.Tensor`, as `k`, *optional*): the keys of which errors are taken, with `DeltaRule(erase_key="own")`.
         rule (`MirasRule`): the four choices.
         initial (sequence of `torch.Tensor` of shape `[in, out]`): the initial dual state, layer by layer.
-        norm (two `torch.Tensor` of shape `[head_dim]`): affine of an MLP memory's layer norm.
+        norm (two `torch.Tensor` of shape `[head_dim]`):
+            Affine of an MLP memory's layer norm; with `rule.algorithm=Exact()` the first is the logits of the ridge.
 
     Returns:
         `y` of shape `[tokens, head_dim]`.
@@ -59,6 +62,7 @@ def naive_miras(
     alpha = alpha if rule.retention.forgets else torch.ones_like(alpha)
     base = [a if rule.decay_target == "init" else torch.zeros_like(a) for a in initial]
     dual, momentum = list(initial), [torch.zeros_like(a) for a in initial]
+    covariance, bias = torch.zeros_like(initial[0]), rule.written_bias
     outputs = []
     for t in range(len(q)):
         gates = [[x[t].unsqueeze(-1 if axes[i] == "input" else 0) for x in (eta, alpha)] for i in layers]
@@ -71,8 +75,8 @@ def naive_miras(
             start = [w if w.requires_grad else w.detach().requires_grad_() for w in start]
         asked = k if erase is None else erase
         prediction = memory.read(lambda i, x, start=start: x @ start[i], asked[t : t + 1], *norm)
-        error = rule.attentional_bias.error(prediction, v[t : t + 1])
-        residual = rule.attentional_bias.residual(error, None if delta is None else delta[t])
+        error = bias.error(prediction, v[t : t + 1])
+        residual = bias.residual(error, None if delta is None else delta[t])
         gradients = torch.autograd.grad(prediction, start, residual, create_graph=True, retain_graph=True)
         if erase is not None:
             gradients = [torch.outer(k[t], residual[0])]
@@ -80,7 +84,12 @@ def naive_miras(
             momentum[i] = -step * gradients[i] if mu is None else mu[t] * momentum[i] - step * gradients[i]
             dual[i] = base[i] + keep * (dual[i] - base[i]) + momentum[i]
         now = [link(dual[i], rule.hidden_axis(i)) for i in layers]
-        outputs.append(memory.read(lambda i, x, now=now: x @ now[i], q[t : t + 1], *norm))
+        query = q[t : t + 1]
+        if isinstance(rule.algorithm, Exact):
+            covariance = alpha[t] * covariance + eta[t] * torch.outer(k[t], k[t])
+            ridge = rule.algorithm.ridge_floor + F.softplus(norm[0])
+            query = torch.linalg.solve(covariance + ridge.diag(), query.mT).mT
+        outputs.append(memory.read(lambda i, x, now=now: x @ now[i], query, *norm))
         if (t + 1) % rule.chunk_size == 0:
             dual = [base[i] + rule.retention.at_chunk_end(dual[i] - base[i], rule.chunk_size) for i in layers]
     return torch.cat(outputs)

@@ -19,6 +19,7 @@ This is the contract of every other form. Equations (5), (8), (28) of arXiv 2504
 import torch
 from torch import Tensor
 
+from .exact import Exact
 from .inputs import MemoryInputs, bound_inputs, check_inputs, without_autocast
 from .layout import check_layout_arguments
 from .rule import MirasRule
@@ -86,7 +87,7 @@ def recurrent_miras(
 
 
 def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, parameters, lengths, exact: bool):
-    architecture, axes = rule.architecture, rule.written_axes
+    architecture, algorithm, axes = rule.architecture, rule.algorithm, rule.written_axes
     layers, first = range(len(axes)), architecture.fixed  # the weights that are written, behind those that are not
     rows, tokens, heads, head_dim = x.q.shape
     dtype = x.q.dtype
@@ -124,11 +125,14 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
             torch.where(gone, now - before, 0.0) for now, before in zip(here, logs, strict=True)
         )
         momentum = [log.exp() for log in log_momentum]
+        if algorithm.has_covariance:
+            key = inputs[0][..., slot : slot + 1, :]
+            momentum = [eta[..., slot : slot + 1, :] * (key.mT @ key)]
         for i in layers:
             step = gate(eta[..., slot : slot + 1, :], i) * (
                 inputs[i][..., slot : slot + 1, :].mT @ gradients[i][..., slot : slot + 1, :]
             )
-            after = rule.algorithm.update(written[i], step, gate(log_alpha, i).exp(), *momentum)
+            after = algorithm.update(written[i], step, gate(log_alpha, i).exp(), *momentum)
             written[i] = tuple(torch.where(gone, new, old) for new, old in zip(after, written[i], strict=True))
         logs = [torch.where(gone, now, before) for now, before in zip(here, logs, strict=True)]
 
@@ -156,9 +160,9 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         # the inner gradient, at the weights of the chunk's start, or at those before the token, decayed or not
         since_t = logs[0] + log_alpha_t
         at = [w.weight for w in weights]
-        if rule.algorithm.gradient_at == "previous":
+        if algorithm.gradient_at == "previous":
             at = [weight_at(i, logs[0], written[i][0]) for i in layers]
-        elif rule.algorithm.gradient_at == "decayed":
+        elif algorithm.gradient_at == "decayed":
             at = [weight_at(i, since_t, gate(log_alpha_t, i).exp() * written[i][0]) for i in layers]
         if in_transform() and not all(w.requires_grad for w in at):
             raise RuntimeError(
@@ -175,7 +179,7 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
             return seen[-1][1]
 
         prediction = architecture.read(linear, k if erase_t is None else erase_t, *norm)
-        residual = rule.attentional_bias.residual(rule.attentional_bias.error(prediction, v), delta_t)
+        residual = rule.written_bias.residual(rule.written_bias.error(prediction, v), delta_t)
         grads = torch.autograd.grad(prediction, [*at, *(z for _, z in seen)], grad_outputs=residual, create_graph=True)
         if erase_t is not None:  # a matrix's gradient, along the key that is written
             grads, seen = (k.mT @ grads[1], grads[1]), [(k, seen[0][1])]
@@ -183,9 +187,9 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
         # the dual state's recurrence, split into the decaying start and the writes since
         gates_t = [log for log in (log_alpha_t, log_momentum_t) if log is not None]
         logs_t = [before + log for before, log in zip(logs, gates_t, strict=True)]
-        momentum = [log.exp() for log in gates_t[1:]]
+        momentum = [eta_t * (k.mT @ k)] if algorithm.has_covariance else [log.exp() for log in gates_t[1:]]
         written_t = [
-            rule.algorithm.update(written[i], gate(eta_t, i) * grads[i], gate(log_alpha_t, i).exp(), *momentum)
+            algorithm.update(written[i], gate(eta_t, i) * grads[i], gate(log_alpha_t, i).exp(), *momentum)
             for i in layers
         ]
         writes_t = [of_layer[0] for of_layer in written_t]
@@ -196,6 +200,8 @@ def _read_sequence(x: MemoryInputs, state: MemoryState, rule: MirasRule, paramet
                 return h @ fixed[layer]
             return h @ weight_at(layer - first, since_t, writes_t[layer - first])
 
+        if isinstance(algorithm, Exact):
+            q = algorithm.solved(written_t[0][1], q.squeeze(2), norm[0].squeeze(2)).unsqueeze(2)
         y = architecture.read(read, q, *norm)
         outputs.append(torch.where(live, y, 0.0).squeeze(2))
 

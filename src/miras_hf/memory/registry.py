@@ -21,6 +21,7 @@ from .architecture import MEMORY_ARCHITECTURES, MemoryArchitecture
 from .attentional_bias import ATTENTIONAL_BIASES, AttentionalBias
 from .declared import Choice, Parameter
 from .delta_rule import DeltaRule, Implicit
+from .exact import Exact
 from .learning import GradientDescent, LearningAlgorithm, Momentum
 from .retention import RETENTION_GATES, RetentionGate
 
@@ -30,6 +31,7 @@ LEARNING_ALGORITHMS: dict[str, type[LearningAlgorithm]] = {
     "momentum": Momentum,
     "delta_rule": DeltaRule,
     "implicit": Implicit,
+    "exact": Exact,
 }
 
 CHOICES: dict[str, dict[str, Any]] = {

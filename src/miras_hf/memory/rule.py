@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .architecture import Factors, Known, MemoryArchitecture, MLPMemory
-from .attentional_bias import AttentionalBias, HuberMixture
+from .attentional_bias import AttentionalBias, Dot, HuberMixture
+from .exact import Exact, ExactGates
 from .learning import Gates, GradientDescent, LearningAlgorithm, MomentumGates
 from .retention import ChunkWeights, Decay, RetentionGate
 
@@ -53,7 +54,7 @@ class MirasRule:
         architecture (`MemoryArchitecture`): choice (i).
         attentional_bias (`AttentionalBias`): choice (ii).
         retention (`RetentionGate`): choice (iii).
-        algorithm (`GradientDescent`, `Momentum`, `DeltaRule` or `Implicit`): choice (iv).
+        algorithm (`GradientDescent`, `Momentum`, `DeltaRule`, `Implicit` or `Exact`): choice (iv).
         chunk_size (`int`, *optional*, defaults to 64):
             Tokens whose gradients are taken at the same weights (equation (28)), or with `DeltaRule` and `Implicit` at once. Part of
             the trained model: the grid starts at a sequence's first real token, in training, prefill and decoding alike.
@@ -95,7 +96,7 @@ class MirasRule:
             )
 
         # made here, and not while a graph is traced, which would be compiled again
-        self.written_axes, self.has_mean_gates  # noqa: B018
+        self.written_axes, self.has_mean_gates, self.written_bias  # noqa: B018
 
     @property
     def least_log_alpha(self) -> float:
@@ -119,17 +120,19 @@ class MirasRule:
             return gates
         return torch.cat((gates, gates.mean(-1, keepdim=True)), dim=-1)
 
-    def chunk_gates(self, eta: Tensor, *logs: Tensor) -> Gates | MomentumGates:
+    def chunk_gates(self, eta: Tensor, *logs: Tensor) -> Gates | MomentumGates | ExactGates:
         """Those of the algorithm, see `LearningAlgorithm.chunk_gates`, of all weights together; as the next two."""
         return self.algorithm.chunk_gates(*map(self.with_means, (eta, *logs)))
 
-    def step_gates(self, eta: Tensor, log_decay: Tensor, now: Tensor, *logs: Tensor) -> Gates | MomentumGates:
+    def step_gates(
+        self, eta: Tensor, log_decay: Tensor, now: Tensor, *logs: Tensor
+    ) -> Gates | MomentumGates | ExactGates:
         return self.algorithm.step_gates(*map(self.with_means, (eta, log_decay, now, *logs)))
 
-    def own_gates(self, eta: Tensor) -> Gates | MomentumGates:
+    def own_gates(self, eta: Tensor) -> Gates | MomentumGates | ExactGates:
         return self.algorithm.own_gates(self.with_means(eta))
 
-    def gates_of(self, layer: int, gates: Gates | MomentumGates) -> Gates | MomentumGates:
+    def gates_of(self, layer: int, gates: Gates | MomentumGates | ExactGates) -> Gates | MomentumGates | ExactGates:
         """A weight's part of them."""
         if gates.decay.shape[-1] == 1 or not self.has_mean_gates:
             return gates
@@ -151,7 +154,7 @@ class MirasRule:
             self.retention.at_chunk_start(state, from_base, self.hidden_axis(layer))
             for layer, (state, from_base) in enumerate(zip(states[:layers], base, strict=True), start=fixed)
         )
-        if not self.algorithm.has_momentum:
+        if not self.algorithm.has_second_matrix:
             return weights
         return tuple(
             w._replace(momentum=self.retention.writes_matrix(w, held, self.hidden_axis(layer)))
@@ -208,8 +211,14 @@ class MirasRule:
         asked = k if erase is None else erase
         return (Factors(k, self._residual(self.read(weights, factors, asked, gates, norm), v, delta)),)
 
+    @cached_property
+    def written_bias(self) -> AttentionalBias:
+        """The loss whose gradients are written: the rule's, or, where a regression is solved, the one whose gradients add up
+        to the right-hand side of its normal equations."""
+        return Dot(residual_clip=None) if self.algorithm.has_covariance else self.attentional_bias
+
     def _residual(self, prediction: Tensor, v: Tensor, delta: Tensor | None) -> Tensor:
-        bias = self.attentional_bias
+        bias = self.written_bias
         return bias.residual(bias.error(prediction, v), delta)
 
     def recall_to_write(
@@ -232,11 +241,13 @@ class MirasRule:
         weights: Sequence[ChunkWeights],
         factors: Sequence[Factors],
         q: Tensor,
-        gates: Gates | MomentumGates,
+        gates: Gates | MomentumGates | ExactGates,
         norm: Sequence[Tensor],
     ) -> Tensor:
         """What the memory returns for each query, at the query's own time."""
         axes, affine, fixed = self.architecture.gate_axes, norm[:2], norm[2:]
+        if isinstance(self.algorithm, Exact):
+            q = self.algorithm.asked(weights[0], factors[0].inputs, q, gates, norm[0])
 
         def linear(layer: int, x: Tensor) -> Tensor:
             if layer < len(fixed):
@@ -250,10 +261,12 @@ class MirasRule:
     def recall(self, weights: Sequence[ChunkWeights], x: Tensor, norm: Sequence[Tensor]) -> Tensor:
         """What the memory returns at the chunk's start, before the chunk's writes and its decay."""
         at_start = (*norm[2:], *(w.weight for w in weights))
+        if isinstance(self.algorithm, Exact):
+            x = self.algorithm.solved(weights[0].momentum.unsqueeze(1), x, norm[0])
         return self.architecture.read(lambda layer, h: h @ at_start[layer], x, *norm[:2])
 
     def fold(
-        self, states: Sequence[Tensor], factors: Sequence[Factors], gates: Gates | MomentumGates
+        self, states: Sequence[Tensor], factors: Sequence[Factors], gates: Gates | MomentumGates | ExactGates
     ) -> tuple[Tensor, ...]:
         """The states after the chunk."""
         layers, fixed = len(factors), self.architecture.fixed

@@ -29,7 +29,8 @@ class MemoryParameters(NamedTuple):
 
     Args:
         initial (`tuple` of `torch.Tensor` of shape `[heads, in, out]`): the initial dual state A_0, layer by layer.
-        norm_weight (`torch.Tensor` of shape `[heads, head_dim]`): gamma of the memory's own layer norm.
+        norm_weight (`torch.Tensor` of shape `[heads, head_dim]`):
+            gamma of the memory's own layer norm; of `Exact`, whose memory has none, the logits of its ridge.
         norm_bias (`torch.Tensor` of shape `[heads, head_dim]`): beta.
     """
 
@@ -74,7 +75,8 @@ class MemoryState(NamedTuple):
         eta (`torch.Tensor` of shape `[rows, heads, chunk_size, head_dim or 1]`): steps.
         log_decay (`torch.Tensor` of the same shape): log retention since the chunk's start, cumulative.
         count (`torch.Tensor` of shape `[rows]`, int64): real tokens read so far.
-        momentum (`tuple` of `torch.Tensor`, as `dual`): at the start of the row's chunk, of `Momentum` only.
+        momentum (`tuple` of `torch.Tensor`, as `dual`):
+            At the start of the row's chunk, of `Momentum` only; of `Exact`, H in its place.
         log_momentum (`tuple` of one `torch.Tensor`, as `log_decay`):
             Log momentum since the chunk's start, cumulative, of `Momentum` only.
     """
@@ -204,7 +206,7 @@ def _shapes(rule: MirasRule, rows: int, heads: int, head_dim: int, gate_dim: int
         "eta": (*slots, gate_dim),
         "log_decay": (*slots, gate_dim),
         "count": (rows,),
-        "momentum": [(rows, heads, *shape) for shape in weights if rule.algorithm.has_momentum],
+        "momentum": [(rows, heads, *shape) for shape in weights if rule.algorithm.has_second_matrix],
         "log_momentum": [(*slots, 1)] if rule.algorithm.has_momentum else [],
     }
 
