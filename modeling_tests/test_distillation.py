@@ -22,7 +22,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_convert import make_teacher, text
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator
 
 import miras_hf
 from miras_hf.distillation import (
@@ -31,6 +31,7 @@ from miras_hf.distillation import (
     DistillationTrainer,
     alignment_errors,
     chunked_divergence,
+    collate_texts,
 )
 from miras_hf.layer_ranking import restored_divergences
 from miras_hf.model_card import training_run
@@ -220,6 +221,47 @@ def test_evaluation_is_of_all_tokens_however_they_fall_into_batches(pair, tmp_pa
         kind = AlignmentTrainer if stage == 1 else DistillationTrainer
         trainer = kind(student, teacher, args=args, eval_dataset=PADDED)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_tokenizer_without_pads_is_enough_for_rows_of_any_length(pair, tmp_path, stage):
+    tokenizer = miras_hf.MirasTokenizer.train_from_iterator(["some text"], vocab_size=280)
+    tokenizer.pad_token = None
+    assert tokenizer.pad_token_id is None
+    short = [
+        {name: x[row["attention_mask"].bool()] for name, x in row.items() if name != "attention_mask"}
+        for row in PADDED[1:]
+    ]
+    short = [{name: x.tolist() for name, x in row.items()} for row in short]
+    learned, losses = [], []
+    for rows, kwargs in (
+        (PADDED[1:], {"data_collator": default_data_collator}),
+        (short, {"processing_class": tokenizer}),
+        (short, {}),
+    ):
+        student, teacher = copy.deepcopy(pair)
+        kind = AlignmentTrainer if stage == 1 else DistillationTrainer
+        args = arguments(tmp_path, max_steps=2)
+        trainer = kind(student, teacher, args=args, train_dataset=rows, eval_dataset=rows, **kwargs)
+        trainer.train()
+        learned.append(student.model.layers[2].mixer.o_proj.weight.detach())
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert not torch.equal(learned[0], pair[0].model.layers[2].mixer.o_proj.weight)
+    for weight, loss in zip(learned[1:], losses[1:]):
+        torch.testing.assert_close(weight, learned[0], rtol=1e-3, atol=1e-4)
+        assert loss == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_rows_that_are_no_batch_are_named():
+    packs = [{"input_ids": [1, 2, 3], "position_ids": [0, 1, 0]}, {"input_ids": [1, 2], "position_ids": [0, 1]}]
+    with pytest.raises(ValueError, match=r"`position_ids`.* must have one length, got \[2, 3\]"):
+        collate_texts(packs)
+    for rows in ([{"text": "a"}], [{"input_ids": [5], "labels": [5]}, {"input_ids": [8]}]):
+        with pytest.raises(ValueError, match=r"must have `input_ids`.* the same columns, got \[\("):
+            collate_texts(rows)
+    assert collate_texts(packs[:1])["position_ids"].tolist() == [[0, 1, 0]]
+    found = collate_texts([{"input_ids": [8]}, {"input_ids": [5, 6, 7]}])
+    assert found["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]] and found["input_ids"][0].tolist() == [8, 0, 0]
 
 
 def stored(pair, folder, batches, dtype="float32"):

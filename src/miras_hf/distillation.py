@@ -20,13 +20,14 @@ trained as any model.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer
 
@@ -172,7 +173,7 @@ def errors_of(rows: Tensor) -> dict[str, Tensor]:
 
 class RowsTrainer(ModelCardMixin, Trainer):
     """A `Trainer` that evaluates exactly and writes model cards: of the latter, see [`~miras_hf.model_card.ModelCardMixin`].
-    In evaluation, sums of every row are gathered, and its metrics are made of their totals.
+    Batches are made by [`collate_texts`] unless there is a `data_collator`, with no need of a pad token. In evaluation, sums of every row are gathered, and its metrics are made of their totals.
 
     Means of batches, which `Trainer` averages, depend on how rows fall into batches and processes. Subclasses call
     `add_rows` where they compute the loss of an evaluation, and turn the totals into metrics in `metrics_of`.
@@ -181,6 +182,8 @@ class RowsTrainer(ModelCardMixin, Trainer):
     _rows: list[Tensor] | None = None
 
     def __init__(self, model: nn.Module, **kwargs):
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = collate_texts
         super().__init__(model=model, **kwargs)
         if self.accelerator.is_fsdp2:
             # losses and sums that leave the model in bfloat16 would be rounded to two or three digits
@@ -475,6 +478,36 @@ class DistillationTrainer(RowsTrainer):
     def metrics_of(self, totals: Tensor) -> dict[str, float]:
         divergence, tokens = totals.tolist()
         return {"loss": divergence / max(tokens, 1.0)}
+
+
+def collate_texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """
+    Rows of ids as a batch. Where some are shorter, zeros stand behind them, which the mask hides and labels leave out: a
+    tokenizer needs no pad token for that.
+
+    Args:
+        rows: each with `input_ids`, and perhaps `attention_mask`, `labels` and, for packs of one length, `position_ids`.
+
+    Raises:
+        `ValueError`: for rows without ids or with different columns, and packs of different lengths, which have no positions for pads.
+    """
+    names = {tuple(sorted(row)) for row in rows}
+    if len(names) > 1 or "input_ids" not in rows[0]:
+        raise ValueError(
+            f"Rows must have `input_ids`, the ids of a text, and all of them the same columns, got {sorted(names)}."
+        )
+    columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
+    if len({len(ids) for ids in columns["input_ids"]}) == 1:
+        return {name: torch.stack(values) for name, values in columns.items()}
+    if "position_ids" in columns:
+        lengths = sorted({len(ids) for ids in columns["input_ids"]})
+        raise ValueError(f"Rows with `position_ids`, which are packs of texts, must have one length, got {lengths}.")
+    columns.setdefault("attention_mask", [torch.ones_like(ids) for ids in columns["input_ids"]])
+    at_pads = {"labels": -100}
+    return {
+        name: pad_sequence(values, batch_first=True, padding_value=at_pads.get(name, 0))
+        for name, values in columns.items()
+    }
 
 
 @contextmanager
