@@ -56,9 +56,10 @@ CALLS = {
         channel_gates=False,
         save_every=4,
     ),
-    # on Hopper alone; of the forward pass the chain of writes, and the reads of all chunks
-    "last": Call(Choices(update_layers="last"), nth=0),
-    "last, reads": Call(Choices(update_layers="last"), nth=1),
+    # on Hopper alone; of the forward pass the chain of writes, and what is made of all chunks at once
+    "last, features": Call(Choices(update_layers="last"), nth=0),
+    "last": Call(Choices(update_layers="last"), nth=1),
+    "last, reads": Call(Choices(update_layers="last"), nth=2),
 }
 MAIN = (64, 64, "bf16")
 
@@ -80,7 +81,7 @@ def programs(name: str, kernel: str) -> list[dict]:
         if entry["launch"] is None:
             continue
         shape = (entry["head_dim"], entry["chunk_size"], entry["precision"])
-        last = {"mlp_forward": ["last", "last, reads"], "mlp_backward": ["last"]}
+        last = {"mlp_forward": ["last, features", "last", "last, reads"], "mlp_backward": ["last"]}
         last = last.get(kernel, []) if name == "sm_90" else []
         calls = [call for call in CALLS if "last" not in call or call in last]
         calls = calls if shape == MAIN else ["memora"] if shape[2] == "bf16" else ["yaad"]

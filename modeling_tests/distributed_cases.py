@@ -17,6 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 import miras_hf
+from miras_hf.distillation import AlignmentTrainer, DistillationTrainer
 
 
 SIZES = dict(
@@ -88,6 +89,8 @@ TRAINER_ARGUMENTS = dict(
 
 # what is learned is compared by how far weights move
 PLAIN_STEPS = TRAINER_ARGUMENTS | dict(max_grad_norm=0.0, optim="sgd")
+# with a state that checkpoints hold, and steps that are almost proportional to gradients
+ALMOST_PLAIN_STEPS = TRAINER_ARGUMENTS | dict(max_grad_norm=0.0, adam_epsilon=0.1)
 
 
 def token_ids(rows: int, tokens: int) -> torch.Tensor:
@@ -110,12 +113,19 @@ def padded_examples() -> list[dict]:
     return examples
 
 
-def conversion_pair():
+def conversion_pair(tied: bool = False):
     """A hybrid of one memory layer and one of attention, and the Llama that it was made of."""
     set_seed(0)
     sizes = {name: SIZES[name] for name in SIZES if name != "chunk_size"}
-    teacher = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4))
+    teacher = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, tie_word_embeddings=tied))
     return miras_hf.convert(teacher, layers=[0], memory={"chunk_size": 4}), teacher
+
+
+def of_stage(stage: int):
+    """The trainer of a stage of conversion, and its own arguments."""
+    if stage == 1:
+        return AlignmentTrainer, {"sink_tokens": 1}
+    return DistillationTrainer, {"body_learning_rate": 1e-2}
 
 
 def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:

@@ -32,16 +32,19 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from distributed_cases import (
+    ALMOST_PLAIN_STEPS,
     CONFIGS,
     INDIVISIBLE,
     PLAIN_STEPS,
     TRAINER_ARGUMENTS,
     conversion_pair,
+    of_stage,
     optimizer_of,
     padded_examples,
     token_ids,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchao.quantization import Float8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig, Trainer, TrainingArguments
@@ -257,19 +260,29 @@ def by_kernel(folder: Path) -> dict:
 
 
 @contextlib.contextmanager
-def accelerate_as_on_gpus(folder: Path, **kwargs):
-    """An Accelerator launched with examples/accelerate/fsdp2.yaml, which does here what it does on GPUs: left alone, it
-    replaces FSDP by DDP where there are none."""
+def launched_with_fsdp2(folder: Path):
+    """What runs inside was launched with examples/accelerate/fsdp2.yaml. It calls the function that it is given as soon as
+    Accelerate knows its processes: left alone, that replaces FSDP by DDP where there are no GPUs."""
     environment = json.loads((folder / "fsdp2.json").read_text())
     os.environ.update(environment)
     AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+
+    def as_on_gpus():
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+
     try:
-        yield Accelerator(cpu=True, **kwargs)
+        yield as_on_gpus
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         for name in environment:
             os.environ.pop(name)
+
+
+@contextlib.contextmanager
+def accelerate_as_on_gpus(folder: Path, **kwargs):
+    with launched_with_fsdp2(folder) as as_on_gpus:
+        as_on_gpus()
+        yield Accelerator(cpu=True, **kwargs)
 
 
 def sharded_by_accelerate(folder: Path) -> dict:
@@ -292,6 +305,60 @@ def sharded_by_accelerate(folder: Path) -> dict:
         "found": mean_over_ranks(losses),
         "saved": largest_difference(saved.state_dict().values(), whole.state_dict().values()),
     }
+
+
+def conversion_sharded(folder: Path) -> dict:
+    """Both stages of a conversion with tied embeddings, sharded: in float32, from a checkpoint on, and in bfloat16."""
+    results = {}
+    for stage, bf16 in ((1, False), (1, True), (2, False), (2, True)):
+        name = f"stage {stage}{', bf16' if bf16 else ''}"
+        student, teacher = conversion_pair(tied=True)
+        of_steps = {} if bf16 else {"save_strategy": "steps", "save_steps": 2}
+        with launched_with_fsdp2(folder) as as_on_gpus:
+            arguments = TrainingArguments(
+                output_dir=str(folder / name),
+                per_device_train_batch_size=2,
+                ddp_backend="gloo",
+                bf16=bf16,
+                **ALMOST_PLAIN_STEPS | of_steps,
+            )
+            assert arguments.device.type == "cpu"  # with which the processes are known
+            as_on_gpus()
+
+            def trainer(student=student, arguments=arguments, teacher=teacher, stage=stage):
+                kind, extra = of_stage(stage)
+                return kind(student, teacher, **extra, args=arguments, train_dataset=padded_examples())
+
+            first = trainer()
+            first.train()
+            shards = [p for p in first.model.parameters() if isinstance(p, DTensor)]
+            results[name] = {
+                "sharded": [
+                    type(module).__name__ for module in first.model.modules() if isinstance(module, FSDPModule)
+                ],
+                "dtypes": sorted({str(p.dtype) for p in shards}),
+                "whole": len([*first.model.parameters()]) - len(shards),
+                "losses": [entry["loss"] for entry in first.state.log_history if "loss" in entry],
+                "evaluation": first.evaluate(padded_examples()[11:])["eval_loss"],
+            }
+            results[name]["weights"] = learned_weights(first, folder / f"{name}-saved")
+            if not bf16:
+                student, _ = conversion_pair(tied=True)
+                second = trainer(student)
+                second.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
+                results[name]["resumed"] = learned_weights(second, folder / f"{name}-resumed")
+    return results
+
+
+def learned_weights(trainer: Trainer, saved: Path) -> dict:
+    """Weights of the student as a user gets them: stage 1 leaves them in it, stage 2 in the folder where it is saved."""
+    if isinstance(trainer, AlignmentTrainer):
+        student = trainer.model_of_card()
+    else:
+        trainer.save_model(str(saved))
+        dist.barrier()
+        student = AutoModelForCausalLM.from_pretrained(saved)
+    return {name: p.tolist() for name, p in student.named_parameters()}
 
 
 def context_parallel_refusal(folder: Path) -> str:
@@ -319,6 +386,7 @@ def main(folder: Path) -> None:
         sharded_by_transformers,
         by_kernel,
         sharded_by_accelerate,
+        conversion_sharded,
         context_parallel_refusal,
     ):
         try:

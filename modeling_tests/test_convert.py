@@ -25,6 +25,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -346,6 +347,11 @@ def with_int8(teacher):
     return teacher
 
 
+def quantized(teacher):
+    quantize_(teacher, Int8WeightOnlyConfig())
+    return teacher
+
+
 def with_another_linear(teacher):
     class QuantLinear(nn.Linear):
         pass
@@ -398,6 +404,7 @@ TINY_T5 = {"vocab_size": 8, "d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1,
             "got PeftModel.* Merge its adapters first",
         ),
         (lambda: with_int8(make_teacher("llama")), "got model.layers.1.mlp.up_proj, a Linear .* of int8"),
+        (lambda: quantized(make_teacher("llama")), "got model.layers.0.self_attn.q_proj, a Linear with a Int8Tensor"),
         (
             lambda: with_another_linear(make_teacher("llama")),
             "got model.layers.0.self_attn.q_proj, a QuantLinear .* of float32: load it without quantisation",

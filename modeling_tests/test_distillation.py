@@ -22,7 +22,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_convert import make_teacher, text
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator
 
 import miras_hf
 from miras_hf.distillation import (
@@ -31,6 +31,7 @@ from miras_hf.distillation import (
     DistillationTrainer,
     alignment_errors,
     chunked_divergence,
+    collate_texts,
 )
 from miras_hf.layer_ranking import restored_divergences
 from miras_hf.model_card import training_run
@@ -155,6 +156,36 @@ def test_alignment_trains_the_memories_alone_and_resumes(pair, tmp_path):
     assert all(map(torch.equal, resumed.parameters(), student.parameters()))
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_in_bfloat16_products_are_rounded_and_weights_are_not(pair, tmp_path, stage):
+    logs, learned = [], []
+    for bf16 in (False, True):
+        student, teacher = copy.deepcopy(pair)
+        kind = AlignmentTrainer if stage == 1 else DistillationTrainer
+        args = arguments(tmp_path, bf16=bf16, max_steps=3, logging_steps=1, learning_rate=1e-3)
+        trainer = kind(student, teacher, args=args, train_dataset=ROWS, eval_dataset=ROWS)
+        watched = {
+            "the teacher's attention": teacher.model.layers[0].self_attn.q_proj,
+            "the memory": student.model.layers[0].mixer.q_proj,
+        }
+        if stage == 2:
+            watched["the teacher's head"] = teacher.lm_head
+        dtypes = {}
+        for name, module in watched.items():
+            module.register_forward_hook(lambda _, args, output, name=name: dtypes.update({name: output.dtype}))
+        trainer.train()
+        assert dtypes == dict.fromkeys(watched, torch.bfloat16 if bf16 else torch.float32)
+        assert {p.dtype for p in (*student.parameters(), *teacher.parameters())} == {torch.float32}
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        logs[-1].append(trainer.evaluate()["eval_loss"])
+        learned.append(
+            student.model.layers[0].mixer.o_proj.weight.detach() - pair[0].model.layers[0].mixer.o_proj.weight
+        )
+    # bfloat16 has eight bits: less than a percent of each number, and of their sums
+    assert logs[1] == pytest.approx(logs[0], rel=1e-2) and logs[1] != logs[0]
+    assert logs[0][-1] < logs[0][0] and (learned[1] - learned[0]).norm() < 0.3 * learned[0].norm()
+
+
 PADDED = [  # of very different lengths
     {
         "input_ids": row["input_ids"].where(real, 0),
@@ -190,6 +221,47 @@ def test_evaluation_is_of_all_tokens_however_they_fall_into_batches(pair, tmp_pa
         kind = AlignmentTrainer if stage == 1 else DistillationTrainer
         trainer = kind(student, teacher, args=args, eval_dataset=PADDED)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_tokenizer_without_pads_is_enough_for_rows_of_any_length(pair, tmp_path, stage):
+    tokenizer = miras_hf.MirasTokenizer.train_from_iterator(["some text"], vocab_size=280)
+    tokenizer.pad_token = None
+    assert tokenizer.pad_token_id is None
+    short = [
+        {name: x[row["attention_mask"].bool()] for name, x in row.items() if name != "attention_mask"}
+        for row in PADDED[1:]
+    ]
+    short = [{name: x.tolist() for name, x in row.items()} for row in short]
+    learned, losses = [], []
+    for rows, kwargs in (
+        (PADDED[1:], {"data_collator": default_data_collator}),
+        (short, {"processing_class": tokenizer}),
+        (short, {}),
+    ):
+        student, teacher = copy.deepcopy(pair)
+        kind = AlignmentTrainer if stage == 1 else DistillationTrainer
+        args = arguments(tmp_path, max_steps=2)
+        trainer = kind(student, teacher, args=args, train_dataset=rows, eval_dataset=rows, **kwargs)
+        trainer.train()
+        learned.append(student.model.layers[2].mixer.o_proj.weight.detach())
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert not torch.equal(learned[0], pair[0].model.layers[2].mixer.o_proj.weight)
+    for weight, loss in zip(learned[1:], losses[1:]):
+        torch.testing.assert_close(weight, learned[0], rtol=1e-3, atol=1e-4)
+        assert loss == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_rows_that_are_no_batch_are_named():
+    packs = [{"input_ids": [1, 2, 3], "position_ids": [0, 1, 0]}, {"input_ids": [1, 2], "position_ids": [0, 1]}]
+    with pytest.raises(ValueError, match=r"`position_ids`.* must have one length, got \[2, 3\]"):
+        collate_texts(packs)
+    for rows in ([{"text": "a"}], [{"input_ids": [5], "labels": [5]}, {"input_ids": [8]}]):
+        with pytest.raises(ValueError, match=r"must have `input_ids`.* the same columns, got \[\("):
+            collate_texts(rows)
+    assert collate_texts(packs[:1])["position_ids"].tolist() == [[0, 1, 0]]
+    found = collate_texts([{"input_ids": [8]}, {"input_ids": [5, 6, 7]}])
+    assert found["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]] and found["input_ids"][0].tolist() == [8, 0, 0]
 
 
 def stored(pair, folder, batches, dtype="float32"):

@@ -34,12 +34,14 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from distributed_cases import (
+    ALMOST_PLAIN_STEPS,
     BY_KERNEL,
     CONFIGS,
     INDIVISIBLE,
     PLAIN_STEPS,
     TRAINER_ARGUMENTS,
     conversion_pair,
+    of_stage,
     padded_examples,
     token_ids,
 )
@@ -160,11 +162,11 @@ def test_trainer_on_two_processes(results, folder, tmp_path):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0, msg=name)
 
 
-def assert_moved_alike(found: dict[str, list], model, before: dict[str, torch.Tensor]) -> None:
+def assert_moved_alike(found: dict[str, list], model, before: dict[str, torch.Tensor], rtol: float = 1e-3) -> None:
     ways = {name: (p - before[name]).norm().item() for name, p in model.named_parameters()}
     assert max(ways.values()) > 1e-3
     for name, p in model.named_parameters():
-        assert (torch.tensor(found[name]) - p).norm().item() <= 1e-3 * ways[name] + 1e-7, name
+        assert (torch.tensor(found[name]) - p).norm().item() <= rtol * ways[name] + 1e-7, name
 
 
 def test_alignment_on_two_processes(results, tmp_path):
@@ -197,6 +199,34 @@ def test_distillation_on_two_processes(results, tmp_path):
     for found in results("distillation"):
         assert found["evaluation"] == pytest.approx(evaluation, abs=1e-5)
         assert_moved_alike(found["weights"], student, before)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_conversion_fully_sharded(results, stage, tmp_path):
+    """FSDP2 learns what one process learns, also from a checkpoint on, and in bfloat16 about that in float32 shards."""
+    student, teacher = conversion_pair(tied=True)
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=4, **ALMOST_PLAIN_STEPS)
+    kind, extra = of_stage(stage)
+    trainer = kind(student, teacher, **extra, args=arguments, train_dataset=padded_examples())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluation = trainer.evaluate(padded_examples()[11:])["eval_loss"]
+    for rank, found in enumerate(results("conversion_sharded")):
+        exact, rough = found[f"stage {stage}"], found[f"stage {stage}, bf16"]
+        for of in (exact, rough):
+            assert of["dtypes"] == ["torch.float32"] and of["whole"] == 0
+            inner = ["FSDPMirasMixer"] if stage == 1 else ["FSDPMirasDecoderLayer"] * 2
+            assert [name for name in of["sharded"] if name in inner] == inner
+        assert exact["evaluation"] == pytest.approx(evaluation, abs=1e-5)
+        if rank == 0:  # the one that logs
+            assert exact["losses"] == pytest.approx(losses, abs=1e-6)
+            assert rough["losses"] == pytest.approx(losses, rel=1e-2)
+        assert_moved_alike(exact["weights"], student, before)
+        assert_moved_alike(exact["resumed"], student, before)
+        # not what bfloat16 can tell apart, which is three digits
+        assert rough["evaluation"] == pytest.approx(evaluation, rel=1e-2)
+        assert_moved_alike(rough["weights"], student, before, rtol=0.1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -321,13 +321,15 @@ def test_no_tokens_hand_the_state_on(memory):
         assert torch.equal(one, other) and torch.equal(one, third)
 
 
-def test_reads_of_some_chunks_at_once_are_those_of_all(monkeypatch):
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_reads_of_some_chunks_at_once_are_those_of_all(precision, monkeypatch):
     rule = make_rule("last", "huber_mixture", "lq")
     inputs, parameters = make_call(rule, batch=2, tokens=75, heads=1)
-    _, state, _ = by_kernel(rule, [None if x is None else x[:, :21] for x in inputs], parameters)
-    whole, *_ = by_kernel(rule, inputs, parameters, state=state)
+    first = [None if x is None else x[:, :21] for x in inputs]
+    _, state, _ = by_kernel(rule, first, parameters, precision=precision)
+    whole, *_ = by_kernel(rule, inputs, parameters, state=state, precision=precision)
     monkeypatch.setattr(ops, "CHUNKS_AT_ONCE", 2)
-    assert torch.equal(by_kernel(rule, inputs, parameters, state=state)[0], whole)
+    assert torch.equal(by_kernel(rule, inputs, parameters, state=state, precision=precision)[0], whole)
 
 
 def test_arguments_are_not_written_to():
@@ -363,11 +365,14 @@ def test_chunk_starts_that_are_kept(memory, every):
 # -- dtypes, layouts --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "bf16"), (torch.float16, "tf32")])
+@pytest.mark.parametrize(
+    ("memory", "dtype", "precision"),
+    [("mlp", torch.bfloat16, "bf16"), ("mlp", torch.float16, "tf32"), ("last", torch.bfloat16, "bf16")],
+)
 @pytest.mark.parametrize("retention", RETENTION_GATES)
-def test_half_precision(dtype, precision, retention):
+def test_half_precision(memory, dtype, precision, retention):
     """bfloat16 operands carry 8 bits: 2e-2 of the largest output, 6e-2 for KL, whose reads are small differences."""
-    rule = make_rule("mlp", "l2", retention)
+    rule = make_rule(memory, "l2", retention)
     inputs, parameters = make_call(rule, tokens=37, dtype=dtype)
     y, final, _ = by_kernel(rule, inputs, parameters, precision=precision)
     expected, _ = in_float64(rule, inputs, parameters)

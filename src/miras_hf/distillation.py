@@ -18,12 +18,16 @@ returns. Stage 2, [`DistillationTrainer`]: the hybrid learns the distribution of
 trained as any model.
 """
 
-from collections.abc import Iterable, Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Trainer
 
@@ -51,6 +55,8 @@ class Alignment(nn.Module):
     Raises:
         `ValueError`: for models that are not a hybrid with memories and its teacher.
     """
+
+    _no_split_modules = ["MirasMixer"]
 
     def __init__(self, student: MirasForCausalLM, teacher: PreTrainedModel, sink_tokens: int = 4):
         super().__init__()
@@ -162,18 +168,28 @@ def errors_of(rows: Tensor) -> dict[str, Tensor]:
     """What [`Alignment`] returns, from sums of shape `[batch, 2, memory layers]`."""
     differences, sizes = rows.sum(0)
     errors = differences / sizes
-    return {"loss": errors.mean(), "errors": errors, "sizes": sizes, "rows": rows.detach()}
+    return {"loss": errors.mean(), "errors": errors, "sizes": sizes.detach(), "rows": rows.detach()}
 
 
 class RowsTrainer(ModelCardMixin, Trainer):
     """A `Trainer` that evaluates exactly and writes model cards: of the latter, see [`~miras_hf.model_card.ModelCardMixin`].
-    In evaluation, sums of every row are gathered, and its metrics are made of their totals.
+    Batches are made by [`collate_texts`] unless there is a `data_collator`, with no need of a pad token. In evaluation, sums of every row are gathered, and its metrics are made of their totals.
 
     Means of batches, which `Trainer` averages, depend on how rows fall into batches and processes. Subclasses call
     `add_rows` where they compute the loss of an evaluation, and turn the totals into metrics in `metrics_of`.
     """
 
     _rows: list[Tensor] | None = None
+
+    def __init__(self, model: nn.Module, **kwargs):
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = collate_texts
+        super().__init__(model=model, **kwargs)
+        if self.accelerator.is_fsdp2:
+            # losses and sums that leave the model in bfloat16 would be rounded to two or three digits
+            plugin = self.accelerator.state.fsdp_plugin
+            policy = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = policy and dataclasses.replace(policy, output_dtype=None)
 
     def add_rows(self, rows: Tensor) -> None:
         """Takes sums of shape `[batch, ...]`. Rows that another process repeats, to have as many, do not count."""
@@ -205,6 +221,13 @@ class ErrorsTrainer(RowsTrainer):
         exempt_from_trainer()
         self._errors: list[Tensor] = []
         self._accumulated: Tensor | None = None
+        self._learned = model.mixers
+        if self.accelerator.is_fsdp2:
+            # shards learn, and the student's own weights, which are whole in every process, are replaced in the end
+            model.mixers = copy.deepcopy(model.mixers)
+            plugin = self.accelerator.state.fsdp_plugin
+            if plugin.transformer_cls_names_to_wrap is not None:  # those of a whole model, which is not here
+                plugin.transformer_cls_names_to_wrap = model._no_split_modules
 
     def get_batch_samples(self, *args, **kwargs):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
@@ -213,11 +236,13 @@ class ErrorsTrainer(RowsTrainer):
             # gradients are averaged over batches, whose rows do not hold as many tokens
             alignment = self.accelerator.unwrap_model(self.model)
             inputs = ({n: x for n, x in self._prepare_inputs(batch).items() if n != "labels"} for batch in batches)
-            self._accumulated = torch.stack([alignment.teacher_sizes(**batch) for batch in inputs]).mean(0)
+            with self.accelerator.autocast():
+                self._accumulated = torch.stack([alignment.teacher_sizes(**batch) for batch in inputs]).mean(0)
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        with self.accelerator.autocast():  # the teacher's part as well, where only weights that are trained are cast
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         loss = outputs["loss"]
         if not model.training:
             self.add_rows(outputs["rows"])
@@ -233,8 +258,18 @@ class ErrorsTrainer(RowsTrainer):
 
     def train(self, *args, **kwargs):
         result = super().train(*args, **kwargs)
+        if self.accelerator.is_fsdp2:
+            self._gather_learned()
         self.record_run()  # the student is saved by itself
         return result
+
+    @torch.no_grad()
+    def _gather_learned(self) -> None:
+        """Gives the student what shards have learned. All processes must call it."""
+        learned = self.accelerator.unwrap_model(self.model).mixers.state_dict()
+        for name, weight in self._learned.state_dict().items():
+            found = learned[name]
+            weight.copy_(found.full_tensor() if hasattr(found, "full_tensor") else found)
 
     def model_of_card(self) -> MirasForCausalLM:
         return self.accelerator.unwrap_model(self.model).student
@@ -268,7 +303,8 @@ class AlignmentTrainer(ErrorsTrainer):
     `train()` returns: save it by `student.save_pretrained`, with a card that says how it was trained.
 
     Errors are those of the rows of all processes and of all accumulated batches together, whatever their lengths; with
-    `gradient_accumulation_steps` above 1 the teacher reads every batch once more, for that.
+    `gradient_accumulation_steps` above 1 the teacher reads every batch once more, for that. Under FSDP2 the memories are
+    sharded while they learn, teacher and student are whole in every process.
 
     Args:
         student, teacher, sink_tokens: as in [`Alignment`].
@@ -329,7 +365,9 @@ class DistillationTrainer(RowsTrainer):
     Stage 2: a `Trainer` whose loss is the Kullback-Leibler divergence of the student's next token from the teacher's, in
     nats a token. Logits of both stand in memory for `chunk_tokens` tokens at a time, and are computed again for gradients.
 
-    Tokens count where labels of their successors are not -100; without labels, where they are no pads.
+    Tokens count where labels of their successors are not -100; without labels, where they are no pads. What an evaluation
+    predicts is the divergence of every row. Under FSDP2 the student is sharded, the teacher is whole in every process, and
+    `save_model` gathers what was learned.
 
     Args:
         model (`MirasForCausalLM`): The student.
@@ -414,27 +452,26 @@ class DistillationTrainer(RowsTrainer):
         inputs |= {"position_ids": position.clamp(min=0), "use_cache": False}
         if sequences.mask is not None:  # with one of ones, teachers see no packs
             inputs["attention_mask"] = sequences.mask.long()
-        student = self.accelerator.unwrap_model(model)
-        hidden: list[Tensor] = []
-        base = getattr(student, "get_base_model", lambda: student)()
-        hook = base.model.register_forward_hook(lambda _, args, output: hidden.append(output[0]))
-        try:
-            # through whatever wraps the model
-            outputs = model(**inputs, logits_to_keep=1)
-        finally:
-            hook.remove()
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             expected = self.teacher.model(**inputs)[0]
         counts = counted_tokens(labels, position)
-        heads = (base.lm_head, self.teacher.lm_head, self.chunk_tokens)
-        if model.training:
-            divergence = chunked_divergence(hidden[0][counts], expected[counts], *heads)
-        else:
-            of_rows = [
-                chunked_divergence(x[i], y[i], *heads) for x, y, i in zip(hidden[0], expected, counts, strict=True)
-            ]
-            self.add_rows(torch.stack((torch.stack(of_rows), counts.sum(-1).float()), dim=-1))
-            divergence = sum(of_rows)
+
+        def divergences(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+            heads = (head, self.teacher.lm_head, self.chunk_tokens)
+            if model.training:
+                return chunked_divergence(hidden[counts], expected[counts], *heads)
+            rows = zip(hidden, expected, counts, strict=True)
+            return torch.stack([chunked_divergence(x[i], y[i], *heads) for x, y, i in rows])
+
+        student = self.accelerator.unwrap_model(model)
+        base = getattr(student, "get_base_model", lambda: student)()
+        # through whatever wraps the model, and within it: weights may be whole nowhere else
+        with instead_of(base.lm_head, divergences):
+            outputs = model(**inputs)
+        divergence = outputs.logits
+        if not model.training:
+            self.add_rows(torch.stack((divergence, counts.sum(-1).float()), dim=-1))
+            divergence = divergence.sum()
         loss = divergence / (num_items_in_batch if num_items_in_batch is not None else counts.sum().clamp(min=1))
         return (loss, outputs) if return_outputs else loss
 
@@ -443,15 +480,63 @@ class DistillationTrainer(RowsTrainer):
         return {"loss": divergence / max(tokens, 1.0)}
 
 
+def collate_texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """
+    Rows of ids as a batch. Where some are shorter, zeros stand behind them, which the mask hides and labels leave out: a
+    tokenizer needs no pad token for that.
+
+    Args:
+        rows: each with `input_ids`, and perhaps `attention_mask`, `labels` and, for packs of one length, `position_ids`.
+
+    Raises:
+        `ValueError`: for rows without ids or with different columns, and packs of different lengths, which have no positions for pads.
+    """
+    names = {tuple(sorted(row)) for row in rows}
+    if len(names) > 1 or "input_ids" not in rows[0]:
+        raise ValueError(
+            f"Rows must have `input_ids`, the ids of a text, and all of them the same columns, got {sorted(names)}."
+        )
+    columns = {name: [torch.as_tensor(row[name]) for row in rows] for name in rows[0]}
+    if len({len(ids) for ids in columns["input_ids"]}) == 1:
+        return {name: torch.stack(values) for name, values in columns.items()}
+    if "position_ids" in columns:
+        lengths = sorted({len(ids) for ids in columns["input_ids"]})
+        raise ValueError(f"Rows with `position_ids`, which are packs of texts, must have one length, got {lengths}.")
+    columns.setdefault("attention_mask", [torch.ones_like(ids) for ids in columns["input_ids"]])
+    at_pads = {"labels": -100}
+    return {
+        name: pad_sequence(values, batch_first=True, padding_value=at_pads.get(name, 0))
+        for name, values in columns.items()
+    }
+
+
+@contextmanager
+def instead_of(module: nn.Module, call: Callable[..., Tensor]) -> Generator[None]:
+    """For as long as it is open, a module returns what `call` returns of its input and of its own forward."""
+    own, forward = module.__dict__.get("forward"), module.forward
+    module.forward = lambda x: call(x, forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
 def chunked_divergence(
-    student: Tensor, teacher: Tensor, student_head: nn.Module, teacher_head: nn.Module, chunk_tokens: int
+    student: Tensor,
+    teacher: Tensor,
+    student_head: Callable[[Tensor], Tensor],
+    teacher_head: Callable[[Tensor], Tensor],
+    chunk_tokens: int,
 ) -> Tensor:
     """
     `sum_t KL(p_t || q_t)` of the teacher's distributions p and the student's q over the vocabulary, in float32.
 
     Args:
         student, teacher (`torch.Tensor` of shape `[tokens, hidden_size]`): last hidden states.
-        student_head, teacher_head (`nn.Module`): from there to logits.
+        student_head, teacher_head (callables): from there to logits.
         chunk_tokens (`int`): tokens whose logits stand in memory at once, in the backward pass as well.
     """
 

@@ -136,6 +136,7 @@ def _shifts(x: Tensor, weight: Tensor, position: Tensor | None) -> Iterator[tupl
 
 def _scale_of_squares(x: Tensor, squares: Tensor) -> Tensor | None:
     """The s of every row whose squares make `squares`; None if it is one everywhere. Nothing depends on it."""
+    # not a number is not below anything, either
     if can_look_at(squares) and (squares.numel() == 0 or squares.max().item() <= LARGEST_SQUARED**2):
         return None
     largest = x.detach().abs().amax(-1, keepdim=True)

@@ -72,9 +72,10 @@ from .pieces import (
 )
 
 
-# what a launch does: everything, or, where no text writes the first weight, one of two parts. Writes are a chain, and leave
-# the state at every chunk's start; reads need nothing else, and are made of all chunks at once
-EVERYTHING, WRITES, READS = (tl.constexpr(part) for part in range(3))
+# what a launch does: everything, or, where no text writes the first weight, one of three parts. Features, the hidden units
+# of keys, are those of all chunks at once; writes are a chain, and leave the state at every chunk's start; reads need nothing
+# else, and are made of all chunks at once
+EVERYTHING, FEATURES, WRITES, READS = (tl.constexpr(part) for part in range(4))
 
 
 @triton.jit
@@ -174,6 +175,28 @@ def matrix_forward_kernel(
         tl.store(dual + o_w, b_state, mask=m_w)
 
 
+@triton.jit
+def store_features(tokens, y, base1, partial_in, hidden, place, H, link, sizes, TN: tl.constexpr):
+    # H = gelu(K W1), zero where there is no token, behind that of slots that an earlier call has filled
+    sums = start_of_sum(sizes.BD, link.KIND)
+    for j in range(0, tl.cdiv(sizes.N, TN)):
+        tile = tile_of(j, sizes, TN)
+        _, _, b_a1 = load_first(base1, base1, tile, link, sizes)
+        sums = add_to_sums(sums, b_a1, tile.m_w, link, 0)
+    scale = scale_of(sums, link, sizes)
+    for i_c in range(0, place.chunks):
+        at, b_k, broken = keys_of(i_c, tokens, y, partial_in, place, H, sizes)
+        b_columns = tl.trans(operand(b_k, sizes.PRECISION))
+        for j in range(0, tl.cdiv(sizes.N, TN)):
+            tile = tile_of(j, sizes, TN)
+            _, _, b_a1 = load_first(base1, base1, tile, link, sizes)
+            b_w1 = weight_of(b_a1, tile.m_w, sums, scale, link.masses[0], 0.0, link, 0)
+            b_h = gelu(product(b_w1, b_columns, sizes.PRECISION), sizes.PRECISION)
+            if partial_in is not None:
+                b_h = hidden_behind(b_h, partial_in.inputs[-1] + place.program * sizes.C * sizes.N, at, tile)
+            tl.store(hidden + tile.o_hc, b_h, mask=tile.m_hc)
+
+
 @triton.jit(do_not_specialize=["H"])
 def mlp_forward_kernel(
     tokens,
@@ -219,6 +242,11 @@ def mlp_forward_kernel(
     dual1, dual2 = dual[0] + place.program * D * N, dual[-1] + place.program * D * N
     hidden += place.program * C * N
     mass1, mass2 = link.masses[0], link.masses[1]
+    if PART == FEATURES:
+        store_features(tokens, y, base1, partial_in, hidden, place, H, link, sizes, TN)
+        return
+    if PART == READS:
+        dual2 = saved.duals[-1] + slot_of(saved, 0, place, H, sizes)
 
     # what the link needs of the whole weights at the first chunk's start, and of the base's
     sums1, sums2 = start_of_sum(BD, link.KIND), start_of_sum(BD, link.KIND)
@@ -254,12 +282,15 @@ def mlp_forward_kernel(
                     tl.store(saved.duals[-1] + slot + tile.o_2, b_d2, mask=tile.m_w)
             b_w1 = weight_of(b_a1, tile.m_w, sums1, scale1, mass1, 0.0, link, 0)
             b_w2 = weight_of(b_a2, tile.m_w, sums2, scale2, mass2, mass2 / N, link, 0)
-            b_z1 = product(b_w1, b_columns, PRECISION)
-            b_h = gelu(b_z1, PRECISION)
-            tl.store(hidden + tile.o_hc, b_z1 if BOTH else b_h, mask=tile.m_hc)
+            if BOTH:
+                b_z1 = product(b_w1, b_columns, PRECISION)
+                b_h = gelu(b_z1, PRECISION)
+                tl.store(hidden + tile.o_hc, b_z1, mask=tile.m_hc)
+            else:
+                b_h = tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0).to(tl.float32)
             b_z2 += product(tl.trans(b_h), b_w2, PRECISION)
             if link.KIND == KL:
-                if partial_in is not None:
+                if partial_in is not None and BOTH:
                     b_h = hidden_behind(b_h, partial_in.inputs[-1] + of_chunk, at, tile)
                 hidden_sum += tl.sum(b_h, 0)
         # threads read what others of this program have written
@@ -329,14 +360,13 @@ def mlp_forward_kernel(
             b_d1, b_base1, b_a1 = load_first(dual1, base1, tile, link, sizes)
             b_d2, b_base2, b_a2 = load_dual(dual2, base2, tile.o_2, tile.m_w, link)
             b_w2 = weight_of(b_a2, tile.m_w, read2, scale2, mass2, mass2 / N, link, 0)
-            b_h = tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0)
+            b_h = tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0).to(tl.float32)
             if BOTH:
                 b_h, b_slope = gelu_and_slope(b_h, PRECISION)
                 b_dz1 = product(b_w2, b_dz2_columns, PRECISION) * b_slope
                 if partial_in is not None:
                     b_dz1 = hidden_behind(b_dz1, partial_in.gradients[0] + of_chunk, at, tile)
-            if partial_in is not None:
-                b_h = hidden_behind(b_h, partial_in.inputs[-1] + of_chunk, at, tile)
+                    b_h = hidden_behind(b_h, partial_in.inputs[-1] + of_chunk, at, tile)
 
             # the first layer's read, and the second's
             if PART != WRITES:
@@ -417,3 +447,5 @@ def mlp_forward_kernel(
             b_q = bounded(load_rows(tokens.q, at), KEY_CAP)
             b_y = b_q + (b_beta[None, :] + b_normed * b_gamma[None, :])
             tl.store(y + at.p_td, b_y.to(y.dtype.element_ty), mask=at.m_td)
+        if PART == WRITES:
+            hidden += tl.num_programs(0).to(tl.int64) * (C * N)  # features lie chunk after chunk

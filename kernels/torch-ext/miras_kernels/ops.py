@@ -352,22 +352,27 @@ class _Call:
         return chunks.cumsum(0) - chunks
 
     def launch_parts(self, y, dual, final, kept, kept_of_row) -> None:
-        """The same where no text writes the first weight: writes, a chain, and then the reads of many chunks at once."""
+        """The same where no text writes the first weight: features of many chunks at once, writes, a chain, and their reads,
+        all at once again."""
         from . import forward_pass
 
         for first, last in self.groups(CHUNKS_AT_ONCE):
             count = last - first
-            where = self.where_of(first, last)
-            slots = torch.arange(self.rows, device=self.device) * count
+            of_row = kept_of_row + first if kept else torch.arange(self.rows, device=self.device) * count
             saved = kept or [self.scratch(self.rows * count, *a.shape) for a in self.written]
-            begun = self.continues and first == 0
-            of_row = kept_of_row + first if kept else slots
-            self.launch_forward(y, dual, final, where, saved, of_row, 1, begun, forward_pass.WRITES.value)
-            if kept:
-                places = of_row[:, None] + torch.arange(count, device=self.device)
-                saved = [x.index_select(0, places.flatten().clamp(max=len(x) - 1)) for x in kept]
-            chunks = [torch.stack(x, 1).flatten() for x in zip(*(self.where_of(i, i + 1) for i in range(first, last)))]
-            self.launch_forward(y, saved, [], chunks, [], slots, 0, begun, forward_pass.READS.value)
+            # chunk after chunk, in each the rows; a row that has fewer chunks than others reads nothing
+            chunks = [torch.cat(x) for x in zip(*(self.where_of(i, i + 1) for i in range(first, last)))]
+            of_chunk = (
+                (of_row + torch.arange(count, device=self.device)[:, None]).flatten().clamp(max=len(saved[0]) - 1)
+            )
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32  # as products take them
+            hidden = self.scratch(count * self.programs, self.hidden_units, self.chunk_size, dtype=dtype)
+            launch = functools.partial(
+                self.launch_forward, y, dual, begun=self.continues and first == 0, hidden=hidden
+            )
+            launch([], chunks, [], of_chunk, 0, part=forward_pass.FEATURES.value)
+            launch(final, self.where_of(first, last), saved, of_row, 1, part=forward_pass.WRITES.value)
+            launch([], chunks, saved, of_chunk, 0, part=forward_pass.READS.value)
 
     def groups(self, every: int) -> list[tuple[int, int]]:
         """The longest row's chunks, so many at once; alone the first, if it goes on in the middle of a chunk."""
@@ -383,7 +388,9 @@ class _Call:
         end = lengths.clamp(max=last * self.chunk_size - phases)
         return [starts + begin, (end - begin).clamp(min=0)]
 
-    def launch_forward(self, y, dual, final, where, saved, saved_of_row, save_every, begun=None, part=0) -> None:
+    def launch_forward(
+        self, y, dual, final, where, saved, saved_of_row, save_every, begun=None, part=0, hidden=None
+    ) -> None:
         """Reads the tokens `where` says, from `dual` on, which it writes to."""
         from . import forward_pass
         from .arguments import Saved, slots_of
@@ -395,7 +402,7 @@ class _Call:
         launch = self.configuration(f"{self.memory}_forward")
         if self.memory == "mlp":
             kernel, launch["THREADS"], launch["PART"] = forward_pass.mlp_forward_kernel, threads(launch), part
-            hidden = self.scratch(programs, self.hidden_units, self.chunk_size)
+            hidden = self.scratch(programs, self.hidden_units, self.chunk_size) if hidden is None else hidden
             arguments = (tokens, y, tuple(self.base), self.norm_record(), tuple(dual), *factors, hidden)
         else:
             kernel, arguments = (
@@ -423,8 +430,8 @@ class _Call:
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, device=self.device)
 
-    def scratch(self, *shape: int) -> Tensor:
-        return torch.empty(shape, device=self.device)
+    def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, device=self.device, dtype=dtype)
 
     def configuration(self, kernel: str) -> dict[str, int]:
         return launch_configuration(

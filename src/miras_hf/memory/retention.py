@@ -135,7 +135,7 @@ class FrozenScale(RetentionGate):
             return None
         scale = (self.weight_cap / rms(dual)).clamp(max=1.0)
         # the cap is rarely met, and to multiply by one costs more than to look
-        return None if can_look_at(scale) and bool((scale == 1.0).all()) else scale
+        return None if can_look_at(scale) and (scale == 1.0).all().item() else scale
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
         scale = self.scale(dual)

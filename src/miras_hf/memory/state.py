@@ -146,7 +146,9 @@ class MemoryState(NamedTuple):
 
         def merge(t: Tensor) -> Tensor:
             t = t if row_order is None else t.index_select(0, row_order)
-            return t.to(dtype).flatten(0, 1) if t.dim() > 1 else t
+            if t.dim() == 1:
+                return t
+            return (t if t.dtype == dtype else t.to(dtype)).flatten(0, 1)
 
         return self.map(merge)
 

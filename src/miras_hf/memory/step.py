@@ -30,7 +30,7 @@ from .layout import check_layout_arguments, is_token
 from .retention import ChunkWeights
 from .rule import MirasRule
 from .state import MemoryParameters, MemoryState, check_state, initial_memory_state, starting_dual
-from .vjp import by_formulas, in_transform
+from .vjp import by_formulas, can_look_at, in_transform
 
 
 @without_autocast
@@ -153,12 +153,8 @@ def step_miras_(
                 d.copy_(new)
         weights = rule.weights(state.merged(dtype).matrices, parameters.base(rule, rows, dtype))
 
-    phase = state.count % rule.chunk_size
-    row = torch.arange(rows, device=phase.device)
-    before = []
-    for log in state.logs:
-        since = torch.where((phase > 0).view(-1, 1, 1), log[row, :, phase - 1], 0.0)
-        before.append(since.flatten(0, 1).unsqueeze(1))
+    row, phase = _next_slot(state.count, rule.chunk_size, mask)
+    before = [_since_start(log, row, phase).flatten(0, 1).unsqueeze(1) for log in state.logs]
     logs = [since + new for since, new in zip(before, x.logs, strict=True)]
     inputs, gradients = zip(*_write(rule, weights, merged, x, before[0], logs[0], norm), strict=True)
 
@@ -168,6 +164,8 @@ def step_miras_(
     y = _read(rule, weights, merged, x.q, logs[0], norm, mask).to(q.dtype)
 
     state.count.add_(1 if mask is None else mask[:, 0].long())
+    if isinstance(phase, int) and phase + 1 < rule.chunk_size:
+        return y, weights
     ended = state.count % rule.chunk_size == 0
     if mask is not None:
         ended = ended & mask[:, 0]
@@ -189,6 +187,23 @@ def _check_step(q: Tensor, lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else is_token(lengths, 1)
 
 
+def _next_slot(count: Tensor, chunk_size: int, mask: Tensor | None) -> tuple[Tensor | slice, Tensor | int]:
+    """Indices of the rows and of the slot that each row's token takes: of rows that all stand at one phase, at hand and
+    with a token each, a slice and a number, with which a slot is a view."""
+    if mask is None and can_look_at(count):
+        phases = {n % chunk_size for n in count.tolist()}
+        if len(phases) == 1:
+            return slice(None), phases.pop()
+    return torch.arange(len(count), device=count.device), count % chunk_size
+
+
+def _since_start(log: Tensor, row: Tensor | slice, phase: Tensor | int) -> Tensor:
+    """What is in the slots before those of `_next_slot`, `[rows, heads, f]`; zero where a chunk begins."""
+    if isinstance(phase, int):
+        return log[:, :, phase - 1] if phase > 0 else torch.zeros_like(log[:, :, 0])
+    return torch.where((phase > 0).view(-1, 1, 1), log[row, :, phase - 1], 0.0)
+
+
 def _write(rule: MirasRule, weights, state: MemoryState, x: MemoryInputs, before: Tensor, now: Tensor, norm):
     """The gradients of tokens that have not yet taken their slots of a merged state; the log decay before and after."""
     gates = rule.algorithm.step_gradient_gates(state.eta, state.log_decay, before, now)
@@ -198,7 +213,7 @@ def _write(rule: MirasRule, weights, state: MemoryState, x: MemoryInputs, before
 def _read(rule: MirasRule, weights, state: MemoryState, q: Tensor, log_decay: Tensor, norm, mask) -> Tensor:
     """What the tokens read that have taken their slots of a merged state, `[rows, 1, heads, head_dim]`."""
     heads = q.shape[0] // state.count.shape[0]
-    momentum = state.log_momentum_until(state.count % rule.chunk_size + 1)
+    momentum = state.log_momentum_until(state.count % rule.chunk_size + 1) if state.log_momentum else ()
     gates = rule.step_gates(state.eta, state.log_decay, log_decay, *momentum)
     y = tokens_first(rule.read(weights, state.factors, q, gates, norm), heads)
     return y if mask is None else torch.where(mask[..., None, None], y, 0.0)

@@ -129,8 +129,10 @@ def differentiable_vjp(function: Callable, inputs, bars) -> tuple[Tensor | None,
 
 def in_transform() -> bool:
     """Whether `torch.func`, forward-mode differentiation or `torch.jit.trace` looks at every operation of a call."""
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and _is_looked_at()
+
+
+def _is_looked_at() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
@@ -139,7 +141,7 @@ def by_formulas() -> bool:
 
     Everywhere else, adjoints written by hand, operations in place and decisions on numbers at hand may be used.
     """
-    return torch.compiler.is_compiling() or in_transform()
+    return torch.compiler.is_compiling() or _is_looked_at()
 
 
 def differentiated_by_autograd() -> bool:

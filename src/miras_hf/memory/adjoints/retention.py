@@ -93,7 +93,9 @@ def scaled_writes(gate: RetentionGate, weights: ChunkWeights, factors: Factors, 
         columns_bar = None if columns is None else (bars.gradients * gradients).sum(-2, keepdim=True)
         inputs_bar = bars.inputs if rows is None else bars.inputs * rows.mT
         gradients_bar = bars.gradients if columns is None else bars.gradients * columns
-        weights_bar = ChunkWeights(None, rows=rows_bar, columns=columns_bar)
+        weights_bar = (
+            None if rows is None and columns is None else ChunkWeights(None, rows=rows_bar, columns=columns_bar)
+        )
         return weights_bar, Factors(inputs_bar, gradients_bar), None
 
     return gate.writes(weights, factors, hidden_axis), vjp
