@@ -78,17 +78,22 @@ def fold_step_(
     slots all zeros. What it keeps for the next call says that they are.
 
     Args:
-        weights (*optional*): what the last call for this state returned; else what waits in slots is folded first.
+        weights (*optional*):
+            What the last call for this state returned, which then is not looked at again; else it is checked, and what waits in
+            slots is folded first.
     """
     x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, erase, rule, parameters)
     rows, tokens, heads, head_dim = q.shape
+    if tokens != 1:
+        raise ValueError(f"`q` must hold one token per row, got {tokens}; longer calls go through `chunk_miras`.")
     check_layout_arguments(rows, tokens, None, lengths)
-    check_state(state, rule, heads, head_dim, rows, x.eta.shape[-1])
     dtype = x.q.dtype
-    if any(t.dtype != dtype or not t.is_contiguous() for t in (*state.matrices, *state.slots)):
-        raise ValueError(f"`state` must be contiguous and in {dtype} to be updated in place.")
-    x = bound_inputs(x, rule).merged()
+    # of one token nothing has to be brought into another order
+    x = bound_inputs(x, rule).map(lambda t: t.reshape(rows * heads, 1, -1))
     if weights != ():
+        check_state(state, rule, heads, head_dim, rows, x.eta.shape[-1])
+        if any(t.dtype != dtype or not t.is_contiguous() for t in (*state.matrices, *state.slots)):
+            raise ValueError(f"`state` must be contiguous and in {dtype} to be updated in place.")
         _fold_slots(rule, parameters, state)
 
     matrix, retained, written = state.dual[0].flatten(0, 1), x.log_alpha.exp(), x.eta * x.k

@@ -43,6 +43,8 @@ def without_autocast(function):
 
     @functools.wraps(function)
     def wrapped(q: Tensor, *args, **kwargs):
+        if not (torch.compiler.is_compiling() or torch.is_autocast_enabled(q.device.type)):
+            return function(q, *args, **kwargs)
         with torch.autocast(q.device.type, enabled=False):
             return function(q, *args, **kwargs)
 
