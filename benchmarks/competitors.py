@@ -244,7 +244,7 @@ def build_miras_gated_deltanet(shape: Shape) -> Competitor:
         num_hidden_layers=1,
         vocab_size=16,
     )
-    return _our_layer(MirasModel, config, "preset `gated-deltanet`, `chunk_miras`, decoding with `step_miras`")
+    return _our_layer(MirasModel, config, "preset `gated-deltanet`, `chunk_miras`, decoding with `fold_step_`")
 
 
 def _our_layer(model_class, config, text: str) -> Competitor:

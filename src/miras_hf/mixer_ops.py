@@ -67,7 +67,8 @@ def causal_convolution(
         return _Convolution.apply(x, weight, position, silu)
     if x.shape[1] == 1 and tail is not None:
         output = (torch.cat((tail, x), dim=1) * weight.mT).sum(dim=1, keepdim=True)
-        return F.silu(output) if silu else output
+        # nobody may write into it while a gradient is to come
+        return F.silu(output, inplace=not torch.is_grad_enabled()) if silu else output
     return _convolution(x, weight, position, silu, tail)
 
 
