@@ -298,7 +298,7 @@ def mlp_forward_kernel(
         tl.debug_barrier()
 
         # -- the residual and its way back through the layer norm -----------------------------------------------------
-        b_normed, inverse_std, _, b_r = error_of_write(b_z2, b_k, b_gamma, b_beta, tokens, at, norm, loss, sizes)
+        b_normed, inverse_std, b_error, b_r = error_of_write(b_z2, b_k, b_gamma, b_beta, tokens, at, norm, loss, sizes)
         b_dz2 = normalise_vjp(b_r * b_gamma[None, :], b_normed, inverse_std, m_d, D)
         if partial_in is not None:
             b_dz2 = behind(b_dz2, partial_in.gradients[-1], at)
