@@ -287,9 +287,11 @@ def prepared(q, k, v, eta, log_alpha, delta, choices: Choices, precision: str) -
     the records of its rule and sizes."""
     from .arguments import Tokens, records_of
 
-    gates = gate(eta), gate(log_alpha)
-    gate_dim = max(x.shape[-1] for x in gates)
-    eta, log_alpha = (x.expand(*x.shape[:3], gate_dim).float().contiguous() for x in gates)
+    eta, log_alpha = gate(eta), gate(log_alpha)
+    gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
+    if eta.shape != log_alpha.shape:
+        eta, log_alpha = [x.expand(*x.shape[:3], gate_dim) for x in (eta, log_alpha)]
+    eta, log_alpha = eta.float().contiguous(), log_alpha.float().contiguous()
     delta = gate(delta).float().contiguous() if choices.threshold else None
     precision = precision or default_precision(q.dtype)
     products = "bf16_rounded" if precision == "bf16" and INTERPRETED else precision
