@@ -628,7 +628,7 @@ def mlp_backward_kernel(
             rates2 = rates_of(sums2, scale_bar2, link, sizes)
             if BOTH:
                 rates1 = rates_of(sums1, scale_bar1, link, sizes)
-        largest1, largest2 = 0.0, 0.0
+        b_largest1, b_largest2 = tl.zeros([TN, BD], dtype=tl.float32), tl.zeros([TN, BD], dtype=tl.float32)
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
             b_slope1_bar, b_slope2_bar = 0.0, 0.0
@@ -641,14 +641,15 @@ def mlp_backward_kernel(
                     b_slope1_bar = (of_hidden1 / D + slope_mean_bar1 / (D * N))[:, None]
                     b_slope1_bar += (key_slope_bar / N)[None, :]
             b_a2_bar, b_state2 = back_through_link(rates2, inner2, b_slope2_bar, layer2, tile.o_2, tile, link)
-            largest2 = tl.maximum(largest2, tl.max(tl.abs(b_state2)))
+            b_largest2 = tl.maximum(b_largest2, tl.abs(b_state2))
             if BOTH:
                 b_a1_bar, b_state1 = back_through_link(rates1, inner1, b_slope1_bar, layer1, tile.o_1, tile, link)
-                largest1 = tl.maximum(largest1, tl.max(tl.abs(b_state1)))
+                b_largest1 = tl.maximum(b_largest1, tl.abs(b_state1))
             tl.debug_barrier()
             store_state_bar(b_state2, b_a2_bar, layer2, tile.o_2, tile, link)
             if BOTH:
                 store_state_bar(b_state1, b_a1_bar, layer1, tile.o_1, tile, link)
+        largest1, largest2 = tl.max(b_largest1), tl.max(b_largest2)
         tl.debug_barrier()
 
     if not BOTH:
