@@ -77,13 +77,14 @@ class Call:
     narrow: bool = False  # parameters in bfloat16, as a bfloat16 model has them
     several: bool = False  # tokens at once, of decoding
     rotary: bool = True  # queries and keys are turned by their position, of decoding
-    nth: int = -1  # of its launches, which to count
+    nth: int = -1  # of a forward pass's launches, which to count
     variant: int = 0  # which of `launches.changed`; 0 is the configured launch
 
     def at(self, kernel: str, head_dim: int, chunk_size: int, precision: str) -> "Call":
         """The same for another kernel, whose name begins with the memory it is for, and another shape."""
         choices = replace(self.choices, memory=kernel.partition("_")[0], chunk_size=chunk_size)
-        return replace(self, choices=choices, kernel=kernel, head_dim=head_dim, precision=precision)
+        nth = self.nth if kernel.endswith("_forward") else -1
+        return replace(self, choices=choices, kernel=kernel, head_dim=head_dim, precision=precision, nth=nth)
 
 
 def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: str = "cpu") -> Callable[[], object]:

@@ -210,6 +210,30 @@ def test_work_is_counted_once_a_chunk_and_once_for_each_of_its_tiles(monkeypatch
     }
 
 
+def test_every_launch_of_a_call_in_parts_is_counted(monkeypatch):
+    """Where the first weight is not written, each launch of a forward pass has one row, and a backward pass its own."""
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    import ahead_of_time
+    import compile_report
+
+    launches = {kernel: [] for kernel in ("mlp_forward", "mlp_backward")}
+    for kernel, made in launches.items():
+        module, name = ahead_of_time.KERNELS[kernel]
+
+        class Counted:
+            def __getitem__(self, grid, made=made):
+                return lambda *arguments, **launch: made.append(launch.get("PART"))
+
+        monkeypatch.setattr(module, name, Counted())
+    calls = {name: call for name, call in compile_report.CALLS.items() if name.startswith("last")}
+    ahead_of_time.run(calls["last"].at("mlp_backward", 64, 64, "bf16"))()
+    parts = [launches["mlp_forward"][call.at("mlp_forward", 64, 64, "bf16").nth] for call in calls.values()]
+    assert sorted(parts) == sorted(launches["mlp_forward"]) and len(set(parts)) == 3
+    assert all(
+        launches["mlp_backward"][call.at("mlp_backward", 64, 64, "bf16").nth] is None for call in calls.values()
+    )
+
+
 def test_a_report_s_table_holds_what_the_main_shape_does(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "kernels"))
     import compile_report

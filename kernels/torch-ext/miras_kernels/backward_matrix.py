@@ -27,8 +27,8 @@ from .backward_pieces import (
     KEY_GATE,
     K,
     Weight,
+    back_through_base,
     back_through_first,
-    back_through_image,
     back_through_link,
     back_to_gates,
     back_to_queries,
@@ -262,4 +262,5 @@ def matrix_backward_kernel(
             store_state_bar(b_state_bar, b_dual_bar, weight, tile.o_1, tile, link)
         tl.debug_barrier()
 
-    back_through_image(base, constant_bar, base_bar, base_sums, base_scale, link, sizes, True, TN)
+    if IMAGE:
+        back_through_base(base, constant_bar, base_bar, base_sums, base_scale, mass, link, sizes, True, True, TN)

@@ -48,9 +48,8 @@ from .backward_pieces import (
     P,
     Weight,
     X,
+    back_through_base,
     back_through_first,
-    back_through_fixed,
-    back_through_image,
     back_through_link,
     back_to_gates,
     back_to_queries,
@@ -60,7 +59,7 @@ from .backward_pieces import (
     store_state_bar,
     sums_of_base,
 )
-from .chunks import behind, load_rows, place_of, residual_of, residual_vjp_of, slot_of, store_delta_bar
+from .chunks import behind, error_of_write, load_rows, place_of, residual_vjp_of, slot_of, store_delta_bar
 from .layers import (
     add_to_sums,
     along_dual,
@@ -106,14 +105,6 @@ DZ2_FOLD, Z2_BAR = (tl.constexpr(place) for place in (10, 11))
 def places(stream: bool) -> int:
     """How many tensors of C rows a program needs room for."""
     return 15 if stream else 9
-
-
-@triton.jit
-def error_of_write(b_z2, b_k, b_gamma, b_beta, tokens, at, norm, loss, sizes):
-    m_d = within(tl.arange(0, sizes.BD), sizes.D, sizes.D == sizes.BD)
-    b_normed, inverse_std = normalise(b_z2, m_d, sizes.D, norm.EPS)
-    b_error = b_k + (b_beta[None, :] + b_normed * b_gamma[None, :]) - bounded(load_rows(tokens.v, at), VALUE_CAP)
-    return b_normed, inverse_std, b_error, residual_of(b_error, tokens, at, loss, sizes)
 
 
 @triton.jit(do_not_specialize=["H"])
@@ -637,7 +628,7 @@ def mlp_backward_kernel(
             rates2 = rates_of(sums2, scale_bar2, link, sizes)
             if BOTH:
                 rates1 = rates_of(sums1, scale_bar1, link, sizes)
-        largest1, largest2 = 0.0, 0.0
+        b_largest1, b_largest2 = tl.zeros([TN, BD], dtype=tl.float32), tl.zeros([TN, BD], dtype=tl.float32)
         for j in range(0, TILES):
             tile = tile_of(j, sizes, TN)
             b_slope1_bar, b_slope2_bar = 0.0, 0.0
@@ -650,20 +641,24 @@ def mlp_backward_kernel(
                     b_slope1_bar = (of_hidden1 / D + slope_mean_bar1 / (D * N))[:, None]
                     b_slope1_bar += (key_slope_bar / N)[None, :]
             b_a2_bar, b_state2 = back_through_link(rates2, inner2, b_slope2_bar, layer2, tile.o_2, tile, link)
-            largest2 = tl.maximum(largest2, tl.max(tl.abs(b_state2)))
+            b_largest2 = tl.maximum(b_largest2, tl.abs(b_state2))
             if BOTH:
                 b_a1_bar, b_state1 = back_through_link(rates1, inner1, b_slope1_bar, layer1, tile.o_1, tile, link)
-                largest1 = tl.maximum(largest1, tl.max(tl.abs(b_state1)))
+                b_largest1 = tl.maximum(b_largest1, tl.abs(b_state1))
             tl.debug_barrier()
             store_state_bar(b_state2, b_a2_bar, layer2, tile.o_2, tile, link)
             if BOTH:
                 store_state_bar(b_state1, b_a1_bar, layer1, tile.o_1, tile, link)
+        largest1, largest2 = tl.max(b_largest1), tl.max(b_largest2)
         tl.debug_barrier()
 
-    if BOTH:
-        back_through_image(base1, constant_bar1, base_bar1, base_sums1, base_scale1, link, sizes, True, TN)
-    else:
-        back_through_fixed(base1, base_bar1, base_sums1, base_scale1, mass1, link, sizes, TN)
-    back_through_image(base2, constant_bar2, base_bar2, base_sums2, base_scale2, link, sizes, False, TN)
+    if not BOTH:
+        back_through_base(base1, base_bar1, base_bar1, base_sums1, base_scale1, mass1, link, sizes, True, False, TN)
+    elif IMAGE:
+        back_through_base(base1, constant_bar1, base_bar1, base_sums1, base_scale1, mass1, link, sizes, True, True, TN)
+    if IMAGE:
+        back_through_base(
+            base2, constant_bar2, base_bar2, base_sums2, base_scale2, mass2, link, sizes, False, True, TN
+        )
     tl.store(norm_bar[0] + place.program * D + o_d, b_gamma_bar, mask=m_d)
     tl.store(norm_bar[1] + place.program * D + o_d, b_beta_bar, mask=m_d)

@@ -34,7 +34,7 @@ from .layers import (
     weight_of,
 )
 from .links import start_of_sum
-from .pieces import KEY_CAP, KL, LQ_MIRROR, bounded, chunk_gates, mirror_vjp, product
+from .pieces import KEY_CAP, KL, LQ_MIRROR, bounded, chunk_gates, product
 from .rows import get, held, hold, put
 
 
@@ -93,31 +93,6 @@ def sums_of_base(base, WANTED: tl.constexpr, link, sizes, FIRST: tl.constexpr, T
             b_base = tl.load(base + (tile.o_1 if FIRST else tile.o_2), mask=tile.m_w, other=0.0).to(tl.float32)
             sums = add_to_sums(sums, b_base, tile.m_w, link, 0)
     return sums
-
-
-@triton.jit
-def back_through_fixed(base, base_bar, sums, scale, mass, link, sizes, TN: tl.constexpr):
-    # a weight that no text writes is the same in all chunks: the sum of its adjoints goes through the link in the end
-    TILES: tl.constexpr = (sizes.N + TN - 1) // TN
-    scale_bar = 0.0
-    inner = tl.zeros([sizes.BD], dtype=tl.float32)
-    for j in range(0, TILES):
-        tile = tile_of(j, sizes, TN)
-        b_dual = tl.load(base + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
-        b_bar = tl.load(base_bar + tile.o_1, mask=tile.m_w, other=0.0)
-        if link.KIND == KL:
-            inner += tl.sum(b_bar * weight_of(b_dual, tile.m_w, sums, scale, mass, 0.0, link, 0), 0) / mass
-        else:
-            scale_bar += along_dual(b_bar, b_dual, link)
-    rates = (0.0, 0.0)
-    if link.KIND != KL:
-        rates = rates_of(sums, scale_bar, link, sizes)
-    for j in range(0, TILES):
-        tile = tile_of(j, sizes, TN)
-        b_dual = tl.load(base + tile.o_1, mask=tile.m_w, other=0.0).to(tl.float32)
-        b_bar = tl.load(base_bar + tile.o_1, mask=tile.m_w, other=0.0)
-        b_bar = back_to_dual(b_dual, b_bar, sums, scale, rates, inner, 0.0, mass, tile, link)
-        tl.store(base_bar + tile.o_1, b_bar, mask=tile.m_w)
 
 
 @triton.jit
@@ -297,22 +272,32 @@ def store_state_bar(b_state_bar, b_dual_bar, weight, offsets, tile, link):
 
 
 @triton.jit
-def back_through_image(base, constant_bar, base_bar, sums, scale, link, sizes, FIRST: tl.constexpr, TN: tl.constexpr):
-    # the initial memory's image, which stands in the reads of all chunks
-    if link.KIND == LQ_MIRROR and link.TOWARD_INIT:
-        TILES: tl.constexpr = (sizes.N + TN - 1) // TN
-        scale_bar = 0.0
-        for j in range(0, TILES):
-            tile = tile_of(j, sizes, TN)
-            offsets = tile.o_1 if FIRST else tile.o_2
-            b_base = tl.load(base + offsets, mask=tile.m_w, other=0.0).to(tl.float32)
-            scale_bar += along_dual(tl.load(constant_bar + offsets, mask=tile.m_w, other=0.0), b_base, link)
+def back_through_base(
+    base, bar, base_bar, sums, scale, mass, link, sizes, FIRST: tl.constexpr, ADDS: tl.constexpr, TN: tl.constexpr
+):
+    # What is the same in all chunks, the image of the initial memory: the sum of its adjoints goes through the link in the
+    # end, and ADDS says that something stands in `base_bar` already
+    TILES: tl.constexpr = (sizes.N + TN - 1) // TN
+    scale_bar = 0.0
+    inner = tl.zeros([sizes.BD], dtype=tl.float32)
+    for j in range(0, TILES):
+        tile = tile_of(j, sizes, TN)
+        offsets = tile.o_1 if FIRST else tile.o_2
+        b_dual = tl.load(base + offsets, mask=tile.m_w, other=0.0).to(tl.float32)
+        b_bar = tl.load(bar + offsets, mask=tile.m_w, other=0.0)
+        if link.KIND == KL:
+            inner += tl.sum(b_bar * weight_of(b_dual, tile.m_w, sums, scale, mass, 0.0, link, 0), 0) / mass
+        else:
+            scale_bar += along_dual(b_bar, b_dual, link)
+    rates = (0.0, 0.0)
+    if link.KIND != KL:
         rates = rates_of(sums, scale_bar, link, sizes)
-        for j in range(0, TILES):
-            tile = tile_of(j, sizes, TN)
-            offsets = tile.o_1 if FIRST else tile.o_2
-            b_base = tl.load(base + offsets, mask=tile.m_w, other=0.0).to(tl.float32)
-            b_bar = tl.load(constant_bar + offsets, mask=tile.m_w, other=0.0)
-            b_bar = mirror_vjp(b_base, b_bar, 0.0, scale, rates[0], rates[1], link.Q)
+    for j in range(0, TILES):
+        tile = tile_of(j, sizes, TN)
+        offsets = tile.o_1 if FIRST else tile.o_2
+        b_dual = tl.load(base + offsets, mask=tile.m_w, other=0.0).to(tl.float32)
+        b_bar = tl.load(bar + offsets, mask=tile.m_w, other=0.0)
+        b_bar = back_to_dual(b_dual, b_bar, sums, scale, rates, inner, 0.0, mass, tile, link)
+        if ADDS:
             b_bar += tl.load(base_bar + offsets, mask=tile.m_w, other=0.0)
-            tl.store(base_bar + offsets, b_bar, mask=tile.m_w)
+        tl.store(base_bar + offsets, b_bar, mask=tile.m_w)

@@ -108,12 +108,13 @@ def gate_width(eta: Tensor, log_alpha: Tensor) -> int:
     return max(x.shape[-1] if x.dim() == 4 else 1 for x in (eta, log_alpha))
 
 
-def state_shapes(choices: Choices, rows: int, heads: int, head_dim: int, gate_dim: int) -> list[tuple[int, ...]]:
-    """Shapes of a state's tensors, as `forward` takes and returns them; of weights that a text writes."""
-    weights = choices.weight_shapes(head_dim)[choices.fixed :]
-    widths = [fan_in for fan_in, _ in weights] + [fan_out for _, fan_out in weights] + [gate_dim, gate_dim]
-    shapes: list[tuple[int, ...]] = [(rows, heads, *weight) for weight in weights]
-    return shapes + [(rows, heads, choices.chunk_size, width) for width in widths] + [(rows,)]
+def state_shapes(
+    written: Sequence[tuple[int, ...]], rows: int, heads: int, chunk_size: int, gate_dim: int
+) -> list[tuple[int, ...]]:
+    """Shapes of a state's tensors, as `forward` takes and returns them, from those `[in, out]` of weights that texts write."""
+    widths = [fan_in for fan_in, _ in written] + [fan_out for _, fan_out in written] + [gate_dim, gate_dim]
+    shapes: list[tuple[int, ...]] = [(rows, heads, *weight) for weight in written]
+    return shapes + [(rows, heads, chunk_size, width) for width in widths] + [(rows,)]
 
 
 def check_inputs(
@@ -177,7 +178,9 @@ def check_inputs(
         rows = cu_seqlens.shape[0] - 1
     if state is not None:
         check_tensors("state", state, device, last=INTEGERS)
-        check_shapes("state", state, state_shapes(choices, rows, heads, head_dim, gate_width(eta, log_alpha)))
+        written = choices.weight_shapes(head_dim)[choices.fixed :]
+        expected = state_shapes(written, rows, heads, choices.chunk_size, gate_width(eta, log_alpha))
+        check_shapes("state", state, expected)
 
 
 def is_on_host(x: Any) -> bool:

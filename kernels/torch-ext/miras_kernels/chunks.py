@@ -18,7 +18,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .pieces import HUBER_COORDINATE, at_least, at_most, residual, residual_vjp
+from .layers import within
+from .pieces import (
+    HUBER_COORDINATE,
+    VALUE_CAP,
+    at_least,
+    at_most,
+    bounded,
+    gate_channels,
+    normalise,
+    residual,
+    residual_vjp,
+)
 
 
 class Place(NamedTuple):
@@ -153,11 +164,8 @@ def store_broken(y, broken, at, sizes):
 @triton.jit
 def load_gates(tokens, partial_in, at, place, link, sizes):
     # steps and log decay since the chunk's start of its slots, [C, BD], and the whole chunk's log decay, [BD]
-    o_c, o_d = tl.arange(0, sizes.C), tl.arange(0, sizes.BD)
-    o_g = 0 * o_d
-    if sizes.GATE_DIM > 1:
-        o_g = o_d
-    m_d = o_d < sizes.D
+    o_c, o_g = tl.arange(0, sizes.C), gate_channels(sizes)
+    m_d = tl.arange(0, sizes.BD) < sizes.D
     p_g = at.o_t[:, None] * sizes.GATE_DIM + o_g[None, :]
     b_eta = tl.load(tokens.eta + p_g, mask=at.m_td, other=0.0).to(tl.float32)
     b_log_alpha = tl.load(tokens.log_alpha + p_g, mask=at.m_td, other=0.0).to(tl.float32)
@@ -192,6 +200,15 @@ def keep_slots(partial_out, b_inputs, b_gradients, b_eta, b_log_decay, broken, a
     # the decay up to now stands in everything that is read from here on
     b_log_decay = tl.where((o_c >= broken)[:, None], float("nan"), b_log_decay)
     tl.store(partial_out.log_decay + p_g, b_log_decay, mask=m_f)
+
+
+@triton.jit
+def error_of_write(b_z2, b_k, b_gamma, b_beta, tokens, at, norm, loss, sizes):
+    # of an MLP memory's write: the layer norm of its second product without the affine, 1/std, the error, the residual
+    m_d = within(tl.arange(0, sizes.BD), sizes.D, sizes.D == sizes.BD)
+    b_normed, inverse_std = normalise(b_z2, m_d, sizes.D, norm.EPS)
+    b_error = b_k + (b_beta[None, :] + b_normed * b_gamma[None, :]) - bounded(load_rows(tokens.v, at), VALUE_CAP)
+    return b_normed, inverse_std, b_error, residual_of(b_error, tokens, at, loss, sizes)
 
 
 # -- adjoints ---------------------------------------------------------------------------------------------------------

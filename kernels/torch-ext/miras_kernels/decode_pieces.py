@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .pieces import KEY_CAP, VALUE_CAP, at_least, at_most, bounded, chunk_gates, sigmoid
+from .pieces import KEY_CAP, VALUE_CAP, at_least, at_most, bounded, chunk_gates, gate_channels, sigmoid
 
 
 LARGEST_SQUARED = tl.constexpr(1e8)  # as in mixer_ops.py of the models
@@ -145,10 +145,7 @@ def load_token(tokens, raw, token, row, head, p_rotary, WIDTH, sizes):
 def load_token_gates(tokens, raw, p_token, head, link, sizes):
     # step, log retention and threshold of one token, [BD]; `p_token` counts tokens and heads
     o_d = tl.arange(0, sizes.BD)
-    m_d = o_d < sizes.D
-    o_g = 0 * o_d
-    if sizes.GATE_DIM > 1:
-        o_g = o_d
+    m_d, o_g = o_d < sizes.D, gate_channels(sizes)
     b_eta = tl.load(tokens.eta + p_token * sizes.GATE_DIM + o_g, mask=m_d, other=0.0).to(tl.float32)
     b_log_alpha = tl.load(tokens.log_alpha + p_token * sizes.GATE_DIM + o_g, mask=m_d, other=0.0).to(tl.float32)
     b_delta = b_eta
@@ -168,12 +165,8 @@ def load_token_gates(tokens, raw, p_token, head, link, sizes):
 def join_chunk(slots, b_eta, b_log_alpha, program, phase, sizes):
     # Takes the token's slot in its chunk's gates. Returns its `log_decay` and `keys`
     o_c, o_d = tl.arange(0, sizes.C), tl.arange(0, sizes.BD)
-    m_d = o_d < sizes.D
-    o_g = 0 * o_d
-    m_g = m_d & (o_d == 0)
-    if sizes.GATE_DIM > 1:
-        o_g = o_d
-        m_g = m_d
+    m_d, o_g = o_d < sizes.D, gate_channels(sizes)
+    m_g = m_d if sizes.GATE_DIM > 1 else m_d & (o_d == 0)
     p_slot = program * sizes.C * sizes.GATE_DIM
     m_e = (o_c < phase)[:, None] & m_d[None, :]
     p_e = p_slot + o_c[:, None] * sizes.GATE_DIM + o_g[None, :]
@@ -218,11 +211,8 @@ def taken_slots(slots, own, phase, sizes):
 def load_chunk_gates(slots, row, b_now, sizes):
     # of a chunk that is full: what a slot is folded with, [C, BD], and the chunk's whole decay, [BD]
     o_c, o_d = tl.arange(0, sizes.C), tl.arange(0, sizes.BD)
-    o_g = 0 * o_d
-    if sizes.GATE_DIM > 1:
-        o_g = o_d
     m_cd = (o_c >= 0)[:, None] & (o_d < sizes.D)[None, :]
-    p_cg = row.program * sizes.C * sizes.GATE_DIM + o_c[:, None] * sizes.GATE_DIM + o_g[None, :]
+    p_cg = row.program * sizes.C * sizes.GATE_DIM + o_c[:, None] * sizes.GATE_DIM + gate_channels(sizes)[None, :]
     b_etas = tl.load(slots.eta + p_cg, mask=m_cd, other=0.0)
     b_log_decays = tl.load(slots.log_decay + p_cg, mask=m_cd, other=0.0)
     _, _, _, b_fold, b_total = chunk_gates(b_etas, b_log_decays, b_now)

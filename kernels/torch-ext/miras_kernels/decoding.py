@@ -39,7 +39,7 @@ from .checks import (
     state_shapes,
 )
 from .choices import Choices
-from .configuration import INTERPRETED, launch_configuration, threads
+from .configuration import launch_configuration, threads
 from .ops import (
     CHOICE_SCHEMA,
     LIBRARY,
@@ -49,7 +49,7 @@ from .ops import (
     choice_values,
     choices_of,
     default_precision,
-    gate,
+    prepared,
     refuse,
 )
 
@@ -111,7 +111,8 @@ def resident_state(
     check_shapes("initial", initial, [(heads, *shape) for shape in choices.weight_shapes(head_dim)])
     rows = state[-1].numel() if state else 0
     gate_dim = head_dim if len(state) > 1 and state[-2].shape[-1:] == (head_dim,) else 1
-    check_shapes("state", state, state_shapes(choices, rows, heads, head_dim, gate_dim))
+    written = choices.weight_shapes(head_dim)[choices.fixed :]
+    check_shapes("state", state, state_shapes(written, rows, heads, choices.chunk_size, gate_dim))
     for name, tensors, last in (("initial", initial, FLOATS), ("state", state, INTEGERS)):
         check_tensors(name, tensors, state[0].device, last=last, beside="state[0]")
     layers = len(initial) - choices.fixed
@@ -222,28 +223,13 @@ def decode(
         check_resident(state, link_cache, choices, q)
         check_projections(projections, Projections, q)
         _remember(call)
-    p = projections
+    raw = ([], None, None, 0.0, None, None, False)
+    if projections is not None:
+        conv_weights, conv_tail, a_log, eta_max, *rest = projections
+        raw = (list(conv_weights), conv_tail, a_log, float(eta_max), *rest)
     return OPERATORS.decode(
-        q,
-        k,
-        v,
-        eta,
-        log_alpha,
-        delta,
-        list(initial),
-        norm_weight,
-        norm_bias,
-        [*state, *link_cache],
-        [] if p is None else list(p.conv_weights),
-        None if p is None else p.conv_tail,
-        None if p is None else p.a_log,
-        0.0 if p is None else float(p.eta_max),
-        None if p is None else p.cos,
-        None if p is None else p.sin,
-        False if p is None else p.value_norm,
-        lengths,
-        precision or "",
-        *choice_values(choices),
+        *(*inputs, list(initial), norm_weight, norm_bias, [*state, *link_cache]),
+        *(*raw, lengths, precision or "", *choice_values(choices)),
     )
 
 
@@ -281,44 +267,22 @@ LIBRARY.define(
 
 
 @torch.library.impl(LIBRARY, "decode", "CompositeExplicitAutograd")
-def _decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    eta: Tensor,
-    log_alpha: Tensor,
-    delta: Tensor | None,
-    initial: list[Tensor],
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    state: list[Tensor],
-    conv_weights: list[Tensor],
-    conv_tail: Tensor | None,
-    a_log: Tensor | None,
-    eta_max: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    value_norm: bool,
-    lengths: Tensor | None,
-    precision: str,
-    *choices,
-) -> Tensor:
-    c = choices_of(*choices)
-    from .arguments import Norm, Raw, Tokens, constant, records_of, slots_of
+def _decode(*arguments) -> Tensor:
+    from .arguments import Norm, Raw, constant, slots_of
 
-    rows, length, heads, head_dim = q.shape
+    inputs, (initial, norm_weight, norm_bias, state) = arguments[:6], arguments[6:10]
+    conv_weights, conv_tail, a_log, eta_max, cos, sin, value_norm = arguments[10:17]
+    lengths, precision, *choices = arguments[17:]
+    c = choices_of(*choices)
+    rows, length, heads, head_dim = inputs[0].shape
     if lengths is not None:
         if is_on_host(lengths):
             check_lengths(lengths, length)
         lengths = lengths.to(torch.int32).contiguous()
-    q, k, v = [x.contiguous() for x in (q, k, v)]
-    y = torch.empty_like(q)
+    tokens, precision, rule = prepared(*inputs, c, precision)
+    y = torch.empty_like(tokens.q)
     if rows == 0:
         return y
-    eta, log_alpha = gate(eta), gate(log_alpha)
-    gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
-    eta, log_alpha = [x.expand(rows, length, heads, gate_dim).float().contiguous() for x in (eta, log_alpha)]
-    delta = gate(delta).float().contiguous() if c.threshold else None
     raw, rotary_tokens = None, 0
     if conv_weights:
         taps = conv_weights[0].shape[-1]
@@ -330,29 +294,26 @@ def _decode(
             *(constant(taps), constant(1 << (taps - 1).bit_length())),
             constant(math.sqrt(head_dim) if value_norm else 0.0),
         )
-    precision = precision or default_precision(q.dtype)
-    products = "bf16_rounded" if precision == "bf16" and INTERPRETED else precision
-    rule = records_of(c, head_dim, gate_dim, 0 if delta is None else delta.shape[-1], products)
     launch = launch_configuration(
-        f"{c.memory}_decode", device=q.device, head_dim=head_dim, chunk_size=c.chunk_size, precision=precision
+        f"{c.memory}_decode", device=y.device, head_dim=head_dim, chunk_size=c.chunk_size, precision=precision
     )
     layers = len(initial) - c.fixed
     dual, slots = tuple(state[:layers]), slots_of(state[layers : 3 * layers + 2])
-    arguments = [Tokens(q, k, v, eta, log_alpha, delta), y, tuple(a.contiguous() for a in initial)]
+    records = [tokens, y, tuple(a.contiguous() for a in initial)]
     if c.memory == "mlp":
         from .decode_mlp import mlp_decode_kernel as kernel
 
         launch["THREADS"] = threads(launch)
-        scratch = torch.empty(rows * heads, 3, initial[0].shape[2], device=q.device)
+        scratch = torch.empty(rows * heads, 3, initial[0].shape[2], device=y.device)
         norm = [p.float().contiguous() for p in (norm_weight, norm_bias)]
-        arguments += [Norm(*norm, constant(float(c.norm_eps))), dual, slots, *state[-3:], raw, lengths, scratch]
+        records += [Norm(*norm, constant(float(c.norm_eps))), dual, slots, *state[-3:], raw, lengths, scratch]
     else:
         from .decode_matrix import matrix_decode_kernel as kernel
 
-        arguments += [dual, slots, *state[-2:], raw, lengths]
+        records += [dual, slots, *state[-2:], raw, lengths]
     # Triton launches on the current device, which need not be the tensors'
-    with torch.cuda.device_of(q):
-        kernel[(rows * heads,)](*arguments, length, heads, rotary_tokens, *rule, **launch)
+    with torch.cuda.device_of(y):
+        kernel[(rows * heads,)](*records, length, heads, rotary_tokens, *rule, **launch)
     return y
 
 

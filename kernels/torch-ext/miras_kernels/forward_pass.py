@@ -32,6 +32,7 @@ from .chunks import (
     behind,
     chunk_of,
     ends_before,
+    error_of_write,
     first_broken,
     keep_slots,
     load_gates,
@@ -297,10 +298,7 @@ def mlp_forward_kernel(
         tl.debug_barrier()
 
         # -- the residual and its way back through the layer norm -----------------------------------------------------
-        b_normed, inverse_std = normalise(b_z2, m_d, D, norm.EPS)
-        b_v = bounded(load_rows(tokens.v, at), VALUE_CAP)
-        b_error = b_k + (b_beta[None, :] + b_normed * b_gamma[None, :]) - b_v
-        b_r = residual_of(b_error, tokens, at, loss, sizes)
+        b_normed, inverse_std, b_error, b_r = error_of_write(b_z2, b_k, b_gamma, b_beta, tokens, at, norm, loss, sizes)
         b_dz2 = normalise_vjp(b_r * b_gamma[None, :], b_normed, inverse_std, m_d, D)
         if partial_in is not None:
             b_dz2 = behind(b_dz2, partial_in.gradients[-1], at)

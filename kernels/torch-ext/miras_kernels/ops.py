@@ -36,6 +36,8 @@ from .checks import (
     check_query,
     check_record,
     checked_borders,
+    gate_width,
+    state_shapes,
 )
 from .choices import HEAD_DIMS, Choices, padded
 from .configuration import INTERPRETED, PRECISIONS, launch_configuration, threads
@@ -280,23 +282,33 @@ class Operands(NamedTuple):
     lengths: Tensor | None
 
 
+def prepared(q, k, v, eta, log_alpha, delta, choices: Choices, precision: str) -> tuple:
+    """A call's tokens as kernels read them, contiguous, with gates of one width in float32; the operands of its products; and
+    the records of its rule and sizes."""
+    from .arguments import Tokens, records_of
+
+    eta, log_alpha = gate(eta), gate(log_alpha)
+    gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
+    if eta.shape != log_alpha.shape:
+        eta, log_alpha = [x.expand(*x.shape[:3], gate_dim) for x in (eta, log_alpha)]
+    eta, log_alpha = eta.float().contiguous(), log_alpha.float().contiguous()
+    delta = gate(delta).float().contiguous() if choices.threshold else None
+    precision = precision or default_precision(q.dtype)
+    products = "bf16_rounded" if precision == "bf16" and INTERPRETED else precision
+    rule = records_of(choices, q.shape[-1], gate_dim, 0 if delta is None else delta.shape[-1], products)
+    return Tokens(q.contiguous(), k.contiguous(), v.contiguous(), eta, log_alpha, delta), precision, rule
+
+
 class _Call:
     """What both passes need of a call's tensors: contiguous copies, where each row's tokens are, kernel constants."""
 
     def __init__(self, operands: Operands, precision: str, choices: Choices):
-        from .arguments import records_of
-
-        q, k, v, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, cu_seqlens, lengths = operands
+        q, *_, initial, norm_weight, norm_bias, state, cu_seqlens, lengths = operands
         self.batch, self.tokens, self.heads, self.head_dim = q.shape
         self.device, self.rows, self.layers = q.device, _rows(q, cu_seqlens), len(initial) - choices.fixed
         self.programs = self.rows * self.heads
-        self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
-        eta, log_alpha = gate(eta), gate(log_alpha)
-        self.gate_dim = max(eta.shape[-1], log_alpha.shape[-1])
-        self.eta, self.log_alpha = (
-            x.expand(*x.shape[:3], self.gate_dim).float().contiguous() for x in (eta, log_alpha)
-        )
-        self.delta = gate(delta).float().contiguous() if choices.threshold else None
+        self.inputs, self.precision, self.rule = prepared(*operands[:6], choices, precision)
+        self.q = self.inputs.q
         self.base = [a.contiguous() for a in initial]
         self.written = self.base[choices.fixed :]
         self.shapes = [tuple(a.shape[1:]) for a in self.written]
@@ -319,17 +331,11 @@ class _Call:
         self.memory, self.chunk_size, self.min_log_alpha = choices.memory, choices.chunk_size, choices.min_log_alpha
         self.count = state[-1] if state else None
         self.phases = (self.count % self.chunk_size).contiguous() if state else lengths
-        widths = [fan_in for fan_in, _ in self.shapes] + [fan_out for _, fan_out in self.shapes]
-        self.factor_shapes = [
-            (self.rows, self.heads, self.chunk_size, width) for width in (*widths, self.gate_dim, self.gate_dim)
-        ]
+        gate_dim = self.inputs.eta.shape[-1]
+        shapes = state_shapes(self.shapes, self.rows, self.heads, self.chunk_size, gate_dim)
+        self.factor_shapes = shapes[self.layers : -1]
         self.partial_in = [x.float().contiguous() for x in state[self.layers : -1]]
         self.hidden_units = choices.expansion * self.head_dim if choices.memory == "mlp" else self.head_dim
-        precision = precision or default_precision(q.dtype)
-        self.precision = precision
-        delta_dim = 0 if self.delta is None else self.delta.shape[-1]
-        products = "bf16_rounded" if precision == "bf16" and INTERPRETED else precision
-        self.rule = records_of(choices, self.head_dim, self.gate_dim, delta_dim, products)
         self.continues = bool(state)
 
     def starting_dual(self, state: list[Tensor]) -> list[Tensor]:
@@ -415,12 +421,11 @@ class _Call:
 
     def records(self, where, begun=None) -> tuple:
         """The tokens, where they are, and what the state has of a chunk that was begun, as kernels are handed it."""
-        from .arguments import Rows, Tokens, slots_of
+        from .arguments import Rows, slots_of
 
         continues = self.continues if begun is None else begun
-        tokens = Tokens(self.q, self.k, self.v, self.eta, self.log_alpha, self.delta)
         rows = Rows(*where, self.phases if continues else None)
-        return tokens, rows, slots_of(self.partial_in) if continues else None
+        return self.inputs, rows, slots_of(self.partial_in) if continues else None
 
     def norm_record(self):
         from .arguments import Norm, constant
@@ -528,12 +533,10 @@ def _(*arguments):
     rows, heads = _rows(q, cu_seqlens), q.shape[2]
     final, saved = [], []
     if output_final_state:
-        shapes = [tuple(a.shape[1:]) for a in written]
-        gate_dim = max(gate(operands.eta).shape[-1], gate(operands.log_alpha).shape[-1])
-        widths = [fan_in for fan_in, _ in shapes] + [fan_out for _, fan_out in shapes] + [gate_dim, gate_dim]
-        final = [q.new_empty((rows, heads, *shape), dtype=torch.float32) for shape in shapes]
-        final += [q.new_empty((rows, heads, chunk_size, width), dtype=torch.float32) for width in widths]
-        final.append(q.new_empty((rows,), dtype=torch.int64))
+        gate_dim = gate_width(operands.eta, operands.log_alpha)
+        shapes = state_shapes([a.shape[1:] for a in written], rows, heads, chunk_size, gate_dim)
+        final = [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
+        final[-1] = final[-1].to(torch.int64)
     if save_every:
         room = _saved_chunks(q, cu_seqlens, chunk_size, save_every)
         saved = [q.new_empty((room, *a.shape), dtype=torch.float32) for a in written]
@@ -566,7 +569,7 @@ def _backward(
 ) -> list[Tensor]:
     """Adjoints of q, k, v, eta, log_alpha, delta (empty if there is none), the initial memory, the norm, the state."""
     from . import backward_matrix, backward_mlp
-    from .arguments import Saved, Scratch, Tokens, slots_of
+    from .arguments import Saved, Scratch, slots_of
 
     operands, (precision, *choices) = _split(arguments)
     q, _, _, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, _, lengths = operands
@@ -575,8 +578,7 @@ def _backward(
     heads, rows, layers = call.heads, call.rows, call.layers
     # pads are not written to
     new = torch.zeros_like if lengths is not None else torch.empty_like
-    bars = [new(x) for x in (call.q, call.k, call.v, call.eta, call.log_alpha)]
-    delta_bar = None if call.delta is None else new(call.delta)
+    bars = call.inputs._make(None if x is None else new(x) for x in call.inputs)
     if final_bars:
         state_bars = [x.to(torch.float32, copy=True).contiguous() for x in final_bars[:layers]]
         factor_bars = [x.float().contiguous() for x in final_bars[layers:]]
@@ -611,7 +613,7 @@ def _backward(
             tokens, of_rows, partial_in = call.records(where, begun)
             norm = [call.norm_record()] if mlp else []
             arguments = [tokens, y_bar, tuple(call.base), *norm, Saved(tuple(chunk_starts), slots)]
-            arguments += [Tokens(*bars, delta_bar), tuple(state_bars), tuple(base_bars)]
+            arguments += [bars, tuple(state_bars), tuple(base_bars)]
             arguments += [partial_in, slots_of(partial_in_bars) if begun else None, slots_of(factor_bars)]
             arguments += [tuple(of_group), of_rows] if mlp else [of_rows]
             with torch.cuda.device_of(q):
@@ -637,8 +639,8 @@ def _backward(
             bar = bar.sum(-1, keepdim=True)
         return bar.reshape(x.shape).to(x.dtype)
 
-    outputs = [*bars[:3], like(bars[3], eta), like(bars[4], log_alpha)]
-    outputs.append(call.zeros(0) if delta is None else like(delta_bar, delta))
+    outputs = [*bars[:3], like(bars.eta, eta), like(bars.log_alpha, log_alpha)]
+    outputs.append(call.zeros(0) if delta is None else like(bars.delta, delta))
     outputs += [bar.to(a.dtype) for bar, a in zip(initial_bars, initial)]
     norm = (q if norm_weight is None else norm_weight, q if norm_bias is None else norm_bias)
     outputs += [bar.sum(0).to(p.dtype) for bar, p in zip(norm_bars, norm)]

@@ -109,11 +109,13 @@ def power(x, exponent: tl.constexpr):
 @triton.jit
 def gelu_gate(z, PRECISION: tl.constexpr):
     # the tanh form of gelu is z s, s = (1 + tanh(z (b + 3 a z^2) / 2)) / 2. One instruction is right to 2^-11, which
-    # rounding a product's operands to bfloat16 is not; an exponential and a division take ten
+    # rounding a product's operands to bfloat16 is not; an exponential and a division take ten. A pure instruction, and what
+    # comes before it, would be done again by every warp whose product it is an operand of, instead of handed over: eight
+    # times in a tile of 32 rows
     if PRECISION == "bf16" and HAS_TANH:
         half = z * (0.5 * GELU_B + 1.5 * GELU_A * z * z)
         t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=r,r", [half], dtype=tl.float32, is_pure=True, pack=1
+            "tanh.approx.f32 $0, $1;", "=r,r", [half], dtype=tl.float32, is_pure=False, pack=1
         )
         return 0.5 + 0.5 * t
     else:
@@ -161,8 +163,8 @@ def sign(x):
 
 
 @triton.jit
-def residual(error, b_delta, m_d, loss):
-    # dloss / derror of the attentional bias, its norm cut at CLIP = residual_clip sqrt(D)
+def loss_slope(error, b_delta, m_d, loss):
+    # dloss / derror of the attentional bias
     if loss.KIND == L2:
         r = error
     elif loss.KIND == LP:
@@ -184,7 +186,13 @@ def residual(error, b_delta, m_d, loss):
     else:
         norm = tl.sqrt(tl.sum(error * error, 1) + 1e-24)[:, None]
         r = tl.where(norm <= b_delta, error, b_delta * sign(error))
-    return shortened(r, loss.CLIP)
+    return r
+
+
+@triton.jit
+def residual(error, b_delta, m_d, loss):
+    # the same, its norm cut at CLIP = residual_clip sqrt(D)
+    return shortened(loss_slope(error, b_delta, m_d, loss), loss.CLIP)
 
 
 @triton.jit
@@ -199,6 +207,13 @@ def frozen_scale(squares, powers, size, LINK: tl.constexpr, Q: tl.constexpr, FLO
         rms = at_least(tl.sqrt(squares), 1e-12) / size**0.5
         scale = at_most(scale, CAP / rms)
     return scale
+
+
+@triton.jit
+def gate_channels(sizes):
+    # where a gate of each of a token's channels is: all in one place if it has one number for them
+    o_d = tl.arange(0, sizes.BD)
+    return o_d if sizes.GATE_DIM > 1 else 0 * o_d
 
 
 @triton.jit
@@ -237,8 +252,8 @@ def shortened_vjp(x, limit, bar):
 @triton.jit
 def residual_vjp(error, b_delta, bar, m_d, loss):
     # from the adjoint of `residual` to those of the error and of delta, [C, BD] each, a head's delta in every channel
+    bar, _ = shortened_vjp(loss_slope(error, b_delta, m_d, loss), loss.CLIP, bar)
     if loss.KIND == L2:
-        bar, _ = shortened_vjp(error, loss.CLIP, bar)
         return bar, bar
     elif loss.KIND == LP:
         cut = bounded(error, loss.ERROR_CAP)
@@ -250,7 +265,6 @@ def residual_vjp(error, b_delta, bar, m_d, loss):
         signed = loss.POWER * direction
         if loss.POWER != 3.0:
             signed = signed * tl.exp(0.5 * (loss.POWER - 3.0) * tl.log(squared))
-        bar, _ = shortened_vjp(tl.where(m_d[None, :], signed * squared, 0.0), loss.CLIP, bar)
         slope = signed * cut * (loss.POWER - 1.0)
         if loss.SMOOTH_SIGN:
             bent = loss.POWER * loss.SHARPNESS * (1.0 - direction * direction)
@@ -258,16 +272,13 @@ def residual_vjp(error, b_delta, bar, m_d, loss):
         bar = tl.where((tl.abs(error) > loss.ERROR_CAP) | ~m_d[None, :], 0.0, bar * slope)
         return bar, bar
     elif loss.KIND == HUBER_COORDINATE:
-        bar, _ = shortened_vjp(bounded(error, b_delta), loss.CLIP, bar)
         inside = tl.where(tl.abs(error) > b_delta, 0.0, bar)
         return inside, (bar - inside) * sign(error)
     elif loss.KIND == HUBER_NORM:
-        bar, _ = shortened_vjp(shortened(error, b_delta), loss.CLIP, bar)
         bar, of_delta = shortened_vjp(error, b_delta, bar)
         return bar, of_delta + 0.0 * bar
     else:
         norm = tl.sqrt(tl.sum(error * error, 1) + 1e-24)[:, None]
-        bar, _ = shortened_vjp(tl.where(norm <= b_delta, error, b_delta * sign(error)), loss.CLIP, bar)
         of_delta = tl.sum(bar * sign(error), 1)[:, None]
         return tl.where(norm > b_delta, 0.0, bar), tl.where(norm <= b_delta, 0.0, of_delta + 0.0 * bar)
 
