@@ -334,7 +334,7 @@ def _decode(
     products = "bf16_rounded" if precision == "bf16" and INTERPRETED else precision
     rule = records_of(c, head_dim, gate_dim, 0 if delta is None else delta.shape[-1], products)
     launch = launch_configuration(
-        f"{c.memory}_decode", device=q.device, head_dim=head_dim, chunk_size=c.chunk_size, precision=precision
+        f"{c.family}_decode", device=q.device, head_dim=head_dim, chunk_size=c.chunk_size, precision=precision
     )
     layers = len(initial) - c.fixed
     dual, slots = tuple(state[:layers]), slots_of(state[layers : 3 * layers + 2])
@@ -347,7 +347,10 @@ def _decode(
         norm = [p.float().contiguous() for p in (norm_weight, norm_bias)]
         arguments += [Norm(*norm, constant(float(c.norm_eps))), dual, slots, *state[-3:], raw, lengths, scratch]
     else:
-        from .decode_matrix import matrix_decode_kernel as kernel
+        if c.family == "delta":
+            from .decode_delta import delta_decode_kernel as kernel
+        else:
+            from .decode_matrix import matrix_decode_kernel as kernel
 
         arguments += [dual, slots, *state[-2:], raw, lengths]
     # Triton launches on the current device, which need not be the tensors'
