@@ -173,8 +173,8 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
         have, `mma` those of all; how many products are `asynchronous`; and what `work` counts.
 
     Raises:
-        `RuntimeError`: of Triton or its assembler, if there is no such program; and for one that does not wait for each
-            asynchronous product at once.
+        `RuntimeError`: of Triton or its assembler, if there is no such program; for one that does nothing; and for one that
+            does not wait for each asynchronous product at once.
     """
     # a backward pass follows a forward pass, whose kernel is not what is asked for
     skipped = [call.kernel.replace("_backward", "_forward")] if call.kernel.endswith("_backward") else []
@@ -192,6 +192,8 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
         raise RuntimeError(f"{call.kernel} goes on before an asynchronous product has its result: {unawaited[0]}")
     every_chunk, threads = not call.kernel.endswith("_decode"), 32 * launch["num_warps"]
     done = work(_sass(binary, "-sass"), tiles(call, launch), threads, every_chunk)
+    if done["instructions"] < 32:  # seen of a program for Blackwell: it would launch, and write nothing
+        raise RuntimeError(f"{call.kernel} compiles to a program that does nothing, with {launch}")
     return _counts(binary) | {"asynchronous": len(asynchronous)} | done
 
 

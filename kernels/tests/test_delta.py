@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from test_forward import DEVICE, by_kernel, make_call
 
+from miras_hf import MirasConfig, MirasForCausalLM
+from miras_hf.backend import MemoryBackend
 from miras_hf.memory import L2, Decay, DeltaRule, Implicit, MatrixMemory, MirasRule, NoRetention, recurrent_miras
-from miras_kernels import triangular
+from miras_kernels import Choices, triangular
 
 
 # relative to the largest value, of outputs and gradients
@@ -212,3 +214,72 @@ def test_triangular_systems(kind, chunk_size):
     whole = lower.double() + torch.eye(chunk_size, dtype=torch.float64, device=DEVICE)
     test_forward.assert_close("r", r, torch.linalg.solve(whole, p.double()), 2e-6)
     test_forward.assert_close("r of the transposed", r_transposed, torch.linalg.solve(whole.T, p.double()), 2e-6)
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+SIZE = {
+    "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "chunk_size": 16,
+    "initializer_range": 0.1, "conv_initializer_range": None, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["deltanet", "gated-deltanet", "kda", "longhorn"])
+def test_presets_run_on_kernels(name, monkeypatch):
+    """Losses, gradients and a text that is generated: those of PyTorch, by kernels alone."""
+    models = []
+    for backend in ("pytorch", "triton"):
+        torch.manual_seed(0)
+        config = MirasConfig.from_preset(name, **SIZE, memory_backend=backend)
+        models.append(MirasForCausalLM(config).to(DEVICE))
+    called = []
+    for part in ("_by_kernel", "_decode"):
+        usual = getattr(MemoryBackend, part)
+        spy = lambda *args, usual=usual, part=part, **kwargs: (called.append(part), usual(*args, **kwargs))[1]  # noqa: E731
+        monkeypatch.setattr(MemoryBackend, part, spy)
+    ids = torch.randint(3, 99, (2, 21), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ids[1, :4] = 0
+    losses, found = [], []
+    for model in models:
+        loss = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=ids, use_cache=False).loss
+        loss.backward()
+        losses.append(loss.detach())
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    for parameter, expected in found[0].items():
+        test_forward.assert_close(parameter, found[1][parameter], expected, 1e-4)
+    with torch.no_grad():
+        texts = [model.eval().generate(ids[:1, :14], max_new_tokens=4, do_sample=False) for model in models]
+    assert torch.equal(*texts)
+    assert called == ["_by_kernel", "_by_kernel", "_decode", "_decode", "_decode"]
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"gradient_at": "previous"}, "kernels do not know `gradient_at='previous'`"),
+        ({"erase_key": "own"}, "kernels do not know `erase_key='own'`"),
+        ({"writes_per_token": 2}, "kernels do not know tokens with 2 writes"),
+        ({"chunk_size": 8}, r"`chunk_size` must be one of \(16, 32, 64\), got 8"),
+    ],
+)
+def test_what_kernels_do_not_know_is_named(change, why):
+    model = MirasForCausalLM(MirasConfig.from_preset("gated-deltanet", **SIZE | change, memory_backend="triton"))
+    with pytest.raises(ValueError, match=f"No kernel serves this call, and the backend is 'triton': {why}"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False)
+
+
+def test_choices_that_do_not_fit_are_named():
+    for name, value in (("memory", "mlp"), ("attentional_bias", "lp"), ("retention", "kl")):
+        given = {"memory": "matrix", "learning_algorithm": "delta_rule", name: value}
+        with pytest.raises(
+            ValueError, match=rf"`{name}` must be '.*' with `learning_algorithm='delta_rule'`, got '{value}'"
+        ):
+            Choices(**given)
+    with pytest.raises(ValueError, match="`learning_algorithm` must be one of .*'momentum'"):
+        Choices("matrix", learning_algorithm="momentum")
+    rule = make_rule()
+    inputs, parameters = call_of(rule)
+    inputs[3] = inputs[3][..., None].expand_as(inputs[4])
+    with pytest.raises(ValueError, match=r"`eta` must have shape \(1, 21, 2\) or \(1, 21, 2, 1\), got"):
+        by_kernel(rule, inputs, parameters)

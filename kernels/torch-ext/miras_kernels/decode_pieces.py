@@ -194,7 +194,7 @@ def join_chunk(slots, b_eta, b_log_alpha, program, phase, sizes):
 
 
 @triton.jit
-def next_token(t, row, phase, tokens, raw, slots, T, H, ROTARY_TOKENS, link, sizes, STEP: tl.constexpr = 0):
+def next_token(t, row, phase, tokens, raw, slots, T, H, ROTARY_TOKENS, link, sizes, STEP: tl.constexpr):
     # a row's t-th token, which has joined its chunk
     token = row.index * T + t
     p_rotary = (row.index * ROTARY_TOKENS + t) * sizes.D
