@@ -23,7 +23,7 @@ import triton.language as tl
 from .backward_pieces import handed_on
 from .chunks import behind, chunk_of, load_rows, place_of, slot_of, store_gate_bars
 from .forward_delta import depends_on, load_bounded_gates
-from .layers import add_to_sums, rates_of, scale_of
+from .layers import add_to_sums, load_dual, rates_of, scale_of
 from .links import start_of_sum
 from .pieces import (
     KEY_CAP,
@@ -35,17 +35,6 @@ from .pieces import (
     product,
 )
 from .triangular import bounded_steps_vjp, factors_of, solved, solved_transposed
-
-
-@triton.jit
-def load_columns(state, base, p_w, m_w, link):
-    # a tile of a state, of what it deviates from, and of the dual state itself, [BD, TN]
-    b_state = tl.load(state + p_w, mask=m_w, other=0.0)
-    if link.TOWARD_INIT:
-        b_base = tl.load(base + p_w, mask=m_w, other=0.0).to(tl.float32)
-        return b_state, b_base, b_base + b_state
-    else:
-        return b_state, b_state, b_state
 
 
 @triton.jit
@@ -107,7 +96,7 @@ def delta_backward_kernel(
             for j in range(0, TILES):
                 m_n = o_n + j * TN < D
                 p_w, m_w = o_d[:, None] * D + o_n[None, :] + j * TN, (o_d < D)[:, None] & m_n[None, :]
-                _, _, b_dual = load_columns(state, base, p_w, m_w, link)
+                _, _, b_dual = load_dual(state, base, p_w, m_w, link)
                 sums = add_to_sums(sums, b_dual, m_w, link, 1)
             scale = scale_of(sums, link, sizes)
         m_before = depends_on(at, sizes)
@@ -136,7 +125,7 @@ def delta_backward_kernel(
             p_w, m_w = o_d[:, None] * D + o_n[None, :] + j * TN, (o_d < D)[:, None] & m_n[None, :]
             p_t, m_t = at.o_t[:, None] * D + o_n[None, :] + j * TN, at.m_t[:, None] & m_n[None, :]
             p_e = place.program * C * D + o_c[:, None] * D + o_n[None, :] + j * TN
-            b_state, b_base, _ = load_columns(state, base, p_w, m_w, link)
+            b_state, b_base, _ = load_dual(state, base, p_w, m_w, link)
             b_v = tl.load(tokens.v + p_t, mask=m_t, other=0.0).to(tl.float32)
             b_r = product(b_asked * b_decay, b_state, PRECISION) - bounded(b_v, VALUE_CAP)
             if link.TOWARD_INIT:
@@ -213,7 +202,7 @@ def delta_backward_kernel(
             for j in range(0, TILES):
                 m_n = o_n + j * TN < D
                 p_w, m_w = o_d[:, None] * D + o_n[None, :] + j * TN, (o_d < D)[:, None] & m_n[None, :]
-                _, _, b_dual = load_columns(state, base, p_w, m_w, link)
+                _, _, b_dual = load_dual(state, base, p_w, m_w, link)
                 b_dual_bar = rates[0] * b_dual
                 b_state_bar = tl.load(state_bar + p_w, mask=m_w, other=0.0) + b_dual_bar
                 largest = tl.maximum(largest, tl.max(tl.abs(b_state_bar)))
