@@ -34,12 +34,15 @@ from triton.runtime import driver
 
 from miras_kernels import (
     Projections,
+    backward_delta,
     backward_matrix,
     backward_mlp,
     configuration,
+    decode_delta,
     decode_matrix,
     decode_mlp,
     decoding,
+    forward_delta,
     forward_pass,
     ops,
     resident_state,
@@ -55,6 +58,9 @@ KERNELS = {
     "matrix_forward": (forward_pass, "matrix_forward_kernel"),
     "matrix_backward": (backward_matrix, "matrix_backward_kernel"),
     "matrix_decode": (decode_matrix, "matrix_decode_kernel"),
+    "delta_forward": (forward_delta, "delta_forward_kernel"),
+    "delta_backward": (backward_delta, "delta_backward_kernel"),
+    "delta_decode": (decode_delta, "delta_decode_kernel"),
 }
 # shared memory that one program may use, KiB, for what a configuration file's name says: sm_89 stands for every device
 # that has to do with the default, and has the least of those that PyTorch and Triton still serve
@@ -81,8 +87,11 @@ class Call:
     variant: int = 0  # which of `launches.changed`; 0 is the configured launch
 
     def at(self, kernel: str, head_dim: int, chunk_size: int, precision: str) -> "Call":
-        """The same for another kernel, whose name begins with the memory it is for, and another shape."""
-        choices = replace(self.choices, memory=kernel.partition("_")[0], chunk_size=chunk_size)
+        """The same for another kernel, whose name begins with its family, and another shape."""
+        family = kernel.partition("_")[0]
+        # a family of its own, whose other choices are given
+        choices = self.choices if family == "delta" else replace(self.choices, memory=family)
+        choices = replace(choices, chunk_size=chunk_size)
         nth = self.nth if kernel.endswith("_forward") else -1
         return replace(self, choices=choices, kernel=kernel, head_dim=head_dim, precision=precision, nth=nth)
 
@@ -101,7 +110,8 @@ def run(call: Call, heads: int = 4, batch: int = 1, tokens: int = 64, device: st
     q, k = (torch.nn.functional.normalize(normal(batch, tokens, heads, head_dim), dim=-1).to(dtype) for _ in "qk")
     v = normal(batch, tokens, heads, head_dim).to(dtype)
     gate = (batch, tokens, heads, *((head_dim,) if call.channel_gates else ()))
-    eta, log_alpha = 0.01 * normal(*gate).sigmoid(), -0.01 * normal(*gate).sigmoid()
+    of_step = gate[:3] if choices.family == "delta" else gate
+    eta, log_alpha = 0.01 * normal(*of_step).sigmoid(), -0.01 * normal(*gate).sigmoid()
     delta = None
     if choices.threshold:
         per_channel = call.channel_gates and choices.threshold == "channel"
@@ -164,8 +174,8 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
         have, `mma` those of all; how many products are `asynchronous`; and what `work` counts.
 
     Raises:
-        `RuntimeError`: of Triton or its assembler, if there is no such program; and for one that does not wait for each
-            asynchronous product at once.
+        `RuntimeError`: of Triton or its assembler, if there is no such program; for one that does nothing; and for one that
+            does not wait for each asynchronous product at once.
     """
     # a backward pass follows a forward pass, whose kernel is not what is asked for
     skipped = [call.kernel.replace("_backward", "_forward")] if call.kernel.endswith("_backward") else []
@@ -183,6 +193,8 @@ def compiled(call: Call, launch: dict[str, int], capability: int) -> dict[str, i
         raise RuntimeError(f"{call.kernel} goes on before an asynchronous product has its result: {unawaited[0]}")
     every_chunk, threads = not call.kernel.endswith("_decode"), 32 * launch["num_warps"]
     done = work(_sass(binary, "-sass"), tiles(call, launch), threads, every_chunk)
+    if done["instructions"] < 32:  # seen of a program for Blackwell: it would launch, and write nothing
+        raise RuntimeError(f"{call.kernel} compiles to a program that does nothing, with {launch}")
     return _counts(binary) | {"asynchronous": len(asynchronous)} | done
 
 

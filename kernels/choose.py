@@ -44,6 +44,9 @@ CALLS = [
     Call(Choices(attentional_bias="huber_mixture", retention="decay"), continues=True, keeps=True),
 ]
 
+# the same of the delta rule
+DELTA = Call(Choices(memory="matrix", learning_algorithm="delta_rule"), continues=True, keeps=True)
+
 # Cycles that a tile takes whatever its size: about ten dependent products of some 200 cycles. Not measured: a guess that
 # says how many spills a wider tile is worth.
 TILE = 2000
@@ -82,6 +85,10 @@ def candidates(
             for w in (32, 16)
             for launch in reversed(launches[:2] if head_dim <= 64 else launches[:1])
         ]
+    elif kernel == "delta_backward":
+        # nothing is put aside: a tile alone keeps operands out of a loop, and so out of shared memory
+        widths = {1 << (head_dim - 1).bit_length(): None, 32: None, 16: None}
+        found = [{"TN": max(width, 16), **launches[0]} for width in widths]
     elif kernel.endswith("_backward"):
         # operands of a chunk's rows are held where they are bfloat16; in float32 they would fill the shared memory
         streamed = {"TN": 16, **launches[0], "STREAM": 1}
@@ -116,6 +123,7 @@ def choose(name: str, kernel: str, head_dim: int, chunk_size: int, precision: st
     best, launch_of_best = (0, math.inf), None
     for launch in candidates(kernel, head_dim, chunk_size, precision):
         calls = CALLS[-1:] if kernel.endswith("_backward") else CALLS
+        calls = [DELTA] if kernel.startswith("delta") else calls
         calls = [call.at(kernel, head_dim, chunk_size, precision) for call in calls]
         if launch_of_best and (best[0] or capability < 90) and sum(tiles(c, launch) for c in calls) * TILE >= best[1]:
             continue  # its tiles alone cost more

@@ -60,6 +60,11 @@ CALLS = {
     "last, features": Call(Choices(update_layers="last"), nth=0),
     "last": Call(Choices(update_layers="last"), nth=1),
     "last, reads": Call(Choices(update_layers="last"), nth=2),
+    # of the kernels of the delta rule: KDA, and all that a call may ask for
+    "delta": Call(
+        Choices("matrix", decay_target="zero", weight_cap=None, learning_algorithm="delta_rule"),
+    ),
+    "delta, begun": Call(Choices("matrix", learning_algorithm="delta_rule"), continues=True, keeps=True, padded=True),
 }
 MAIN = (64, 64, "bf16")
 
@@ -83,16 +88,18 @@ def programs(name: str, kernel: str) -> list[dict]:
         shape = (entry["head_dim"], entry["chunk_size"], entry["precision"])
         last = {"mlp_forward": ["last, features", "last", "last, reads"], "mlp_backward": ["last"]}
         last = last.get(kernel, []) if name == "sm_90" else []
-        calls = [call for call in CALLS if "last" not in call or call in last]
+        calls = [call for call in CALLS if not call.startswith(("last", "delta")) or call in last]
         calls = calls if shape == MAIN else ["memora"] if shape[2] == "bf16" else ["yaad"]
         if kernel.endswith("_backward"):
             # half a minute each
             calls = ["plain", "yaad", *last] if shape == MAIN else ["yaad"]
+        if kernel.startswith("delta"):
+            calls = ["delta", "delta, begun"] if shape == MAIN else ["delta, begun"]
         if name != "sm_90" or kernel.endswith("_decode"):
-            calls = [call for call in calls if call != "plain"]  # of the README's table
+            calls = [call for call in calls if call not in ("plain", "delta")]  # of the README's table
         wanted += [(shape, call) for call in calls]
     # widths between the entries' take a neighbour's launch
-    if not kernel.endswith("_backward"):
+    if not kernel.endswith("_backward") and not kernel.startswith("delta"):
         wanted += [((head_dim, *MAIN[1:]), "yaad") for head_dim in (48, 96)]
     found = []
     for (head_dim, chunk_size, precision), call in wanted:
@@ -222,7 +229,9 @@ def main() -> int:
             continue
         if arguments.check:
             if arguments.few:
-                wanted = [program for program in wanted if is_main(program) and program["call"] == "yaad"]
+                wanted = [
+                    program for program in wanted if is_main(program) and program["call"] in ("yaad", "delta, begun")
+                ]
                 if name != "sm_90":
                     wanted = [program for program in wanted if program["kernel"].endswith("_forward")]
             failures += check(name, wanted, report)

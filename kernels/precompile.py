@@ -57,8 +57,8 @@ from miras_kernels.configuration import launch_configuration
 from miras_kernels.ops import chunks_between_starts
 
 
-# what models are by default, the matrix memory of the GPU script, Yaad with the loss that its paper prints, and an MLP memory
-# whose last weight alone is written
+# what models are by default, the matrix memory of the GPU script, Yaad with the loss that its paper prints, an MLP memory whose
+# last weight alone is written, and the delta rule
 FAMILIES = {
     "yaad": Choices(attentional_bias="huber_norm", retention="decay"),
     "moneta": Choices(attentional_bias="lp", retention="lq"),
@@ -66,6 +66,7 @@ FAMILIES = {
     "matrix": Choices(memory="matrix", attentional_bias="l2", retention="decay"),
     "mixture": Choices(attentional_bias="huber_mixture", retention="decay"),
     "last": Choices(attentional_bias="l2", retention="decay", update_layers="last"),
+    "delta": Choices(memory="matrix", learning_algorithm="delta_rule"),
 }
 MODELS = ("yaad", "moneta", "memora")
 TIMED_FAMILIES = (*MODELS, "matrix")
@@ -90,6 +91,7 @@ ASKED = (
     ("memora", ("training", "prompt"), CONTINUES),
     ("moneta", CHECKED, HEAD_GATES | PADDED),
     ("matrix", ("training", "prompt"), HEAD_GATES | CONTINUES),
+    ("delta", CHECKED, HEAD_GATES | PADDED | CONTINUES),
     ("memora", ("prompt",), NARROW),
     ("memora", ("decode", "several"), NARROW | {"rotary": False}),
 )
@@ -100,7 +102,7 @@ INDEX = "precompiled.json"
 def _programs() -> Iterator[tuple[str, Call]]:
     def program(family, kind, shape=MAIN, memory=None, **asked) -> tuple[str, Call]:
         choices = FAMILIES[family]
-        memory = memory or choices.memory
+        memory = memory or choices.family
         part, options = KINDS[kind]
         call = Call(choices, **options | asked).at(f"{memory}_{part}", *shape)
         head_dim, chunk_size, precision = shape
@@ -153,7 +155,7 @@ def launch(call: Call, name: str) -> list:
     """
     choices, kernels = call.choices, [call.kernel]
     if call.kernel.endswith("_backward"):
-        kernels.append(f"{choices.memory}_forward")
+        kernels.append(f"{choices.family}_forward")
     shape = {"head_dim": call.head_dim, "chunk_size": choices.chunk_size, "precision": call.precision}
     try:
         configured, *_ = [launch_configuration(kernel, device=name, **shape) for kernel in kernels]

@@ -61,7 +61,8 @@ def time_on_gpu(kernel: str, shape: dict, launch: dict[str, int], options: argpa
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
     )
     total = 0.0
-    for model in [model for model in TIMED if (model == "matrix") == (memory == "matrix")]:
+    models = [model for model in TIMED if model != "matrix"] if memory == "mlp" else [memory]
+    for model in models:
         with torch.set_grad_enabled(part == "backward"), launching(kernel, launch):
             if part == "decode":
                 call, _ = decode_call(model, at, precision=precision)

@@ -433,7 +433,7 @@ def test_a_model_decodes_as_it_reads(model):
     """Retention is one number a channel, and the step one a head; the chunk is but a way to compute."""
     mixer = model.model.layers[0].mixer
     assert (mixer.eta.bias.numel(), mixer.alpha.bias.numel(), mixer.eta.eta_max) == (4, 32, 1.0)
-    assert mixer.memory.backend.reason == "kernels do not know DeltaRule"
+    assert mixer.memory.backend.reason == "`chunk_size` must be one of (16, 32, 64), got 4"
     with torch.no_grad():
         whole = model(IDS).logits
         cache, parts = None, []

@@ -146,6 +146,7 @@ def main_cases(device: str, quick: bool) -> list[Case]:
         *(Case(kind, "memora", one_row, packed=True, continued=True) for kind in KINDS[:2]),
         *(Case(kind, "moneta", shape, gates="head", padded=True) for kind in KINDS),
         *(Case(kind, "matrix", one_row, gates="head", packed=True, continued=True) for kind in KINDS[:2]),
+        *(Case(kind, "delta", shape, gates="head", padded=True, continued=True) for kind in KINDS),
         Case("forward", "memora", shape, narrow=True),
         Case("decode", "memora", shape, narrow=True, rotary=False),
     ]

@@ -32,17 +32,29 @@ import torch
 from decoding import decode_call
 from paths import Shape, kernel_call
 
-from miras_kernels import backward_matrix, backward_mlp, decode_matrix, decode_mlp, forward_pass
+from miras_kernels import (
+    backward_delta,
+    backward_matrix,
+    backward_mlp,
+    decode_delta,
+    decode_matrix,
+    decode_mlp,
+    forward_delta,
+    forward_pass,
+)
 
 
 CALLS, BATCHES = 200, 30
 KERNELS = (
     (decode_mlp, "mlp_decode_kernel"),
     (decode_matrix, "matrix_decode_kernel"),
+    (decode_delta, "delta_decode_kernel"),
     (forward_pass, "mlp_forward_kernel"),
     (forward_pass, "matrix_forward_kernel"),
+    (forward_delta, "delta_forward_kernel"),
     (backward_mlp, "mlp_backward_kernel"),
     (backward_matrix, "matrix_backward_kernel"),
+    (backward_delta, "delta_backward_kernel"),
 )
 
 

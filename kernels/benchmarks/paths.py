@@ -29,7 +29,9 @@ import torch.nn.functional as F
 from miras_hf.backend import kernel_choices
 from miras_hf.memory import (
     ATTENTIONAL_BIASES,
+    L2,
     RETENTION_GATES,
+    DeltaRule,
     MatrixMemory,
     MemoryArchitecture,
     MemoryParameters,
@@ -41,7 +43,8 @@ from miras_kernels import forward
 
 
 # attentional bias, retention, and the largest step at a chunk of 64: those of the families by default, of a matrix memory,
-# the linear one beside them, of Yaad as the paper prints it, and of an MLP memory whose last weight alone is written
+# the linear one beside them, of Yaad as the paper prints it, of an MLP memory whose last weight alone is written, and of the
+# delta rule
 MODELS = {
     "yaad": ("huber_norm", "decay", 4e-3),
     "moneta": ("lp", "lq", 1.5e-3),
@@ -49,6 +52,7 @@ MODELS = {
     "matrix": ("l2", "decay", 0.1),
     "mixture": ("huber_mixture", "decay", 4e-3),
     "last": ("l2", "decay", 0.01),
+    "delta": ("l2", "decay", 0.9),
 }
 TIMED = ("yaad", "moneta", "memora", "matrix")
 """Models that are timed, and checked in other precisions: a loss differs from another in a few operations of a tile."""
@@ -100,11 +104,18 @@ class Path(NamedTuple):
 
 def make_rule(model: str, chunk_size: int) -> MirasRule:
     bias, gate, _ = MODELS[model]
+    if model == "delta":
+        return MirasRule(MatrixMemory(), L2(residual_clip=None), algorithm=DeltaRule(), chunk_size=chunk_size)
     memory: MemoryArchitecture = MatrixMemory()
     if model != "matrix":
         written = "last" if model == "last" else "all"
         memory = MLPMemory(norm_eps=0.01 if gate == "kl" else 0.1, update_layers=written)
     return MirasRule(memory, ATTENTIONAL_BIASES[bias](), RETENTION_GATES[gate](), chunk_size=chunk_size)
+
+
+def largest_step(model: str, shape: Shape) -> float:
+    """Of the delta rule, that of a write that erases what stood there; of others, more where chunks are shorter."""
+    return MODELS[model][2] * (1.0 if model == "delta" else 64 / shape.chunk_size)
 
 
 def make_inputs(model: str, shape: Shape, gates: str = "channel", seed: int = 0):
@@ -127,7 +138,8 @@ def make_inputs(model: str, shape: Shape, gates: str = "channel", seed: int = 0)
     if model == "moneta":
         v = (1.6 * torch.rand(of_channel, generator=draw, device=shape.device) - 0.8).to(shape.dtype)
     of_gate = of_channel if gates == "channel" else of_token
-    eta = MODELS[model][2] * torch.rand(of_gate, generator=draw, device=shape.device) * (64 / shape.chunk_size)
+    of_step = of_token if model == "delta" else of_gate
+    eta = largest_step(model, shape) * torch.rand(of_step, generator=draw, device=shape.device)
     log_alpha = -0.02 * torch.rand(of_gate, generator=draw, device=shape.device)
     rule = make_rule(model, shape.chunk_size)
     delta = None

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from paths import MODELS, Shape, make_inputs, make_rule
+from paths import Shape, largest_step, make_inputs, make_rule
 
 from miras_hf.memory import MemoryParameters
 from miras_hf.mixer_ops import causal_convolution, l2norm, negative_softplus, scaled_sigmoid
@@ -39,7 +39,8 @@ def make_projected(model: str, shape: Shape, gates: str, seed: int = 0, rotary: 
 
     raw = [normal(shape.batch, shape.tokens, shape.heads, shape.head_dim).to(shape.dtype) for _ in "qkv"]
     # half-lives of some 30 to 3,000 tokens
-    raw += [normal(*of_gate).to(shape.dtype), (1.5 * normal(*of_gate) - 5.0).to(shape.dtype)]
+    of_step = of_gate[:3] if model == "delta" else of_gate
+    raw += [normal(*of_step).to(shape.dtype), (1.5 * normal(*of_gate) - 5.0).to(shape.dtype)]
     has_delta = make_rule(model, shape.chunk_size).attentional_bias.delta_granularity is not None
     delta = normal(*of_gate[:3]) + 40.0
     # beyond delta the residual is a sign, exact only before a fold in bfloat16: of the first tokens
@@ -50,7 +51,7 @@ def make_projected(model: str, shape: Shape, gates: str, seed: int = 0, rotary: 
         conv_weights=tuple(0.5 * normal(width, KERNEL_SIZE).to(shape.dtype) for _ in "qkv"),
         conv_tail=normal(shape.batch, KERNEL_SIZE - 1, 3 * width).to(shape.dtype),
         a_log=0.3 * normal(shape.heads),
-        eta_max=MODELS[model][2] * 64 / shape.chunk_size,
+        eta_max=largest_step(model, shape),
         cos=angle.cos().to(shape.dtype) if rotary else None,
         sin=angle.sin().to(shape.dtype) if rotary else None,
         value_norm=True,

@@ -131,7 +131,8 @@ def on_the_cpu() -> Iterator[None]:
 
         def chunk_miras(q, *_, rule, parameters, cu_seqlens=None, **__):
             rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-            return q.clone(), initial_memory_state(rule, parameters, rows, _[2].shape[-1] if _[2].dim() == 4 else 1)
+            gate_dim = max(gate.shape[-1] if gate.dim() == 4 else 1 for gate in _[2:4])
+            return q.clone(), initial_memory_state(rule, parameters, rows, gate_dim)
 
         def launch_configuration(kernel, *, device, usual=configuration.launch_configuration, **shape):
             return usual(kernel, device=NAME, **shape)

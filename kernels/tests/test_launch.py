@@ -25,12 +25,16 @@ from test_decode import after_prompt, by_decode, cut
 from test_forward import DEVICE, by_kernel, make_call, make_rule
 from torch.utils._pytree import tree_leaves
 
+from miras_hf.memory import L2, DeltaRule, MatrixMemory, MirasRule
 from miras_kernels import (
+    backward_delta,
     backward_matrix,
     backward_mlp,
+    decode_delta,
     decode_matrix,
     decode_mlp,
     decoding,
+    forward_delta,
     forward_pass,
     ops,
 )
@@ -47,7 +51,18 @@ KERNELS = {
         (backward_matrix, "matrix_backward_kernel"),
         (decode_matrix, "matrix_decode_kernel"),
     ),
+    "delta": (
+        (forward_delta, "delta_forward_kernel"),
+        (backward_delta, "delta_backward_kernel"),
+        (decode_delta, "delta_decode_kernel"),
+    ),
 }
+
+
+def rule_of(family):
+    if family != "delta":
+        return make_rule(family)
+    return MirasRule(MatrixMemory(), L2(residual_clip=None), algorithm=DeltaRule(), chunk_size=16)
 
 
 class Watched:
@@ -60,10 +75,10 @@ class Watched:
         return lambda *arguments, **constants: self.seen(arguments)
 
 
-@pytest.mark.parametrize("memory", ["mlp", "matrix"])
+@pytest.mark.parametrize("memory", KERNELS)
 def test_launches_are_made_on_the_tensors_device(memory, monkeypatch):
-    rule = make_rule(memory)
-    inputs, parameters = make_call(rule, tokens=20)
+    rule = rule_of(memory)
+    inputs, parameters = make_call(rule, tokens=20, gates="head")
     state, link_cache = after_prompt(rule, inputs, parameters, 18)
     active, launched = [], []
 
@@ -116,15 +131,17 @@ def test_time_in_front_of_a_launch(monkeypatch):
 def test_sizes_that_change_from_call_to_call_compile_nothing():
     program = (
         "import miras_kernels\n"
-        "from miras_kernels import backward_matrix, backward_mlp, decode_matrix, decode_mlp, forward_pass\n"
-        "for module in (backward_matrix, backward_mlp, decode_matrix, decode_mlp, forward_pass):\n"
+        "from miras_kernels import backward_delta, backward_matrix, backward_mlp, decode_delta, decode_matrix, decode_mlp\n"
+        "from miras_kernels import forward_delta, forward_pass\n"
+        "for module in (backward_delta, backward_matrix, backward_mlp, decode_delta, decode_matrix, decode_mlp, "
+        "forward_delta, forward_pass):\n"
         "    for kernel in (x for name, x in vars(module).items() if name.endswith('_kernel')):\n"
         "        print({p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)} & "
         "{'H', 'ROTARY_TOKENS'})\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert run.stdout.split("\n")[:-1] == ["set()"] * 6, run.stderr
+    assert run.stdout.split("\n")[:-1] == ["set()"] * 9, run.stderr
 
 
 # A number of a tile that two threads hold, one of them may read after the other has written it back. The cases are at a
@@ -140,12 +157,14 @@ def test_sizes_that_change_from_call_to_call_compile_nothing():
         ("mlp_backward", 16, 16, False),
         ("matrix_backward", 16, 8, True),
         ("matrix_backward", 32, 32, False),  # of C x BD, whatever the tile
+        ("delta_backward", 16, 16, True),
+        ("delta_backward", 16, 32, False),
     ],
 )
 def test_more_threads_than_numbers_of_a_tile_are_refused(kernel, tile, warps, fits, monkeypatch):
     memory, _, part = kernel.partition("_")
-    rule = make_rule(memory, chunk_size=16)
-    inputs, parameters = make_call(rule, tokens=20)
+    rule = rule_of(memory)
+    inputs, parameters = make_call(rule, tokens=20, gates="head")
     state, link_cache = after_prompt(rule, inputs, parameters, 18)
     usual = ops.launch_configuration
 

@@ -40,6 +40,7 @@ from .memory import (
     step_miras,
     step_miras_,
 )
+from .memory.delta_rule import DeltaRule, Implicit
 from .memory.learning import GradientDescent
 from .memory.registry import CHOICES
 from .memory.retention import ChunkWeights
@@ -59,7 +60,14 @@ BACKENDS = ("auto", "triton", "pytorch")
 # the choices that kernels know, by the config's names, and what they call otherwise than configs do
 _KERNELS_KNOW = {"memory_architecture": MEMORIES, "attentional_bias": ATTENTIONAL_BIASES, "retention": RETENTION_GATES}
 # what they take for granted
-_KERNELS_ASSUME = {"memory_depth": 2, "memory_norm": True, "memory_residual": True}
+_KERNELS_ASSUME = {
+    "memory_depth": 2,
+    "memory_norm": True,
+    "memory_residual": True,
+    "gradient_at": "decayed",
+    "erase_key": "write",
+}
+_KERNELS_LEARN = {GradientDescent: "gradient_descent", DeltaRule: "delta_rule", Implicit: "implicit"}
 _KERNELS_CALL = {"none": "decay"}  # of a log retention of zero
 _KERNEL_WORDS = {"memory_architecture": "memory", "memory_expansion": "expansion", "memory_norm_eps": "norm_eps"}
 
@@ -99,9 +107,7 @@ class MemoryBackend:
             raise ValueError(f"`{name}` must be one of {BACKENDS}, got {backend!r}.")
         self.rule, self.backend, self.writes = rule, backend, writes
         self.folds_at_once = folds_at_once(rule)
-        self.choices, self.reason = kernel_choices(rule)
-        if writes > 1 and self.reason is None:
-            self.choices, self.reason = None, f"kernels do not know tokens with {writes} writes"
+        self.choices, self.reason = kernel_choices(rule, writes)
 
     def _takes_kernel(self, v: Tensor, needs_grad: bool, in_place: bool = False) -> bool:
         if self.backend == "pytorch":
@@ -285,10 +291,16 @@ def _say_once(message: str) -> bool:
     return True
 
 
-def kernel_choices(rule: MirasRule) -> tuple[Choices | None, str | None]:
-    """The rule as the kernels see it, or the reason for which they do not know it."""
-    if type(rule.algorithm) is not GradientDescent:
+def kernel_choices(rule: MirasRule, writes: int = 1) -> tuple[Choices | None, str | None]:
+    """The rule as the kernels see it, or the reason for which they do not know it, or tokens that write so often."""
+    algorithm = _KERNELS_LEARN.get(type(rule.algorithm))
+    if algorithm is None:
         return None, f"kernels do not know {type(rule.algorithm).__name__}"
+    for key, value in rule.algorithm.keys().items():
+        if value != _KERNELS_ASSUME[key]:
+            return None, f"kernels do not know `{key}={value!r}`"
+    if writes > 1:
+        return None, f"kernels do not know tokens with {writes} writes"
     parts = {
         "memory_architecture": rule.architecture,
         "attentional_bias": rule.attentional_bias,
@@ -305,12 +317,15 @@ def kernel_choices(rule: MirasRule) -> tuple[Choices | None, str | None]:
     for key, value in _KERNELS_ASSUME.items():
         if found.pop(key, value) != value:
             return None, f"kernels do not know `{key}={parts['memory_architecture'].keys()[key]!r}`"
+    if algorithm != "gradient_descent" and found["residual_clip"] is None:
+        del found["residual_clip"]  # which all rules with such an algorithm are without
     if "lp_sign" in found:
         found["lp_smooth_sign"] = found.pop("lp_sign") == "tanh"
     found = {_KERNEL_WORDS.get(name, name): value for name, value in found.items()}
     try:
         choices = Choices(
             **found,
+            learning_algorithm=algorithm,
             chunk_size=rule.chunk_size,
             decay_target=rule.decay_target,
             min_log_alpha=rule.least_log_alpha,

@@ -275,7 +275,7 @@ def table() -> str:
     rows = [[*head, "kernels"], ["---"] * (len(head) + 1)]
     for name, preset in MODELS.items():
         config = MirasConfig.from_preset(name)
-        kernel = kernel_choices(memory_rule(config))[1] or "yes"
+        kernel = kernel_choices(memory_rule(config), config.writes_per_token)[1] or "yes"
         made = (config.memory_architecture, config.attentional_bias, config.retention, config.learning_algorithm)
         proof = "its equation" + (f", Transformers' `{preset.oracle}`" if preset.oracle else "")
         texts = (preset.recurrence, preset.inputs, preset.differs, proof)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 
-from .choices import ATTENTIONAL_BIASES, RETENTION_GATES, Choices, padded
+from .choices import ATTENTIONAL_BIASES, LEARNING_ALGORITHMS, RETENTION_GATES, Choices, padded
 from .configuration import INTERPRETED
 
 
@@ -116,6 +116,7 @@ class Loss(NamedTuple):
     SHARPNESS: tl.constexpr
     ERROR_CAP: tl.constexpr
     CLIP: tl.constexpr
+    STEP: tl.constexpr  # how `triangular.py` bounds steps
 
 
 class Link(NamedTuple):
@@ -148,6 +149,7 @@ def records_of(
         SHARPNESS=constant(float(choices.lp_sharpness)),
         ERROR_CAP=constant(float(choices.lp_error_cap)),
         CLIP=constant(choices.residual_clip * math.sqrt(head_dim)),
+        STEP=constant(LEARNING_ALGORITHMS.index(choices.learning_algorithm)),
     )
     link = Link(
         KIND=constant(RETENTION_GATES.index(choices.retention)),

@@ -145,9 +145,11 @@ def check_inputs(
     for name, x in (("k", k), ("v", v)):
         check_tensor(name, x, (q.dtype,), device)
         check_shape(name, x, [tuple(q.shape)])
-    for name, x in (("eta", eta), ("log_alpha", log_alpha)):
+    # what a token erases along its key it writes along its key
+    of_step = of_gate if choices.learning_algorithm == "gradient_descent" else of_gate[:2]
+    for name, x, allowed in (("eta", eta, of_step), ("log_alpha", log_alpha, of_gate)):
         check_tensor(name, x, FLOATS, device)
-        check_shape(name, x, of_gate)
+        check_shape(name, x, allowed)
     if choices.threshold:
         if delta is None:
             raise ValueError(f"`delta` is required by {choices.attentional_bias}, a threshold per token.")

@@ -23,6 +23,7 @@ ATTENTIONAL_BIASES = ("l2", "lp", "huber_coordinate", "huber_norm", "huber_mixtu
 # which of them take a threshold for each token, and whether it is a number for each head or may be one for each channel
 THRESHOLDS = {"huber_coordinate": "channel", "huber_norm": "head", "huber_mixture": "head"}
 RETENTION_GATES = ("decay", "lq", "lq_mirror", "kl")
+LEARNING_ALGORITHMS = ("gradient_descent", "delta_rule", "implicit")
 HEAD_DIMS = (32, 48, 64, 96, 128)
 CHUNK_SIZES = (16, 32, 64)
 # a chunk's gates are taken relative to the middle of its decay: exp(80) leaves float32 room for what it multiplies
@@ -63,6 +64,11 @@ class Choices:
         update_layers (`str`, *optional*, defaults to `"all"`):
             The weights of an MLP memory that a text writes: `"all"`, or the `"last"` alone. The first one then stays the
             learned initial one, and has no part in states.
+        learning_algorithm (`str`, *optional*, defaults to `"gradient_descent"`):
+            Where a token's gradient is taken: `"gradient_descent"` at its chunk's start; `"delta_rule"` at its own time, after
+            the decay, with steps of at most `2 / |k|^2`; or `"implicit"`, at the memory after the step, which is the delta
+            rule with steps of `eta / (1 + eta |k|^2)`. The last two take a matrix memory with l2 loss, whose residuals they
+            leave as long as they are, and decay.
 
     Raises:
         `ValueError`: for values that no kernel serves, naming the argument and what is allowed.
@@ -86,6 +92,7 @@ class Choices:
     weight_cap: float | None = 2.0
     simplex_mass: float = 2.0
     update_layers: str = "all"
+    learning_algorithm: str = "gradient_descent"
 
     def __post_init__(self):
         allowed = {
@@ -95,10 +102,18 @@ class Choices:
             "chunk_size": CHUNK_SIZES,
             "decay_target": ("init", "zero"),
             "update_layers": ("all", "last") if self.memory == "mlp" else ("all",),
+            "learning_algorithm": LEARNING_ALGORITHMS,
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
+        if self.learning_algorithm != "gradient_descent":
+            for name, value in (("memory", "matrix"), ("attentional_bias", "l2"), ("retention", "decay")):
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"`{name}` must be {value!r} with `learning_algorithm={self.learning_algorithm!r}`, got "
+                        f"{getattr(self, name)!r}."
+                    )
         for name, (smallest, strict) in _BOUNDS.items():
             value = getattr(self, name)
             if name == "weight_cap" and value is None:
@@ -116,6 +131,11 @@ class Choices:
         lowest = -LARGEST_CHUNK_LOG_DECAY / self.chunk_size
         if not isinstance(self.min_log_alpha, Real) or not lowest <= self.min_log_alpha <= 0:
             raise ValueError(f"`min_log_alpha` must lie between {lowest:g} and 0, got {self.min_log_alpha!r}.")
+
+    @property
+    def family(self) -> str:
+        """What the names of its kernels begin with: `"mlp"` and `"matrix"`, or `"delta"` for gradients token by token."""
+        return self.memory if self.learning_algorithm == "gradient_descent" else "delta"
 
     @property
     def threshold(self) -> str | None:

@@ -34,7 +34,8 @@ import torch
 DIRECTORY = Path(__file__).parent / "configurations"
 DEFAULT = "default"
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-KERNELS = ("mlp_forward", "mlp_backward", "mlp_decode", "matrix_forward", "matrix_backward", "matrix_decode")
+FAMILIES = ("mlp", "matrix", "delta")
+KERNELS = tuple(f"{family}_{part}" for family in FAMILIES for part in ("forward", "backward", "decode"))
 PRECISIONS = ("bf16", "tf32", "tf32x3", "ieee")
 
 

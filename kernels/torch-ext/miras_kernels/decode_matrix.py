@@ -51,7 +51,7 @@ def matrix_decode_kernel(
         if t >= row.length:
             tl.store(p_y, tl.zeros([BD], tl.float32).to(y.dtype.element_ty), mask=m_d)
         else:
-            token = next_token(t, row, phase, tokens, raw, slots, T, H, ROTARY_TOKENS, link, sizes)
+            token = next_token(t, row, phase, tokens, raw, slots, T, H, ROTARY_TOKENS, link, sizes, loss.STEP)
 
             # -- the link at the chunk's start, the write -----------------------------------------------------------------
             b_dual = b_state

@@ -117,7 +117,7 @@ def mlp_decode_kernel(
         if t >= row.length:
             tl.store(p_y, tl.zeros([BD], tl.float32).to(y.dtype.element_ty), mask=m_d)
         else:
-            token = next_token(t, row, phase, tokens, raw, slots, T, H, ROTARY_TOKENS, link, sizes)
+            token = next_token(t, row, phase, tokens, raw, slots, T, H, ROTARY_TOKENS, link, sizes, loss.STEP)
             b_decay = tl.exp(token.log_decay)
             scale1, scale2 = tl.load(links), tl.load(links + 1)
             base_scale1, base_scale2 = tl.load(links + 2), tl.load(links + 3)

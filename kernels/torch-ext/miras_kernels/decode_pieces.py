@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from .pieces import KEY_CAP, VALUE_CAP, at_least, at_most, bounded, chunk_gates, gate_channels, sigmoid
+from .triangular import bounded_steps
 
 
 LARGEST_SQUARED = tl.constexpr(1e8)  # as in mixer_ops.py of the models
@@ -186,12 +187,14 @@ def join_chunk(slots, b_eta, b_log_alpha, program, phase, sizes):
 
 
 @triton.jit
-def next_token(t, row, phase, tokens, raw, slots, T, H, ROTARY_TOKENS, link, sizes):
+def next_token(t, row, phase, tokens, raw, slots, T, H, ROTARY_TOKENS, link, sizes, STEP: tl.constexpr):
     # a row's t-th token, which has joined its chunk
     token = row.index * T + t
     p_rotary = (row.index * ROTARY_TOKENS + t) * sizes.D
     b_q, b_k, b_v = load_token(tokens, raw, token, row.index, row.head, p_rotary, H * sizes.D, sizes)
     b_eta, b_log_alpha, b_delta = load_token_gates(tokens, raw, token * H + row.head, row.head, link, sizes)
+    if STEP > 0:
+        b_eta = tl.sum(bounded_steps(b_eta[None, :], b_k[None, :], STEP), 0)
     b_log_decay, b_keys = join_chunk(slots, b_eta, b_log_alpha, row.program, phase, sizes)
     return Token(b_q, b_k, b_v, b_delta, b_log_decay, b_keys)
 

@@ -295,7 +295,7 @@ def _decode(*arguments) -> Tensor:
             constant(math.sqrt(head_dim) if value_norm else 0.0),
         )
     launch = launch_configuration(
-        f"{c.memory}_decode", device=y.device, head_dim=head_dim, chunk_size=c.chunk_size, precision=precision
+        f"{c.family}_decode", device=y.device, head_dim=head_dim, chunk_size=c.chunk_size, precision=precision
     )
     layers = len(initial) - c.fixed
     dual, slots = tuple(state[:layers]), slots_of(state[layers : 3 * layers + 2])
@@ -308,7 +308,10 @@ def _decode(*arguments) -> Tensor:
         norm = [p.float().contiguous() for p in (norm_weight, norm_bias)]
         records += [Norm(*norm, constant(float(c.norm_eps))), dual, slots, *state[-3:], raw, lengths, scratch]
     else:
-        from .decode_matrix import matrix_decode_kernel as kernel
+        if c.family == "delta":
+            from .decode_delta import delta_decode_kernel as kernel
+        else:
+            from .decode_matrix import matrix_decode_kernel as kernel
 
         records += [dual, slots, *state[-2:], raw, lengths]
     # Triton launches on the current device, which need not be the tensors'

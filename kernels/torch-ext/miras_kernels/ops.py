@@ -94,7 +94,7 @@ def _reason(device, dtype, head_dim, choices: Choices, needs_grad, decode, preci
     if decode and needs_grad:
         return "gradients are needed, and decoding has none"
     for part in ("decode",) if decode else ("forward", "backward") if needs_grad else ("forward",):
-        kernel = f"{choices.memory}_{part}"
+        kernel = f"{choices.family}_{part}"
         reason = _no_launch(kernel, str(device), str(dtype), head_dim, choices.chunk_size, precision)
         if reason:
             return reason
@@ -329,6 +329,7 @@ class _Call:
 
         self.choices = choices
         self.memory, self.chunk_size, self.min_log_alpha = choices.memory, choices.chunk_size, choices.min_log_alpha
+        self.family = choices.family
         self.count = state[-1] if state else None
         self.phases = (self.count % self.chunk_size).contiguous() if state else lengths
         gate_dim = self.inputs.eta.shape[-1]
@@ -398,23 +399,22 @@ class _Call:
         self, y, dual, final, where, saved, saved_of_row, save_every, begun=None, part=0, hidden=None
     ) -> None:
         """Reads the tokens `where` says, from `dual` on, which it writes to."""
-        from . import forward_pass
+        from . import forward_delta, forward_pass
         from .arguments import Saved, slots_of
 
         tokens, rows, partial_in = self.records(where, begun)
         kept = Saved(tuple(saved), saved_of_row) if saved else None
         factors = partial_in, slots_of(final), rows, kept
         programs = len(where[0]) * self.heads
-        launch = self.configuration(f"{self.memory}_forward")
+        launch = self.configuration(f"{self.family}_forward")
         if self.memory == "mlp":
             kernel, launch["THREADS"], launch["PART"] = forward_pass.mlp_forward_kernel, threads(launch), part
             hidden = self.scratch(programs, self.hidden_units, self.chunk_size) if hidden is None else hidden
             arguments = (tokens, y, tuple(self.base), self.norm_record(), tuple(dual), *factors, hidden)
         else:
-            kernel, arguments = (
-                forward_pass.matrix_forward_kernel,
-                (tokens, y, tuple(self.base), tuple(dual), *factors),
-            )
+            delta = self.family == "delta"
+            kernel = forward_delta.delta_forward_kernel if delta else forward_pass.matrix_forward_kernel
+            arguments = (tokens, y, tuple(self.base), tuple(dual), *factors)
         # Triton launches on the current device, which need not be the tensors'
         with torch.cuda.device_of(self.q):
             kernel[(programs,)](*arguments, self.heads, *self.rule, SAVE_EVERY=save_every, **launch)
@@ -568,7 +568,7 @@ def _backward(
     y_bar: Tensor, final_bars: list[Tensor], saved: list[Tensor], save_every: int, *arguments
 ) -> list[Tensor]:
     """Adjoints of q, k, v, eta, log_alpha, delta (empty if there is none), the initial memory, the norm, the state."""
-    from . import backward_matrix, backward_mlp
+    from . import backward_delta, backward_matrix, backward_mlp
     from .arguments import Saved, Scratch, slots_of
 
     operands, (precision, *choices) = _split(arguments)
@@ -590,16 +590,18 @@ def _backward(
     partial_in_bars = [call.zeros(*shape) for shape in call.factor_shapes] if state else []
     if call.programs > 0 and call.tokens > 0:
         y_bar = y_bar.contiguous()
-        module = backward_mlp if call.memory == "mlp" else backward_matrix
-        kernel = module.mlp_backward_kernel if call.memory == "mlp" else module.matrix_backward_kernel
-        launch = {"STREAM": False, **call.configuration(f"{call.memory}_backward")}
+        module = {"mlp": backward_mlp, "matrix": backward_matrix, "delta": backward_delta}[call.family]
+        kernel = getattr(module, f"{call.family}_backward_kernel")
+        alone = call.family == "delta"  # whose kernel puts nothing aside
+        launch = {**({} if alone else {"STREAM": False}), **call.configuration(f"{call.family}_backward")}
         launch["THREADS"] = threads(launch)
         mlp, mirrors = call.memory == "mlp", choices.retention == "lq_mirror"
         shapes = [(call.programs, *shape) for shape in call.shapes]
-        places = module.places(launch["STREAM"]) * call.chunk_size * max(call.chunk_size, padded(call.head_dim))
+        places = 0 if alone else module.places(launch["STREAM"])
+        places *= call.chunk_size * max(call.chunk_size, padded(call.head_dim))
         scratch = Scratch(
             hidden=tuple(call.scratch(call.programs, call.hidden_units, call.chunk_size) for _ in range(4 * mlp)),
-            weight_bar=tuple(call.scratch(*shape) for shape in shapes),
+            weight_bar=() if alone else tuple(call.scratch(*shape) for shape in shapes),
             read_bar=call.scratch(*shapes[-1]) if mlp else None,
             link_bar=None,
             slope_bar=tuple(call.scratch(call.programs, call.hidden_units) for _ in initial) if mirrors else None,
@@ -619,7 +621,7 @@ def _backward(
             with torch.cuda.device_of(q):
                 kernel[(call.programs,)](
                     *arguments,
-                    scratch._replace(link_bar=images),
+                    *(() if alone else (scratch._replace(link_bar=images),)),
                     heads,
                     *call.rule,
                     **launch,
