@@ -13,9 +13,9 @@
 # limitations under the License.
 """Attention layers of a pretrained Transformer become memories that learn from it, in two stages.
 
-What one learns: `miras_hf.convert` gives memories the projections of the attention that they replace; stage 1 aligns each of
-them with that attention, layer by layer; stage 2 distils what the whole teacher says. The ladder (teacher, converted,
-stage 1, stage 2) is measured on text held out, with what a few prompts lead to; the teacher and its hybrid are compared by
+What one learns: `miras_hf.convert` gives memories the projections of the attention that they replace; their output projections
+are fitted to some text by least squares; stage 1 aligns each of them with that attention, layer by layer; stage 2 distils what
+the whole teacher says. The ladder (teacher, converted, fitted, stage 1, stage 2) is measured on text held out, with what a few prompts lead to; the teacher and its hybrid are compared by
 their caches and by the time that a token takes after short and long texts.
 
     python examples/distil.py --teacher my-llama --layers 5 11 17 23
@@ -67,6 +67,7 @@ from miras_hf.configuration_miras import MEMORY_LAYER
 from miras_hf.distillation import AlignmentTrainer, DistillationTrainer, alignment_errors
 from miras_hf.files import atomic_write, write_text
 from miras_hf.model_card import machine, versions
+from miras_hf.output_fit import fit_outputs
 from miras_hf.stored_alignment import StoredAlignmentTrainer, store_activations
 
 
@@ -104,6 +105,9 @@ class Arguments:
     )
     block_size: int = field(default=256, metadata={"help": "Tokens in one row."})
     batch_size: int = field(default=4, metadata={"help": "Rows per step."})
+    fit_rows: int = field(
+        default=32, metadata={"help": "Rows to which output projections are fitted before training, 0 for none."}
+    )
     stage1_steps: int = field(default=70, metadata={"help": "Steps of alignment."})
     offline: bool = field(
         default=False, metadata={"help": "Stage 1 layer by layer, from activations that are stored first."}
@@ -136,6 +140,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "smoke": {
         "block_size": 64,
         "batch_size": 8,
+        "fit_rows": 16,
         "stage1_steps": 16,
         "stage2_steps": 6,
         "eval_rows": 8,
@@ -321,6 +326,25 @@ def train_stage(trainer: Trainer, save: Callable[[], None], deadline: float, pro
     return not stop.stopped
 
 
+def fit(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    ids: torch.Tensor,
+    path: Path,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    """Fits the output projections of memories to rows of ids, or takes them from the file of an earlier command."""
+    if not path.exists():
+        start = time.perf_counter()
+        fit_outputs(student, teacher, ({"input_ids": part} for part in ids.split(batch_size)))
+        progress.add_seconds(time.perf_counter() - start)
+        projections = {n: p for n, p in student.named_parameters() if n.endswith(".mixer.o_proj.weight")}
+        save_file(projections, path)
+    for name, weight in load_file(path, device=str(teacher.device)).items():
+        student.get_parameter(name).data.copy_(weight)
+
+
 def align_offline(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -436,6 +460,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     args.size = "smoke" if args.smoke else args.size
     if args.teacher is None and args.size != "smoke":
         raise ValueError("--teacher is needed, a Llama-like model; or --smoke, which makes one.")
+    if args.fit_rows < 0:
+        raise ValueError(f"--fit_rows must be at least 0, got {args.fit_rows}.")
     if args.split_teacher is not None:
         if args.gguf_file is None or args.split_teacher < 1:
             raise ValueError(f"--split_teacher needs --gguf_file and at least 1 MiB, got {args.split_teacher}.")
@@ -489,6 +515,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     student = miras_hf.convert(teacher, layers, memory, base_model=args.base_model, license=args.license)
     print(f"{type(teacher).__name__} to {type(student).__name__}, layers {layers} are memories now", flush=True)
     climb("converted", student)
+    if args.fit_rows:
+        rows_of_text = torch.tensor(train[: args.fit_rows]["input_ids"])
+        fit(student, teacher, rows_of_text, folder / "fitted.safetensors", args.batch_size, progress)
+        climb("fitted", student)
     stages = {
         "stage 1": (args.stage1_steps, args.stage1_rate, AlignmentTrainer, {}),
         "stage 2": (args.stage2_steps, args.stage2_rate, DistillationTrainer, {"body_learning_rate": args.body_rate}),
@@ -563,6 +593,7 @@ def summary(args: Arguments, argv: list[str], progress: Progress, layers: list[i
         "seconds": progress.found["seconds"],
         "layers": layers,
         "tokens": {stage: n * args.batch_size * args.block_size for stage, n in steps},
+        "fitted_tokens": args.fit_rows * args.block_size,
         "held_out_tokens": held_out * args.block_size,
         "nats_per_token": {step: found["nats_per_token"] for step, found in ladder.items()},
         "alignment_errors": {

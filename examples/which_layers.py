@@ -13,8 +13,8 @@
 # limitations under the License.
 """Which attention layers of a pretrained Transformer to convert, and into which memories: two tables, measured briefly.
 
-What one learns: `--table layers` makes memories of all candidates, aligns them for a few steps, and restores the attention of
-one at a time: its alignment error says how well a memory imitates it, the divergence that is left says how much the model
+What one learns: `--table layers` makes memories of all candidates, aligns them for a few steps, or only fits their output
+projections (`--fit_rows 12 --steps 0`, no gradients), and restores the attention of one at a time: its alignment error says how well a memory imitates it, the divergence that is left says how much the model
 needs it. Convert those with a small gain. `--table receivers` stores what some layers read and return, and aligns memories of
 several kinds with the same activations: how close does each come, at which size of its state.
 
@@ -78,6 +78,10 @@ class Arguments:
     )
     block_size: int = field(default=256, metadata={"help": "Tokens in one row."})
     batch_size: int = field(default=4, metadata={"help": "Rows per step."})
+    fit_rows: int = field(
+        default=0,
+        metadata={"help": "For --table layers, rows to which output projections are fitted first; --steps 0 then."},
+    )
     steps: int = field(default=16, metadata={"help": "Steps of alignment."})
     rate: float = field(default=1e-3, metadata={"help": "Peak rate of alignment."})
     eval_rows: int = field(default=4, metadata={"help": "Rows of held-out text that are measured."})
@@ -127,6 +131,13 @@ def aligned(teacher: PreTrainedModel, train: Dataset, args: Arguments, progress:
         return AutoModelForCausalLM.from_pretrained(args.hybrid).to(teacher.device).eval()
     set_seed(args.seed)
     student = miras_hf.convert(teacher, args.layers, args.memory)
+    if args.fit_rows:
+        ids = torch.tensor(train[: args.fit_rows]["input_ids"])
+        path = Path(args.output_dir, "fitted.safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        distil.fit(student, teacher, ids, path, args.batch_size, progress)
+    if not args.steps:
+        return student
     done = Path(args.output_dir, "aligned.safetensors")
     mixers = {f"{i}.{n}": p for i in args.layers for n, p in student.model.layers[i].mixer.named_parameters()}
     if not done.exists():
@@ -257,6 +268,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = parser.parse_args_into_dataclasses(argv)
     if args.table not in ("layers", "receivers"):
         raise ValueError(f"--table must be layers or receivers, got {args.table!r}.")
+    if args.fit_rows < 0 or (args.fit_rows and (args.table != "layers" or args.hybrid is not None)):
+        raise ValueError(
+            f"--fit_rows must be at least 0, and goes with --table layers without --hybrid, got {args.fit_rows}."
+        )
     if args.teacher is None and not args.smoke:
         raise ValueError("--teacher is needed, a Llama-like model; or --smoke, which makes one.")
     set_seed(args.seed)
@@ -284,6 +299,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "table": args.table,
         "settings": {n: value for n, value in asdict(args).items() if n not in ("output_dir", "report", "teacher")},
         "tokens": args.steps * args.batch_size * args.block_size,
+        "fitted_tokens": args.fit_rows * args.block_size,
         "held_out_tokens": held_out.numel(),
         "machine": machine(),
         "versions": versions(),

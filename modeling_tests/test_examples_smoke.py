@@ -146,7 +146,10 @@ def check_distil(folder: Path, text: str) -> None:
         errors["stage 1"]["1"] < 0.5 * errors["converted"]["1"] and errors["stage 2"]["1"] < errors["converted"]["1"]
     )
     ladder = result["nats_per_token"]
-    assert list(ladder) == ["teacher", "converted", "stage 1", "stage 2"]
+    assert list(ladder) == ["teacher", "converted", "fitted", "stage 1", "stage 2"]
+    # of an eighth of the tokens of stage 1, and no gradient
+    assert errors["fitted"]["1"] < 0.5 * errors["converted"]["1"]
+    assert result["fitted_tokens"] == 16 * 64
     assert abs(ladder["stage 2"] - ladder["teacher"]) < 0.05 and f"| stage 1 | {ladder['stage 1']:.3f} |" in text
     # two of three layers have keys and values, of 2 heads of 16 numbers in float32, as the teacher's three have
     theirs, ours = (
@@ -221,6 +224,16 @@ def test_tables_of_layers_and_of_receivers(tmp_path, monkeypatch):
     assert f"| {best['layer']} | {best['alignment_error']:.3f} | {best['restored']:.3f} |" in which.markdown(result)
     # of the same command nothing is done twice
     assert which.main(flags)["rows"] == rows == json.loads((tmp_path / "layers.json").read_text())["rows"]
+
+    # and without a gradient
+    fitted = ["--smoke", "--steps", "0", "--eval_rows", "2", "--fit_rows", "8", "--output_dir"]
+    found = which.main([*fitted, str(tmp_path / "fitted")])
+    assert found["tokens"] == 0 and found["fitted_tokens"] == 8 * 64
+    assert all(0 < row["alignment_error"] < 1 for row in found["rows"])
+    assert not list((tmp_path / "fitted").glob("stage1"))
+    for wrong in ("--table receivers --fit_rows 8", "--hybrid a --fit_rows 8", "--fit_rows -1"):
+        with pytest.raises(ValueError, match="--fit_rows must be at least 0, and goes with --table layers without"):
+            which.main(wrong.split())
 
     # of a hybrid that has been trained nothing is trained
     teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "layers" / "teacher")
