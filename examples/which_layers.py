@@ -13,10 +13,11 @@
 # limitations under the License.
 """Which attention layers of a pretrained Transformer to convert, and into which memories: two tables, measured briefly.
 
-What one learns: `--table layers` makes memories of all candidates, aligns them for a few steps, or only fits their output
-projections (`--fit_rows 12 --steps 0`, no gradients), and restores the attention of one at a time: its alignment error says how well a memory imitates it, the divergence that is left says how much the model
-needs it. Convert those with a small gain. `--table receivers` stores what some layers read and return, and aligns memories of
-several kinds with the same activations: how close does each come, at which size of its state.
+What one learns: `--table layers` makes memories of all candidates, aligns them for a few steps, or only fits their
+output projections (`--fit_rows 12 --steps 0`, no gradients), and restores the attention of one at a time: its alignment
+error says how well a memory imitates it, the divergence that is left says how much the model needs it. Convert those
+with a small gain. `--table receivers` stores what some layers read and return, and aligns memories of several kinds
+with the same activations: how close does each come, at which size of its state.
 
     python examples/which_layers.py --teacher my-llama --table layers --report layers.json
     python examples/which_layers.py --teacher my-llama --table receivers --layers 2 9 16 23

@@ -173,7 +173,8 @@ def errors_of(rows: Tensor) -> dict[str, Tensor]:
 
 class RowsTrainer(ModelCardMixin, Trainer):
     """A `Trainer` that evaluates exactly and writes model cards: of the latter, see [`~miras_hf.model_card.ModelCardMixin`].
-    Batches are made by [`collate_texts`] unless there is a `data_collator`, with no need of a pad token. In evaluation, sums of every row are gathered, and its metrics are made of their totals.
+    Batches are made by [`collate_texts`] unless there is a `data_collator`, with no need of a pad token. In evaluation,
+    sums of every row are gathered, and its metrics are made of their totals.
 
     Means of batches, which `Trainer` averages, depend on how rows fall into batches and processes. Subclasses call
     `add_rows` where they compute the loss of an evaluation, and turn the totals into metrics in `metrics_of`.
@@ -298,9 +299,10 @@ class ErrorsTrainer(RowsTrainer):
 
 class AlignmentTrainer(ErrorsTrainer):
     """
-    Stage 1: `Trainer` of an [`Alignment`]. Logs the error of every layer as `alignment/layer_0` and so on, in evaluation as
-    `eval_alignment/layer_0`, of the rows of all processes; its checkpoints hold the memory layers alone. Train with a rate like 1e-3; the student has learned when
-    `train()` returns: save it by `student.save_pretrained`, with a card that says how it was trained.
+    Stage 1: `Trainer` of an [`Alignment`]. Logs the error of every layer as `alignment/layer_0` and so on, in
+    evaluation as `eval_alignment/layer_0`, of the rows of all processes; its checkpoints hold the memory layers alone.
+    Train with a rate like 1e-3; the student has learned when `train()` returns: save it by `student.save_pretrained`,
+    with a card that says how it was trained.
 
     Errors are those of the rows of all processes and of all accumulated batches together, whatever their lengths; with
     `gradient_accumulation_steps` above 1 the teacher reads every batch once more, for that. Under FSDP2 the memories are

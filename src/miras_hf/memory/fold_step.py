@@ -19,8 +19,9 @@ those of the recurrence token by token, and a token may write into the matrix it
 
     A = alpha_t A,  r_t = e_t A - v_t,  A = A - eta_t k_t^T r_t,  y_t = q_t A
 
-in a few small products, whatever has been read of the chunk; so may one of a memory that solves exactly (`exact.py`). The slots of the state stay empty: a token that writes nothing
-and retains everything stands where one has been read, so that every other form goes on from there.
+in a few small products, whatever has been read of the chunk; so may one of a memory that solves exactly (`exact.py`).
+The slots of the state stay empty: a token that writes nothing and retains everything stands where one has been read, so
+that every other form goes on from there.
 """
 
 from collections.abc import Sequence
