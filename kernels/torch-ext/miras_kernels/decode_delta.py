@@ -20,10 +20,9 @@ the writes before it.
 import triton
 import triton.language as tl
 
-from .decode_pieces import empty_chunk, empty_slots, load_chunk_gates, next_token, row_of, taken_slots
+from .decode_pieces import after_token, next_token, row_of, taken_slots
 from .layers import add_to_sums, load_dual, scale_of
 from .links import start_of_sum
-from .pieces import product
 
 
 # as in decode_matrix.py
@@ -81,22 +80,8 @@ def delta_decode_kernel(
                 b_y += tl.sum(b_x[:, None] * b_base, 0)
             tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_d)
             tl.debug_barrier()
-
-            # -- the end of the row's chunk: its factors are folded into the state ------------------------------------
-            phase += 1
+            b_state, phase = after_token(b_state, phase, dual, inputs, gradients, slots, row, token.log_decay, sizes)
             read += 1
-            if phase == C:
-                b_fold, b_total = load_chunk_gates(slots, row, token.log_decay, sizes)
-                m_cd = (o_c >= 0)[:, None] & m_d[None, :]
-                b_into = tl.trans(tl.load(inputs + o_cd, mask=m_cd, other=0.0) * b_fold)
-                b_out = tl.load(gradients + o_cd, mask=m_cd, other=0.0)
-                b_state = b_state * b_total[:, None] - product(b_into, b_out, sizes.PRECISION)
-                tl.store(dual + o_w, b_state, mask=m_w)
-                tl.debug_barrier()
-                empty_slots(inputs, C, D, BD)
-                empty_chunk(gradients, slots, row, sizes)
-                phase = 0
-                tl.debug_barrier()
     tl.store(phases + row.program, phase)
     if row.head == 0:
         tl.store(count + row.index, tl.load(count + row.index) + read)

@@ -16,10 +16,10 @@
 import triton
 import triton.language as tl
 
-from .decode_pieces import empty_chunk, empty_slots, load_chunk_gates, next_token, row_of, taken_slots
+from .decode_pieces import after_token, next_token, row_of, taken_slots
 from .layers import add_to_sums, load_dual, parts_of_read, scale_of, slope_of_hidden, weight_of
 from .links import start_of_sum
-from .pieces import KL, LQ_MIRROR, inverse_of_mean, product, residual
+from .pieces import KL, LQ_MIRROR, inverse_of_mean, residual
 
 
 # a single token, the usual call, has a binary of its own: without the loop over tokens nothing is spilled. All others share
@@ -34,10 +34,9 @@ def matrix_decode_kernel(
     # the hidden axis, the outputs, is the second
     HIDDEN: tl.constexpr = 1
     row = row_of(lengths, T, H)
-    o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
+    o_d = tl.arange(0, BD)
     m_d = o_d < D
     o_w, m_w = o_d[:, None] * D + o_d[None, :], m_d[:, None] & m_d[None, :]
-    o_cd, m_cd = o_c[:, None] * D + o_d[None, :], (o_c >= 0)[:, None] & m_d[None, :]
     dual = dual[0] + row.program * D * D
     inputs, gradients = slots.inputs[0] + row.program * C * D, slots.gradients[0] + row.program * C * D
     b_state, b_base, _ = load_dual(dual, base[0] + row.head * D * D, o_w, m_w, link)
@@ -93,21 +92,8 @@ def matrix_decode_kernel(
                     b_y += tl.sum(b_x[:, None] * b_constant, 0)
             tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_d)
             tl.debug_barrier()
-
-            # -- the end of the row's chunk: its factors are folded into the state ----------------------------------------
-            phase += 1
+            b_state, phase = after_token(b_state, phase, dual, inputs, gradients, slots, row, token.log_decay, sizes)
             read += 1
-            if phase == C:
-                b_fold, b_total = load_chunk_gates(slots, row, token.log_decay, sizes)
-                b_into = tl.trans(tl.load(inputs + o_cd, mask=m_cd, other=0.0) * b_fold)
-                b_out = tl.load(gradients + o_cd, mask=m_cd, other=0.0)
-                b_state = b_state * b_total[:, None] - product(b_into, b_out, sizes.PRECISION)
-                tl.store(dual + o_w, b_state, mask=m_w)
-                tl.debug_barrier()
-                empty_slots(inputs, C, D, BD)
-                empty_chunk(gradients, slots, row, sizes)
-                phase = 0
-                tl.debug_barrier()
     tl.store(phases + row.program, phase)
     if row.head == 0:
         tl.store(count + row.index, tl.load(count + row.index) + read)

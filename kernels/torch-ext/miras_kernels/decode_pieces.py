@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .pieces import KEY_CAP, VALUE_CAP, at_least, at_most, bounded, chunk_gates, gate_channels, sigmoid
+from .pieces import KEY_CAP, VALUE_CAP, at_least, at_most, bounded, chunk_gates, gate_channels, product, sigmoid
 from .triangular import bounded_steps
 
 
@@ -237,3 +237,25 @@ def empty_chunk(gradients, slots, row, sizes):
     empty_slots(gradients, sizes.C, sizes.D, sizes.BD)
     empty_slots(slots.eta + gates, sizes.C, sizes.GATE_DIM, BG)
     empty_slots(slots.log_decay + gates, sizes.C, sizes.GATE_DIM, BG)
+
+
+@triton.jit
+def after_token(b_state, phase, dual, inputs, gradients, slots, row, b_now, sizes):
+    # a matrix memory's state and its row's phase behind one more token: what waits in the slots of a chunk that is full is
+    # folded into the state, which is written to `dual`, and the slots are empty again
+    phase += 1
+    if phase == sizes.C:
+        o_c, o_d = tl.arange(0, sizes.C), tl.arange(0, sizes.BD)
+        m_d = o_d < sizes.D
+        o_cd, m_cd = o_c[:, None] * sizes.D + o_d[None, :], (o_c >= 0)[:, None] & m_d[None, :]
+        b_fold, b_total = load_chunk_gates(slots, row, b_now, sizes)
+        b_into = tl.trans(tl.load(inputs + o_cd, mask=m_cd, other=0.0) * b_fold)
+        b_out = tl.load(gradients + o_cd, mask=m_cd, other=0.0)
+        b_state = b_state * b_total[:, None] - product(b_into, b_out, sizes.PRECISION)
+        tl.store(dual + o_d[:, None] * sizes.D + o_d[None, :], b_state, mask=m_d[:, None] & m_d[None, :])
+        tl.debug_barrier()
+        empty_slots(inputs, sizes.C, sizes.D, sizes.BD)
+        empty_chunk(gradients, slots, row, sizes)
+        phase = 0
+        tl.debug_barrier()
+    return b_state, phase

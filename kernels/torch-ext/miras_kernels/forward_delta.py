@@ -23,8 +23,8 @@ Slots that an earlier call has filled have the residuals of that call, and rows 
 import triton
 import triton.language as tl
 
-from .chunks import behind, keep_slots, load_gates, load_rows, place_of, slot_of
-from .forward_pass import keys_of
+from .chunks import behind, load_gates, load_rows, place_of, slot_of
+from .forward_pass import after_chunk, keys_of
 from .layers import add_to_sums, scale_of
 from .links import start_of_sum
 from .pieces import KEY_CAP, VALUE_CAP, bounded, chunk_gates, product
@@ -100,11 +100,8 @@ def delta_forward_kernel(
         tl.store(y + at.p_td, b_y.to(y.dtype.element_ty), mask=at.m_td)
 
         # -- the fold, or the begun chunk's factors -------------------------------------------------------------------
-        if (i_c == place.chunks - 1) & (place.taken > 0):
-            if partial_out is not None:
-                keep_slots(partial_out, b_k, b_r, b_eta, b_log_decay, broken, at, place, sizes)
-        else:
-            b_state = b_state * b_total[:, None] - product(tl.trans(b_k * b_fold), b_r, sizes.PRECISION)
+        gates = b_eta, b_log_decay, b_fold, b_total
+        b_state = after_chunk(b_state, b_k, b_r, gates, i_c, broken, partial_out, at, place, sizes)
 
     if partial_out is not None:
         tl.store(dual + o_w, b_state, mask=m_w)

@@ -93,6 +93,18 @@ def keys_of(i_c, tokens, y, partial_in, place, H, sizes):
     return at, b_k, broken
 
 
+@triton.jit
+def after_chunk(b_state, b_k, b_r, gates, i_c, broken, partial_out, at, place, sizes):
+    # a matrix memory's state with the chunk folded in; of the last one, if it is not full, the slots are kept instead
+    b_eta, b_log_decay, b_fold, b_total = gates
+    if (i_c == place.chunks - 1) & (place.taken > 0):
+        if partial_out is not None:
+            keep_slots(partial_out, b_k, b_r, b_eta, b_log_decay, broken, at, place, sizes)
+    else:
+        b_state = b_state * b_total[:, None] - product(tl.trans(b_k * b_fold), b_r, sizes.PRECISION)
+    return b_state
+
+
 @triton.jit(do_not_specialize=["H"])
 def matrix_forward_kernel(
     tokens, y, base, dual, partial_in, partial_out, rows, saved, H, loss, link, sizes, SAVE_EVERY: tl.constexpr
@@ -166,11 +178,8 @@ def matrix_forward_kernel(
         tl.store(y + at.p_td, b_y.to(y.dtype.element_ty), mask=at.m_td)
 
         # -- the fold, or the begun chunk's factors -------------------------------------------------------------------
-        if (i_c == place.chunks - 1) & (place.taken > 0):
-            if partial_out is not None:
-                keep_slots(partial_out, b_k, b_r, b_eta, b_log_decay, broken, at, place, sizes)
-        else:
-            b_state = b_state * b_total[:, None] - product(tl.trans(b_k * b_fold), b_r, sizes.PRECISION)
+        gates = b_eta, b_log_decay, b_fold, b_total
+        b_state = after_chunk(b_state, b_k, b_r, gates, i_c, broken, partial_out, at, place, sizes)
 
     if partial_out is not None:
         tl.store(dual + o_w, b_state, mask=m_w)
