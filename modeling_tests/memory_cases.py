@@ -317,3 +317,35 @@ def values_and_gradients(case: Case, form, final_state: bool = True, **options) 
     outputs = values(case, form, final_state, **options)
     found = gradients(outputs, case.named_leaves())
     return {**{name: x.detach() for name, x in outputs.items()}, **found}
+
+
+def assert_taken_over(case: Case, first, then, tolerance: float) -> None:
+    """Two forms read thirteen tokens, the second from the middle of a chunk on, with gradients through the state."""
+    whole = values_and_gradients(case, recurrent_miras)
+    leaves = case.requires_grad()
+    y, state = leaves.tokens(0, 6)(first, output_final_state=True)
+    more, end = leaves.tokens(6, 13)(then, initial_state=state, output_final_state=True)
+    parts = {"y": torch.cat((y, more), dim=1), **state_tensors(end)}
+    assert_same({name: t.detach() for name, t in parts.items()}, {n: whole[n] for n in parts}, tolerance)
+    of_parts = gradients(parts, leaves.named_leaves())
+    assert_same(of_parts, {n: t for n, t in whole.items() if n.startswith("grad.")}, 1e-9)
+
+
+def assert_pads_and_packs_change_nothing(case: Case, form, tolerance: float, packs: bool = True) -> None:
+    """Of one row of thirteen tokens, six and seven are read as two rows with pads among them, and as two packs."""
+    rows = [case.tokens(0, 6), case.tokens(6, 13)]
+    expected = [row(recurrent_miras, output_final_state=True) for row in rows]
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, [0, 1, 4]], mask[1, [2, 8]] = False, False
+    padded = {name: torch.full((2, 9, *x.shape[2:]), 0.3, dtype=x.dtype) for name, x in case.inputs.items()}
+    for name, x in padded.items():
+        for row in range(2):
+            x[row, mask[row]] = rows[row].inputs[name][0]
+    y, state = case._replace(inputs=padded)(form, mask=mask, output_final_state=True)
+    for row, (want, end) in enumerate(expected):
+        assert relative_error(y[row, mask[row]], want[0]) < tolerance
+        for got, other in zip(state.leaves(), end.leaves(), strict=True):
+            assert relative_error(got[row], other[0]) < tolerance
+    if packs:
+        packed, _ = case(form, cu_seqlens=torch.tensor([0, 6, 13], dtype=torch.int32))
+        assert relative_error(packed, torch.cat([want for want, _ in expected], dim=1)) < tolerance

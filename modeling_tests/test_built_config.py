@@ -92,6 +92,7 @@ EDITS = {
     "learned_retention": False,
     "writes_per_token": 2,
     "gate_rank": 2,
+    "ridge_floor": 0.5,
     "eta_max": 0.5,
     "min_log_alpha": -0.01,
     "min_half_life": 2.0,

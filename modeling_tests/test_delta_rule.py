@@ -24,11 +24,11 @@ from huggingface_hub.errors import StrictDataclassError
 from memory_cases import (
     FORMS,
     OTHER_FORMS,
+    assert_pads_and_packs_change_nothing,
     assert_same,
-    gradients,
+    assert_taken_over,
     make_case,
     relative_error,
-    state_tensors,
     values_and_gradients,
 )
 
@@ -142,21 +142,7 @@ def test_the_naive_form_says_the_same(rule):
 @pytest.mark.parametrize("then", ["recurrent", "chunk", "chunk_groups_of_1", "decode"])
 @pytest.mark.parametrize("first", ["recurrent", "chunk", "decode"])
 def test_forms_take_over_from_each_other(first, then):
-    """In the middle of a chunk, with gradients through the state."""
-    case = delta_case("previous_to_init")
-
-    def in_two(case, first, then):
-        y, state = case.tokens(0, 6)(FORMS[first], output_final_state=True)
-        z, end = case.tokens(6, 13)(FORMS[then], initial_state=state, output_final_state=True)
-        return {"y": torch.cat((y, z), dim=1), **state_tensors(end)}
-
-    whole = values_and_gradients(case, recurrent_miras)
-    leaves = case.requires_grad()
-    parts = in_two(leaves, first, then)
-    assert_same({name: t.detach() for name, t in parts.items()}, {n: whole[n] for n in parts}, 1e-12)
-    assert_same(
-        gradients(parts, leaves.named_leaves()), {n: t for n, t in whole.items() if n.startswith("grad.")}, 1e-9
-    )
+    assert_taken_over(delta_case("previous_to_init"), FORMS[first], FORMS[then], 1e-12)
 
 
 @pytest.mark.parametrize("rule", ["decayed", "previous", "capped", "own_key"])
@@ -220,23 +206,7 @@ def test_what_depends_on_chunks_is_not_folded_at_once():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_pads_and_packs(form):
-    case = delta_case(batch=1)
-    rows = [case.tokens(0, 6), case.tokens(6, 13)]
-    expected = [row(recurrent_miras, output_final_state=True) for row in rows]
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[0, [0, 1, 4]], mask[1, [2, 8]] = False, False
-    padded = {name: torch.full((2, 9, *x.shape[2:]), 0.3, dtype=x.dtype) for name, x in case.inputs.items()}
-    for name, x in padded.items():
-        for row in range(2):
-            x[row, mask[row]] = rows[row].inputs[name][0]
-    y, state = case._replace(inputs=padded)(FORMS[form], mask=mask, output_final_state=True)
-    for row, (want, end) in enumerate(expected):
-        assert relative_error(y[row, mask[row]], want[0]) < 1e-12
-        for got, other in zip(state.leaves(), end.leaves(), strict=True):
-            assert relative_error(got[row], other[0]) < 1e-12
-    if form != "decode":
-        packed, _ = case(FORMS[form], cu_seqlens=torch.tensor([0, 6, 13], dtype=torch.int32))
-        assert relative_error(packed, torch.cat([want for want, _ in expected], dim=1)) < 1e-12
+    assert_pads_and_packs_change_nothing(delta_case(batch=1), FORMS[form], 1e-12, packs=form != "decode")
 
 
 @pytest.mark.parametrize("rule", ["decayed", "previous_to_init", "own_key"])

@@ -24,11 +24,11 @@ from memory_cases import (
     FORMS,
     OTHER_FORMS,
     Case,
+    assert_pads_and_packs_change_nothing,
     assert_same,
-    gradients,
+    assert_taken_over,
     make_case,
     relative_error,
-    state_tensors,
     values_and_gradients,
 )
 from test_memory_stability import streams
@@ -130,21 +130,7 @@ def test_the_naive_form_says_the_same(rule):
 @pytest.mark.parametrize("then", ["recurrent", "chunk", "chunk_groups_of_1", "decode"])
 @pytest.mark.parametrize("first", ["recurrent", "chunk", "decode"])
 def test_forms_take_over_from_each_other(first, then):
-    """In the middle of a chunk, with gradients through the state."""
-    case = exact_case("init")
-
-    def in_two(case, first, then):
-        y, state = case.tokens(0, 6)(FORMS[first], output_final_state=True)
-        more, state = case.tokens(6, 13)(FORMS[then], initial_state=state, output_final_state=True)
-        return {"y": torch.cat((y, more), dim=1), **state_tensors(state)}
-
-    whole = values_and_gradients(case, recurrent_miras)
-    leaves = case.requires_grad()
-    parts = in_two(leaves, first, then)
-    assert_same({name: t.detach() for name, t in parts.items()}, {n: whole[n] for n in parts}, 1e-11)
-    assert_same(
-        gradients(parts, leaves.named_leaves()), {n: t for n, t in whole.items() if n.startswith("grad.")}, 1e-9
-    )
+    assert_taken_over(exact_case("init"), FORMS[first], FORMS[then], 1e-11)
 
 
 @pytest.mark.parametrize("rule", ["zero", "none", "init"])
@@ -175,23 +161,7 @@ def test_steps_in_place(rule):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_pads_and_packs(form):
-    case = exact_case(batch=1)
-    rows = [case.tokens(0, 6), case.tokens(6, 13)]
-    expected = [row(recurrent_miras, output_final_state=True) for row in rows]
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[0, [0, 1, 4]], mask[1, [2, 8]] = False, False
-    padded = {name: torch.full((2, 9, *x.shape[2:]), 0.3, dtype=x.dtype) for name, x in case.inputs.items()}
-    for name, x in padded.items():
-        for row in range(2):
-            x[row, mask[row]] = rows[row].inputs[name][0]
-    y, state = case._replace(inputs=padded)(FORMS[form], mask=mask, output_final_state=True)
-    for row, (want, end) in enumerate(expected):
-        assert relative_error(y[row, mask[row]], want[0]) < 1e-11
-        for got, other in zip(state.leaves(), end.leaves(), strict=True):
-            assert relative_error(got[row], other[0]) < 1e-11
-    if form != "decode":
-        packed, _ = case(FORMS[form], cu_seqlens=torch.tensor([0, 6, 13], dtype=torch.int32))
-        assert relative_error(packed, torch.cat([want for want, _ in expected], dim=1)) < 1e-11
+    assert_pads_and_packs_change_nothing(exact_case(batch=1), FORMS[form], 1e-11, packs=form != "decode")
 
 
 @pytest.mark.parametrize("rule", ["zero", "init"])

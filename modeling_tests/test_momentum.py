@@ -22,6 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from memory_cases import (
     FORMS,
     OTHER_FORMS,
+    assert_pads_and_packs_change_nothing,
     assert_same,
     make_case,
     relative_error,
@@ -121,23 +122,7 @@ def test_no_momentum_is_gradient_descent(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_pads_and_packs(form):
     """Pads neither write nor decay, nor does momentum go on over them."""
-    case = momentum_case("yaad", batch=1)
-    rows = [case.tokens(0, 6), case.tokens(6, 13)]
-    expected = [row(recurrent_miras, output_final_state=True) for row in rows]
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[0, [0, 1, 4]], mask[1, [2, 8]] = False, False
-    padded = {name: torch.full((2, 9, *x.shape[2:]), 0.3, dtype=x.dtype) for name, x in case.inputs.items()}
-    for name, x in padded.items():
-        for row in range(2):
-            x[row, mask[row]] = rows[row].inputs[name][0]
-    y, state = case._replace(inputs=padded)(FORMS[form], mask=mask, output_final_state=True)
-    for row, (want, end) in enumerate(expected):
-        assert relative_error(y[row, mask[row]], want[0]) < 1e-12
-        for got, other in zip(state.leaves(), end.leaves(), strict=True):
-            assert relative_error(got[row], other[0]) < 1e-12
-    if form != "decode":
-        packed, _ = case(FORMS[form], cu_seqlens=torch.tensor([0, 6, 13], dtype=torch.int32))
-        assert relative_error(packed, torch.cat([want for want, _ in expected], dim=1)) < 1e-12
+    assert_pads_and_packs_change_nothing(momentum_case("yaad", batch=1), FORMS[form], 1e-12, packs=form != "decode")
 
 
 def test_a_chunk_that_is_not_full_counts_in_the_norm():
