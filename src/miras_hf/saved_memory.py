@@ -35,7 +35,7 @@ from .cache import MirasLayer
 from .config_choices import own_parameters
 from .config_meaning import with_later_fields, without_meaningless
 from .configuration_miras import ATTENTION_LAYER, FULL_ATTENTION_LAYER, MEMORY_LAYER, MirasConfig
-from .memory import MemoryParameters, MemoryState, initial_memory_state
+from .memory import MemoryParameters, MemoryState, folds_at_once, initial_memory_state
 from .memory_file import (
     DTYPES,
     Expected,
@@ -451,7 +451,7 @@ def _check_state(source: str, header: Header, tensors: dict[str, Tensor], decode
         eta, log_decay = (tensors[f"layers.{i}.{name}"].ne(0).any(-1).any(1) for name in ("eta", "log_decay"))
         taken = eta | (log_decay & (slots < phase))
         # tokens that were folded at once have left theirs empty
-        wrong = taken & (slots >= phase) if layer.mixer.memory.backend.folds_at_once else taken != (slots < phase)
+        wrong = taken & (slots >= phase) if folds_at_once(layer.mixer.memory.rule) else taken != (slots < phase)
         if wrong.any():
             raise ValueError(
                 f"{source}: layers.{i}.eta must have written to the first `count % chunk_size` = "
