@@ -321,12 +321,13 @@ class Simplex(RetentionGate):
         return self.mass * size / math.sqrt(dual.shape[-2]), size
 
     def centred(self, weight: Tensor, hidden_axis: int) -> Tensor:
-        """Weights whose simplex runs along their inputs, less the uniform ones, which would add the same to every output.
+        """Weights whose simplex runs along their inputs, less the uniform ones, which would add the same to every output; in
+        their own place.
 
         Behind the last layer the layer norm takes that out again, so that with it nothing changes but what is rounded:
         differences of nearly equal numbers. Without it, and between hidden units, the weights are an affine image of the
         simplex that sums to zero."""
-        return weight - self.slope(weight, hidden_axis) if hidden_axis == -2 else weight
+        return weight.sub_(self.slope(weight, hidden_axis)) if hidden_axis == -2 else weight
 
     def slope(self, dual: Tensor, hidden_axis: int) -> float:
         """Of the link at the uniform weights."""

@@ -56,8 +56,10 @@ def find_derivative(method: Callable) -> Callable | None:
     if derivative is None:
         return None
     choice = cast(MethodType, method).__self__
-    if any(getattr(type(choice), other.__name__) is not other for other in others):
-        return None
+    kind = type(choice)
+    for other in others:
+        if getattr(kind, other.__name__) is not other:
+            return None
     return functools.partial(derivative, choice)
 
 
@@ -97,8 +99,10 @@ def gradients(outputs_and_bars, leaves, **options) -> tuple[Tensor | None, ...]:
 
 def added(bar: Any, more: Any) -> Any:
     """The sum of two adjoints, tensors or trees of them, None being zero; may write into the first."""
-    if bar is None or more is None:
-        return more if bar is None else bar
+    if more is None:
+        return bar
+    if bar is None:
+        return more
     if isinstance(bar, Tensor):
         return bar.add_(more)
     if not isinstance(bar, tuple):

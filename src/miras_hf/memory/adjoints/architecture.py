@@ -39,11 +39,6 @@ from ..vjp import derivative_of
 WithVjp = Callable[..., tuple[Tensor, Callable[[Tensor], Tensor]]]
 
 
-def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """`total + a b`, None being zero."""
-    return torch.bmm(a, b) if total is None else torch.baddbmm(total, a, b)
-
-
 def _output(memory: LayeredMemory, x: Tensor, z: Tensor, norm_weight: Tensor, norm_bias: Tensor):
     """`LayeredMemory.output`; the vjp returns the adjoints of z, the norm's weight and its bias: that of x is the result's,
     if it has any."""
@@ -152,8 +147,14 @@ def write_mlp(
             gradients_bar[i + 1] = torch.baddbmm(gradients_bar[i + 1], dhidden_bar, weights[i + 1])
         prediction_bar, z_bar, *norm_bars = output_vjp(gradients_bar[-1])
         for i in reversed(range(len(weights))):
-            weights_bar[i] = _plus_product(weights_bar[i], inputs[i].mT, z_bar)
-            input_bar = _plus_product(inputs_bar[i], z_bar, weights[i].mT)
+            if weights_bar[i] is None:
+                weights_bar[i] = torch.bmm(inputs[i].mT, z_bar)
+            else:
+                weights_bar[i].baddbmm_(inputs[i].mT, z_bar)
+            if inputs_bar[i] is None:
+                input_bar = torch.bmm(z_bar, weights[i].mT)
+            else:
+                input_bar = torch.baddbmm(inputs_bar[i], z_bar, weights[i].mT)
             if i > 0:
                 z_bar = input_bar.mul_(slopes[i - 1])
                 z_bar = z_bar.addcmul_(gradients_bar[i - 1], curvatures[i - 1]) if i > first else z_bar
