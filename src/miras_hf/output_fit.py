@@ -48,7 +48,7 @@ def fit_outputs(
     ```
 
     where W_0 is what it was, and a the number by which W_0 alone is nearest, the fallback of few tokens. Nothing else
-    changes. It is a start for stage 1, and on few tokens better than many steps of it.
+    changes. It is a start for stage 1.
 
     Args:
         student (`MirasForCausalLM`): A hybrid that [`~miras_hf.convert`] made of the teacher.
