@@ -21,10 +21,12 @@ lower precision passes for a memory that is never written. Such tests take `SENS
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from miras_hf import load_memory, save_memory
 from miras_hf.modeling_miras import MirasRetentionGate, MirasStepGate
 
 
@@ -77,3 +79,20 @@ def assert_memory_matters(model: nn.Module, answer: Callable[[nn.Module], Tensor
             moved = relative_error(answer(model), expected)
         assert moved > 3 * tolerance, f"{broken.__name__}: {moved:.3f}, for a tolerance of {tolerance:g}"
     return expected
+
+
+def assert_saved_taken_back_and_speculated(model, ids: Tensor, folder: Path, read: int, decoded: int = 0) -> None:
+    """A model says the same through a static cache and speculation, and goes on the same from a memory that was saved after
+    `read` tokens at once and `decoded` ones one by one."""
+    greedy = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **greedy)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **greedy), expected)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **greedy), expected)
+    with torch.no_grad():
+        cache = model(ids[:, :read], use_cache=True).past_key_values
+        for token in range(read, read + decoded):
+            model(ids[:, token : token + 1], past_key_values=cache)
+        save_memory(cache, folder / "memory.safetensors", model)
+        again = load_memory(folder / "memory.safetensors", model)
+        logits = [model(ids[:, read + decoded :], past_key_values=c).logits for c in (cache, again)]
+    assert torch.equal(*logits)

@@ -31,8 +31,9 @@ from memory_cases import (
     relative_error,
     values_and_gradients,
 )
+from memory_effects import assert_saved_taken_back_and_speculated
 
-from miras_hf import MirasConfig, MirasForCausalLM, load_memory, save_memory
+from miras_hf import MirasConfig, MirasForCausalLM
 from miras_hf.memory import (
     L2,
     Decay,
@@ -161,6 +162,41 @@ def test_steps_in_place(rule):
 HEBBIAN = MirasRule(MatrixMemory(), Dot(residual_clip=None), Decay(weight_cap=None), chunk_size=4, decay_target="zero")
 AT_ONCE = {"decayed": RULES["decayed"], "previous": RULES["previous"], "own_key": RULES["own_key"], "hebbian": HEBBIAN}
 AT_ONCE["implicit"] = dataclasses.replace(RULES["decayed"], algorithm=Implicit())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rule", ["decayed", "previous", "own_key"])
+def test_infinite_steps_are_no_numbers_with_gradients_and_without(rule, form):
+    """Of one head from the token on, and of no other; also where a token is folded at once."""
+    case = delta_case(rule)
+    case.inputs["eta"] = case.inputs["eta"].clone()
+    case.inputs["eta"][0, 3, 0] = torch.inf
+    expected = torch.zeros(2, 13, 2, dtype=torch.bool)
+    expected[0, 3:, 0] = True
+    with torch.no_grad():
+        assert torch.equal(case(FORMS[form])[0].isnan().all(-1), expected)
+    assert torch.equal(case.requires_grad()(FORMS[form])[0].isnan().all(-1), expected)
+    _, state = case.tokens(0, 3)(chunk_miras, output_final_state=True)
+    y, _ = case.tokens(3, 4)(fold_step_, state=state)
+    assert torch.equal(y.isnan().all(-1), expected[:, 3:4])
+
+
+def test_what_cannot_be_folded_at_once_is_named():
+    capped = dataclasses.replace(RULES["decayed"], retention=Decay(weight_cap=2.0))
+    for rule in (capped, dataclasses.replace(RULES["decayed"], decay_target="init")):
+        case = delta_case(rule)
+        _, state = case.tokens(0, 2)(chunk_miras, output_final_state=True)
+        with pytest.raises(ValueError, match="(?s)`rule` must be one that `folds_at_once` knows, got MirasRule"):
+            case.tokens(2, 3)(fold_step_, state=state)
+    case = delta_case("decayed")
+    _, state = case.tokens(0, 2)(chunk_miras, output_final_state=True)
+    token = case.tokens(2, 3)
+    for step in (fold_step_, step_miras_):
+        with pytest.raises(RuntimeError, match=f"`{step.__name__}` writes into its `state`"):
+            torch.func.vjp(
+                lambda q, step=step: token._replace(inputs=token.inputs | {"q": q})(step, state=state)[0],
+                token.inputs["q"],
+            )
 
 
 @pytest.mark.parametrize(
@@ -417,16 +453,7 @@ def test_a_model_decodes_as_it_reads(model):
 
 
 def test_a_memory_is_saved_taken_back_and_speculated(model, tmp_path):
-    greedy = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(IDS[:1], **greedy)
-    assert torch.equal(model.generate(IDS[:1], cache_implementation="static", **greedy), expected)
-    assert torch.equal(model.generate(IDS[:1], prompt_lookup_num_tokens=3, **greedy), expected)
-    with torch.no_grad():
-        cache = model(IDS[:1, :6], use_cache=True).past_key_values
-        save_memory(cache, tmp_path / "memory.safetensors", model)
-        again = load_memory(tmp_path / "memory.safetensors", model)
-        logits = [model(IDS[:1, 6:], past_key_values=c).logits for c in (cache, again)]
-    assert torch.equal(*logits)
+    assert_saved_taken_back_and_speculated(model, IDS[:1], tmp_path, read=6)
 
 
 def test_a_config_says_what_does_not_fit(model, tmp_path):

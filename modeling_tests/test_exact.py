@@ -31,9 +31,10 @@ from memory_cases import (
     relative_error,
     values_and_gradients,
 )
+from memory_effects import assert_saved_taken_back_and_speculated
 from test_memory_stability import streams
 
-from miras_hf import MirasConfig, MirasForCausalLM, load_memory, save_memory
+from miras_hf import MirasConfig, MirasForCausalLM
 from miras_hf.memory import (
     KL,
     L2,
@@ -285,17 +286,7 @@ def test_a_model_has_a_ridge_and_decodes_as_it_reads(model):
 
 
 def test_a_memory_is_saved_taken_back_and_speculated(model, tmp_path):
-    greedy = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(IDS[:1], **greedy)
-    assert torch.equal(model.generate(IDS[:1], cache_implementation="static", **greedy), expected)
-    assert torch.equal(model.generate(IDS[:1], prompt_lookup_num_tokens=3, **greedy), expected)
-    with torch.no_grad():
-        cache = model(IDS[:1, :5], use_cache=True).past_key_values
-        model(IDS[:1, 5:6], past_key_values=cache)  # folded at once
-        save_memory(cache, tmp_path / "memory.safetensors", model)
-        again = load_memory(tmp_path / "memory.safetensors", model)
-        logits = [model(IDS[:1, 6:], past_key_values=c).logits for c in (cache, again)]
-    assert torch.equal(*logits)
+    assert_saved_taken_back_and_speculated(model, IDS[:1], tmp_path, read=5, decoded=1)
 
 
 def test_a_config_says_what_does_not_fit(model, tmp_path):

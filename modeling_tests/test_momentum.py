@@ -29,13 +29,12 @@ from memory_cases import (
     rule_of,
     values_and_gradients,
 )
+from memory_effects import assert_saved_taken_back_and_speculated
 
 from miras_hf import (
     MirasConfig,
     MonetaConfig,
     MonetaForCausalLM,
-    load_memory,
-    save_memory,
 )
 from miras_hf.callbacks import measure_memories
 from miras_hf.memory import L2, Decay, MatrixMemory, MirasRule, Momentum, chunk_miras, recurrent_miras, step_miras_
@@ -258,16 +257,7 @@ def test_a_model_learns_its_momentum(model):
 
 
 def test_a_memory_with_momentum_is_saved_taken_back_and_speculated(model, tmp_path):
-    greedy = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(IDS[:1], **greedy)
-    assert torch.equal(model.generate(IDS[:1], cache_implementation="static", **greedy), expected)
-    assert torch.equal(model.generate(IDS[:1], prompt_lookup_num_tokens=3, **greedy), expected)
-    with torch.no_grad():
-        cache = model(IDS[:1, :6], use_cache=True).past_key_values
-        save_memory(cache, tmp_path / "memory.safetensors", model)
-        again = load_memory(tmp_path / "memory.safetensors", model)
-        logits = [model(IDS[:1, 6:], past_key_values=c).logits for c in (cache, again)]
-    assert torch.equal(*logits)
+    assert_saved_taken_back_and_speculated(model, IDS[:1], tmp_path, read=6)
 
 
 def test_a_model_is_saved_and_measured(model, tmp_path):

@@ -201,7 +201,8 @@ class MirasConfig(PreTrainedConfig):
             every token's gradient at the memory of its own time, of a matrix memory with l2 loss, `residual_clip=None` and
             decay; `"implicit"` does, too, and takes Longhorn's step, `eta / (1 + eta |k|^2)`. `"exact"` takes no steps: what it
             reads is the solution of the ridge regression of all that it has read, as in the Mesa layer, of a matrix memory with l2
-            loss, `residual_clip=None`, decay, `weight_cap=None` and `gate_granularity="head"`. All four in PyTorch only.
+            loss, `residual_clip=None`, decay, `weight_cap=None` and `gate_granularity="head"`. Momentum and
+            exact solutions run in PyTorch only, the others with `gradient_at="decayed"` and `erase_key="write"` on kernels, too.
         gradient_at (`str`, *optional*, defaults to `"decayed"`):
             The delta rule: whether an error is that of the memory after its decay, `"decayed"` as in Gated DeltaNet, or
             before it, `"previous"`.

@@ -265,8 +265,8 @@ def largest_step(config: Any) -> float:
     `eta_max = 6 / C` of `unit_step`. An MLP memory's layer norm meets a variance that grows with what is written, and
     its steps in units of the read shrink; chunks of up to 64 tokens need no less. A vector memory's channels differ in
     their shares, as the squares z^2 of normal numbers do, and the mean of `(1 - C u z^2)^2`, of which E z^4 = 3 makes
-    `1 - 2 C u + 3 (C u)^2`, grows from `C u = 2/3` on. With the delta rule, and where a
-    regression is solved, nothing overshoots.
+    `1 - 2 C u + 3 (C u)^2`, grows from `C u = 2/3` on. With the delta rule, and
+    where a regression is solved, nothing overshoots.
     """
     algorithm = choice_of(config, "learning_algorithm")
     memory = choice_of(config, "memory_architecture")

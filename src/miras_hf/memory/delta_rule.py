@@ -24,7 +24,6 @@ from .attentional_bias import L2, AttentionalBias, Dot
 from .declared import parameter
 from .learning import Gates, GradientDescent, plus_product, relative, scores_of
 from .retention import ChunkWeights, Decay, NoRetention, RetentionGate
-from .vjp import by_formulas
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,6 @@ class DeltaRule(TokenByToken):
         if erase is not None:
             # no slope of a root at zero, where nothing is cut
             squared = (squared * erase.square().sum(-1, keepdim=True)).clamp(min=1e-30).sqrt()
-        if not torch.is_grad_enabled() and not by_formulas():
-            return torch.minimum(eta, limit / squared)  # the same, but for its derivative at a key of zeros
         return eta * (limit / (eta * squared).clamp(min=limit))
 
 

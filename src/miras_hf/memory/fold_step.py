@@ -39,6 +39,7 @@ from .learning import GradientDescent
 from .retention import ChunkWeights, Decay, NoRetention
 from .rule import MirasRule
 from .state import MemoryParameters, MemoryState, check_state, per_row, starting_dual
+from .vjp import check_not_transformed
 
 
 Folded = tuple[()]
@@ -82,7 +83,12 @@ def fold_step_(
         weights (*optional*):
             What the last call for this state returned, which then is not looked at again; else it is checked, and what waits in
             slots is folded first.
+
+    Raises:
+        `ValueError`: for a rule whose numbers depend on chunks.
+        `RuntimeError`: inside a transform of `torch.func` and under forward-mode differentiation.
     """
+    check_not_transformed("fold_step_")
     x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, erase, rule, parameters)
     rows, tokens, heads, head_dim = q.shape
     if tokens != 1:
@@ -92,6 +98,10 @@ def fold_step_(
     # of one token nothing has to be brought into another order
     x = bound_inputs(x, rule).map(lambda t: t.reshape(rows * heads, 1, -1))
     if weights != ():
+        if not folds_at_once(rule):
+            raise ValueError(
+                f"`rule` must be one that `folds_at_once` knows, got {rule}: `step_miras_` steps with any."
+            )
         check_state(state, rule, heads, head_dim, rows, x.eta.shape[-1])
         if any(t.dtype != dtype or not t.is_contiguous() for t in (*state.matrices, *state.slots)):
             raise ValueError(f"`state` must be contiguous and in {dtype} to be updated in place.")

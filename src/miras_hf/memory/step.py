@@ -30,7 +30,7 @@ from .layout import check_layout_arguments, is_token
 from .retention import ChunkWeights
 from .rule import MirasRule
 from .state import MemoryParameters, MemoryState, check_state, initial_memory_state, starting_dual
-from .vjp import by_formulas, can_look_at, in_transform
+from .vjp import by_formulas, can_look_at, check_not_transformed
 
 
 @without_autocast
@@ -131,11 +131,7 @@ def step_miras_(
     Raises:
         `RuntimeError`: inside a transform of `torch.func` and under forward-mode differentiation.
     """
-    if in_transform() and not torch.jit.is_tracing():
-        raise RuntimeError(
-            "`step_miras_` writes into its `state` and cannot be transformed by `torch.func` or differentiated in forward "
-            "mode; `step_miras` can."
-        )
+    check_not_transformed("step_miras_")
     x = check_inputs(q, k, v, eta, log_alpha, delta, log_momentum, erase, rule, parameters)
     rows, _, heads, head_dim = q.shape
     mask = _check_step(q, lengths)

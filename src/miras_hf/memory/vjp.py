@@ -140,6 +140,15 @@ def _is_looked_at() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
+def check_not_transformed(name: str) -> None:
+    """Raises a `RuntimeError` where a function that writes into its state is transformed."""
+    if in_transform() and not torch.jit.is_tracing():
+        raise RuntimeError(
+            f"`{name}` writes into its `state` and cannot be transformed by `torch.func` or differentiated in forward mode; "
+            "`step_miras` can."
+        )
+
+
 def by_formulas() -> bool:
     """Whether plain formulas are asked for: by a compiler, which fuses and differentiates them, or by a transform.
 
