@@ -83,7 +83,9 @@ def test_a_perfect_model_scores_one_and_others_what_they_deserve():
     assert scaled(chance, chance) == 0.0 and scaled(1.0, chance) == 1.0
 
 
-@pytest.mark.parametrize("name", ["llama", "gated-deltanet", "yaad", "matrix", "mamba2", "rung-mlp"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gated-deltanet", "yaad", "matrix", "mamba2", "signed-deltanet", "rung-mlp", "preset-ttt-linear"]
+)
 def test_readers_give_the_logits_of_the_model_at_what_is_asked(name):
     model, arguments = build_model(name, SHAPE, seed=0)
     ids = torch.randint(0, 16, (3, 11))
@@ -115,7 +117,7 @@ def test_a_state_reader_decodes_every_position_from_the_last_output():
 def test_models_of_a_shape_have_the_same_size():
     shape = RecallShape.of(width=64, layers=2, head_dim=32, vocabulary=64, chunk=16)
     sizes = {}
-    for name in (*DEFAULT_MODELS, "rung-mlp"):
+    for name in (*DEFAULT_MODELS, "signed-deltanet", "rung-mlp", "preset-gla"):
         with torch.device("meta"):
             model, _ = build_model(name, shape, seed=0)
         sizes[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -130,6 +132,7 @@ def test_states_have_the_sizes_that_their_equations_have():
         "llama": 2 * 12 * heads * d,
         "gated-deltanet": heads * d * d,
         "matrix": heads * d * d,
+        "deltanet": heads * d * d,
         "yaad": heads * 2 * d * 4 * d,
         "mamba2": 2 * heads * d * 128,
     }

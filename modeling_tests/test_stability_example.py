@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from test_probe_example import folder  # noqa: F401, a saved model
+from transformers import AutoTokenizer
 
 from miras_hf import YaadConfig, YaadForCausalLM
 
@@ -74,6 +76,29 @@ def test_a_checkpoint_is_measured_once(stability, folder, tmp_path, capsys):  # 
     said = capsys.readouterr().out
     assert "| pieces of 777 | 2,000 | 1.0e-06 | not a number | above 0.001 |" in said
     assert said.strip() == (tmp_path / "report.md").read_text().strip()
+
+
+def test_a_training_is_read_with_its_weights_and_tokenizer(stability, folder, tmp_path, capsys):  # noqa: F811
+    from ablation_models import build_model, point_of
+    from ablation_points import ABLATIONS
+    from bridge_training import SIZES
+
+    size = SIZES["smoke"]
+    model, _ = build_model(ABLATIONS["yaad"], size.shape, 5)
+    job = {"rung": "yaad", "learning_rate": 0.01, "seed": 3}
+    file = tmp_path / "yaad-lr0.01-seed3.json"
+    file.write_text(json.dumps({"job": job, "point": point_of("yaad", size.shape), "size": {"name": "smoke"}}))
+    save_model(model, file.with_suffix(".safetensors"))
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "tokenizer")
+    out = tmp_path / "out"
+    (result,) = stability.main(["--checkpoint", str(file), "--tokens", "2000", "--cuts", "pieces", "--out", str(out)])
+    ids = stability.text_ids(AutoTokenizer.from_pretrained(folder), None, 2000)
+    whole = stability.hidden_states(model, ids, None)
+    assert result["deviation"] == pytest.approx(
+        stability.deviations(stability.hidden_states(model, ids, 777), whole), rel=1e-3
+    )
+    assert (out / "yaad-lr0.01-seed3-pieces-2000.json").exists()
+    assert "| yaad-lr0.01-seed3 | 16 |" in capsys.readouterr().out
 
 
 def test_new_models_have_the_preset_s_heads(stability):

@@ -36,7 +36,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "examples"), st
 import torch  # noqa: E402
 from study import without_nan  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
 from miras_hf.callbacks import measure_memories  # noqa: E402
 from miras_hf.memory.probe import LAGS, MemoryProbe, probe_memory, summary  # noqa: E402
@@ -58,18 +58,16 @@ COLUMNS = (
 )
 
 
-def of_checkpoint(name: str, text: Path | None, tokens: int) -> tuple[nn.Module, Tensor]:
-    """A saved model, and ids of a text for it: by default the standard library's source, module after module."""
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: Path | None, tokens: int) -> Tensor:
+    """`[1, tokens]` ids of a text, by default of the standard library's source, module after module."""
     import pretrain
 
-    model = AutoModelForCausalLM.from_pretrained(name)
-    tokenizer = AutoTokenizer.from_pretrained(name)
     ids: list[int] = []
     for file in [text] if text is not None else map(Path, pretrain.stdlib_files()):
         ids += tokenizer(file.read_text(encoding="utf-8", errors="replace"), split_special_tokens=True)["input_ids"]
         if len(ids) >= tokens:
             break
-    return model, torch.tensor([ids[:tokens]])
+    return torch.tensor([ids[:tokens]])
 
 
 def of_training(file: Path, tokens: int, at_start: bool) -> tuple[nn.Module, Tensor]:
@@ -153,7 +151,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if of_bridge:
         model, ids = of_training(Path(args.checkpoint), args.tokens, args.at_start)
     else:
-        model, ids = of_checkpoint(args.checkpoint, args.text, args.tokens)
+        model = AutoModelForCausalLM.from_pretrained(args.checkpoint)
+        ids = text_ids(AutoTokenizer.from_pretrained(args.checkpoint), args.text, args.tokens)
     if not any(isinstance(module, MirasMixer) for module in model.modules()):
         parser.error(f"{args.checkpoint} is a {type(model).__name__}, which has no memories")
     probes = measure_memories(model, {"input_ids": ids}, probe_memory)

@@ -19,7 +19,7 @@ like those of `benchmarks/models.py`.
 
 import fnmatch
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from miras_hf import MirasConfig, MirasForCausalLM
 from miras_hf.cache import MirasLayer
 from miras_hf.compat import cache_of
+from miras_hf.presets import MODELS as PRESETS
 
 
 @dataclass(frozen=True)
@@ -63,30 +64,45 @@ MODELS = {
     "moneta": "Moneta",
     "memora": "Memora",
     "matrix": "our matrix memory",
+    "deltanet": "our DeltaNet, steps up to 1",
+    "signed-deltanet": "our DeltaNet, steps up to 2",
     "llama": "Llama",
     "gated-deltanet": "Gated DeltaNet (Qwen3-Next, linear layers alone)",
     "mamba2": "Mamba2",
 }
 DEFAULT_MODELS = ("yaad", "moneta", "memora", "matrix", "llama", "gated-deltanet")
 NEIGHBOURS = ("llama", "gated-deltanet", "mamba2")
+OURS = {
+    "matrix": {"memory_architecture": "matrix"},
+    "deltanet": dict(PRESETS["deltanet"].fields),
+    # a transition then has an eigenvalue 1 - eta |k|^2 below zero, which following a state needs (arXiv 2411.12537)
+    "signed-deltanet": {**PRESETS["deltanet"].fields, "eta_max": 2.0},
+}
+"""Fields of the config of those that are points of the design space without a class of their own."""
 RUNG = "rung-"
 """Before the name of a rung of the bridge, which is a model like the others."""
+PRESET = "preset-"
+"""Before the name of a published model that `MirasConfig.from_preset` knows."""
 
 
 def named(pattern: str) -> list[str]:
-    """Names of models that match, with `*` and `?` as in file names, those of rungs where `rung-` is written.
+    """Names of models that match, with `*` and `?` as in file names, those of rungs and presets where `rung-` or `preset-` is
+    written.
 
     Raises:
         `ValueError`: for a pattern that matches none.
     """
     if pattern.startswith(RUNG):
         names = [f"{RUNG}{name}" for name in RUNGS]
+    elif pattern.startswith(PRESET):
+        names = [f"{PRESET}{name}" for name in PRESETS]
     else:
         names = list(MODELS)
     found = fnmatch.filter(names, pattern)
     if not found:
         raise ValueError(
-            f"{pattern!r} names no model; there are {', '.join(MODELS)}, and {RUNG} with a rung of bridge.py."
+            f"{pattern!r} names no model; there are {', '.join(MODELS)}, {RUNG} with a rung of bridge.py, and {PRESET} with "
+            "a model of `MirasConfig.from_preset`."
         )
     return found
 
@@ -95,8 +111,9 @@ def build_model(name: str, shape: RecallShape, seed: int) -> tuple[nn.Module, Ca
     """A new model, and what its forward takes besides ids."""
     if name.startswith(RUNG):
         return bridge_models.build_model(RUNGS[name.removeprefix(RUNG)].point, shape, seed)
-    if name == "matrix":
-        config = fitted(MirasForCausalLM, lambda size: _matrix_config(shape, size), shape, 8)
+    if name in OURS or name.startswith(PRESET):
+        fields = OURS[name] if name in OURS else PRESETS[name.removeprefix(PRESET)].fields
+        config = fitted(MirasForCausalLM, lambda size: _config(fields, shape, size), shape, 8)
         torch.manual_seed(seed)
         return _without_cache(MirasForCausalLM(config)), lambda input_ids: {}
     whole = build(name, shape, seed=seed)
@@ -110,15 +127,14 @@ def _without_cache(model: nn.Module) -> nn.Module:
     return model
 
 
-def _matrix_config(shape: ModelShape, intermediate_size: int) -> MirasConfig:
+def _config(fields: Mapping[str, Any], shape: ModelShape, intermediate_size: int) -> MirasConfig:
     return MirasConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         intermediate_size=intermediate_size,
-        memory_architecture="matrix",
-        chunk_size=shape.chunk,
+        **{"chunk_size": shape.chunk, **fields},
     )
 
 
@@ -241,6 +257,7 @@ __all__ = [
     "DEFAULT_MODELS",
     "MODELS",
     "NEIGHBOURS",
+    "PRESET",
     "RUNG",
     "Reader",
     "RecallShape",

@@ -16,6 +16,7 @@
     python examples/evaluation/stability.py                                # new models of every family, about two hours
     python examples/evaluation/stability.py --models yaad --sizes 340m --chunks 16
     python examples/evaluation/stability.py --checkpoint runs/yaad-stdlib  # a trained model on its tokenizer's text
+    python examples/evaluation/stability.py --checkpoint runs/ablations/yaad-lr0.004-seed0.json  # of --keep-weights there
     python examples/evaluation/stability.py --report                       # the table of what is done
 
 The forms sum in different orders. A memory that contracts forgets such differences; one whose steps are too large makes
@@ -38,8 +39,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from checkpoints import trained_model  # noqa: E402
 from pretrain import stdlib_files  # noqa: E402
-from probe import of_checkpoint  # noqa: E402
+from probe import text_ids  # noqa: E402
 from provenance import command_line, machine  # noqa: E402
 from study import write_json  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -67,7 +69,7 @@ class Job:
     """One model and one way to cut its text.
 
     Args:
-        model (`str`): a family, new from its seed, or the folder of a checkpoint.
+        model (`str`): a family, new from its seed; or a trained one, its folder or its training's JSON.
         size (`str`): the preset whose width of a head is taken; empty for a checkpoint.
         chunk_size (`int`): of the memory; 0 for a checkpoint's own.
         cut (`str`): of `CUTS`.
@@ -84,8 +86,22 @@ class Job:
 
     @property
     def name(self) -> str:
-        parts = [Path(self.model).name, self.size, f"chunk{self.chunk_size}" if self.size else "", self.cut]
-        return "-".join(part for part in (*parts, str(self.tokens), f"seed{self.seed}") if part)
+        parts = [
+            Path(self.model.removesuffix(".json")).name,
+            self.size,
+            f"chunk{self.chunk_size}" if self.size else "",
+            self.cut,
+        ]
+        parts += [str(self.tokens), f"seed{self.seed}" if self.size else ""]
+        return "-".join(part for part in parts if part)
+
+
+def model_and_text(job: Job):
+    """The model, and the ids of its text: that of the standard library, as bytes for a new model."""
+    if job.size:
+        return new_model(job)
+    model, tokenizer = trained_model(job.model, torch.float32, "cpu")
+    return model, text_ids(tokenizer, None, job.tokens)
 
 
 def new_model(job: Job):
@@ -165,7 +181,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         job, largest = result["job"], worst(result)
         first = result["deviation"][0]
         cells = [
-            Path(job["model"]).name,
+            Path(job["model"].removesuffix(".json")).name,
             str(result["head_dim"]),
             str(result["chunk_size"]),
             f"pieces of {CUTS[job['cut']]}" if CUTS[job["cut"]] > 1 else "token by token",
@@ -183,7 +199,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="whose width of a head")
     parser.add_argument("--chunks", nargs="+", type=int, default=list(CHUNKS))
-    parser.add_argument("--checkpoint", help="a saved model in the place of new ones")
+    parser.add_argument(
+        "--checkpoint", help="a trained model in the place of new ones, its folder or its training's JSON"
+    )
     parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -215,12 +233,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         if not waiting:
             continue
         job = waiting[0]
-        model, ids = new_model(job) if job.size else of_checkpoint(job.model, None, job.tokens)
+        model, ids = model_and_text(job)
         expected = hidden_states(model, ids, None)
         for job in waiting:
             result = run_job(job, model, ids, expected, args.out)
             print(f"{job.name}: {worst(result):.1e}, {result['seconds']:.0f} s", flush=True)
-    results = [json.loads(file.read_text()) for file in sorted(args.out.glob("*-seed*.json"))]
+    results = [json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))]
     lines = table(results)
     (args.out / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
