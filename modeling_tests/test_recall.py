@@ -97,6 +97,18 @@ def test_readers_give_the_logits_of_the_model_at_what_is_asked(name):
     torch.testing.assert_close(found, expected)
 
 
+def test_signed_models_may_turn_an_error_round():
+    shape = RecallShape.of(width=32, layers=1, head_dim=16, vocabulary=16, chunk=4)
+    steps = {}
+    for name in ("deltanet", "signed-deltanet", "yaad-1", "signed-yaad-1"):
+        with torch.device("meta"):
+            config = build_model(name, shape, seed=0)[0].config
+        steps[name] = config.eta_max
+        assert name.endswith("deltanet") or config.chunk_size == 1
+    assert steps["deltanet"] == 1.0 and steps["signed-deltanet"] == 2.0
+    assert steps["signed-yaad-1"] == pytest.approx(2 * steps["yaad-1"])
+
+
 def test_a_state_reader_decodes_every_position_from_the_last_output():
     model, arguments = build_model("llama", SHAPE, seed=0)
     reader = StateReader(model, arguments).eval()
@@ -117,7 +129,7 @@ def test_a_state_reader_decodes_every_position_from_the_last_output():
 def test_models_of_a_shape_have_the_same_size():
     shape = RecallShape.of(width=64, layers=2, head_dim=32, vocabulary=64, chunk=16)
     sizes = {}
-    for name in (*DEFAULT_MODELS, "signed-deltanet", "rung-mlp", "preset-gla"):
+    for name in (*DEFAULT_MODELS, "signed-deltanet", "signed-yaad-1", "rung-mlp", "preset-gla"):
         with torch.device("meta"):
             model, _ = build_model(name, shape, seed=0)
         sizes[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)

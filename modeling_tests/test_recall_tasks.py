@@ -242,8 +242,8 @@ def test_queries_stand_where_the_power_law_puts_them():
 def test_noise_is_a_fifth_and_lengths_and_places_are_as_likely():
     noisy = made("noisy-recall", "full", TASKS["noisy-recall"].protocols["full"].tests[0], count=500)
     assert (noisy.ids >= 16).mean() == pytest.approx(0.2, abs=0.02)
-    part = TASKS["parity"].protocols["cpu"].train[0]
-    lengths = Counter((made("parity", "cpu", part, count=7600).ids > 0).sum(axis=1).tolist())
+    part = TASKS["parity"].protocols["full"].train[0]
+    lengths = Counter((made("parity", "full", part, count=7600).ids > 0).sum(axis=1).tolist())
     assert min(lengths) == 2 and max(lengths) == 39 and all(120 < n < 290 for n in lengths.values())
     part = TASKS["needle"].protocols["cpu"].tests[0]
     needles = made("needle", "cpu", part, count=6200)

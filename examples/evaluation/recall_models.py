@@ -19,7 +19,7 @@ like those of `benchmarks/models.py`.
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from models import ModelShape, build, fitted
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from miras_hf import MirasConfig, MirasForCausalLM
+from miras_hf import MirasConfig, MirasForCausalLM, YaadConfig, YaadForCausalLM
 from miras_hf.cache import MirasLayer
 from miras_hf.compat import cache_of
 from miras_hf.presets import MODELS as PRESETS
@@ -66,19 +66,14 @@ MODELS = {
     "matrix": "our matrix memory",
     "deltanet": "our DeltaNet, steps up to 1",
     "signed-deltanet": "our DeltaNet, steps up to 2",
+    "yaad-1": "Yaad in chunks of one token",
+    "signed-yaad-1": "that, steps twice as large",
     "llama": "Llama",
     "gated-deltanet": "Gated DeltaNet (Qwen3-Next, linear layers alone)",
     "mamba2": "Mamba2",
 }
 DEFAULT_MODELS = ("yaad", "moneta", "memora", "matrix", "llama", "gated-deltanet")
 NEIGHBOURS = ("llama", "gated-deltanet", "mamba2")
-OURS = {
-    "matrix": {"memory_architecture": "matrix"},
-    "deltanet": dict(PRESETS["deltanet"].fields),
-    # a transition then has an eigenvalue 1 - eta |k|^2 below zero, which following a state needs (arXiv 2411.12537)
-    "signed-deltanet": {**PRESETS["deltanet"].fields, "eta_max": 2.0},
-}
-"""Fields of the config of those that are points of the design space without a class of their own."""
 RUNG = "rung-"
 """Before the name of a rung of the bridge, which is a model like the others."""
 PRESET = "preset-"
@@ -112,10 +107,10 @@ def build_model(name: str, shape: RecallShape, seed: int) -> tuple[nn.Module, Ca
     if name.startswith(RUNG):
         return bridge_models.build_model(RUNGS[name.removeprefix(RUNG)].point, shape, seed)
     if name in OURS or name.startswith(PRESET):
-        fields = OURS[name] if name in OURS else PRESETS[name.removeprefix(PRESET)].fields
-        config = fitted(MirasForCausalLM, lambda size: _config(fields, shape, size), shape, 8)
+        model_class, config_of = OURS[name] if name in OURS else _preset(name.removeprefix(PRESET))
+        config = fitted(model_class, lambda size: config_of(**_fields(shape, size)), shape, 8)
         torch.manual_seed(seed)
-        return _without_cache(MirasForCausalLM(config)), lambda input_ids: {}
+        return _without_cache(model_class(config)), lambda input_ids: {}
     whole = build(name, shape, seed=seed)
     if name == "gated-deltanet":
         start_gates_as_published(whole.module)
@@ -127,15 +122,40 @@ def _without_cache(model: nn.Module) -> nn.Module:
     return model
 
 
-def _config(fields: Mapping[str, Any], shape: ModelShape, intermediate_size: int) -> MirasConfig:
-    return MirasConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=intermediate_size,
-        **{"chunk_size": shape.chunk, **fields},
-    )
+def _fields(shape: ModelShape, intermediate_size: int) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": intermediate_size,
+        "chunk_size": shape.chunk,
+    }
+
+
+def _preset(name: str, **fields: Any) -> tuple[type, Callable[..., MirasConfig]]:
+    return MirasForCausalLM, lambda **shape: MirasConfig(**{**shape, **PRESETS[name].fields, **fields})
+
+
+def _yaad_of_tokens(times: float) -> tuple[type, Callable[..., YaadConfig]]:
+    """Yaad whose gradients are every token's own; the default's largest step, which takes a token's error away, some times."""
+
+    def config(**shape: Any) -> YaadConfig:
+        shape["chunk_size"] = 1
+        return YaadConfig(**shape, eta_max=times * YaadConfig(**shape).eta_max)
+
+    return YaadForCausalLM, config
+
+
+OURS = {
+    "matrix": (MirasForCausalLM, lambda **shape: MirasConfig(**shape, memory_architecture="matrix")),
+    "deltanet": _preset("deltanet"),
+    # a write that takes twice the error away turns it round, which following a state needs (arXiv 2411.12537)
+    "signed-deltanet": _preset("deltanet", eta_max=2.0),
+    "yaad-1": _yaad_of_tokens(1.0),
+    "signed-yaad-1": _yaad_of_tokens(2.0),
+}
+"""Class and config of models that `benchmarks/models.py` does not have."""
 
 
 def start_gates_as_published(model: nn.Module) -> None:

@@ -17,12 +17,16 @@
 is asked for at the token before it; accuracy is scaled so that a guess is 0. The configuration of parity in the
 authors' repository has 20,000 steps of 256 new sequences, a learning rate of 1e-3 after a warm-up, cosine, and 8,192
 test sequences.
+
+At the size `cpu`, sequences are of 3 to 16 tokens in training and of 16 to 64 in tests: in 1,000 steps of 32 sequences of up to
+40, a model that can follow a state has not begun to.
 """
 
 from .task import Part, Protocol
 
 
 TRAINED, LONGER = (3, 40), (40, 256)
+SHORT, FOUR_TIMES = (3, 16), (16, 64)
 
 
 def protocols(vocabulary: int) -> dict[str, Protocol]:
@@ -32,7 +36,9 @@ def protocols(vocabulary: int) -> dict[str, Protocol]:
         return Part(f"{shortest}-{longest}", {"shortest": shortest, "longest": longest})
 
     return {
-        "cpu": Protocol(vocabulary=vocabulary, train=(part(*TRAINED),), tests=(part(*TRAINED), part(*LONGER))),
+        "cpu": Protocol(
+            vocabulary=vocabulary, train=(part(*SHORT),), tests=(part(*SHORT), part(*FOUR_TIMES)), batch=64
+        ),
         "full": Protocol(
             vocabulary=vocabulary,
             train=(part(*TRAINED),),
