@@ -20,7 +20,6 @@ differ in width, the narrower ones have zeros behind them here, in weights, beca
 there, and here, in chunks of 8 tokens, one below which nothing is left (`exp(-20)`).
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layer_weights import by_heads, check_activation, copy_weights, kind_of
 from .memory.rule import least_log_alpha
 from .modeling_miras import MirasMixer
 from .presets import MODELS
@@ -97,8 +97,7 @@ def gated_deltanet_fields(layer: nn.Module) -> dict[str, Any]:
         `ValueError`: for a layer with another activation, naming it.
     """
     weights = _weights_of(layer)
-    if layer.activation != "silu":
-        raise ValueError(f"`layer.activation` must be 'silu', got {layer.activation!r}.")
+    check_activation(layer)
     keys, values = layer.head_k_dim, layer.head_v_dim
     width = max(keys, values)
     return {
@@ -127,13 +126,11 @@ def load_gated_deltanet(mixer: MirasMixer, layer: nn.Module) -> None:
     groups, heads, keys, values = layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim
     width = max(keys, values)
 
-    def of_keys(weight: Tensor) -> Tensor:
-        """`[groups * keys, n]` for the heads of values that they serve."""
-        by_heads = weight.unflatten(0, (groups, keys)).repeat_interleave(heads // groups, dim=0)
-        return F.pad(by_heads, (0, 0, 0, width - keys)).flatten(0, 1)
+    def of_keys(weight: Tensor) -> Tensor:  # of the heads of values that they serve
+        return by_heads(weight, groups, width, heads // groups)
 
     def of_values(weight: Tensor) -> Tensor:
-        return F.pad(weight.unflatten(0, (heads, values)), (0, 0, 0, width - values)).flatten(0, 1)
+        return by_heads(weight, heads, width)
 
     q_conv, k_conv, v_conv = layer.conv1d.weight.squeeze(1).split([layer.key_dim, layer.key_dim, layer.value_dim])
     weights = {
@@ -153,26 +150,11 @@ def load_gated_deltanet(mixer: MirasMixer, layer: nn.Module) -> None:
         "o_norm.weight": F.pad(found.norm * (values / width) ** 0.5, (0, width - values)),
         "o_proj.weight": of_values(found.out.mT).mT,
     }
-    own = dict(mixer.named_parameters())
-    shapes, wanted = ({name: tuple(w.shape) for name, w in found.items()} for found in (own, weights))
-    wrong = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
-    if wrong:
-        raise ValueError(
-            f"`mixer` must be of a config with `gated_deltanet_fields`: `{wrong[0]}` has shape {shapes.get(wrong[0])}, and "
-            f"{wanted.get(wrong[0])} is needed."
-        )
-    for name, weight in weights.items():
-        own[name].copy_(weight)
+    copy_weights(mixer, weights, "gated_deltanet_fields")
 
 
 def _weights_of(layer: Any) -> _Weights:
-    for name, (module, weights_of) in _LAYERS.items():
-        # whoever has such a layer has imported its module
-        kind = getattr(sys.modules.get(module), name, None)
-        if kind is not None and isinstance(layer, kind):
-            return weights_of(layer)
-    kinds = " or a ".join(f"`{name}`" for name in _LAYERS)
-    raise TypeError(f"`layer` must be a {kinds}, got a `{type(layer).__name__}`.")
+    return _LAYERS[kind_of(layer, {name: module for name, (module, _) in _LAYERS.items()})][1](layer)
 
 
 __all__ = ["gated_deltanet_fields", "load_gated_deltanet"]
