@@ -326,12 +326,6 @@ class MirasRetentionGate(MirasLowRankGate):
         scale = self.a_log.float().exp()
         return negative_softplus(self.logits(hidden_states), scale[:, None] if self.per_channel else scale)
 
-    def with_tied_step(self, hidden_states: Tensor, largest_step: float) -> tuple[Tensor, Tensor]:
-        """The step `eta = softplus(.)`, at most the largest, and `log alpha = -exp(a_log) eta`."""
-        scale = self.a_log.float().exp()
-        eta = F.softplus(self.logits(hidden_states)).clamp(max=largest_step)
-        return eta, -eta * (scale[:, None] if self.per_channel else scale)
-
     def initial_bias(self) -> Tensor:
         if not self.forgets:
             return torch.zeros_like(self.bias)
@@ -339,6 +333,19 @@ class MirasRetentionGate(MirasLowRankGate):
         half_life = torch.linspace(shortest, longest, self.bias.numel(), device=self.bias.device).exp()
         rate = math.log(2.0) / half_life
         return rate + torch.log(-torch.expm1(-rate))  # the inverse of softplus
+
+
+class MirasTiedGate(MirasRetentionGate):
+    """Step of every token, `eta = softplus(.)`, `eta_max` at most, and its log retention, `-exp(a_log) eta`, float32."""
+
+    def __init__(self, config: MirasConfig):
+        super().__init__(config)
+        self.eta_max = config.eta_max
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.a_log.float().exp()
+        eta = F.softplus(self.logits(hidden_states)).clamp(max=self.eta_max)
+        return eta, -eta * (scale[:, None] if self.per_channel else scale)
 
 
 class MirasThresholdGate(MirasLowRankGate):
@@ -518,11 +525,9 @@ class ProjectedTokens:
             v = l2norm(v.float(), length=mixer.head_dim**0.5).to(v.dtype)
         self.skipped = None if mixer.skip is None else mixer.skip(v)
         gates = (mixer.eta, mixer.alpha, mixer.delta, mixer.momentum)
+        gates = [None if gate is None else gate(self.hidden_states) for gate in gates]
         if mixer.eta is None:
-            tied, gates = mixer.alpha.with_tied_step(self.hidden_states, mixer.largest_step), gates[2:]
-        else:
-            tied = ()
-        gates = [*tied, *(None if gate is None else gate(self.hidden_states) for gate in gates)]
+            gates[:2] = gates[1]
         q, k, e = (None if x is None else x.float() for x in (q, k, e))
         if mixer.query_key_norm:
             q, k, e = (None if x is None else l2norm(x) for x in (q, k, e))
@@ -639,8 +644,7 @@ class MirasMixer(nn.Module):
             self.add_module(f"{name}_conv", MirasShortConvolution(width * self.writes_of(name), *convolution))
 
         self.eta = None if config.tied_step else MirasStepGate(config)
-        self.largest_step = config.eta_max
-        self.alpha = MirasRetentionGate(config)
+        self.alpha = MirasTiedGate(config) if config.tied_step else MirasRetentionGate(config)
         thresholded = chosen(config, "attentional_bias").delta_granularity is not None
         self.delta = MirasThresholdGate(config) if thresholded else None
         has_momentum = chosen(config, "learning_algorithm").has_momentum
