@@ -19,6 +19,8 @@ Shapes are tiny (head_dim 8, a dozen tokens): the mathematics has no threshold o
 import dataclasses
 import functools
 import math
+import sys
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -270,6 +272,13 @@ def state_tensors(state: MemoryState) -> dict[str, Tensor]:
         layers = value if isinstance(value, tuple) else (value,)
         named |= {f"state.{name}.{i}": x for i, x in enumerate(layers)}
     return named
+
+
+def in_float64(monkeypatch, layer: torch.nn.Module) -> None:
+    """Where a layer's module or what it calls says float32, by a method or, in the module, by its name, float64 is meant."""
+    wide = SimpleNamespace(**{**vars(torch), "float32": torch.float64})
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(sys.modules[type(layer).__module__], "torch", wide)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

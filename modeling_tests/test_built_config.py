@@ -51,6 +51,7 @@ EDITS = {
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "memory_num_key_value_heads": 1,
+    "memory_num_query_key_heads": 1,
     "head_dim": 8,
     "hidden_act": "relu",
     "rms_norm_eps": 0.1,

@@ -146,7 +146,7 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
         "eta_max": 1e-3, "use_rope": True,
         "learned_step": False, "writes_per_token": 2,
         "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5, "conv_kernel_size": 2, "output_gate_act": "relu", "output_norm_eps": 0.5, "tie_word_embeddings": True,
-        "tied_step": True, "value_skip": True, "conv_bias": True, "output_gate_first": True, "output_norm_groups": 1,
+        "tied_step": True, "value_skip": True, "conv_bias": True, "output_gate_first": True, "output_norm_groups": 1, "memory_num_query_key_heads": 1,
     }  # fmt: skip
     # for others than the decoder: tools, tokenizers, how it is run; and those that ask for other choices: gates of heads,
     # whose parameters `test_momentum.py` counts, or the dot product, see `test_presets.py`
@@ -199,7 +199,7 @@ def test_without_a_memory_its_fields_mean_nothing(monkeypatch):
         "use_rope": True, "learned_step": False, "learned_retention": False, "tied_write_key": True, "writes_per_token": 2, "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5,
         "conv_kernel_size": 2, "output_gate_act": "relu", "output_norm_eps": 0.5, "memory_backend": "pytorch",
         "tied_step": True, "query_key_norm": False, "value_skip": True, "conv_bias": True, "output_gate_first": True,
-        "output_norm_groups": 1,
+        "output_norm_groups": 1, "memory_num_query_key_heads": 1,
     }  # fmt: skip
     default = computed(MirasConfig(**alone), monkeypatch)
     refused = set()

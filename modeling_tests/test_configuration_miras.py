@@ -143,6 +143,11 @@ def test_presets_take_overrides():
         ),
         ({"num_attention_heads": 4, "memory_num_key_value_heads": 3}, "`memory_num_key_value_heads` .3. must divide"),
         ({"conv_act": "relu"}, "'conv_act'.*silu.*linear"),
+        ({"num_attention_heads": 4, "memory_num_query_key_heads": 3}, "`memory_num_query_key_heads` .3. must divide"),
+        (
+            {"memory_num_query_key_heads": 1, "memory_num_key_value_heads": 1},
+            "`memory_num_key_value_heads` must be None with `memory_num_query_key_heads=1`, got 1",
+        ),
         ({"num_attention_heads": 4, "output_norm_groups": 3}, "`output_norm_groups` .3. must divide"),
         ({"query_key_norm": False}, "`query_key_norm` must be True with `attentional_bias='l2'`, got False"),
         ({"tied_step": True, "retention": "none"}, "`retention` must forget with `tied_step=True`, got 'none'"),
@@ -177,7 +182,7 @@ ZEROS |= {"initial_memory_scale"} | {f"{name}_token_id" for name in ("pad", "bos
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_wrong_in_every_way(name):
-    assert len(NUMBERS) == 44
+    assert len(NUMBERS) == 45
     wrong = [math.nan, math.inf, -math.inf, 10**30, -(10**30), 1e30, -1e30, True, False, "1", [1.0], torch.tensor(1)]
     wrong += (
         [0] * (name not in ZEROS)

@@ -1,10 +1,8 @@
 """A Mamba2 layer of Transformers and the memory layer that took its weights compute the same."""
 
-import types
-
 import pytest
 import torch
-from memory_cases import relative_error
+from memory_cases import in_float64, relative_error
 from transformers import DynamicCache
 from transformers.models.bamba import modeling_bamba
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid
@@ -72,24 +70,41 @@ def layer_of(case="two groups"):
 
 def mixer_of(layer):
     config = MirasConfig(**mamba2_fields(layer), num_hidden_layers=1)
-    mixer = MirasMixer(config, 0).eval()
+    mixer = MirasMixer(config, 0).to(layer.D.dtype).eval()
     load_mamba2(mixer, layer)
     return config, mixer
 
 
 @pytest.mark.parametrize("case", LAYERS)
 def test_the_same_is_computed(case):
-    """Outputs, and gradients of the input and of the weights that both have."""
+    """Outputs, and gradients of the input."""
     layer = layer_of(case)
-    _, mixer = mixer_of(layer)
-    x, found = torch.randn(2, TOKENS, WIDTH), {}
+    mixer, x = mixer_of(layer)[1], torch.randn(2, TOKENS, WIDTH)
+    found = compared(layer, mixer, x)
+    for got, want in zip(found[mixer], found[layer], strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+def compared(layer, mixer, x):
+    """Outputs and gradients of the input, of either."""
+    found = {}
     for module, call in ((layer, layer), (mixer, lambda x: mixer(x)[0])):
         leaf = x.clone().requires_grad_()
         y = call(leaf)
         (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
         found[module] = y, leaf.grad
+    return found
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_the_same_is_computed_in_float64(case, monkeypatch):
+    """Outputs, and gradients of the input and of the weights that both have."""
+    layer = layer_of(case).double()
+    mixer, x = mixer_of(layer)[1], torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+    in_float64(monkeypatch, layer)
+    found = compared(layer, mixer, x)
     for got, want in zip(found[mixer], found[layer], strict=True):
-        assert relative_error(got, want) < 1e-5
+        assert relative_error(got, want) < 1e-9
     heads, values, inner = layer.num_heads, layer.head_dim, layer.intermediate_size
     first = slice(inner, 2 * inner)
     pairs = [
@@ -101,31 +116,22 @@ def test_the_same_is_computed(case):
         (mixer.v_proj.weight, layer.in_proj.weight.grad[first]),
         (mixer.v_conv.weight, layer.conv1d.weight.grad[:inner, 0]),
     ]
+    # states may stand before zeros, too
+    b, c = layer.in_proj.weight.grad[2 * inner : -heads].view(2, layer.n_groups, -1, WIDTH)
+    for projection, theirs in ((mixer.q_proj, c), (mixer.k_proj, b)):
+        ours = projection.weight.grad.unflatten(0, (layer.n_groups, -1))[:, : layer.ssm_state_size]
+        assert relative_error(ours, theirs) < 1e-9
     if layer.conv1d.bias is not None:
         pairs.append((mixer.v_conv.bias, layer.conv1d.bias.grad[:inner]))
         # those of the heads that share keys add up to theirs
         shared = mixer.k_conv.bias.grad.view(layer.n_groups, -1, mixer.head_dim).sum(1)[:, : layer.ssm_state_size]
         theirs = layer.conv1d.bias.grad[inner:].view(2, layer.n_groups, -1)[0]
-        assert relative_error(shared, theirs) < 1e-5
+        assert relative_error(shared, theirs) < 1e-9
     for ours, theirs in pairs:
         got = ours.grad
         if got.shape[0] not in (heads, inner):  # zeros stand behind the narrower ones
             got = got.unflatten(0, (heads, -1))[:, :values].flatten(0, 1)
-        assert relative_error(got, theirs) < 1e-5
-
-
-@pytest.mark.parametrize("case", ["one group", "two groups", "wider states", "wider heads", "all biases"])
-def test_the_same_is_computed_in_float64(case, monkeypatch):
-    """Both say float32 in places, by a method and by a name, which here are those of float64."""
-    layer = layer_of(case).double()
-    mixer = mixer_of(layer)[1].double()
-    load_mamba2(mixer, layer)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    wide = types.SimpleNamespace(**{**vars(torch), "float32": torch.float64})
-    monkeypatch.setattr(modeling_mamba2, "torch", wide)
-    x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
-    with torch.no_grad():
-        assert relative_error(mixer(x)[0], layer(x)) < 1e-9
+        assert relative_error(got, theirs) < 1e-9
 
 
 @pytest.mark.parametrize("case", ["one group", "two groups", "wider states", "all biases", "bamba"])

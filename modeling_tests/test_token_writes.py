@@ -47,6 +47,13 @@ POINTS = {
     "hebbian": {"name": "gla", "writes_per_token": 2},
     "tied": {"name": "hgrn2"},
     "mamba": {"name": "mamba2"},
+    "shared": {
+        "name": "gated-deltanet",
+        "erase_key": "own",
+        "writes_per_token": 2,
+        "memory_num_query_key_heads": 1,
+        "eta_max": 0.5,
+    },
     "tied step": {"name": "tiny", "tied_step": True, "value_skip": True, "conv_bias": True, "output_norm_groups": 1},
     "solved": {"name": "mesa", "writes_per_token": 2},
 }

@@ -125,6 +125,9 @@ class MirasConfig(PreTrainedConfig):
         memory_num_key_value_heads (`int`, *optional*):
             Heads of keys and values that memory layers project; several heads, each with a memory and convolutions of
             its own, share one. `None` for as many as heads.
+        memory_num_query_key_heads (`int`, *optional*):
+            Heads of queries and keys that memory layers project where only those are shared, as in Qwen3-Next and Mamba2, and
+            `memory_num_key_value_heads` is `None`. `None` for none that are shared so.
         head_dim (`int`, *optional*): Width of a head; `None` for `hidden_size // num_attention_heads`.
         hidden_act (`str`, *optional*, defaults to `"silu"`): Activation of the MLP.
         max_position_embeddings (`int`, *optional*, defaults to 1048576):
@@ -307,6 +310,7 @@ class MirasConfig(PreTrainedConfig):
     num_attention_heads: int = bounded(16, 1, 2**14)
     num_key_value_heads: int | None = bounded(None, 1, 2**14)
     memory_num_key_value_heads: int | None = bounded(None, 1, 2**14)
+    memory_num_query_key_heads: int | None = bounded(None, 1, 2**14)
     head_dim: int | None = bounded(None, 1, 2**14)
     hidden_act: str = "silu"
     max_position_embeddings: int = bounded(1048576, 1, 2**31 - 1)
@@ -478,6 +482,12 @@ class MirasConfig(PreTrainedConfig):
         """Heads of keys and values that a memory layer projects."""
         return self.memory_num_key_value_heads or self.num_attention_heads
 
+    def memory_heads_of(self, name: str) -> int:
+        """Heads of what a memory layer projects by a name of `memory_projections`."""
+        if self.memory_num_query_key_heads is not None:
+            return self.num_attention_heads if name == "v" else self.memory_num_query_key_heads
+        return self.num_attention_heads if name == "q" else self.memory_key_value_heads
+
     @property
     def memory_projections(self) -> tuple[str, ...]:
         """What a memory layer projects and convolves, of queries, keys, values and erase keys."""
@@ -570,7 +580,8 @@ class MirasConfig(PreTrainedConfig):
                 f"`head_dim` must be even with rotary embeddings, got {self.head_dim} "
                 f"(hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads})."
             )
-        for name in ("num_key_value_heads", "memory_num_key_value_heads", "output_norm_groups"):
+        shared = ("num_key_value_heads", "memory_num_key_value_heads", "memory_num_query_key_heads")
+        for name in (*shared, "output_norm_groups"):
             heads = getattr(self, name) or self.num_attention_heads
             if self.num_attention_heads % heads:
                 raise ValueError(f"`{name}` ({heads}) must divide `num_attention_heads` ({self.num_attention_heads}).")
@@ -632,6 +643,11 @@ class MirasConfig(PreTrainedConfig):
 
     def _check_layer(self) -> None:
         """Raises a `ValueError` for what stands around a memory and does not fit its choices, naming both."""
+        if self.memory_num_query_key_heads is not None and self.memory_num_key_value_heads is not None:
+            raise ValueError(
+                f"`memory_num_key_value_heads` must be None with `memory_num_query_key_heads={self.memory_num_query_key_heads}`, "
+                f"got {self.memory_num_key_value_heads}: each says how many heads of keys there are."
+            )
         if not self.query_key_norm and self.attentional_bias != "dot":
             raise ValueError(
                 f"`query_key_norm` must be True with `attentional_bias={self.attentional_bias!r}`, got False: no loss but the "

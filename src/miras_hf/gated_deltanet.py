@@ -15,7 +15,7 @@
 same.
 
 What stands elsewhere there, and comes to the same: queries are divided by the root of the keys' width, which here the epsilon of
-the norm after the memory takes; keys serve several values' heads, and are repeated in the weights here; where keys and values
+the norm after the memory takes; convolutions of keys serve several values' heads, and are repeated in the weights here; where keys and values
 differ in width, the narrower ones have zeros behind them here, in weights, because a matrix memory is square; decay has no bound
 there, and here, in chunks of 8 tokens, one below which nothing is left (`exp(-20)`).
 """
@@ -104,6 +104,7 @@ def gated_deltanet_fields(layer: nn.Module) -> dict[str, Any]:
         **MODELS["gated-deltanet"].fields,
         "hidden_size": layer.hidden_size,
         "num_attention_heads": layer.num_v_heads,
+        "memory_num_query_key_heads": layer.num_k_heads,
         "head_dim": width,
         "conv_kernel_size": layer.conv_kernel_size,
         # of a mean over zeros, too
@@ -126,8 +127,8 @@ def load_gated_deltanet(mixer: MirasMixer, layer: nn.Module) -> None:
     groups, heads, keys, values = layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim
     width = max(keys, values)
 
-    def of_keys(weight: Tensor) -> Tensor:  # of the heads of values that they serve
-        return by_heads(weight, groups, width, heads // groups)
+    def of_keys(weight: Tensor, repeats: int = 1) -> Tensor:
+        return by_heads(weight, groups, width, repeats)
 
     def of_values(weight: Tensor) -> Tensor:
         return by_heads(weight, heads, width)
@@ -138,8 +139,9 @@ def load_gated_deltanet(mixer: MirasMixer, layer: nn.Module) -> None:
         "k_proj.weight": of_keys(found.k),
         "v_proj.weight": of_values(found.v),
         "g_proj.weight": of_values(found.gate),
-        "q_conv.weight": of_keys(q_conv),
-        "k_conv.weight": of_keys(k_conv),
+        # a convolution of its own for every head of values
+        "q_conv.weight": of_keys(q_conv, heads // groups),
+        "k_conv.weight": of_keys(k_conv, heads // groups),
         "v_conv.weight": of_values(v_conv),
         "eta.up_proj.weight": found.beta,
         "eta.bias": torch.zeros_like(layer.dt_bias),

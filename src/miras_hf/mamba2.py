@@ -15,7 +15,7 @@
 computes the same.
 
 The state update is a matrix memory with the dot-product loss: `x` are its values, `B` its keys, `C` its queries, the step `dt`
-its step, `dt A` its log retention. What stands elsewhere there, and comes to the same: `B` and `C` serve a group of heads, and are
+its step, `dt A` its log retention. What stands elsewhere there, and comes to the same: the convolutions of `B` and `C` serve a group of heads, and are
 repeated in the weights here; where states and heads differ in width, the narrower ones have zeros behind them here, in
 weights, because a matrix memory is square; the weight of the norm is in the projection after it; decay has no bound there, and
 here, in chunks of 8 tokens, one below which nothing is left (`exp(-20)`).
@@ -65,6 +65,7 @@ def mamba2_fields(layer: nn.Module) -> dict[str, Any]:
         **MODELS["mamba2"].fields,
         "hidden_size": layer.hidden_size,
         "num_attention_heads": layer.num_heads,
+        "memory_num_query_key_heads": layer.n_groups,
         "head_dim": width,
         "attention_bias": layer.in_proj.bias is not None,
         "attention_output_bias": layer.out_proj.bias is not None,
@@ -92,8 +93,8 @@ def load_mamba2(mixer: MirasMixer, layer: nn.Module) -> None:
     groups, heads, states, values = layer.n_groups, layer.num_heads, layer.ssm_state_size, layer.head_dim
     inner, width = layer.intermediate_size, max(states, values)
 
-    def of_states(weight: Tensor) -> Tensor:  # of the heads that they serve
-        return by_heads(weight, groups, width, heads // groups)
+    def of_states(weight: Tensor, repeats: int = 1) -> Tensor:
+        return by_heads(weight, groups, width, repeats)
 
     def of_values(weight: Tensor) -> Tensor:
         return by_heads(weight, heads, width)
@@ -111,7 +112,8 @@ def load_mamba2(mixer: MirasMixer, layer: nn.Module) -> None:
         convolved, projected = getattr(layer.conv1d, name), getattr(layer.in_proj, name)
         if convolved is not None:
             x, b, c = convolved.flatten(1).split(sizes[1:4]) if name == "weight" else convolved.split(sizes[1:4])
-            weights |= {f"q_conv.{name}": of_states(c), f"k_conv.{name}": of_states(b), f"v_conv.{name}": of_values(x)}
+            weights |= {f"{x}_conv.{name}": of_states(y, heads // groups) for x, y in (("q", c), ("k", b))}
+            weights[f"v_conv.{name}"] = of_values(x)
         if projected is not None:
             gate, x, b, c, step = projected.split(sizes)
             weights |= {f"q_proj.{name}": of_states(c), f"k_proj.{name}": of_states(b), f"v_proj.{name}": of_values(x)}

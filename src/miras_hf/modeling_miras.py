@@ -631,13 +631,14 @@ class MirasMixer(nn.Module):
         self.query_key_norm = config.query_key_norm
         self.conv_kernel_size, self.conv_act = config.conv_kernel_size, config.conv_act
         self.conv_bias = config.conv_bias
-        self.num_key_value_groups = config.num_attention_heads // config.memory_key_value_heads
-        width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.memory_key_value_heads))
+        heads, width = config.num_attention_heads, config.num_attention_heads * self.head_dim
 
         self.projected = config.memory_projections
+        # heads that share one of what is projected
+        self.sharing = {name: heads // config.memory_heads_of(name) for name in self.projected}
         self.writes, self.slots = config.writes_per_token, config.slots_per_token
         for name in self.projected:
-            features = width if name == "q" else kv_width * self.writes_of(name)
+            features = config.memory_heads_of(name) * self.head_dim * self.writes_of(name)
             self.add_module(f"{name}_proj", nn.Linear(config.hidden_size, features, bias=config.attention_bias))
         convolution = (config.conv_kernel_size, config.conv_initializer_range, config.conv_act, config.conv_bias)
         for name in self.projected:
@@ -651,12 +652,12 @@ class MirasMixer(nn.Module):
         self.momentum = MirasMomentumGate(config) if has_momentum else None
 
         self.erase = MirasEraseGate(config) if config.has_erase_key else None
-        self.skip = MirasValueSkip(config.num_attention_heads) if config.value_skip else None
+        self.skip = MirasValueSkip(heads) if config.value_skip else None
 
         self.memory = MirasMemory(config)
         self.g_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         eps = config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps
-        together = config.num_attention_heads // (config.output_norm_groups or config.num_attention_heads)
+        together = heads // (config.output_norm_groups or heads)
         self.o_norm = MirasRMSNormGated(
             config.head_dim, eps, config.output_gate_act, together, config.output_gate_first
         )
@@ -697,10 +698,10 @@ class MirasMixer(nn.Module):
         """Queries, keys and values, `[batch, tokens, heads, head_dim]`, by name one after the other, held by nobody else."""
         for name in self.projected:
             projected = self.by_heads(getattr(self, f"{name}_proj")(hidden_states))
-            if name != "q" and self.num_key_value_groups > 1:
+            if self.sharing[name] > 1:
                 # every head has its own memory, and convolutions, of what it shares
                 by_heads = projected.unflatten(2, (-1, self.writes_of(name)))
-                projected = repeat_heads(by_heads, self.num_key_value_groups, dim=2).flatten(2, 3)
+                projected = repeat_heads(by_heads, self.sharing[name], dim=2).flatten(2, 3)
             yield name, projected
 
     def writes_of(self, name: str) -> int:

@@ -137,12 +137,13 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
             "Mamba2 (arXiv 2405.21060)",
             "S = exp(Delta a) S + Delta B^T x, y = C S + D x",
             "k = B, v = x, q = C, of any norm (`query_key_norm=False`), eta = Delta = softplus(.), log alpha = Delta a "
-            "(`tied_step`); D x is `value_skip`, its norm takes all heads together, after the gate",
-            "every head has a B and a C of its own; states are as wide as heads; a starts at -1, Delta from half-lives",
+            "(`tied_step`); B and C are those of all heads (`memory_num_query_key_heads`), D x is `value_skip`, its norm takes all heads together, after the gate",
+            "convolutions of B and C are every head's own; states are as wide as heads; a starts at -1, Delta from half-lives",
             "mamba2",
             {
                 **_HEBBIAN,
                 "gate_granularity": "head",
+                "memory_num_query_key_heads": 1,
                 "tied_step": True,
                 # none, as far as a field can say so
                 "eta_max": 1e3,
