@@ -281,6 +281,17 @@ def in_float64(monkeypatch, layer: torch.nn.Module) -> None:
     monkeypatch.setattr(sys.modules[type(layer).__module__], "torch", wide)
 
 
+def layer_and_mixer(layer: torch.nn.Module, mixer: torch.nn.Module, x: Tensor) -> dict:
+    """By module, outputs and gradients of the input of a layer and the memory layer that took its weights."""
+    found = {}
+    for module, call in ((layer, layer), (mixer, lambda x: mixer(x)[0])):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found[module] = y, leaf.grad
+    return found
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm expected; the norm itself where zeros are expected."""
     difference = (actual.double() - expected.double()).norm().item()

@@ -18,7 +18,7 @@ import importlib.util
 import pytest
 import torch
 import transformers
-from memory_cases import in_float64, relative_error
+from memory_cases import in_float64, layer_and_mixer, relative_error
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
@@ -91,7 +91,7 @@ def test_the_same_is_computed(case):
     """Outputs, and gradients of the input; also of a row that is padded."""
     layer = forgetting_layer_of(case)
     mixer, x = mixer_of(layer), torch.randn(2, 21, 24)
-    found = compared(layer, mixer, x)
+    found = layer_and_mixer(layer, mixer, x)
     for got, want in zip(found[mixer], found[layer], strict=True):
         assert relative_error(got, want) < 1e-5
     mask = torch.ones(2, 21, dtype=torch.bool)
@@ -109,7 +109,7 @@ def test_the_same_is_computed_in_float64(case, monkeypatch):
     layer = forgetting_layer_of(case, 0.5).double()
     mixer, x = mixer_of(layer), torch.randn(2, 21, 24, dtype=torch.float64)
     in_float64(monkeypatch, layer)
-    found = compared(layer, mixer, x)
+    found = layer_and_mixer(layer, mixer, x)
     for got, want in zip(found[mixer], found[layer], strict=True):
         assert relative_error(got, want) < 1e-9
     out = layer.o_proj if hasattr(layer, "o_proj") else layer.out_proj
@@ -124,17 +124,6 @@ def forgetting_layer_of(case, most=2.0):
     with torch.no_grad():  # tokens that forget more than the default bound lets them, and less than the largest does
         layer.A_log.copy_(torch.linspace(-1.0, most, len(layer.A_log)))
     return layer
-
-
-def compared(layer, mixer, x):
-    """Outputs and gradients of the input, of either."""
-    found = {}
-    for module, call in ((layer, layer), (mixer, lambda x: mixer(x)[0])):
-        leaf = x.clone().requires_grad_()
-        y = call(leaf)
-        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        found[module] = y, leaf.grad
-    return found
 
 
 def test_what_cannot_be_taken_is_refused():

@@ -1,8 +1,21 @@
+# Copyright 2026 The miras-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """A Mamba2 layer of Transformers and the memory layer that took its weights compute the same."""
 
 import pytest
 import torch
-from memory_cases import in_float64, relative_error
+from memory_cases import in_float64, layer_and_mixer, relative_error
 from transformers import DynamicCache
 from transformers.models.bamba import modeling_bamba
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid
@@ -80,20 +93,9 @@ def test_the_same_is_computed(case):
     """Outputs, and gradients of the input."""
     layer = layer_of(case)
     mixer, x = mixer_of(layer)[1], torch.randn(2, TOKENS, WIDTH)
-    found = compared(layer, mixer, x)
+    found = layer_and_mixer(layer, mixer, x)
     for got, want in zip(found[mixer], found[layer], strict=True):
         assert relative_error(got, want) < 1e-5
-
-
-def compared(layer, mixer, x):
-    """Outputs and gradients of the input, of either."""
-    found = {}
-    for module, call in ((layer, layer), (mixer, lambda x: mixer(x)[0])):
-        leaf = x.clone().requires_grad_()
-        y = call(leaf)
-        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        found[module] = y, leaf.grad
-    return found
 
 
 @pytest.mark.parametrize("case", LAYERS)
@@ -102,7 +104,7 @@ def test_the_same_is_computed_in_float64(case, monkeypatch):
     layer = layer_of(case).double()
     mixer, x = mixer_of(layer)[1], torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
     in_float64(monkeypatch, layer)
-    found = compared(layer, mixer, x)
+    found = layer_and_mixer(layer, mixer, x)
     for got, want in zip(found[mixer], found[layer], strict=True):
         assert relative_error(got, want) < 1e-9
     heads, values, inner = layer.num_heads, layer.head_dim, layer.intermediate_size
