@@ -59,6 +59,7 @@ CONFIGS = {
     "erasing": miras_hf.MirasConfig.from_preset(
         "gated-deltanet", **SIZES, erase_key="own", writes_per_token=2, memory_num_key_value_heads=2
     ),
+    "mamba2": miras_hf.MirasConfig.from_preset("mamba2", **SIZES, output_norm_groups=2, memory_num_query_key_heads=2),
 }
 # of sizes that kernels know
 BY_KERNEL = {
@@ -70,6 +71,8 @@ INDIVISIBLE = {
     "three-heads": miras_hf.MonetaConfig(**{**SIZES, **INNER, "num_attention_heads": 3, "head_dim": 16}),
     "one-key-value-head": miras_hf.MonetaConfig(**SIZES, **INNER, **HYBRID, num_key_value_heads=1),
     "one-key-value-head-of-memories": miras_hf.MonetaConfig(**SIZES, **INNER, memory_num_key_value_heads=1),
+    "one-norm-of-all-heads": miras_hf.MirasConfig.from_preset("mamba2", **SIZES, memory_num_query_key_heads=2),
+    "one-query-key-head": miras_hf.MirasConfig.from_preset("mamba2", **SIZES, output_norm_groups=2),
     "tied-odd-vocabulary": miras_hf.MonetaConfig(**SIZES, **INNER, tie_word_embeddings=True),
 }
 

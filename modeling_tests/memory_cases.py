@@ -19,6 +19,8 @@ Shapes are tiny (head_dim 8, a dozen tokens): the mathematics has no threshold o
 import dataclasses
 import functools
 import math
+import sys
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -270,6 +272,24 @@ def state_tensors(state: MemoryState) -> dict[str, Tensor]:
         layers = value if isinstance(value, tuple) else (value,)
         named |= {f"state.{name}.{i}": x for i, x in enumerate(layers)}
     return named
+
+
+def in_float64(monkeypatch, layer: torch.nn.Module) -> None:
+    """Where a layer's module or what it calls says float32, by a method or, in the module, by its name, float64 is meant."""
+    wide = SimpleNamespace(**{**vars(torch), "float32": torch.float64})
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(sys.modules[type(layer).__module__], "torch", wide)
+
+
+def layer_and_mixer(layer: torch.nn.Module, mixer: torch.nn.Module, x: Tensor) -> dict:
+    """By module, outputs and gradients of the input of a layer and the memory layer that took its weights."""
+    found = {}
+    for module, call in ((layer, layer), (mixer, lambda x: mixer(x)[0])):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found[module] = y, leaf.grad
+    return found
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

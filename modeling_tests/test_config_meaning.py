@@ -146,11 +146,20 @@ def test_fields_that_are_not_in_the_table_always_mean_something(monkeypatch):
         "eta_max": 1e-3, "use_rope": True,
         "learned_step": False, "writes_per_token": 2,
         "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5, "conv_kernel_size": 2, "output_gate_act": "relu", "output_norm_eps": 0.5, "tie_word_embeddings": True,
+        "tied_step": True, "value_skip": True, "conv_bias": True, "output_gate_first": True, "output_norm_groups": 1, "memory_num_query_key_heads": 1,
     }  # fmt: skip
     # for others than the decoder: tools, tokenizers, how it is run; and those that ask for other choices: gates of heads,
     # whose parameters `test_momentum.py` counts, or the dot product, see `test_presets.py`
     told = {"max_position_embeddings", "use_cache", "chunk_size_feed_forward", "pad_token_id", "bos_token_id"}
-    told |= {"eos_token_id", "memory_backend", "learning_algorithm", "tied_write_key", "base_model", "license"}
+    told |= {
+        "eos_token_id",
+        "memory_backend",
+        "learning_algorithm",
+        "tied_write_key",
+        "query_key_norm",
+        "base_model",
+        "license",
+    }
     own = {field.name for field in dataclasses.fields(MirasConfig)}
     own -= {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"chunk_size_feed_forward"}
     assert own == other.keys() | told | means_something_with().keys()
@@ -189,6 +198,8 @@ def test_without_a_memory_its_fields_mean_nothing(monkeypatch):
         "gate_granularity": "head", "eta_max": 1e-3, "min_log_alpha": -1e-9, "min_half_life": 2.0, "max_half_life": 64.0,
         "use_rope": True, "learned_step": False, "learned_retention": False, "tied_write_key": True, "writes_per_token": 2, "value_norm": False, "initial_memory_scale": 5.0, "conv_initializer_range": 0.5,
         "conv_kernel_size": 2, "output_gate_act": "relu", "output_norm_eps": 0.5, "memory_backend": "pytorch",
+        "tied_step": True, "query_key_norm": False, "value_skip": True, "conv_bias": True, "output_gate_first": True,
+        "output_norm_groups": 1, "memory_num_query_key_heads": 1,
     }  # fmt: skip
     default = computed(MirasConfig(**alone), monkeypatch)
     refused = set()

@@ -143,6 +143,25 @@ def test_presets_take_overrides():
         ),
         ({"num_attention_heads": 4, "memory_num_key_value_heads": 3}, "`memory_num_key_value_heads` .3. must divide"),
         ({"conv_act": "relu"}, "'conv_act'.*silu.*linear"),
+        ({"num_attention_heads": 4, "memory_num_query_key_heads": 3}, "`memory_num_query_key_heads` .3. must divide"),
+        (
+            {"memory_num_query_key_heads": 1, "memory_num_key_value_heads": 1},
+            "`memory_num_key_value_heads` must be None with `memory_num_query_key_heads=1`, got 1",
+        ),
+        ({"num_attention_heads": 4, "output_norm_groups": 3}, "`output_norm_groups` .3. must divide"),
+        ({"query_key_norm": False}, "`query_key_norm` must be True with `attentional_bias='l2'`, got False"),
+        ({"tied_step": True, "retention": "none"}, "`retention` must forget with `tied_step=True`, got 'none'"),
+        ({"tied_step": True, "learned_step": False}, "`learned_step` must be True with `tied_step=True`, got False"),
+        ({"tied_step": True, "learned_retention": False}, "`learned_retention` must be True with `tied_step=True`"),
+        (
+            {
+                "tied_step": True,
+                "learning_algorithm": "delta_rule",
+                "memory_architecture": "matrix",
+                "residual_clip": None,
+            },
+            "`gate_granularity` must be 'head' with `tied_step=True` and `learning_algorithm='delta_rule'`, got 'channel'",
+        ),
         ({"min_half_life": 100.0, "max_half_life": 10.0}, "must not be below `min_half_life`"),
     ],
 )
@@ -163,7 +182,7 @@ ZEROS |= {"initial_memory_scale"} | {f"{name}_token_id" for name in ("pad", "bos
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_wrong_in_every_way(name):
-    assert len(NUMBERS) == 43
+    assert len(NUMBERS) == 45
     wrong = [math.nan, math.inf, -math.inf, 10**30, -(10**30), 1e30, -1e30, True, False, "1", [1.0], torch.tensor(1)]
     wrong += (
         [0] * (name not in ZEROS)

@@ -448,6 +448,11 @@ def test_what_cannot_be_converted_is_named(make, message):
         ),
         ([1], {"output_gate_act": "silu"}, "`output_gate_act` must be open where its projection is zero.*'silu'"),
         ([1], {"memory_num_key_value_heads": 1}, "must be a multiple of the teacher's 2, got 1"),
+        (
+            [1],
+            {"memory_num_key_value_heads": None, "memory_num_query_key_heads": 2},
+            "`memory_num_query_key_heads` must be None, got 2",
+        ),
         ([1], {"chunk_size": 0}, "'chunk_size'.*must be at least 1"),
         ([1], {"chunk_sise": 4}, "`chunk_sise`.*chunk_size"),
         ([1], {"lp_power": 2.0}, "`lp_power` means nothing without `attentional_bias='lp'`"),

@@ -138,6 +138,10 @@ def test_sizes_that_do_not_fit_are_refused(results):
         assert re.search(r"`num_key_value_heads` \(1\) .* tensor parallel size \(2\)", messages["one-key-value-head"])
         shared = messages["one-key-value-head-of-memories"]
         assert re.search(r"`memory_num_key_value_heads` \(1\) .* tensor parallel size \(2\)", shared)
+        together = messages["one-norm-of-all-heads"]
+        assert re.search(r"`output_norm_groups` \(1\) .* tensor parallel size \(2\)", together)
+        queries = messages["one-query-key-head"]
+        assert re.search(r"`memory_num_query_key_heads` \(1\) .* tensor parallel size \(2\)", queries)
         assert re.search(r"`vocab_size` \(99\) .* `fsdp_size` \(2\)", messages["tied-odd-vocabulary"])
 
 

@@ -18,7 +18,7 @@ import importlib.util
 import pytest
 import torch
 import transformers
-from memory_cases import relative_error
+from memory_cases import in_float64, layer_and_mixer, relative_error
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
@@ -67,7 +67,7 @@ def qwen3_next(key_heads, value_heads, **fields):
 
 def mixer_of(layer):
     config = MirasConfig(**gated_deltanet_fields(layer), num_hidden_layers=1)
-    mixer = MirasMixer(config, 0)
+    mixer = MirasMixer(config, 0).to(layer.A_log.dtype)
     load_gated_deltanet(mixer, layer)
     return mixer
 
@@ -88,30 +88,42 @@ LAYERS = {
 
 @pytest.mark.parametrize("case", LAYERS)
 def test_the_same_is_computed(case):
-    """Outputs, and gradients of the input and of the weights that both have; also of a row that is padded."""
-    model, heads, fields = LAYERS[case]
-    layer = layer_of(*heads, model=model, **fields)
-    with torch.no_grad():  # tokens that forget more than the default bound lets them, and less than the largest does
-        layer.A_log.copy_(torch.linspace(-1.0, 2.0, len(layer.A_log)))
+    """Outputs, and gradients of the input; also of a row that is padded."""
+    layer = forgetting_layer_of(case)
     mixer, x = mixer_of(layer), torch.randn(2, 21, 24)
-    found = {}
-    for module, call in ((layer, layer), (mixer, lambda x: mixer(x)[0])):
-        leaf = x.clone().requires_grad_()
-        y = call(leaf)
-        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        found[module] = y, leaf.grad
+    found = layer_and_mixer(layer, mixer, x)
     for got, want in zip(found[mixer], found[layer], strict=True):
         assert relative_error(got, want) < 1e-5
-    out = layer.out_proj if model == "qwen3_next" else layer.o_proj
-    by_heads = mixer.o_proj.weight.grad.unflatten(1, (layer.num_v_heads, -1))[..., : layer.head_v_dim].flatten(1)
-    for ours, theirs in ((mixer.alpha.a_log.grad, layer.A_log.grad), (by_heads, out.weight.grad)):
-        assert relative_error(ours, theirs) < 1e-5
     mask = torch.ones(2, 21, dtype=torch.bool)
     mask[0, :5] = False
     with torch.no_grad():
         alone = layer(x[:1, 5:])
         padded = mixer(x, sequences=Sequences(mask))[0]
     assert relative_error(padded[:1, 5:], alone) < 1e-5
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_the_same_is_computed_in_float64(case, monkeypatch):
+    """Outputs, and gradients of the input and of the weights that both have."""
+    # of what forgets more than all but exp(-20), that much stays here
+    layer = forgetting_layer_of(case, 0.5).double()
+    mixer, x = mixer_of(layer), torch.randn(2, 21, 24, dtype=torch.float64)
+    in_float64(monkeypatch, layer)
+    found = layer_and_mixer(layer, mixer, x)
+    for got, want in zip(found[mixer], found[layer], strict=True):
+        assert relative_error(got, want) < 1e-9
+    out = layer.o_proj if hasattr(layer, "o_proj") else layer.out_proj
+    by_heads = mixer.o_proj.weight.grad.unflatten(1, (layer.num_v_heads, -1))[..., : layer.head_v_dim].flatten(1)
+    for ours, theirs in ((mixer.alpha.a_log.grad, layer.A_log.grad), (by_heads, out.weight.grad)):
+        assert relative_error(ours, theirs) < 1e-9
+
+
+def forgetting_layer_of(case, most=2.0):
+    model, heads, fields = LAYERS[case]
+    layer = layer_of(*heads, model=model, **fields)
+    with torch.no_grad():  # tokens that forget more than the default bound lets them, and less than the largest does
+        layer.A_log.copy_(torch.linspace(-1.0, most, len(layer.A_log)))
+    return layer
 
 
 def test_what_cannot_be_taken_is_refused():

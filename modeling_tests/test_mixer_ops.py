@@ -49,6 +49,16 @@ CASES = {
     "linear convolution of packs": convolution(
         7, torch.tensor([[0, 1, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5]]), silu=False
     ),
+    "convolution with a bias": (
+        (leaf(2, 9, 6), leaf(6, 4), leaf(6)),
+        lambda x, weight, bias: causal_convolution(x, weight, bias=bias),
+    ),
+    "linear convolution with a bias of packs": (
+        (leaf(2, 7, 6), leaf(6, 4), leaf(6)),
+        lambda x, weight, bias: causal_convolution(
+            x, weight, position=torch.tensor([[0, 1, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5]]), bias=bias, silu=False
+        ),
+    ),
     "l2 norm": ((leaf(2, 5, 3, 4),), l2norm),
     "l2 norm of a length": ((leaf(2, 5, 3, 4),), lambda x: l2norm(x, length=2.0)),
     "step": ((leaf(2, 5, 3),), lambda u: scaled_sigmoid(u, 0.09)),

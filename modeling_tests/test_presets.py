@@ -435,8 +435,9 @@ def test_a_preset_makes_a_model(name):
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     mixer = model.model.layers[0].mixer
+    assert (mixer.eta is None) == config.tied_step
     assert [hasattr(gate, "up_proj") for gate in (mixer.eta, mixer.alpha)] == [
-        config.learned_step, config.learned_retention and config.has_retention,
+        config.learned_step and not config.tied_step, config.learned_retention and config.has_retention,
     ]  # fmt: skip
     with torch.no_grad():
         x = torch.randn(2, 3, 128)
@@ -468,6 +469,8 @@ def test_gates_that_stand_still_are_not_trained_after_they_are_loaded(tmp_path):
     assert still == {f"model.layers.{i}.mixer.{x}" for i in layers for x in ("eta.bias", "alpha.bias", "alpha.a_log")}
     plan = config.tensor_parallel_plan()
     assert plan["layers.*.mixer.eta"] == "heads" and "layers.*.mixer.eta.up_proj" not in plan
+    plan = MirasConfig.from_preset("mamba2").tensor_parallel_plan()
+    assert plan["layers.*.mixer.skip"] == "heads" and not any(name.endswith(("eta", "eta.up_proj")) for name in plan)
 
 
 def test_what_is_no_preset_is_refused():

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a token of a layer writes: several times, along tied keys. Against the recurrence written out, and in every way in which
+"""What a token of a layer writes: several times, along tied keys, with tied steps, and beside what it reads. Against the recurrence written out, and in every way in which
 a text can be read."""
 
 import pytest
@@ -46,6 +46,15 @@ POINTS = {
     "momentum": {"name": "titans-lmm", "writes_per_token": 3},
     "hebbian": {"name": "gla", "writes_per_token": 2},
     "tied": {"name": "hgrn2"},
+    "mamba": {"name": "mamba2"},
+    "shared": {
+        "name": "gated-deltanet",
+        "erase_key": "own",
+        "writes_per_token": 2,
+        "memory_num_query_key_heads": 1,
+        "eta_max": 0.5,
+    },
+    "tied step": {"name": "tiny", "tied_step": True, "value_skip": True, "conv_bias": True, "output_norm_groups": 1},
     "solved": {"name": "mesa", "writes_per_token": 2},
 }
 
@@ -186,7 +195,7 @@ def test_gradients_go_through_caches(point):
         assert relative_error(b, a) < 1e-4, name
 
 
-@pytest.mark.parametrize("point", ["three", "rwkv", "mlp", "solved", "tied"])
+@pytest.mark.parametrize("point", ["three", "rwkv", "mlp", "solved", "tied", "mamba", "tied step"])
 def test_gradients_of_finite_differences(point, monkeypatch):
     """Of a layer's inputs and of all that it learns, where models compute in float64: their gates and norms take float32."""
     monkeypatch.setattr(torch.Tensor, "float", lambda t: t)
@@ -200,9 +209,9 @@ def test_gradients_of_finite_differences(point, monkeypatch):
     assert torch.autograd.gradcheck(layer, (x, *learned.values()), fast_mode=True, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("point", ["rwkv", "tied"])
+@pytest.mark.parametrize("point", ["rwkv", "tied", "mamba"])
 def test_compiled_is_eager(point):
-    """One graph of a layer: tokens that erase and write, and keys that are what is forgotten."""
+    """One graph of a layer: tokens that erase and write, keys that are what is forgotten, and all of Mamba2."""
     mixer = model_of(point, num_attention_heads=1, chunk_size=8).model.layers[0].mixer
     x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     learned = {name: p for name, p in mixer.named_parameters() if p.requires_grad}
@@ -223,6 +232,9 @@ def test_what_means_nothing_is_refused():
         StrictDataclassError, match="`tied_write_key` must be False with `writes_per_token=2`, got True"
     ):
         MirasConfig.from_preset("hgrn2", writes_per_token=2)
+    for name in ("tied_step", "value_skip"):
+        with pytest.raises(StrictDataclassError, match=f"`{name}` must be False with `writes_per_token=2`, got True"):
+            MirasConfig(writes_per_token=2, **{name: True})
     for value in (0, 9, 1.5, True):
         with pytest.raises(StrictDataclassError, match="writes_per_token"):
             MirasConfig(writes_per_token=value)

@@ -88,6 +88,7 @@ class FinishedTokens(NamedTuple):
     log_alpha: Tensor
     delta: Tensor | None = None
     log_momentum: Tensor | None = None
+    skipped = None
 
     def finished(self, *_, **__) -> "FinishedTokens":
         return self

@@ -136,6 +136,20 @@ def test_tokens_that_kernels_have_read_are_taken_back(ids, monkeypatch):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("switch", ["conv_bias", "value_skip", "tied_step"])
+@torch.no_grad()
+def test_what_kernels_do_not_know_around_a_memory_is_not_left_to_them(switch, ids, monkeypatch):
+    slow, fast = make_models("yaad", num_hidden_layers=1, **{switch: True})
+    for name, p in slow.named_parameters():
+        if name.endswith(("_conv.bias", "skip.weight")):
+            p.normal_()
+    fast.load_state_dict(slow.state_dict())
+    few, cache = calls_of(monkeypatch, "_decode"), DynamicCache(config=fast.config)
+    parts = [fast(input_ids=ids[:, a:b], cache=cache).logits for a, b in ((0, 18), (18, 20), (20, 21))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), slow(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert [shape[1] for shape in few] == [2, 1]
+
+
 def test_generate_with_beams(ids):
     slow, fast = make_models("yaad")
     options = {"max_new_tokens": 4, "num_beams": 2, "num_return_sequences": 2, "do_sample": False}

@@ -185,6 +185,8 @@ class MemoryBackend:
             y = y[:, self.writes - 1 :: self.writes]
         if state is not None and self.writes > 1:
             state = state._replace(count=state.count // self.writes)
+        if tokens.skipped is not None:
+            y = y + tokens.skipped.to(y.dtype)
         return y, None if carry is None else Carry(state, tail, link_cache)
 
     def _one_by_one(self, x: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:

@@ -125,6 +125,9 @@ class MirasConfig(PreTrainedConfig):
         memory_num_key_value_heads (`int`, *optional*):
             Heads of keys and values that memory layers project; several heads, each with a memory and convolutions of
             its own, share one. `None` for as many as heads.
+        memory_num_query_key_heads (`int`, *optional*):
+            Heads of queries and keys that memory layers project where only those are shared, as in Qwen3-Next and Mamba2, and
+            `memory_num_key_value_heads` is `None`. `None` for none that are shared so.
         head_dim (`int`, *optional*): Width of a head; `None` for `hidden_size // num_attention_heads`.
         hidden_act (`str`, *optional*, defaults to `"silu"`): Activation of the MLP.
         max_position_embeddings (`int`, *optional*, defaults to 1048576):
@@ -226,6 +229,10 @@ class MirasConfig(PreTrainedConfig):
         tied_write_key (`bool`, *optional*, defaults to `False`):
             Whether keys are `1 - alpha`, what every channel's retention lets go, as in HGRN2, and layers have no projection
             and no convolution of keys. With the dot-product loss and learned retention of channels, without rotary embedding.
+        tied_step (`bool`, *optional*, defaults to `False`):
+            Whether one gate gives step and retention, `eta = softplus(.)`, at most `eta_max`, and `log alpha = -exp(a_log) eta`,
+            as in Mamba2, and layers have no gate of steps. With both learned, one write a token, and steps of the same
+            granularity. It starts from the half-lives.
         writes_per_token (`int`, *optional*, defaults to 1):
             Keys and values, each with a step of its own, that a token writes one after the other, at most 8, before it reads: the
             n of DeltaProduct. What it forgets it forgets before the first. In PyTorch only.
@@ -245,9 +252,15 @@ class MirasConfig(PreTrainedConfig):
         value_norm (`bool`, *optional*, defaults to `True`):
             Whether values have a root mean square of 1 in every head, as queries and keys have norm 1, so that a step
             means the same for every layer and at every time of training.
+        query_key_norm (`bool`, *optional*, defaults to `True`):
+            Whether memories' queries and keys have norm 1 in every head. Without it, as in Mamba2, with the dot-product loss only.
+        value_skip (`bool`, *optional*, defaults to `False`):
+            Whether `D v` is added to what a token reads, its own value times a number a head that is learned and starts at
+            one, as in Mamba2. With one write a token.
         conv_kernel_size (`int`, *optional*, defaults to 4): Width of the causal convolutions of q, k and v.
         conv_act (`str`, *optional*, defaults to `"silu"`):
             Activation after the convolutions, `"linear"` for none: then one that is the identity changes nothing.
+        conv_bias (`bool`, *optional*, defaults to `False`): Whether convolutions have biases, before their activation.
         conv_initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of initial convolutions; `None` for uniform in +-1 / sqrt(conv_kernel_size).
         initial_memory_scale (`float`, *optional*):
@@ -255,6 +268,11 @@ class MirasConfig(PreTrainedConfig):
             deviation is `1 / sqrt(fan_in)` without it. 0, with decay only, for a memory that starts empty. `None` for
             0.1 in an MLP memory, so that what is written soon outweighs it, and 1 elsewhere.
         output_gate_act (`str`, *optional*, defaults to `"silu"`): Activation of the output gate, `"linear"` for none.
+        output_gate_first (`bool`, *optional*, defaults to `False`):
+            Whether the output gate comes before the norm after the memory, as in Mamba2, and not after it.
+        output_norm_groups (`int`, *optional*):
+            Groups of heads that stand side by side, each with one mean square in the norm after the memory; `None` for as
+            many as heads.
         output_norm_eps (`float`, *optional*, defaults to 1.0):
             Epsilon of the norm after the memory; `None` for `rms_norm_eps`. Where it is large against the mean square of
             what memories return, a head that finds little says little; where it is small, every head says as much as
@@ -292,6 +310,7 @@ class MirasConfig(PreTrainedConfig):
     num_attention_heads: int = bounded(16, 1, 2**14)
     num_key_value_heads: int | None = bounded(None, 1, 2**14)
     memory_num_key_value_heads: int | None = bounded(None, 1, 2**14)
+    memory_num_query_key_heads: int | None = bounded(None, 1, 2**14)
     head_dim: int | None = bounded(None, 1, 2**14)
     hidden_act: str = "silu"
     max_position_embeddings: int = bounded(1048576, 1, 2**31 - 1)
@@ -345,6 +364,7 @@ class MirasConfig(PreTrainedConfig):
     learned_step: bool = True
     learned_retention: bool = True
     tied_write_key: bool = False
+    tied_step: bool = False
     writes_per_token: int = bounded(1, 1, 8)
     gate_rank: int = bounded(32, 1, 2**14)
     eta_max: int | float | None = bounded(None, above=0, high=1e3)
@@ -353,11 +373,16 @@ class MirasConfig(PreTrainedConfig):
     max_half_life: int | float = bounded(512.0, 0.01, 2**30)
     use_rope: bool = False
     value_norm: bool = True
+    query_key_norm: bool = True
+    value_skip: bool = False
     conv_kernel_size: int = bounded(4, 1, 1024)
     conv_act: Literal["silu", "linear"] = "silu"
+    conv_bias: bool = False
     conv_initializer_range: float | None = bounded(0.02, 0, 1)
     initial_memory_scale: int | float | None = bounded(None, 0, 1e3)
     output_gate_act: str = "silu"
+    output_gate_first: bool = False
+    output_norm_groups: int | None = bounded(None, 1, 2**14)
     output_norm_eps: int | float | None = bounded(1.0, 1e-30, 1e6)
     memory_backend: Literal["auto", "triton", "pytorch"] = "auto"
     base_model: str | None = None
@@ -457,6 +482,12 @@ class MirasConfig(PreTrainedConfig):
         """Heads of keys and values that a memory layer projects."""
         return self.memory_num_key_value_heads or self.num_attention_heads
 
+    def memory_heads_of(self, name: str) -> int:
+        """Heads of what a memory layer projects by a name of `memory_projections`."""
+        if self.memory_num_query_key_heads is not None:
+            return self.num_attention_heads if name == "v" else self.memory_num_query_key_heads
+        return self.num_attention_heads if name == "q" else self.memory_key_value_heads
+
     @property
     def memory_projections(self) -> tuple[str, ...]:
         """What a memory layer projects and convolves, of queries, keys, values and erase keys."""
@@ -549,7 +580,8 @@ class MirasConfig(PreTrainedConfig):
                 f"`head_dim` must be even with rotary embeddings, got {self.head_dim} "
                 f"(hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads})."
             )
-        for name in ("num_key_value_heads", "memory_num_key_value_heads"):
+        shared = ("num_key_value_heads", "memory_num_key_value_heads", "memory_num_query_key_heads")
+        for name in (*shared, "output_norm_groups"):
             heads = getattr(self, name) or self.num_attention_heads
             if self.num_attention_heads % heads:
                 raise ValueError(f"`{name}` ({heads}) must divide `num_attention_heads` ({self.num_attention_heads}).")
@@ -585,6 +617,7 @@ class MirasConfig(PreTrainedConfig):
         check_own_values(self)
         check_algorithm(self)
         check_meaning(self)
+        self._check_layer()
         if self.writes_per_token > 1 and self.tied_write_key:
             raise ValueError(
                 f"`tied_write_key` must be False with `writes_per_token={self.writes_per_token}`, got True: the keys of a "
@@ -607,6 +640,42 @@ class MirasConfig(PreTrainedConfig):
                         f"`{name}` must be {value!r} with `tied_write_key=True`, got {getattr(self, name)!r}: keys are what "
                         "every channel's retention lets go, and no loss but the dot product has a step that fits their norms."
                     )
+
+    def _check_layer(self) -> None:
+        """Raises a `ValueError` for what stands around a memory and does not fit its choices, naming both."""
+        if self.memory_num_query_key_heads is not None and self.memory_num_key_value_heads is not None:
+            raise ValueError(
+                f"`memory_num_key_value_heads` must be None with `memory_num_query_key_heads={self.memory_num_query_key_heads}`, "
+                f"got {self.memory_num_key_value_heads}: each says how many heads of keys there are."
+            )
+        if not self.query_key_norm and self.attentional_bias != "dot":
+            raise ValueError(
+                f"`query_key_norm` must be True with `attentional_bias={self.attentional_bias!r}`, got False: no loss but the "
+                "dot product has a step that fits keys of any norm."
+            )
+        for name in ("tied_step", "value_skip"):
+            if getattr(self, name) and self.writes_per_token > 1:
+                raise ValueError(
+                    f"`{name}` must be False with `writes_per_token={self.writes_per_token}`, got True: a token would have "
+                    "several steps and values, and one gate or number for them."
+                )
+        if not self.tied_step:
+            return
+        if not self.has_retention:
+            raise ValueError(
+                f"`retention` must forget with `tied_step=True`, got {self.retention!r}: steps are what its gate opens."
+            )
+        for name in ("learned_step", "learned_retention"):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"`{name}` must be True with `tied_step=True`, got False: one gate, learned, gives both."
+                )
+        granularities = chosen(self, "learning_algorithm").step_granularities
+        if self.gate_granularity not in granularities:
+            raise ValueError(
+                f"`gate_granularity` must be {' or '.join(map(repr, granularities))} with `tied_step=True` and "
+                f"`learning_algorithm={self.learning_algorithm!r}`, got {self.gate_granularity!r}: steps have one number a head."
+            )
 
     def check_for_model(self) -> None:
         """
@@ -697,7 +766,7 @@ class MirasConfig(PreTrainedConfig):
         if self.first_memory_layer is not None:
             mixer = {f"{x}_proj": "colwise" for x in (*self.memory_projections, "g")}
             mixer |= {f"{x}_conv": "heads" for x in self.memory_projections}
-            gates = {"eta": True, "alpha": True}
+            gates = {"eta": not self.tied_step, "alpha": True}
             gates["delta"] = chosen(self, "attentional_bias").delta_granularity is not None
             gates["momentum"] = chosen(self, "learning_algorithm").has_momentum
             gates["erase"] = self.has_erase_key
@@ -707,6 +776,8 @@ class MirasConfig(PreTrainedConfig):
             }
             for gate in (name for name, there in gates.items() if there):
                 mixer |= {gate: "heads"} if fixed.get(gate) else {gate: "heads", f"{gate}.up_proj": "colwise"}
+            if self.value_skip:
+                mixer["skip"] = "heads"
             mixer["memory.initial_state"] = "heads"
             if choice_of(self, "memory_architecture").has_norm or chosen(self, "learning_algorithm").has_covariance:
                 mixer["memory"] = "heads"

@@ -294,6 +294,11 @@ def _config(
             f"`memory_num_key_value_heads` must be a multiple of the teacher's {teacher.num_key_value_heads}, got "
             f"{config.memory_key_value_heads}."
         )
+    if layers and config.memory_num_query_key_heads is not None:
+        raise ValueError(
+            f"`memory_num_query_key_heads` must be None, got {config.memory_num_query_key_heads}: an attention layer shares no "
+            "queries."
+        )
     return config
 
 

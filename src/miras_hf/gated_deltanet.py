@@ -15,12 +15,11 @@
 same.
 
 What stands elsewhere there, and comes to the same: queries are divided by the root of the keys' width, which here the epsilon of
-the norm after the memory takes; keys serve several values' heads, and are repeated in the weights here; where keys and values
+the norm after the memory takes; convolutions of keys serve several values' heads, and are repeated in the weights here; where keys and values
 differ in width, the narrower ones have zeros behind them here, in weights, because a matrix memory is square; decay has no bound
 there, and here, in chunks of 8 tokens, one below which nothing is left (`exp(-20)`).
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layer_weights import by_heads, check_activation, copy_weights, kind_of
 from .memory.rule import least_log_alpha
 from .modeling_miras import MirasMixer
 from .presets import MODELS
@@ -97,14 +97,14 @@ def gated_deltanet_fields(layer: nn.Module) -> dict[str, Any]:
         `ValueError`: for a layer with another activation, naming it.
     """
     weights = _weights_of(layer)
-    if layer.activation != "silu":
-        raise ValueError(f"`layer.activation` must be 'silu', got {layer.activation!r}.")
+    check_activation(layer)
     keys, values = layer.head_k_dim, layer.head_v_dim
     width = max(keys, values)
     return {
         **MODELS["gated-deltanet"].fields,
         "hidden_size": layer.hidden_size,
         "num_attention_heads": layer.num_v_heads,
+        "memory_num_query_key_heads": layer.num_k_heads,
         "head_dim": width,
         "conv_kernel_size": layer.conv_kernel_size,
         # of a mean over zeros, too
@@ -127,13 +127,11 @@ def load_gated_deltanet(mixer: MirasMixer, layer: nn.Module) -> None:
     groups, heads, keys, values = layer.num_k_heads, layer.num_v_heads, layer.head_k_dim, layer.head_v_dim
     width = max(keys, values)
 
-    def of_keys(weight: Tensor) -> Tensor:
-        """`[groups * keys, n]` for the heads of values that they serve."""
-        by_heads = weight.unflatten(0, (groups, keys)).repeat_interleave(heads // groups, dim=0)
-        return F.pad(by_heads, (0, 0, 0, width - keys)).flatten(0, 1)
+    def of_keys(weight: Tensor, repeats: int = 1) -> Tensor:
+        return by_heads(weight, groups, width, repeats)
 
     def of_values(weight: Tensor) -> Tensor:
-        return F.pad(weight.unflatten(0, (heads, values)), (0, 0, 0, width - values)).flatten(0, 1)
+        return by_heads(weight, heads, width)
 
     q_conv, k_conv, v_conv = layer.conv1d.weight.squeeze(1).split([layer.key_dim, layer.key_dim, layer.value_dim])
     weights = {
@@ -141,8 +139,9 @@ def load_gated_deltanet(mixer: MirasMixer, layer: nn.Module) -> None:
         "k_proj.weight": of_keys(found.k),
         "v_proj.weight": of_values(found.v),
         "g_proj.weight": of_values(found.gate),
-        "q_conv.weight": of_keys(q_conv),
-        "k_conv.weight": of_keys(k_conv),
+        # a convolution of its own for every head of values
+        "q_conv.weight": of_keys(q_conv, heads // groups),
+        "k_conv.weight": of_keys(k_conv, heads // groups),
         "v_conv.weight": of_values(v_conv),
         "eta.up_proj.weight": found.beta,
         "eta.bias": torch.zeros_like(layer.dt_bias),
@@ -153,26 +152,11 @@ def load_gated_deltanet(mixer: MirasMixer, layer: nn.Module) -> None:
         "o_norm.weight": F.pad(found.norm * (values / width) ** 0.5, (0, width - values)),
         "o_proj.weight": of_values(found.out.mT).mT,
     }
-    own = dict(mixer.named_parameters())
-    shapes, wanted = ({name: tuple(w.shape) for name, w in found.items()} for found in (own, weights))
-    wrong = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
-    if wrong:
-        raise ValueError(
-            f"`mixer` must be of a config with `gated_deltanet_fields`: `{wrong[0]}` has shape {shapes.get(wrong[0])}, and "
-            f"{wanted.get(wrong[0])} is needed."
-        )
-    for name, weight in weights.items():
-        own[name].copy_(weight)
+    copy_weights(mixer, weights, "gated_deltanet_fields")
 
 
 def _weights_of(layer: Any) -> _Weights:
-    for name, (module, weights_of) in _LAYERS.items():
-        # whoever has such a layer has imported its module
-        kind = getattr(sys.modules.get(module), name, None)
-        if kind is not None and isinstance(layer, kind):
-            return weights_of(layer)
-    kinds = " or a ".join(f"`{name}`" for name in _LAYERS)
-    raise TypeError(f"`layer` must be a {kinds}, got a `{type(layer).__name__}`.")
+    return _LAYERS[kind_of(layer, {name: module for name, (module, _) in _LAYERS.items()})][1](layer)
 
 
 __all__ = ["gated_deltanet_fields", "load_gated_deltanet"]

@@ -17,7 +17,8 @@ Autograd keeps what every small operation has read, tensors of the whole length;
 memory does. Here each piece keeps its inputs, or its result where that is kept anyway, and computes the rest again. With
 `y_bar` the adjoint of y, r the inverse norm, per head, and products channel by channel:
 
-    convolution   u_t = sum_s w_s x_{t-s},  y = silu(u) or u x_bar_t = sum_s w_s u_bar_{t+s},  w_s_bar = sum_t u_bar_t x_{t-s}
+    convolution   u_t = b + sum_s w_s x_{t-s},  y = silu(u) or u
+                  x_bar_t = sum_s w_s u_bar_{t+s},  w_s_bar = sum_t u_bar_t x_{t-s},  b_bar = sum_t u_bar_t
     l2 norm       y = s r x,  r = (x . x + eps)^(-1/2)       x_bar = s r (y_bar - y (y . y_bar) / s^2)
     gated norm    y = w n silu(g),  n = r x                  n_bar = y_bar w silu(g),  x_bar = r (n_bar - n mean(n n_bar))
     step          y = m sigmoid(u)                           u_bar = y_bar y (1 - y / m)
@@ -51,7 +52,13 @@ def _by_hand() -> bool:
 
 
 def causal_convolution(
-    x: Tensor, weight: Tensor, tail: Tensor | None = None, position: Tensor | None = None, *, silu: bool = True
+    x: Tensor,
+    weight: Tensor,
+    tail: Tensor | None = None,
+    position: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    silu: bool = True,
 ) -> Tensor:
     """The depthwise convolution of each token with the tokens before it, and its `silu`.
 
@@ -61,18 +68,22 @@ def causal_convolution(
         tail (`torch.Tensor` of shape `[batch, kernel_size - 1, channels]`, *optional*): the inputs before `x`.
         position (`torch.Tensor` of shape `[batch, tokens]`, *optional*):
             Tokens since the sequence's start: products stop at the border of a packed sequence.
+        bias (`torch.Tensor` of shape `[channels]`, *optional*): what is added before the activation.
         silu (`bool`, *optional*, defaults to `True`): whether the activation follows.
     """
     if tail is None and not by_formulas():
-        return _Convolution.apply(x, weight, position, silu)
+        return _Convolution.apply(x, weight, bias, position, silu)
     if x.shape[1] == 1 and tail is not None:
         output = (torch.cat((tail, x), dim=1) * weight.mT).sum(dim=1, keepdim=True)
+        output = output if bias is None else output + bias
         # nobody may write into it while a gradient is to come
         return F.silu(output, inplace=not torch.is_grad_enabled()) if silu else output
-    return _convolution(x, weight, position, silu, tail)
+    return _convolution(x, weight, bias, position, silu, tail)
 
 
-def _convolution(x: Tensor, weight: Tensor, position: Tensor | None, silu: bool, tail: Tensor | None = None) -> Tensor:
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, silu: bool, tail: Tensor | None = None
+) -> Tensor:
     tokens, before = x.shape[1], weight.shape[1] - 1
     padded = F.pad(x, (0, 0, before, 0)) if tail is None else torch.cat((tail, x), dim=1)
     taps = _taps(weight)
@@ -82,27 +93,33 @@ def _convolution(x: Tensor, weight: Tensor, position: Tensor | None, silu: bool,
         if position is not None:
             shifted = shifted.masked_fill((position < shift)[..., None], 0.0)
         output = torch.addcmul(output, shifted, taps[shift])
+    output = output if bias is None else output + bias
     return F.silu(output) if silu else output
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, position: Tensor | None, silu: bool) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, silu: bool) -> Tensor:
         ctx.silu = silu
-        ctx.save_for_backward(x, weight, position)
-        u = _convolved(x, weight, position)
+        ctx.save_for_backward(x, weight, bias, position)
+        u = _convolved(x, weight, bias, position)
         return F.silu(u, inplace=True) if silu else u
 
     @staticmethod
     def backward(ctx, y_bar: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, position = ctx.saved_tensors
+        x, weight, bias, position = ctx.saved_tensors
         if torch.is_grad_enabled():
-            bars = differentiable_vjp(lambda *x: _convolution(*x, position, ctx.silu), (x, weight), (y_bar,))
-            return *bars, None, None
+
+            def formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+                return _convolution(x, weight, bias, position, ctx.silu)
+
+            if bias is None:
+                return *differentiable_vjp(formula, (x, weight), (y_bar,)), None, None, None
+            return *differentiable_vjp(formula, (x, weight, bias), (y_bar,)), None, None
         taps = _taps(weight)
         u_bar = y_bar
         if ctx.silu:
-            u = _convolved(x, weight, position)
+            u = _convolved(x, weight, bias, position)
             u_bar = torch.ops.aten.silu_backward.grad_input(y_bar, u, grad_input=u)
         x_bar, taps_bar = u_bar * taps[0], torch.zeros_like(taps, dtype=u_bar.dtype)
         product = u_bar * x
@@ -111,7 +128,8 @@ class _Convolution(torch.autograd.Function):
             late = u_bar[:, shift:] if outside is None else u_bar[:, shift:].masked_fill(outside, 0.0)
             x_bar[:, :-shift].addcmul_(late, taps[shift])
             torch.sum(torch.mul(late, x[:, :-shift], out=product[:, shift:]), (0, 1), out=taps_bar[shift])
-        return x_bar.to(x.dtype), taps_bar.flip(0).mT.to(weight.dtype), None, None
+        bias_bar = None if bias is None else u_bar.sum((0, 1)).to(bias.dtype)
+        return x_bar.to(x.dtype), taps_bar.flip(0).mT.to(weight.dtype), bias_bar, None, None
 
 
 def _taps(weight: Tensor) -> Tensor:
@@ -119,14 +137,14 @@ def _taps(weight: Tensor) -> Tensor:
     return weight.mT.flip(0).contiguous()
 
 
-def _convolved(x: Tensor, weight: Tensor, position: Tensor | None) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None) -> Tensor:
     taps = _taps(weight)
     u = x * taps[0]
     for shift, outside in _shifts(x, weight, position):
         # selected, not multiplied: what is not finite stays in its sequence
         early = x[:, :-shift] if outside is None else x[:, :-shift].masked_fill(outside, 0.0)
         u[:, shift:].addcmul_(early, taps[shift])
-    return u
+    return u if bias is None else u.add_(bias)
 
 
 def _shifts(x: Tensor, weight: Tensor, position: Tensor | None) -> Iterator[tuple[int, Tensor | None]]:
@@ -202,6 +220,12 @@ class _L2Norm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`weight` times x over its root mean square along the last axis, which is computed in float32 at least."""
     return weight * _normed(x.to(compute_dtype(x)), eps)[0].to(x.dtype)
+
+
+def rms_norm_of_heads(x: Tensor, weight: Tensor, eps: float, together: int) -> Tensor:
+    """`rms_norm` of `[..., heads, head_dim]` with one mean square for every `together` heads that stand side by side."""
+    groups = x.unflatten(-2, (-1, together))
+    return rms_norm(groups.flatten(-2), weight.repeat(together), eps).view(groups.shape).flatten(-3, -2)
 
 
 def silu_gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -20,7 +20,7 @@ MLP, decoder layer, models. Moneta, Yaad and Memora are the same modules under d
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,7 +71,16 @@ from .inference_mode import is_abroad, leave_inference_mode
 from .inputs import check_cache, check_ids, check_inputs, for_losses
 from .memory import MemoryParameters, MirasRule
 from .memory.registry import CHOICES, choice_of, chosen
-from .mixer_ops import causal_convolution, l2norm, negative_softplus, rms_norm, scaled_sigmoid, silu_gated_rms_norm
+from .memory.state import compute_dtype
+from .mixer_ops import (
+    causal_convolution,
+    l2norm,
+    negative_softplus,
+    rms_norm,
+    rms_norm_of_heads,
+    scaled_sigmoid,
+    silu_gated_rms_norm,
+)
 from .model_card import save_model_card
 from .parallel import check_distributed_config
 from .peft import NotByParameter, check_prompt_learning
@@ -124,16 +133,41 @@ class MirasRMSNorm(nn.Module):
 
 
 class MirasRMSNormGated(MirasRMSNorm):
-    """RMS norm of every head, multiplied by an activated gate."""
+    """RMS norm of every head, or of several together, multiplied by an activated gate, or of that product.
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6, activation: str = "silu"):
+    Args:
+        hidden_size (`int`): width of a head.
+        eps (`float`, *optional*, defaults to 1e-6): what is added to mean squares.
+        activation (`str`, *optional*, defaults to `"silu"`): that of the gate.
+        together (`int`, *optional*, defaults to 1): heads that have one mean square.
+        gate_first (`bool`, *optional*, defaults to `False`): whether the gate comes before the norm.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        activation: str = "silu",
+        together: int = 1,
+        gate_first: bool = False,
+    ):
         super().__init__(hidden_size, eps)
         self.activation, self.act_fn = activation, ACT2FN[activation]
+        self.together, self.gate_first = together, gate_first
 
     def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:
-        if self.activation == "silu":
+        if self.activation == "silu" and self.together == 1 and not self.gate_first:
             return silu_gated_rms_norm(hidden_states, gate, self.weight, self.variance_epsilon)
-        return super().forward(hidden_states) * self.act_fn(gate)
+        if self.gate_first:
+            wide = compute_dtype(gate)
+            product = hidden_states.to(wide) * self.act_fn(gate.to(wide))
+            return self.normed(product).to(gate.dtype)
+        return self.normed(hidden_states) * self.act_fn(gate)
+
+    def normed(self, hidden_states: Tensor) -> Tensor:
+        if self.together == 1:
+            return super().forward(hidden_states)
+        return rms_norm_of_heads(hidden_states, self.weight, self.variance_epsilon, self.together)
 
 
 class MirasRotaryEmbedding(nn.Module):
@@ -184,11 +218,17 @@ class MirasShortConvolution(nn.Module):
     """Causal depthwise convolution over time, then SiLU or nothing."""
 
     def __init__(
-        self, channels: int, kernel_size: int, initializer_range: float | None = None, activation: str = "silu"
+        self,
+        channels: int,
+        kernel_size: int,
+        initializer_range: float | None = None,
+        activation: str = "silu",
+        bias: bool = False,
     ):
         super().__init__()
         self.kernel_size, self.initializer_range, self.activation = kernel_size, initializer_range, activation
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def forward(self, hidden_states: Tensor, tail: Tensor | None = None, position: Tensor | None = None) -> Tensor:
         """
@@ -199,10 +239,12 @@ class MirasShortConvolution(nn.Module):
         """
         # under autocast the weights are wider than what they meet, and wide values would take kernels' slow path
         silu = self.activation == "silu"
-        return causal_convolution(hidden_states, self.weight, tail, position, silu=silu).to(hidden_states.dtype)
+        convolved = causal_convolution(hidden_states, self.weight, tail, position, bias=self.bias, silu=silu)
+        return convolved.to(hidden_states.dtype)
 
     def extra_repr(self):
-        return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}, activation={self.activation}"
+        bias = ", bias=True" if self.bias is not None else ""
+        return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}, activation={self.activation}{bias}"
 
 
 class MirasLowRankGate(nn.Module):
@@ -293,6 +335,19 @@ class MirasRetentionGate(MirasLowRankGate):
         return rate + torch.log(-torch.expm1(-rate))  # the inverse of softplus
 
 
+class MirasTiedGate(MirasRetentionGate):
+    """Step of every token, `eta = softplus(.)`, `eta_max` at most, and its log retention, `-exp(a_log) eta`, float32."""
+
+    def __init__(self, config: MirasConfig):
+        super().__init__(config)
+        self.eta_max = config.eta_max
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.a_log.float().exp()
+        eta = F.softplus(self.logits(hidden_states)).clamp(max=self.eta_max)
+        return eta, -eta * (scale[:, None] if self.per_channel else scale)
+
+
 class MirasThresholdGate(MirasLowRankGate):
     """Threshold of the Huber biases, `delta = softplus(.)`, positive, float32."""
 
@@ -308,6 +363,20 @@ class MirasThresholdGate(MirasLowRankGate):
     def initial_bias(self) -> Tensor:
         threshold = torch.linspace(*self.initial, self.bias.numel(), device=self.bias.device)
         return torch.log(torch.expm1(threshold))  # the inverse of softplus
+
+
+class MirasValueSkip(nn.Module):
+    """What of a token's own value is added to what it reads: `D v`, D one number a head, that starts at one."""
+
+    decays = False
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Of `[batch, tokens, heads, head_dim]`."""
+        return self.weight[:, None] * values
 
 
 class MirasMomentumGate(MirasLowRankGate):
@@ -408,6 +477,8 @@ class ProjectedTokens:
             have the writes of a head behind each other, `[batch, tokens, heads * writes, head_dim]`.
         e (`torch.Tensor`, as `q`, *optional*): projected erase keys, where they are not those that are written.
         rotary (`tuple` of `torch.Tensor`, *optional*): cosines and sines, `[batch, tokens, head_dim]`.
+
+    `skipped`, `[batch, tokens, heads, head_dim]`, is what is added to what they read once they are finished; or `None`.
     """
 
     mixer: "MirasMixer"
@@ -417,6 +488,7 @@ class ProjectedTokens:
     k: Tensor | None = None
     e: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    skipped: Tensor | None = field(default=None, init=False)
 
     @property
     def projected(self) -> dict[str, Tensor]:
@@ -451,12 +523,17 @@ class ProjectedTokens:
             e = None if e is None else apply_rotary_pos_emb(e, e, *self.rotary, unsqueeze_dim=2)[0]
         if mixer.value_norm:
             v = l2norm(v.float(), length=mixer.head_dim**0.5).to(v.dtype)
+        self.skipped = None if mixer.skip is None else mixer.skip(v)
         gates = (mixer.eta, mixer.alpha, mixer.delta, mixer.momentum)
         gates = [None if gate is None else gate(self.hidden_states) for gate in gates]
-        # 1 - alpha, of the retention that there is after the cut
-        k = -gates[1].clamp(min=mixer.memory.rule.least_log_alpha).expm1() if k is None else l2norm(k.float())
-        e = None if e is None else l2norm(e.float())
-        found = (l2norm(q.float()), k, v, *gates, e)
+        if mixer.eta is None:
+            gates[:2] = gates[1]
+        q, k, e = (None if x is None else x.float() for x in (q, k, e))
+        if mixer.query_key_norm:
+            q, k, e = (None if x is None else l2norm(x) for x in (q, k, e))
+        if k is None:  # 1 - alpha, of the retention that there is after the cut
+            k = -gates[1].clamp(min=mixer.memory.rule.least_log_alpha).expm1()
+        found = (q, k, v, *gates, e)
         return found if mixer.slots == 1 else self._by_slots(*found)
 
     def _by_slots(self, q, k, v, eta, log_alpha, delta, log_momentum, e) -> tuple[Tensor | None, ...]:
@@ -512,9 +589,12 @@ class ProjectedTokens:
 
     def is_plain(self) -> bool:
         """Whether the small modules before the memory are what they seem, so that a kernel can do what they do: none is
-        wrapped by an adapter, sharded or offloaded, and convolutions have the activation that kernels know."""
+        wrapped by an adapter, sharded or offloaded, convolutions have the activation that kernels know and no bias, queries
+        and keys have their norm, steps are their own gate's, and nothing is added to what is read."""
         mixer = self.mixer
-        if mixer.conv_act != "silu" or mixer.projected != ("q", "k", "v"):
+        if mixer.conv_act != "silu" or mixer.projected != ("q", "k", "v") or not mixer.query_key_norm:
+            return False
+        if mixer.conv_bias or mixer.eta is None or mixer.skip is not None:
             return False
         modules = [(MirasShortConvolution, mixer.convolution(name)) for name in mixer.projected]
         modules += [(MirasStepGate, mixer.eta), (MirasRetentionGate, mixer.alpha)]
@@ -548,32 +628,39 @@ class MirasMixer(nn.Module):
         self.head_dim = config.head_dim
         self.use_rope = config.use_rope
         self.value_norm = config.value_norm
+        self.query_key_norm = config.query_key_norm
         self.conv_kernel_size, self.conv_act = config.conv_kernel_size, config.conv_act
-        self.num_key_value_groups = config.num_attention_heads // config.memory_key_value_heads
-        width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.memory_key_value_heads))
+        self.conv_bias = config.conv_bias
+        heads, width = config.num_attention_heads, config.num_attention_heads * self.head_dim
 
         self.projected = config.memory_projections
+        # heads that share one of what is projected
+        self.sharing = {name: heads // config.memory_heads_of(name) for name in self.projected}
         self.writes, self.slots = config.writes_per_token, config.slots_per_token
         for name in self.projected:
-            features = width if name == "q" else kv_width * self.writes_of(name)
+            features = config.memory_heads_of(name) * self.head_dim * self.writes_of(name)
             self.add_module(f"{name}_proj", nn.Linear(config.hidden_size, features, bias=config.attention_bias))
-        convolution = (config.conv_kernel_size, config.conv_initializer_range, config.conv_act)
+        convolution = (config.conv_kernel_size, config.conv_initializer_range, config.conv_act, config.conv_bias)
         for name in self.projected:
             self.add_module(f"{name}_conv", MirasShortConvolution(width * self.writes_of(name), *convolution))
 
-        self.eta = MirasStepGate(config)
-        self.alpha = MirasRetentionGate(config)
+        self.eta = None if config.tied_step else MirasStepGate(config)
+        self.alpha = MirasTiedGate(config) if config.tied_step else MirasRetentionGate(config)
         thresholded = chosen(config, "attentional_bias").delta_granularity is not None
         self.delta = MirasThresholdGate(config) if thresholded else None
         has_momentum = chosen(config, "learning_algorithm").has_momentum
         self.momentum = MirasMomentumGate(config) if has_momentum else None
 
         self.erase = MirasEraseGate(config) if config.has_erase_key else None
+        self.skip = MirasValueSkip(heads) if config.value_skip else None
 
         self.memory = MirasMemory(config)
         self.g_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         eps = config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps
-        self.o_norm = MirasRMSNormGated(config.head_dim, eps=eps, activation=config.output_gate_act)
+        together = heads // (config.output_norm_groups or heads)
+        self.o_norm = MirasRMSNormGated(
+            config.head_dim, eps, config.output_gate_act, together, config.output_gate_first
+        )
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.has_output_bias)
 
     @takes_cache
@@ -611,10 +698,10 @@ class MirasMixer(nn.Module):
         """Queries, keys and values, `[batch, tokens, heads, head_dim]`, by name one after the other, held by nobody else."""
         for name in self.projected:
             projected = self.by_heads(getattr(self, f"{name}_proj")(hidden_states))
-            if name != "q" and self.num_key_value_groups > 1:
+            if self.sharing[name] > 1:
                 # every head has its own memory, and convolutions, of what it shares
                 by_heads = projected.unflatten(2, (-1, self.writes_of(name)))
-                projected = repeat_heads(by_heads, self.num_key_value_groups, dim=2).flatten(2, 3)
+                projected = repeat_heads(by_heads, self.sharing[name], dim=2).flatten(2, 3)
             yield name, projected
 
     def writes_of(self, name: str) -> int:
@@ -869,6 +956,10 @@ class MirasPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.weight, -bound, bound)
             else:
                 init.normal_(module.weight, std=module.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, MirasValueSkip):
+            init.ones_(module.weight)
         elif isinstance(module, MirasLowRankGate):
             init.copy_(module.bias, module.initial_bias())
             if isinstance(module, MirasRetentionGate):

@@ -60,6 +60,8 @@ def check_distributed_config(config: MirasConfig) -> None:
         heads["num_key_value_heads"] = config.num_key_value_heads
     if config.has_memory:
         heads["memory_num_key_value_heads"] = config.memory_key_value_heads
+        heads["memory_num_query_key_heads"] = config.memory_num_query_key_heads or config.num_attention_heads
+        heads["output_norm_groups"] = config.output_norm_groups or config.num_attention_heads
     for name, number in heads.items():
         if number % tp_size:
             raise ValueError(

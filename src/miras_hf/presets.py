@@ -134,12 +134,25 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
             {**_HEBBIAN, "learned_step": False, "gate_granularity": "channel", "tied_write_key": True},
         ),
         "mamba2": Preset(
-            "Mamba2's state update (arXiv 2405.21060)",
+            "Mamba2 (arXiv 2405.21060)",
             "S = exp(Delta a) S + Delta B^T x, y = C S + D x",
-            "k = B, v = x, q = C, eta = Delta, log alpha = Delta a; D x is outside the memory",
-            "step and retention have a gate each, where Mamba2 has Delta for both; states are as wide as heads",
+            "k = B, v = x, q = C, of any norm (`query_key_norm=False`), eta = Delta = softplus(.), log alpha = Delta a "
+            "(`tied_step`); B and C are those of all heads (`memory_num_query_key_heads`), D x is `value_skip`, its norm takes all heads together, after the gate",
+            "convolutions of B and C are every head's own; states are as wide as heads; a starts at -1, Delta from half-lives",
             "mamba2",
-            {**_HEBBIAN, "gate_granularity": "head"},
+            {
+                **_HEBBIAN,
+                "gate_granularity": "head",
+                "memory_num_query_key_heads": 1,
+                "tied_step": True,
+                # none, as far as a field can say so
+                "eta_max": 1e3,
+                "query_key_norm": False,
+                "conv_bias": True,
+                "value_skip": True,
+                "output_gate_first": True,
+                "output_norm_groups": 1,
+            },
         ),
         "deltanet": Preset(
             "DeltaNet (arXiv 2406.06484)",

@@ -359,7 +359,8 @@ def _shapes(layer: Any, rows: int, tokens: int = 0) -> dict[str, list[int]]:
         memory.norm_weight.to("meta"),
         memory.norm_bias.to("meta"),
     )
-    gate_dim = head_dim if mixer.eta.per_channel or mixer.alpha.per_channel else 1
+    gates = (mixer.alpha,) if mixer.eta is None else (mixer.eta, mixer.alpha)
+    gate_dim = head_dim if any(gate.per_channel for gate in gates) else 1
     state = _flatten(initial_memory_state(memory.rule, parameters, 1, gate_dim))
     channels = sum(mixer.convolution(name).weight.shape[0] for name in mixer.projected)
     return {
