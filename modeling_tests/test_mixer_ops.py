@@ -20,7 +20,7 @@ import torch
 from torch import func
 from torch.autograd import gradgradcheck
 
-from miras_hf import MonetaConfig, MonetaModel, YaadConfig, YaadModel
+from miras_hf import MirasConfig, MirasModel, MonetaConfig, MonetaModel, YaadConfig, YaadModel
 from miras_hf.mixer_ops import (
     causal_convolution,
     l2norm,
@@ -29,7 +29,7 @@ from miras_hf.mixer_ops import (
     scaled_sigmoid,
     silu_gated_rms_norm,
 )
-from miras_hf.modeling_miras import MirasMemory
+from miras_hf.modeling_miras import MirasMemory, MirasShortConvolution, ProjectedTokens
 
 
 def leaf(*shape, dtype=torch.float64):
@@ -244,3 +244,52 @@ def test_values_under_autocast_are_those_of_a_half_precision_model():
         model(ids)
     model.bfloat16()(ids)
     assert seen == 4 * [torch.bfloat16]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "preset,fields",
+    [
+        ("gated-deltanet", {}),
+        ("gated-deltanet", {"use_rope": True, "memory_num_key_value_heads": 1}),
+        ("hgrn2", {}),  # without keys
+        ("rwkv-7", {"use_rope": True}),  # with erase keys
+        ("delta-product", {"value_norm": True}),  # with several writes
+        ("mamba2", {"use_rope": True}),  # with biases, and of any norm
+        ("delta-product", {"conv_kernel_size": 1, "conv_act": "linear"}),
+    ],
+)
+def test_a_token_is_finished_as_it_is_in_a_text(preset, fields, batch, monkeypatch):
+    """All heads of queries, keys, values and erase keys together, where a text takes one after the other; and a convolution
+    that is hooked is called by both."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "chunk_size": 8}
+    config = MirasConfig.from_preset(preset, **sizes, **fields)
+    mixer = MirasModel(config).layers[0].mixer.double()
+    for name in mixer.projected:
+        for parameter in mixer.convolution(name).parameters():
+            torch.nn.init.normal_(parameter)
+    x = torch.randn(batch, 9, 32, dtype=torch.float64)
+    rotary = (torch.randn(batch, 9, 16, dtype=torch.float64),) * 2 if config.use_rope else None
+
+    def of_tokens(first, last):
+        return ProjectedTokens(mixer, x, **dict(mixer.projections(x)), rotary=rotary).part(first, last)
+
+    def in_a_text():
+        return [None if t is None else t[:, -mixer.slots :] for t in of_tokens(0, 9).finished()]
+
+    def alone():
+        return of_tokens(8, 9).finished(of_tokens(0, 8).conv_inputs(None)[:, 8:])
+
+    calls = []
+    forward = MirasShortConvolution.forward
+    monkeypatch.setattr(MirasShortConvolution, "forward", lambda *args: calls.append(args) or forward(*args))
+    plain = alone()
+    assert not calls
+    for found, expected in zip(plain, in_a_text(), strict=True):
+        torch.testing.assert_close(found, expected)
+    mixer.v_conv.register_forward_hook(lambda module, args, output: 2.0 * output + 1.0)
+    hooked = alone()
+    for found, expected in zip(hooked, in_a_text(), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert not torch.allclose(hooked[2], plain[2])

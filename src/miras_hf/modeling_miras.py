@@ -208,10 +208,26 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-x2, x1), dim=-1)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> Tensor:
+    """Rotates x; `unsqueeze_dim` is where `cos` and `sin`, `[batch, tokens, head_dim]`, lack the heads."""
+    return x * cos.unsqueeze(unsqueeze_dim) + rotate_half(x) * sin.unsqueeze(unsqueeze_dim)
+
+
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
-    """Rotates q and k; `unsqueeze_dim` is where `cos` and `sin`, `[batch, tokens, head_dim]`, lack the heads."""
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+    return rotate(q, cos, sin, unsqueeze_dim), rotate(k, cos, sin, unsqueeze_dim)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    tail: Tensor | None = None,
+    position: Tensor | None = None,
+) -> Tensor:
+    """`causal_convolution` with an activation, in the dtype of its inputs."""
+    # under autocast the weights are wider than what they meet, and wide values would take kernels' slow path
+    return causal_convolution(x, weight, tail, position, bias=bias, silu=activation == "silu").to(x.dtype)
 
 
 class MirasShortConvolution(nn.Module):
@@ -228,7 +244,7 @@ class MirasShortConvolution(nn.Module):
         super().__init__()
         self.kernel_size, self.initializer_range, self.activation = kernel_size, initializer_range, activation
         self.weight = nn.Parameter(torch.empty(channels, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.zeros(channels)) if bias else None)
 
     def forward(self, hidden_states: Tensor, tail: Tensor | None = None, position: Tensor | None = None) -> Tensor:
         """
@@ -237,14 +253,20 @@ class MirasShortConvolution(nn.Module):
             tail (`torch.Tensor` of shape `[batch, kernel_size - 1, channels]`, *optional*): the inputs before them.
             position (`torch.Tensor` of shape `[batch, tokens]`, *optional*): tokens since the sequence's start.
         """
-        # under autocast the weights are wider than what they meet, and wide values would take kernels' slow path
-        silu = self.activation == "silu"
-        convolved = causal_convolution(hidden_states, self.weight, tail, position, bias=self.bias, silu=silu)
-        return convolved.to(hidden_states.dtype)
+        return convolve(hidden_states, self.weight, self.bias, self.activation, tail, position)
 
     def extra_repr(self):
         bias = ", bias=True" if self.bias is not None else ""
         return f"{self.weight.shape[0]}, kernel_size={self.kernel_size}, activation={self.activation}{bias}"
+
+
+def is_plain(module: nn.Module, kind: type, x: Tensor) -> bool:
+    """Whether a module is what it seems, so that others may do with its own parameters, to tensors like `x`, what it does: not
+    wrapped by an adapter, hooked, sharded or offloaded."""
+    if type(module) is not kind or module._forward_pre_hooks or module._forward_hooks:
+        return False
+    parameters = module._parameters.values()
+    return all(p is None or (type(p) is nn.Parameter and p.device == x.device) for p in parameters)
 
 
 class MirasLowRankGate(nn.Module):
@@ -272,13 +294,14 @@ class MirasLowRankGate(nn.Module):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """`[batch, tokens, hidden_size]` to float32 `[batch, tokens, heads, head_dim]`, or `[batch, tokens, heads]`, the writes
         of a head behind each other where a token has several."""
+        bias = self.bias
         if self.learned:
-            hidden_states = hidden_states.to(self.bias.dtype)  # float32 in a float16 model
+            hidden_states = hidden_states.to(bias.dtype)  # float32 in a float16 model
             if self.per_channel:
                 hidden_states = self.down_proj(hidden_states)
-            gate = self.up_proj(hidden_states).float() + self.bias.float()
+            gate = self.up_proj(hidden_states).float() + bias.float()
         else:
-            gate = self.bias.float().expand(*hidden_states.shape[:-1], -1)
+            gate = bias.float().expand(*hidden_states.shape[:-1], -1)
         return gate.unflatten(-1, (-1, self.head_dim)) if self.per_channel else gate
 
 
@@ -438,9 +461,12 @@ class MirasMemory(NotByParameter, nn.Module):
     def forward(self, tokens: "ProjectedTokens", sequences: Sequences, cached: MirasLayer | None = None) -> Tensor:
         """What tokens read, `[batch, tokens, heads, head_dim]`. Their layer of the cache, if there is one, has the memory
         after them."""
-        # tensor parallelism leaves buffers whole: as many as this rank has heads
         _, columns, heads, _ = tokens.q.shape
-        parameters = MemoryParameters(self.initial_state(), self.norm_weight[:heads], self.norm_bias[:heads])
+        norm = (self.norm_weight, self.norm_bias)
+        if norm[0].shape[0] != heads or norm[1].shape[0] != heads:
+            # tensor parallelism leaves buffers whole: as many as this rank has heads
+            norm = tuple(p[:heads] for p in norm)
+        parameters = MemoryParameters(self.initial_state(), *norm)
         if cached is None:
             return self.backend(tokens, sequences, parameters)[0]
         held = cached.to_read()  # what else the layer of the cache holds may change by it
@@ -453,7 +479,11 @@ class MirasMemory(NotByParameter, nn.Module):
     def version(self, known: WeightsVersion | None) -> WeightsVersion | None:
         """What the initial memory is now, for what is derived from it and kept: `known` itself if that still holds; `None`
         in a compiled graph, where it stands still."""
-        return None if torch.compiler.is_compiling() else weights_version(self.initial_state.parameters(), known)
+        return (
+            None
+            if torch.compiler.is_compiling()
+            else weights_version(self.initial_state.parameters(recurse=False), known)
+        )
 
     def sample_initial_state(self, layer: int) -> Tensor:
         """A dual state whose weights have the scale that simulations found stable."""
@@ -510,17 +540,10 @@ class ProjectedTokens:
                 The convolutions' last inputs before the tokens.
             position (`torch.Tensor` of shape `[batch, tokens]`, *optional*): tokens since the sequence's start.
         """
-        mixer, parts = self.mixer, {name: x.flatten(-2) for name, x in self.projected.items()}
-        widths = [x.shape[-1] for x in parts.values()]
-        tails = (None,) * len(parts) if tail is None else tail.split(widths, dim=-1)
-        found = {
-            name: mixer.by_heads(mixer.convolution(name)(x, t, position))
-            for (name, x), t in zip(parts.items(), tails, strict=True)
-        }
-        q, k, v, e = (found.pop(name, None) for name in "qkve")
-        if self.rotary is not None:
-            q, k = apply_rotary_pos_emb(q, k, *self.rotary, unsqueeze_dim=2)
-            e = None if e is None else apply_rotary_pos_emb(e, e, *self.rotary, unsqueeze_dim=2)[0]
+        mixer = self.mixer
+        together = tail is not None and self.v.shape[1] == 1 and self._has_plain_convolutions()
+        found = self._of_one_token(tail) if together else self._one_by_one(tail, position)
+        q, k, v, e = (found.get(name) for name in "qkve")
         if mixer.value_norm:
             v = l2norm(v.float(), length=mixer.head_dim**0.5).to(v.dtype)
         self.skipped = None if mixer.skip is None else mixer.skip(v)
@@ -528,13 +551,49 @@ class ProjectedTokens:
         gates = [None if gate is None else gate(self.hidden_states) for gate in gates]
         if mixer.eta is None:
             gates[:2] = gates[1]
-        q, k, e = (None if x is None else x.float() for x in (q, k, e))
-        if mixer.query_key_norm:
-            q, k, e = (None if x is None else l2norm(x) for x in (q, k, e))
         if k is None:  # 1 - alpha, of the retention that there is after the cut
             k = -gates[1].clamp(min=mixer.memory.rule.least_log_alpha).expm1()
         found = (q, k, v, *gates, e)
         return found if mixer.slots == 1 else self._by_slots(*found)
+
+    def _one_by_one(self, tail: Tensor | None, position: Tensor | None) -> dict[str, Tensor]:
+        """The projections after convolution, and all but values after rotary embedding and norm."""
+        mixer, parts = self.mixer, {name: x.flatten(-2) for name, x in self.projected.items()}
+        widths = [x.shape[-1] for x in parts.values()]
+        tails = (None,) * len(parts) if tail is None else tail.split(widths, dim=-1)
+        found = {
+            name: mixer.by_heads(mixer.convolution(name)(x, t, position))
+            for (name, x), t in zip(parts.items(), tails, strict=True)
+        }
+        for name in mixer.projected:
+            if name != "v":
+                found[name] = self._normed(found[name])
+        return found
+
+    def _of_one_token(self, tail: Tensor) -> dict[str, Tensor]:
+        """`_one_by_one` of one token, in a tensor of all heads: operations on so few numbers take as long as it takes to begin
+        them, and the values stand among those whose rotation and norm they do not have."""
+        mixer, projected = self.mixer, self.projected
+        convolutions = [mixer.convolution(name) for name in projected]
+        weight = torch.cat([module.weight for module in convolutions])
+        bias = torch.cat([module.bias for module in convolutions]) if mixer.conv_bias else None
+        x = mixer.by_heads(convolve(self.side_by_side(), weight, bias, mixer.conv_act, tail))
+        heads = [part.shape[2] for part in projected.values()]
+        normed = self._normed(x).split_with_sizes(heads, dim=2)
+        found = dict(zip(projected, normed, strict=True))
+        found["v"] = x.split_with_sizes(heads, dim=2)[list(projected).index("v")]
+        return found
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """Queries, keys or erase keys as memories take them, float32."""
+        x = (x if self.rotary is None else rotate(x, *self.rotary, unsqueeze_dim=2)).float()
+        return l2norm(x) if self.mixer.query_key_norm else x
+
+    def _has_plain_convolutions(self) -> bool:
+        """Whether convolutions do nothing but convolve with their parameters, so that they can do so together."""
+        modules = [self.mixer.convolution(name) for name in self.mixer.projected]
+        own = ["weight", "bias"]
+        return all(is_plain(x, MirasShortConvolution, self.v) and [*x._parameters] == own for x in modules)
 
     def _by_slots(self, q, k, v, eta, log_alpha, delta, log_momentum, e) -> tuple[Tensor | None, ...]:
         """`finished` of tokens for which the memory reads several: one that erases, and one a write. What is forgotten is so
@@ -569,9 +628,13 @@ class ProjectedTokens:
         for name in self.mixer.projected:
             delattr(self, name)
 
+    def side_by_side(self) -> Tensor:
+        """The projections as `[batch, tokens, channels]`, in the order of the convolutions' inputs."""
+        return torch.cat(list(self.projected.values()), dim=2).flatten(2)
+
     def conv_inputs(self, earlier: Tensor | None) -> Tensor:
         """What enters the convolutions, `[batch, earlier + tokens, channels]`, zeros before a text's first token."""
-        inputs = torch.cat([x.flatten(-2) for x in self.projected.values()], dim=-1)
+        inputs = self.side_by_side()
         if earlier is None:
             return F.pad(inputs, (0, 0, self.mixer.conv_kernel_size - 1, 0))
         return torch.cat((earlier.to(inputs.dtype), inputs), dim=1)
@@ -600,11 +663,7 @@ class ProjectedTokens:
         modules += [(MirasStepGate, mixer.eta), (MirasRetentionGate, mixer.alpha)]
         if mixer.delta is not None:
             modules.append((MirasThresholdGate, mixer.delta))
-        return all(
-            type(module) is kind
-            and all(type(p) is nn.Parameter and p.device == self.v.device for p in module.parameters(recurse=False))
-            for kind, module in modules
-        )
+        return all(is_plain(module, kind, self.v) for kind, module in modules)
 
     def for_kernel(self, tail: Tensor) -> tuple[tuple[Tensor | None, ...], Projections]:
         """What `finished` returns before anything is done, and what there is to do; `tail` is updated where it lies."""
@@ -713,7 +772,8 @@ class MirasMixer(nn.Module):
         return getattr(self, f"{name}_conv")
 
     def by_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+        # `unflatten` is Python, which takes longer than this on a token
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
 
 def repeat_heads(x: Tensor, n_rep: int, dim: int) -> Tensor:

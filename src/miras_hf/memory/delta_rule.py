@@ -133,11 +133,11 @@ class DeltaRule(TokenByToken):
         return 1.0 if self.gradient_at == "previous" else 2.0
 
     def bound_step_size(self, eta: Tensor, k: Tensor, erase: Tensor | None = None) -> Tensor:
-        limit, squared = self.largest_step, k.square().sum(-1, keepdim=True)
+        squared = (k * k).sum(-1, keepdim=True)
         if erase is not None:
             # no slope of a root at zero, where nothing is cut
             squared = (squared * erase.square().sum(-1, keepdim=True)).clamp(min=1e-30).sqrt()
-        return eta * (limit / (eta * squared).clamp(min=limit))
+        return eta / (eta * (squared / self.largest_step)).clamp(min=1.0)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from .architecture import MatrixMemory
 from .attentional_bias import Dot
 from .delta_rule import TokenByToken
 from .exact import Exact
-from .inputs import bound_inputs, check_inputs, tokens_first, without_autocast
+from .inputs import bound_inputs, check_inputs, without_autocast, without_gradients
 from .layout import check_layout_arguments, is_token
 from .learning import GradientDescent
 from .retention import ChunkWeights, Decay, NoRetention
@@ -59,7 +59,7 @@ def folds_at_once(rule: MirasRule) -> bool:
 
 
 @without_autocast
-@torch.no_grad()
+@without_gradients
 def fold_step_(
     q: Tensor,
     k: Tensor,
@@ -129,7 +129,7 @@ def fold_step_(
         covariance.mul_(retained).baddbmm_(written.mT, x.k if live is None else torch.where(live, x.k, 0.0))
         logits = per_row(parameters.norm_weight, rows, dtype)
         asked = rule.algorithm.solved(covariance, asked.squeeze(1), logits).unsqueeze(1)
-    y = tokens_first(torch.bmm(asked, matrix), heads).to(q.dtype)
+    y = torch.bmm(asked, matrix).view(rows, 1, heads, head_dim).to(q.dtype)
     if live is None:
         state.count.add_(1)
         return y, ()

@@ -51,6 +51,20 @@ def without_autocast(function):
     return wrapped
 
 
+def without_gradients(function):
+    """Runs a form of the recurrence in `torch.no_grad()`, which is entered where gradients are on only: on a token it takes
+    as long as several operations."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 class MemoryInputs(NamedTuple):
     """Checked inputs, in the dtype of computation, gates with a last axis of `head_dim` or 1."""
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .inputs import MemoryInputs, bound_inputs, check_inputs, tokens_first, without_autocast
+from .inputs import MemoryInputs, bound_inputs, check_inputs, tokens_first, without_autocast, without_gradients
 from .layout import check_layout_arguments, is_token
 from .retention import ChunkWeights
 from .rule import MirasRule
@@ -101,7 +101,7 @@ def step_miras(
 
 
 @without_autocast
-@torch.no_grad()
+@without_gradients
 def step_miras_(
     q: Tensor,
     k: Tensor,
