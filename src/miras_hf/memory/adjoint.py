@@ -46,7 +46,7 @@ from .layout import merge_chunks
 from .learning import Gates, split_gates
 from .retention import ChunkWeights
 from .rule import MirasRule
-from .vjp import added, bound_adjoint, can_look_at, differentiable_vjp, find_derivative, with_vjp
+from .vjp import added, bound_adjoint, differentiable_vjp, find_derivative, with_vjp
 
 
 def has_adjoint(rule: MirasRule) -> bool:
@@ -146,10 +146,7 @@ def _run(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm,
     """A group's forward with its tape: outputs, states after the group, tape; the writes alone unless `reads`."""
     unbounded = x.map(merge_chunks)
     x = bound_inputs(unbounded, rule)
-    uncut = [
-        None if can_look_at(b) and torch.equal(b, u) else b == u
-        for b, u in zip(_bounded(x), _bounded(unbounded), strict=True)
-    ]
+    uncut = [None if b is u else b == u for b, u in zip(_bounded(x), _bounded(unbounded), strict=True)]
     x, broken = hold_broken(x)
     all_gates, gates_vjp = with_vjp(rule.chunk_gates, x.eta, x.log_alpha.cumsum(-2))
     if broken is not None:
@@ -160,8 +157,7 @@ def _run(rule: MirasRule, sizes: list[int], x: MemoryInputs, states, base, norm,
 
     chunks, outputs = [], []
     for i, rows in enumerate(sizes):
-        states = tuple(s[:rows] for s in states)
-        base_here, norm_here = _first_rows(rows, base, norm)
+        states, base_here, norm_here = (_first_rows(rows, of_kind) for of_kind in (states, base, norm))
         weights, weights_vjp = with_vjp(rule.weights, states, base_here)
         factors, write_vjp = with_vjp(rule.write, weights, k[i], v[i], delta[i], norm_here)
         y, read_vjp = with_vjp(rule.read, weights, factors, q[i], gates[i], norm_here) if reads else (None, None)
@@ -189,10 +185,9 @@ def _group_adjoint(
     bars_of_step = []
     for i in reversed(range(len(sizes))):
         rows, chunk = sizes[i], chunks.pop()
-        _, norm_here = _first_rows(rows, base, norm)
         read_vjp = chunk.read_vjp
         if read_vjp is None:
-            _, read_vjp = with_vjp(rule.read, chunk.weights, chunk.factors, q[i], gates[i], norm_here)
+            _, read_vjp = with_vjp(rule.read, chunk.weights, chunk.factors, q[i], gates[i], _first_rows(rows, norm))
         weights_bar, factors_bar, q_bar, gates_bar, norm_by_read = read_vjp(y_bars[i])
 
         state_bars = tuple(None if bar is None else _with_ended_rows(bound_adjoint(bar), rows) for bar in state_bars)
@@ -206,9 +201,9 @@ def _group_adjoint(
         states_by_weights, base_bar = chunk.weights_vjp(added(weights_bar, weights_by_write))
         state_bars = added(state_bars, states_by_weights)
         of_chunk = (*base_bar, *norm_by_read, *norm_by_write)
-        for whole, bar in zip((*base_bars, *norm_bars, *norm_bars), of_chunk, strict=True):
+        for sum_so_far, bar in zip(_first_rows(rows, (*base_bars, *norm_bars, *norm_bars)), of_chunk, strict=True):
             if bar is not None:
-                whole[:rows].add_(bar)
+                sum_so_far.add_(bar)
         bars_of_step.append((q_bar, k_bar, v_bar, delta_bar, gates_bar))
 
     bars_of_step.reverse()
@@ -230,8 +225,9 @@ def _group_adjoint(
     return *of_inputs, *state_bars, *base_bars, *norm_bars
 
 
-def _first_rows(rows: int, base, norm):
-    return tuple(None if b is None else b[:rows] for b in base), tuple(p[:rows] for p in norm)
+def _first_rows(rows: int, tensors) -> tuple:
+    """Of tensors that have all rows, those of the rows that are still there."""
+    return tuple(t if t is None or t.shape[0] == rows else t[:rows] for t in tensors)
 
 
 def _with_ended_rows(bar: Tensor, rows: int) -> Tensor:

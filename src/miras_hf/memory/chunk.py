@@ -124,8 +124,10 @@ def chunk_miras(
     # faster, but inductor of torch 2.13 then gives wrong gradients
     by_hand = recompute and has_adjoint(rule) and not by_formulas()
     keep = by_hand and memory.activation_bytes() <= kept_bytes
-    if chunks_per_group is None:
-        chunks_per_group = _chunks_per_group(rule, head_dim, steps) if recompute and not keep else 8
+    if chunks_per_group is None and keep:
+        chunks_per_group = max(1, steps)  # what groups have in common is made once
+    elif chunks_per_group is None:
+        chunks_per_group = _chunks_per_group(rule, head_dim, steps) if recompute else 8
 
     # a group either is plain or does one of the rare things that only `process_group` knows
     borders = sorted({*range(0, steps, chunks_per_group), steps, *memory.special_borders()})

@@ -34,34 +34,55 @@ _B = 2.0 * math.sqrt(2.0 / math.pi)
 _A = _B * 0.044715 / 3.0
 
 
-# the chains below work in place: on a CPU they are bound by memory, and a fresh tensor costs two passes more
+# the chains below take few passes, in place where they can: on a CPU they are bound by memory, and a fresh tensor costs two more
+
+
+def _quadratic(z: Tensor, constant: float, factor: float) -> Tensor:
+    """`constant + factor z^2`, in one pass."""
+    return torch.addcmul(z.new_full((), constant), z, z, value=factor)
 
 
 def _gate(z: Tensor) -> Tensor:
-    return (z * z).mul_(3.0 * _A).add_(_B).mul_(z).sigmoid_()
+    return _quadratic(z, _B, 3.0 * _A).mul_(z).sigmoid_()
 
 
-def _gate_and_terms(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """s, w', z w' and s (1 - s)."""
-    rate = (z * z).mul_(9.0 * _A).add_(_B)
-    lift = z * rate
-    # 3 w = z (3 b + 9 a z^2)
-    gate = (rate + 2.0 * _B).mul_(z).mul_(1.0 / 3.0).sigmoid_()
-    return gate, rate, lift, torch.addcmul(gate, gate, gate, value=-1.0)
+def _third_of_rate(z: Tensor) -> Tensor:
+    """w' / 3."""
+    return _quadratic(z, _B / 3.0, 3.0 * _A)
+
+
+def _gate_of(lift: Tensor, z: Tensor) -> Tensor:
+    """s, of `lift = z w' / 3`: w is that and 2 b z / 3."""
+    return torch.add(lift, z, alpha=2.0 * _B / 3.0).sigmoid_()
+
+
+def _times_spread_(x: Tensor, gate: Tensor) -> Tensor:
+    """`x s (1 - s)` in the place of x."""
+    return torch.ops.aten.sigmoid_backward.grad_input(x, gate, grad_input=x)
+
+
+def _slope_(lift: Tensor, gate: Tensor) -> Tensor:
+    """`s + s (1 - s) z w'` in the place of `z w' / 3`."""
+    return torch.add(gate, _times_spread_(lift, gate), alpha=3.0, out=lift)
 
 
 def _hidden_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
-    gate, _, lift, spread = _gate_and_terms(z)
-    slope = lift.mul_(spread).add_(gate)
+    lift = _third_of_rate(z).mul_(z)
+    gate = _gate_of(lift, z)
+    slope = _slope_(lift, gate)
     return gate.mul_(z), slope
 
 
 def gelu_slope_curvature(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`gelu(z)`, `gelu'(z)` and `gelu''(z)`, outside autograd: for adjoints written by hand."""
-    gate, rate, lift, spread = _gate_and_terms(z)
+    rate = _third_of_rate(z)
+    lift = z * rate
+    gate = _gate_of(lift, z)
     # 2 w' + z w'' = 4 w' - 2 b
-    curvature = torch.addcmul(lift, gate, lift, value=-2.0).add_(4.0).mul_(rate).sub_(2.0 * _B).mul_(spread)
-    slope = lift.mul_(spread).add_(gate)
+    bent = torch.addcmul(lift, gate, lift, value=-2.0).add_(4.0 / 3.0)
+    bent = torch.addcmul(z.new_full((), -2.0 * _B), bent, rate, value=9.0, out=bent)
+    curvature = _times_spread_(bent, gate)
+    slope = _slope_(lift, gate)
     return gate.mul_(z), slope, curvature
 
 

@@ -14,6 +14,7 @@
 """What a form of the recurrence is called with: its tokens, checked and kept within bounds."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .rule import MirasRule
 from .state import MemoryParameters, compute_dtype
-from .vjp import can_look_at
+from .vjp import can_look_at, lies_within
 
 
 KEY_CAP = 1e3
@@ -199,18 +200,22 @@ def check_inputs(
 
 def bound_inputs(x: MemoryInputs, rule: MirasRule) -> MemoryInputs:
     """Cuts queries, keys and values at magnitudes that keep products finite, log alpha at the rule's bound, and steps at
-    the algorithm's."""
-    k = x.k.clamp(-KEY_CAP, KEY_CAP)
-    erase = None if x.erase is None else x.erase.clamp(-KEY_CAP, KEY_CAP)
+    the algorithm's. What nothing is cut of is returned as it is."""
+    k = _cut(x.k, -KEY_CAP, KEY_CAP)
+    erase = None if x.erase is None else _cut(x.erase, -KEY_CAP, KEY_CAP)
     return x._replace(
-        q=x.q.clamp(-KEY_CAP, KEY_CAP),
+        q=_cut(x.q, -KEY_CAP, KEY_CAP),
         k=k,
-        v=x.v.clamp(-VALUE_CAP, VALUE_CAP),
+        v=_cut(x.v, -VALUE_CAP, VALUE_CAP),
         eta=rule.algorithm.bound_step_size(x.eta, k, erase),
         erase=erase,
-        log_alpha=x.log_alpha.clamp(rule.least_log_alpha, 0.0),
-        log_momentum=None if x.log_momentum is None else x.log_momentum.clamp(MIN_LOG_MOMENTUM, 0.0),
+        log_alpha=_cut(x.log_alpha, rule.least_log_alpha, 0.0),
+        log_momentum=None if x.log_momentum is None else _cut(x.log_momentum, MIN_LOG_MOMENTUM, 0.0),
     )
+
+
+def _cut(x: Tensor, low: float, high: float) -> Tensor:
+    return x if lies_within(x, low, high) else x.clamp(low, high)
 
 
 def hold_broken(x: MemoryInputs) -> tuple[MemoryInputs, Tensor | None]:
@@ -228,7 +233,7 @@ def hold_broken(x: MemoryInputs) -> tuple[MemoryInputs, Tensor | None]:
         broken, `None` if none is. A compiled graph is left as it is: it cannot branch, and would pay in every call.
     """
     written = [t for name, t in zip(x._fields, x, strict=True) if t is not None and name != "q"]
-    if torch.compiler.is_compiling() or (can_look_at(x.k) and all(bool(t.sum().isfinite()) for t in written)):
+    if torch.compiler.is_compiling() or (can_look_at(x.k) and all(math.isfinite(t.sum().item()) for t in written)):
         return x, None
     finite = torch.stack([t.sum(-1).isfinite() for t in written]).all(0)
     broken = ((~finite).cumsum(-1) > 0).unsqueeze(-1)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .architecture import Factors, MemoryArchitecture
 from .declared import Choice, parameter
-from .vjp import can_look_at
+from .vjp import lies_within
 
 
 class ChunkWeights(NamedTuple):
@@ -133,9 +133,9 @@ class FrozenScale(RetentionGate):
         """`[..., 1, 1]`, or None for one."""
         if self.weight_cap is None:
             return None
-        scale = (self.weight_cap / rms(dual)).clamp(max=1.0)
+        size = rms(dual)
         # the cap is rarely met, and to multiply by one costs more than to look
-        return None if can_look_at(scale) and (scale == 1.0).all().item() else scale
+        return None if lies_within(size, 0.0, self.weight_cap) else (self.weight_cap / size).clamp(max=1.0)
 
     def link(self, dual: Tensor, hidden_axis: int) -> Tensor:
         scale = self.scale(dual)
@@ -229,18 +229,27 @@ class Lq(FrozenScale):
         """`||A||_q`, or its floor."""
         return _power_norm(dual, self.power, self.norm_floor)
 
+    @property
+    def least_norm(self) -> float:
+        """What smaller norms are taken for: the floor, or the norm of the largest factor."""
+        exponent = self.power - 2.0
+        return max(self.norm_floor, LARGEST_LQ_SCALE ** (-1.0 / exponent)) if exponent > 0.0 else self.norm_floor
+
     def free_scale(self, norm: Tensor) -> Tensor:
         """The map's factor before the cap, of the norm."""
-        exponent = self.power - 2.0
-        if exponent > 0.0:
-            norm = norm.clamp(min=LARGEST_LQ_SCALE ** (-1.0 / exponent))
-        return norm.pow(-exponent)
+        return norm.clamp(min=self.least_norm).pow(2.0 - self.power)
+
+    def capped_scale(self, dual: Tensor, free: Tensor) -> Tensor | None:
+        """The factor that brings the weights to the cap, `None` if none comes to it."""
+        if self.weight_cap is None:
+            return None
+        size = rms(dual)
+        return None if lies_within(free * size, 0.0, self.weight_cap) else self.weight_cap / size
 
     def scale(self, dual: Tensor) -> Tensor:
-        scale = self.free_scale(self.norm(dual))
-        if self.weight_cap is None:
-            return scale
-        return torch.minimum(scale, self.weight_cap / rms(dual))
+        free = self.free_scale(self.norm(dual))
+        capped = self.capped_scale(dual, free)
+        return free if capped is None else torch.minimum(free, capped)
 
     def inverse(self, weight: Tensor, hidden_axis: int) -> Tensor:
         if self.power == 3.0:  # phi keeps no scale at q = 3: every A of this direction has the same image
@@ -342,9 +351,13 @@ class Simplex(RetentionGate):
     def writes(self, weights: ChunkWeights, factors: Factors, hidden_axis: int) -> Factors:
         inputs, gradients = factors
         slope = self.slope(weights.weight, hidden_axis)
+
+        def centred(x: Tensor) -> Tensor:  # slope (x - mean(x)), in two passes
+            return torch.add(x.mean(-1, keepdim=True) * -slope, x, alpha=slope)
+
         if hidden_axis == -1:
-            return Factors(inputs, slope * (gradients - gradients.mean(-1, keepdim=True)))
-        return Factors(slope * (inputs - inputs.mean(-1, keepdim=True)), gradients)
+            return Factors(inputs, centred(gradients))
+        return Factors(centred(inputs), gradients)
 
     def writes_matrix(self, weights: ChunkWeights, matrix: Tensor, hidden_axis: int) -> Tensor:
         return self.slope(matrix, hidden_axis) * (matrix - matrix.mean(hidden_axis, keepdim=True))

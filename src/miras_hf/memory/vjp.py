@@ -16,7 +16,7 @@
 A derivative is a function of its own, registered for the forward function that it belongs to (`adjoints/`). It takes the
 same arguments and returns the same result, and besides a function `vjp` that takes the adjoint of the result (the
 gradient of the outer loss with respect to it) to the adjoints of the arguments, one each. It keeps exactly what its
-`vjp` needs, and runs outside autograd.
+`vjp` needs, and runs outside autograd. A `vjp` may write into the adjoint that it is given, and is called once.
 
 Derivatives are optional. A forward function without one is differentiated by autograd, so that a new choice is a
 forward method and nothing else. So is a method that a subclass overrides: it is another function, and the registry does
@@ -167,6 +167,19 @@ def can_look_at(x: Tensor) -> bool:
     return x.device.type == "cpu" and not by_formulas()
 
 
+def lies_within(x: Tensor, low: float, high: float) -> bool:
+    """Whether all numbers of `x` are at hand and within bounds; one that is not a number is not.
+
+    It takes one pass that writes nothing, where to cut them or to take magnitudes writes a copy.
+    """
+    if not can_look_at(x):
+        return False
+    if x.numel() == 0:
+        return True
+    least, largest = torch.aminmax(x)
+    return low <= least.item() and largest.item() <= high
+
+
 LARGEST_STATE_ADJOINT = 1e12
 """Largest entry of a state's adjoint. On streams that make the recurrence locally chaotic the adjoint grows by a factor
 per chunk and overflows over thousands of tokens; one such row would make the gradients of all parameters NaN."""
@@ -174,9 +187,9 @@ per chunk and overflows over thousands of tokens; one such row would make the gr
 
 def bound_adjoint(bar: Tensor) -> Tensor:
     """The adjoint of a dual state `[..., in, out]`, scaled down where an entry exceeds the largest."""
-    largest = bar.abs().amax((-2, -1), keepdim=True)  # on a CPU the infinity norm takes fourteen times as long
-    if can_look_at(largest) and bool((largest <= LARGEST_STATE_ADJOINT).all()):
+    if lies_within(bar, -LARGEST_STATE_ADJOINT, LARGEST_STATE_ADJOINT):
         return bar
+    largest = bar.abs().amax((-2, -1), keepdim=True)  # on a CPU the infinity norm takes fourteen times as long
     return bar * (LARGEST_STATE_ADJOINT / largest.clamp(min=LARGEST_STATE_ADJOINT))
 
 
@@ -205,8 +218,9 @@ class _TransformedBoundedAdjoint(_BoundedAdjoint):
 
 
 def with_bounded_adjoint(x: Tensor) -> Tensor:
-    """x, its adjoint bounded: `bound_adjoint` for autograd. A traced graph goes without: it would hold Python's code."""
-    if torch.jit.is_tracing():
+    """x, its adjoint bounded: `bound_adjoint` for autograd. Nothing is bound where nothing is differentiated, nor in a traced
+    graph, which would hold Python's code."""
+    if torch.jit.is_tracing() or not torch.is_grad_enabled():
         return x
     return (_TransformedBoundedAdjoint if in_transform() else _BoundedAdjoint).apply(x)
 

@@ -144,7 +144,7 @@ def write_mlp(
         for i in layers:
             dhidden_bar = gradients_bar[i] * slopes[i]
             weights_bar[i + 1] = torch.bmm(dhidden_bar.mT, gradients[i + 1])
-            gradients_bar[i + 1] = torch.baddbmm(gradients_bar[i + 1], dhidden_bar, weights[i + 1])
+            gradients_bar[i + 1].baddbmm_(dhidden_bar, weights[i + 1])
         prediction_bar, z_bar, *norm_bars = output_vjp(gradients_bar[-1])
         for i in reversed(range(len(weights))):
             if weights_bar[i] is None:
@@ -154,7 +154,7 @@ def write_mlp(
             if inputs_bar[i] is None:
                 input_bar = torch.bmm(z_bar, weights[i].mT)
             else:
-                input_bar = torch.baddbmm(inputs_bar[i], z_bar, weights[i].mT)
+                input_bar = inputs_bar[i].baddbmm_(z_bar, weights[i].mT)
             if i > 0:
                 z_bar = input_bar.mul_(slopes[i - 1])
                 z_bar = z_bar.addcmul_(gradients_bar[i - 1], curvatures[i - 1]) if i > first else z_bar
@@ -205,9 +205,9 @@ def write_gated(
             (k_bar, dgate_bar), (k_bar_of_up, dup_bar) = bars[:-1]
             of_slope = dgate_bar * slope
             dhidden_bar = torch.addcmul(of_slope * up, dup_bar, gate)
-            dz_bar = torch.baddbmm(dz_bar, dhidden_bar, w3)
+            dz_bar.baddbmm_(dhidden_bar, w3)
         prediction_bar, last_bar, *norm_bars = output_vjp(dz_bar)
-        hidden_bar = torch.baddbmm(hidden_bar, last_bar, w3.mT)
+        hidden_bar.baddbmm_(last_bar, w3.mT)
         w3_bar = torch.bmm(hidden.mT, last_bar)
         up_bar, z_bar = hidden_bar * gate, hidden_bar * up
         if not memory.fixed:
@@ -246,7 +246,7 @@ def write_matrix(
 
     def vjp(bars: tuple[Factors, ...]):
         prediction_bar = residual_vjp(bars[0].gradients)
-        k_bar = torch.baddbmm(bars[0].inputs, prediction_bar, weights[0].mT)
+        k_bar = bars[0].inputs.baddbmm_(prediction_bar, weights[0].mT)
         return (torch.bmm(k.mT, prediction_bar),), k_bar, None, None, None
 
     return (Factors(k, r),), vjp

@@ -31,7 +31,7 @@ from ..attentional_bias import (
     mixture,
     norm,
 )
-from ..vjp import derivative_of, summed_like, with_vjp
+from ..vjp import can_look_at, derivative_of, summed_like, with_vjp
 
 
 WithErrorVjp = tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]
@@ -56,9 +56,12 @@ def residual(bias: AttentionalBias, error: Tensor, delta: Tensor | None) -> With
     return clipped, lambda bar: gradient_vjp(clip_vjp(bar)[0])
 
 
-def _shortened(x: Tensor, limit: Tensor | float) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """The second adjoint is that of the limit."""
+def _shortened(x: Tensor, limit: Tensor | float) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor | None]]]:
+    """The second adjoint is that of the limit, `None` where nothing is as long."""
     size = norm(x)
+    # the guard is rarely met, and to multiply by one costs more than to look
+    if can_look_at(size) and bool((size <= limit).all()):
+        return x, lambda bar: (bar, None)
     factor = (limit / size).clamp(max=1.0)
 
     def vjp(bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,10 +89,10 @@ def lp(bias: Lp, error: Tensor, delta: None) -> WithErrorVjp:
 
     def vjp(bar: Tensor) -> tuple[Tensor, None]:
         # of p sign(e) |e|^(p-1): p sign(e) |e|^(p-3) (p-1) e, and where the sign is smooth p sign'(e) |e|^(p-1)
-        slope = signed * cut * (p - 1.0)
+        slope = (signed * cut).mul_(p - 1.0)
         if bias.sign != "exact":
             slope = slope + p * a * (1.0 - torch.tanh(a * cut).square()) * squared.pow((p - 1.0) / 2.0)
-        return bar * slope * (error.abs() <= bias.error_cap), None
+        return (bar * slope).mul_(cut == error), None
 
     return signed * squared, vjp
 

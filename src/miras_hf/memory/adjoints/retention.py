@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..architecture import Factors
-from ..retention import KL, LARGEST_LQ_SCALE, ChiSquared, ChunkWeights, FrozenScale, Lq, RetentionGate, Simplex, rms
+from ..retention import KL, ChiSquared, ChunkWeights, FrozenScale, Lq, RetentionGate, Simplex
 from ..vjp import derivative_of, with_vjp
 
 
@@ -56,21 +56,22 @@ def cap(gate: FrozenScale, dual: Tensor) -> tuple[Tensor | None, Callable | None
     return scale, vjp
 
 
-@derivative_of(Lq.scale, Lq.norm, Lq.free_scale)
+@derivative_of(Lq.scale, Lq.norm, Lq.free_scale, Lq.capped_scale)
 def lq_scale(gate: Lq, dual: Tensor) -> tuple[Tensor, Callable]:
     q = gate.power
     norm = gate.norm(dual)
     free = gate.free_scale(norm)
-    capped = None if gate.weight_cap is None else gate.weight_cap / rms(dual)
+    capped = gate.capped_scale(dual, free)
     scale = free if capped is None else torch.minimum(free, capped)
 
     def vjp(bar: Tensor) -> tuple[Tensor]:
         # free = N^-(q-2), of slope -(q-2) free (|A| / N)^(q-2) / N^2 A where it is not held
-        moves = (norm > gate.norm_floor) & (free < LARGEST_LQ_SCALE)
+        moves = norm > gate.least_norm
         moves = moves if capped is None else moves & (free <= capped)
-        rate = torch.where(moves, bar * free / norm.square(), 0.0) * (2.0 - q)
+        squared = norm.square()
+        rate = torch.where(moves, bar * free / squared, 0.0) * (2.0 - q)
         if q == 4.0:  # no pass for the quotient
-            dual_bar = dual.square().mul_(rate / norm.square())
+            dual_bar = dual.square().mul_(rate / squared)
         else:
             dual_bar = (dual / norm).abs_().pow_(q - 2.0).mul_(rate)
         if capped is not None:
@@ -106,7 +107,7 @@ def simplex(gate: Simplex, state: Tensor, base: Tensor | None, hidden_axis: int)
     weight, link_vjp = with_vjp(gate.link, state if base is None else base + state, hidden_axis)
 
     def vjp(bars: ChunkWeights) -> tuple[Tensor, Tensor | None, None]:
-        dual_bar, _ = link_vjp(bars.weight + bars.constant)
+        dual_bar, _ = link_vjp(bars.constant.add_(bars.weight))
         return dual_bar, None if base is None else dual_bar, None
 
     return ChunkWeights(weight, constant=weight), vjp
@@ -114,13 +115,14 @@ def simplex(gate: Simplex, state: Tensor, base: Tensor | None, hidden_axis: int)
 
 @derivative_of(KL.link)
 def softmax(gate: KL, dual: Tensor, hidden_axis: int):
-    weight, (mass, _) = gate.link(dual, hidden_axis), gate.simplex(dual, hidden_axis)
+    weight, (mass, size) = gate.link(dual, hidden_axis), gate.simplex(dual, hidden_axis)
 
     def vjp(bar: Tensor) -> tuple[Tensor, None]:
         # c softmax(A) along an axis: W o (bar - sum(bar o W) / c)
-        positive = weight + gate.slope(dual, hidden_axis) if hidden_axis == -2 else weight
-        inner = (bar * positive).sum(hidden_axis, keepdim=True).div_(mass)
-        return (bar - inner).mul_(positive), None
+        positive = weight + mass / size if hidden_axis == -2 else weight
+        product = bar * positive
+        inner = product.sum(hidden_axis, keepdim=True).div_(mass)
+        return product.addcmul_(positive, inner, value=-1.0), None
 
     return weight, vjp
 
