@@ -20,7 +20,7 @@ MLP, decoder layer, models. Moneta, Yaad and Memora are the same modules under d
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -443,6 +443,7 @@ class ProjectedTokens:
     k: Tensor | None = None
     e: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    _joined: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def projected(self) -> dict[str, Tensor]:
@@ -545,8 +546,13 @@ class ProjectedTokens:
             delattr(self, name)
 
     def side_by_side(self) -> Tensor:
-        """The projections as `[batch, tokens, channels]`, in the order of the convolutions' inputs."""
-        return torch.cat(list(self.projected.values()), dim=2).flatten(2)
+        """The projections as `[batch, tokens, channels]`, in the order of the convolutions' inputs; those of a single token,
+        which the tail wants, too, are kept."""
+        if self._joined is not None:
+            return self._joined
+        joined = torch.cat(list(self.projected.values()), dim=2).flatten(2)
+        self._joined = joined if joined.shape[1] == 1 else None
+        return joined
 
     def conv_inputs(self, earlier: Tensor | None) -> Tensor:
         """What enters the convolutions, `[batch, earlier + tokens, channels]`, zeros before a text's first token."""
