@@ -258,9 +258,9 @@ def _our_layer(model_class, config, text: str) -> Competitor:
     rotary = MirasRotaryEmbedding(config)
 
     def call(x, cache=None):
-        start = 0 if cache is None else cache.get_seq_length()
         embeddings = None
         if config.use_rope:
+            start = 0 if cache is None else cache.get_seq_length()
             embeddings = rotary(x, torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0))
         return module(x, position_embeddings=embeddings, past_key_values=cache)[0]
 

@@ -519,6 +519,7 @@ class ProjectedTokens:
     e: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     skipped: Tensor | None = field(default=None, init=False)
+    _joined: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def projected(self) -> dict[str, Tensor]:
@@ -629,8 +630,13 @@ class ProjectedTokens:
             delattr(self, name)
 
     def side_by_side(self) -> Tensor:
-        """The projections as `[batch, tokens, channels]`, in the order of the convolutions' inputs."""
-        return torch.cat(list(self.projected.values()), dim=2).flatten(2)
+        """The projections as `[batch, tokens, channels]`, in the order of the convolutions' inputs; those of a single token,
+        which the tail wants, too, are kept."""
+        if self._joined is not None:
+            return self._joined
+        joined = torch.cat(list(self.projected.values()), dim=2).flatten(2)
+        self._joined = joined if joined.shape[1] == 1 else None
+        return joined
 
     def conv_inputs(self, earlier: Tensor | None) -> Tensor:
         """What enters the convolutions, `[batch, earlier + tokens, channels]`, zeros before a text's first token."""
