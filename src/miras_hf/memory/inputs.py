@@ -215,7 +215,8 @@ def bound_inputs(x: MemoryInputs, rule: MirasRule) -> MemoryInputs:
 
 
 def _cut(x: Tensor, low: float, high: float) -> Tensor:
-    return x if lies_within(x, low, high) else x.clamp(low, high)
+    # of one token a copy is made sooner than its numbers are looked at
+    return x if x.shape[1] > 1 and lies_within(x, low, high) else x.clamp(low, high)
 
 
 def hold_broken(x: MemoryInputs) -> tuple[MemoryInputs, Tensor | None]:
