@@ -29,6 +29,7 @@ and spills differently; `make test-triton36` checks those of the oldest.
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -41,6 +42,11 @@ from miras_kernels.choices import Choices
 
 
 REPORTS = Path(__file__).parent / "reports"
+# By device, kernel, shape and call: how many times the bytes of its memory's state a program may move to and from its
+# threads' stacks in a chunk, or in a call that decodes. A tenth above what was found when they were written. Reports are
+# written anew by whoever changes a kernel, and what got worse away from the main shape shows here, not in a comparison
+# with a report that is as new: a limit is raised by hand, with the reason in the commit's message
+LIMITS = REPORTS / "limits.json"
 
 # Each link, each loss, both granularities of gates and of thresholds, each thing that a call may ask for, once.
 CALLS = {
@@ -80,7 +86,7 @@ NOT_NONE = ("wgmma", "tcgen05", "mma")
 
 
 def programs(name: str, kernel: str) -> list[dict]:
-    """What a report has to hold: all calls at the main shape, one of those that spill most at the others."""
+    """What a report has to hold: all calls at the main shape, one or two of those that spill most at the others."""
     wanted = []
     for entry in configuration.entries(name).get(kernel, ()):
         if entry["launch"] is None:
@@ -89,7 +95,10 @@ def programs(name: str, kernel: str) -> list[dict]:
         last = {"mlp_forward": ["last, features", "last", "last, reads"], "mlp_backward": ["last"]}
         last = last.get(kernel, []) if name == "sm_90" else []
         calls = [call for call in CALLS if not call.startswith(("last", "delta")) or call in last]
-        calls = calls if shape == MAIN else ["memora"] if shape[2] == "bf16" else ["yaad"]
+        if shape != MAIN:
+            calls = ["memora"] if shape[2] == "bf16" else ["yaad"]
+            if (kernel, shape[2]) == ("mlp_forward", "bf16"):
+                calls.append("yaad")  # which of the two spills more depends on the shape
         if kernel.endswith("_backward"):
             # half a minute each
             calls = ["plain", "yaad", *last] if shape == MAIN else ["yaad"]
@@ -110,8 +119,8 @@ def programs(name: str, kernel: str) -> list[dict]:
 
 
 def compile(name: str, program: dict) -> dict[str, int]:
-    shape = (program[part] for part in ("kernel", "head_dim", "chunk_size", "precision"))
-    counts = compiled(CALLS[program["call"]].at(*shape), program["launch"], CAPABILITIES[name][0])
+    call = CALLS[program["call"]].at(program["kernel"], *shape_of(program))
+    counts = compiled(call, program["launch"], CAPABILITIES[name][0])
     if counts["shared"] > CAPABILITIES[name][1] * 1024:
         raise RuntimeError(
             f"{describe(name, program)} takes {counts['shared']} bytes of shared memory, "
@@ -140,6 +149,37 @@ def worse(reported: dict[str, int], counts: dict[str, int], slack: dict[str, flo
     gone = [f"no {name}, reported {reported[name]}" for name in NOT_NONE if reported[name] and not counts[name]]
     # one generation's units may take over from another's, as long as they are not the slower ones
     return more + [words for words in gone if not (words.startswith("no mma") and counts["wgmma"] + counts["tcgen05"])]
+
+
+def over_limit(name: str, version: str, programs: list[dict]) -> list[str]:
+    """Which programs move more to and from their threads' stacks, in a chunk or in a call that decodes, than `LIMITS` allow.
+
+    Args:
+        name (`str`): of the report.
+        version (`str`): the report's Triton. Of another than the limits' a state more is allowed, and twice as much.
+        programs (`list[dict]`): its programs. Those from before bytes were counted are passed over.
+
+    Returns:
+        A sentence for each, and for each that has no limit.
+    """
+    limits, found = json.loads(LIMITS.read_text(encoding="utf-8")), []
+    for program in programs:
+        if "local_bytes" not in program["counts"]:
+            continue
+        shape = f"{program['head_dim']}, {program['chunk_size']}, {program['precision']}"
+        limit = limits.get(name, {}).get(program["kernel"], {}).get(shape, {}).get(program["call"])
+        choices = CALLS[program["call"]].at(program["kernel"], *shape_of(program)).choices
+        numbers = sum(math.prod(weight) for weight in choices.weight_shapes(program["head_dim"]))
+        states = program["counts"]["local_bytes"] / (4 * numbers)
+        words = f"{describe(name, program)}: spills {states:.1f} times its state"
+        if limit is None:
+            found.append(f"{words}, which has no limit in {LIMITS.name}")
+            continue
+        if version != limits["triton"]:
+            limit = SLACK_OF_ANOTHER_TRITON["factor"] * (limit + 1.0)
+        if states > limit:
+            found.append(f"{words}, allowed {limit:.1f}")
+    return found
 
 
 def path_of_report(reports: Path, name: str) -> Path:
@@ -171,8 +211,12 @@ def check(name: str, wanted: list[dict], report: dict) -> list[str]:
     return failures
 
 
+def shape_of(program: dict) -> tuple[int, int, str]:
+    return program["head_dim"], program["chunk_size"], program["precision"]
+
+
 def is_main(program: dict) -> bool:
-    return tuple(program[part] for part in ("head_dim", "chunk_size", "precision")) == MAIN
+    return shape_of(program) == MAIN
 
 
 def table(report: dict) -> str:
@@ -252,6 +296,7 @@ def main() -> int:
             print(describe(name, program), counts, flush=True)
             found.append(program | {"counts": counts})
             write(path, name, found)
+        failures += over_limit(name, triton.__version__, found)
     for failure in failures:
         print("worse:", failure, file=sys.stderr)
     return 1 if failures else 0

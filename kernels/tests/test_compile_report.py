@@ -90,6 +90,56 @@ def test_the_main_shape_uses_its_generation_s_matrix_units(version, name):
     assert all(program["counts"][units] > 0 for program in main)
 
 
+def state_of(program):
+    # bytes of both weights, d x 4d each, or of a matrix memory's one
+    return program["head_dim"] ** 2 * 4 * (8 if program["kernel"].startswith("mlp") else 1)
+
+
+@pytest.mark.parametrize("version, name", PAIRS)
+def test_no_program_spills_more_than_its_limit(version, name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    from compile_report import LIMITS, over_limit
+
+    assert over_limit(name, version, report(name, version)["programs"]) == []
+    limits = json.loads(LIMITS.read_text(encoding="utf-8"))
+    assert limits["triton"] == "3.9.0" and limits.keys() == {"triton", *NAMES}
+
+
+@pytest.mark.parametrize(
+    "kernel, shape, call",
+    [("mlp_forward", (64, 32, "bf16"), "memora"), ("matrix_backward", (128, 64, "bf16"), "yaad")],
+)
+def test_a_program_that_spills_more_than_its_limit_is_named(kernel, shape, call, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    from compile_report import LIMITS, over_limit
+
+    limit = json.loads(LIMITS.read_text(encoding="utf-8"))["sm_90"][kernel][", ".join(map(str, shape))][call]
+    program = dict(zip(SHAPE, shape, strict=True)) | {"kernel": kernel, "call": call}
+    state = state_of(program)
+    allowed = int(limit * state)
+
+    def over(version, local_bytes, **changed):
+        return over_limit("sm_90", version, [program | changed | {"counts": {"local_bytes": local_bytes}}])
+
+    assert over("3.9.0", allowed) == over("3.6.0", 2 * (allowed + state)) == []
+    described = f"sm_90: {kernel}, head_dim {shape[0]}, chunk_size {shape[1]}, {shape[2]}, {call}: spills"
+    (words,) = over("3.9.0", allowed + 1)
+    assert words.startswith(described)
+    assert len(over("3.6.0", 2 * (allowed + state) + 2)) == 1
+    # a program that is new has to be given one
+    assert "has no limit in limits.json" in over("3.9.0", 0, head_dim=32, chunk_size=16, precision="ieee")[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_limits_are_near_what_is_reported(name):
+    """One that allows half as much again, and a state's bytes more, would let through what it stands for."""
+    limits = json.loads((REPORTS / "limits.json").read_text(encoding="utf-8"))[name]
+    for program in report(name)["programs"]:
+        if "local_bytes" in program["counts"]:
+            limit = limits[program["kernel"]][", ".join(str(program[part]) for part in SHAPE)][program["call"]]
+            assert limit <= 1.5 * program["counts"]["local_bytes"] / state_of(program) + 1, program
+
+
 # Two commands where one would do, for two workers: the backward kernel of an MLP memory compiles as long as all the others.
 LONGEST = ("mlp_backward",)
 OTHERS = tuple(kernel for kernel in KERNELS if kernel not in LONGEST)

@@ -185,6 +185,15 @@ def test_gates_and_decay_targets(memory, retention, decay_target, gates):
     check(rule, *make_call(rule, gates=gates, seed=1))
 
 
+@pytest.mark.parametrize("decay_target", ["init", "zero"])
+@pytest.mark.parametrize("retention", RETENTION_GATES)
+@pytest.mark.parametrize("memory", ["mlp", "last"])
+def test_chunks_of_as_many_tokens_as_a_memory_has_channels(memory, retention, decay_target):
+    """Their sums over tiles have tokens as rows; those of shorter chunks, which most of these tests have, channels."""
+    rule = make_rule(memory, "huber_mixture", retention, chunk_size=32, decay_target=decay_target)
+    check(rule, *make_call(rule, tokens=37, heads=1, seed=2))
+
+
 @pytest.mark.parametrize("options", [{"power": 2.5}, {"power": 3.0, "sign": "tanh"}, {"power": 1.0}])
 def test_powers_of_the_loss(options):
     rule = make_rule(bias="lp", **options)

@@ -207,6 +207,28 @@ def store_features(tokens, y, base1, partial_in, hidden, place, H, link, sizes, 
             tl.store(hidden + tile.o_hc, b_h, mask=tile.m_hc)
 
 
+@triton.jit
+def zeros_of_outputs(sizes, TURNED: tl.constexpr):
+    # the sum over tiles of H^T W, [C, BD], or, turned, its transpose
+    return tl.zeros([sizes.BD, sizes.C] if TURNED else [sizes.C, sizes.BD], dtype=tl.float32)
+
+
+@triton.jit
+def product_of_outputs(b_h, b_w, sizes, TURNED: tl.constexpr):
+    if TURNED:
+        return product(tl.trans(b_w), b_h, sizes.PRECISION)
+    else:
+        return product(tl.trans(b_h), b_w, sizes.PRECISION)
+
+
+@triton.jit
+def tokens_first(b_sum, TURNED: tl.constexpr):
+    if TURNED:
+        return tl.trans(b_sum)
+    else:
+        return b_sum
+
+
 @triton.jit(do_not_specialize=["H"])
 def mlp_forward_kernel(
     tokens,
@@ -240,6 +262,9 @@ def mlp_forward_kernel(
     BOTH: tl.constexpr = sizes.FIXED == 0
     # W = s A, whose reads are those of the dual state times s
     LINEAR: tl.constexpr = link.KIND != KL and link.KIND != LQ_MIRROR
+    # Of a product whose result is an operand of another, each warp takes rows, and all of the right operand. A chunk of few
+    # tokens has no rows for eight warps: they would all hold the whole tile of W, and compute the same
+    TURNED: tl.constexpr = C < BD and C < 64
     place = place_of(rows, H, sizes)
     o_c, o_d = tl.arange(0, C), tl.arange(0, BD)
     m_d = within(o_d, D, D == BD)
@@ -277,7 +302,7 @@ def mlp_forward_kernel(
         scale1, scale2 = scale_of(sums1, link, sizes), scale_of(sums2, link, sizes)
 
         # -- first pass: the write's forward --------------------------------------------------------------------------
-        b_z2 = tl.zeros([C, BD], dtype=tl.float32)
+        b_z2 = zeros_of_outputs(sizes, TURNED)
         hidden_sum = tl.zeros([C], dtype=tl.float32)
         b_columns = tl.trans(operand(b_k, PRECISION))
         for j in range(0, TILES):
@@ -298,7 +323,7 @@ def mlp_forward_kernel(
                 tl.store(hidden + tile.o_hc, b_z1, mask=tile.m_hc)
             else:
                 b_h = tl.load(hidden + tile.o_hc, mask=tile.m_hc, other=0.0).to(tl.float32)
-            b_z2 += product(tl.trans(b_h), b_w2, PRECISION)
+            b_z2 += product_of_outputs(b_h, b_w2, sizes, TURNED)
             if link.KIND == KL:
                 if partial_in is not None and BOTH:
                     b_h = hidden_behind(b_h, partial_in.inputs[-1] + of_chunk, at, tile)
@@ -307,6 +332,7 @@ def mlp_forward_kernel(
         tl.debug_barrier()
 
         # -- the residual and its way back through the layer norm -----------------------------------------------------
+        b_z2 = tokens_first(b_z2, TURNED)
         b_normed, inverse_std, b_error, b_r = error_of_write(b_z2, b_k, b_gamma, b_beta, tokens, at, norm, loss, sizes)
         b_dz2 = normalise_vjp(b_r * b_gamma[None, :], b_normed, inverse_std, m_d, D)
         if partial_in is not None:
@@ -352,8 +378,8 @@ def mlp_forward_kernel(
 
         # -- second pass: the write's backward, the read, the fold ----------------------------------------------------
         b_s = tl.zeros([C, C], dtype=tl.float32)
-        b_kept = tl.zeros([C, BD], dtype=tl.float32)  # decays with B_t
-        b_constant = tl.zeros([C, BD], dtype=tl.float32)
+        b_kept = zeros_of_outputs(sizes, TURNED)  # decays with B_t
+        b_constant = zeros_of_outputs(sizes, TURNED)
         read_sum = tl.zeros([C], dtype=tl.float32)
         read1, read2 = sums1, sums2
         sums2 = start_of_sum(BD, link.KIND)
@@ -401,12 +427,12 @@ def mlp_forward_kernel(
                 b_hq = gelu(b_z1, PRECISION)
                 if link.KIND == KL:
                     read_sum += tl.sum(b_hq, 0)
-                    b_constant += product(tl.trans(b_hq), b_w2, PRECISION)
+                    b_constant += product_of_outputs(b_hq, b_w2, sizes, TURNED)
                 else:
                     b_decaying, b_fixed = parts_of_read(b_d2, b_base2, b_w2, base_scale2, link)
-                    b_kept += product(tl.trans(b_hq), b_decaying, PRECISION)
+                    b_kept += product_of_outputs(b_hq, b_decaying, sizes, TURNED)
                     if link.TOWARD_INIT:
-                        b_constant += product(tl.trans(b_hq), b_fixed, PRECISION)
+                        b_constant += product_of_outputs(b_hq, b_fixed, sizes, TURNED)
                 b_s += product(tl.trans(b_hq), b_inputs, PRECISION)
 
             # the fold, or the begun chunk's factors
@@ -447,7 +473,7 @@ def mlp_forward_kernel(
             b_z2 = product(b_s, b_values, PRECISION) * b_gq
             if link.KIND == LQ_MIRROR:
                 b_z2 = b_z2 * ((link.Q - 1.0) * scale2 * (read2[2] / N * inverse_mean2))[None, :]
-            b_z2 += b_kept * b_decay + b_constant
+            b_z2 += tokens_first(b_kept, TURNED) * b_decay + tokens_first(b_constant, TURNED)
             if LINEAR:
                 b_z2 = b_z2 * scale2
             b_normed, inverse_std = normalise(b_z2, m_d, D, norm.EPS)

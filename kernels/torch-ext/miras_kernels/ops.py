@@ -563,13 +563,28 @@ def _groups(call: _Call, saved: list[Tensor], every: int):
         yield begun, where, slots, chunk_starts
 
 
+def _scratch(call: _Call, places: int, mlp: bool, mirrors: bool) -> NamedTuple:
+    """What a chunk's backward pass puts aside between its passes over the tiles; rows of tokens at so many places."""
+    from .arguments import Scratch
+
+    shapes = [(call.programs, *shape) for shape in call.shapes]
+    return Scratch(
+        hidden=tuple(call.scratch(call.programs, call.hidden_units, call.chunk_size) for _ in range(4 * mlp)),
+        weight_bar=tuple(call.scratch(*shape) for shape in shapes),
+        read_bar=call.scratch(*shapes[-1]) if mlp else None,
+        link_bar=None,
+        slope_bar=tuple(call.scratch(call.programs, call.hidden_units) for _ in call.base) if mirrors else None,
+        rows=call.scratch(call.programs, places * call.chunk_size * max(call.chunk_size, padded(call.head_dim))),
+    )
+
+
 @torch.library.impl(LIBRARY, "backward", "CompositeExplicitAutograd")
 def _backward(
     y_bar: Tensor, final_bars: list[Tensor], saved: list[Tensor], save_every: int, *arguments
 ) -> list[Tensor]:
     """Adjoints of q, k, v, eta, log_alpha, delta (empty if there is none), the initial memory, the norm, the state."""
     from . import backward_delta, backward_matrix, backward_mlp
-    from .arguments import Saved, Scratch, slots_of
+    from .arguments import Saved, slots_of
 
     operands, (precision, *choices) = _split(arguments)
     q, _, _, eta, log_alpha, delta, initial, norm_weight, norm_bias, state, _, lengths = operands
@@ -592,21 +607,13 @@ def _backward(
         y_bar = y_bar.contiguous()
         module = {"mlp": backward_mlp, "matrix": backward_matrix, "delta": backward_delta}[call.family]
         kernel = getattr(module, f"{call.family}_backward_kernel")
-        alone = call.family == "delta"  # whose kernel puts nothing aside
-        launch = {**({} if alone else {"STREAM": False}), **call.configuration(f"{call.family}_backward")}
-        launch["THREADS"] = threads(launch)
+        launch = call.configuration(f"{call.family}_backward")
         mlp, mirrors = call.memory == "mlp", choices.retention == "lq_mirror"
-        shapes = [(call.programs, *shape) for shape in call.shapes]
-        places = 0 if alone else module.places(launch["STREAM"])
-        places *= call.chunk_size * max(call.chunk_size, padded(call.head_dim))
-        scratch = Scratch(
-            hidden=tuple(call.scratch(call.programs, call.hidden_units, call.chunk_size) for _ in range(4 * mlp)),
-            weight_bar=() if alone else tuple(call.scratch(*shape) for shape in shapes),
-            read_bar=call.scratch(*shapes[-1]) if mlp else None,
-            link_bar=None,
-            slope_bar=tuple(call.scratch(call.programs, call.hidden_units) for _ in initial) if mirrors else None,
-            rows=call.scratch(call.programs, places),
-        )
+        scratch = []
+        if call.family != "delta":  # whose kernel puts nothing aside
+            launch.setdefault("STREAM", False)
+            scratch.append(_scratch(call, module.places(launch["STREAM"]), mlp, mirrors))
+        launch["THREADS"] = threads(launch)
         for begun, where, slots, chunk_starts in _groups(call, saved, save_every):
             for bar in state_bars:  # inside a group the kernel does it
                 bar.mul_(LARGEST_STATE_ADJOINT / bar.abs().amax((-2, -1), keepdim=True).clamp(LARGEST_STATE_ADJOINT))
@@ -621,7 +628,7 @@ def _backward(
             with torch.cuda.device_of(q):
                 kernel[(call.programs,)](
                     *arguments,
-                    *(() if alone else (scratch._replace(link_bar=images),)),
+                    *(aside._replace(link_bar=images) for aside in scratch),
                     heads,
                     *call.rule,
                     **launch,
