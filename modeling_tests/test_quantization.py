@@ -76,6 +76,14 @@ def logits(model, input_ids: Tensor) -> Tensor:
     return model(input_ids).logits
 
 
+@torch.no_grad()
+def decoded(model, input_ids: Tensor) -> Tensor:
+    """Logits token by token."""
+    cache = DynamicCache(config=model.config)
+    steps = [model(token, past_key_values=cache, use_cache=True).logits for token in input_ids.split(1, dim=1)]
+    return torch.cat(steps, dim=1)
+
+
 def rounded_weight(module: nn.Linear) -> Tensor:
     """The weight that a quantised module stands for, float32."""
     weight = module.weight
@@ -127,12 +135,15 @@ def test_quantised_models_read_decode_and_leave_gates_and_memory_alone(backend, 
     found = logits(model, input_ids)
     assert relative_error(found, expected) < TOLERANCES[backend]
 
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        steps = [model(token, past_key_values=cache, use_cache=True).logits for token in input_ids.split(1, dim=1)]
+    steps, expected_steps = decoded(model, input_ids), decoded(plain, input_ids)
+    assert relative_error(steps, expected_steps) < TOLERANCES[backend]
     # rounding decides on which side of its jump Yaad's loss is, and bitsandbytes rounds activations, too
     tolerance = 2e-2 if backend.startswith("bitsandbytes") else 1e-4
-    assert relative_error(torch.cat(steps, dim=1), found) < tolerance
+    if backend == "bitsandbytes_int8":
+        # a feature that is large for one token is rounded for no token of a call, so that a token alone is rounded otherwise:
+        # in float32 as well
+        tolerance = max(tolerance, 1.2 * relative_error(expected_steps, expected))
+    assert relative_error(steps, found) < tolerance
 
     mask = torch.ones_like(input_ids)
     text = model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
