@@ -262,6 +262,9 @@ MODELS: Mapping[str, Preset] = MappingProxyType(
 NOT_EXPRESSED: Mapping[str, str] = MappingProxyType(
     {
         "Softmax attention": "it is no parametric memory: it keeps all keys and values",
+        "Memory Caching (arXiv 2602.24281)": "a token reads a gated sum of memories as they were at the ends of segments: a layer "
+        "here has one memory, and its cache one state; not built",
+        "Atlas (arXiv 2505.23735)": "its loss is a sum over a window of tokens, and keys are polynomials; not built",
     }
 )
 """Models of the paper's table 1 and its neighbours that are no points of this space, and why."""
