@@ -288,8 +288,21 @@ def test_a_token_is_finished_as_it_is_in_a_text(preset, fields, batch, monkeypat
     assert not calls
     for found, expected in zip(plain, in_a_text(), strict=True):
         torch.testing.assert_close(found, expected)
-    mixer.v_conv.register_forward_hook(lambda module, args, output: 2.0 * output + 1.0)
+    hook = mixer.v_conv.register_forward_hook(lambda module, args, output: 2.0 * output + 1.0)
     hooked = alone()
     for found, expected in zip(hooked, in_a_text(), strict=True):
         torch.testing.assert_close(found, expected)
     assert not torch.allclose(hooked[2], plain[2])
+    hook.remove()
+    # as Accelerate does
+    mixer.v_conv.forward = lambda *args: 3.0 * MirasShortConvolution.forward(mixer.v_conv, *args)
+    patched = alone()
+    for found, expected in zip(patched, in_a_text(), strict=True):
+        torch.testing.assert_close(found, expected)
+    if not config.value_norm:
+        assert not torch.allclose(patched[2], plain[2])
+    del mixer.v_conv.forward
+    calls.clear()
+    mixer.v_conv.register_full_backward_hook(lambda module, of_inputs, of_outputs: None)
+    alone()
+    assert calls

@@ -15,9 +15,9 @@
 same.
 
 What stands elsewhere there, and comes to the same: queries are divided by the root of the keys' width, which here the epsilon of
-the norm after the memory takes; convolutions of keys serve several values' heads, and are repeated in the weights here; where keys and values
-differ in width, the narrower ones have zeros behind them here, in weights, because a matrix memory is square; decay has no bound
-there, and here, in chunks of 8 tokens, one below which nothing is left (`exp(-20)`).
+the norm after the memory takes; convolutions of keys serve several values' heads, and are repeated in the weights here; where
+keys and values differ in width, the narrower ones have zeros behind them here, in weights, because a matrix memory is square;
+decay has no bound there, and here, in chunks of 8 tokens, one below which nothing is left (`exp(-20)`).
 """
 
 from collections.abc import Callable
@@ -27,14 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layer_weights import by_heads, check_activation, copy_weights, kind_of
+from .layer_weights import CHUNK_SIZE, by_heads, check_activation, copy_weights, kind_of
 from .memory.rule import least_log_alpha
 from .modeling_miras import MirasMixer
 from .presets import MODELS
-
-
-CHUNK_SIZE = 8
-"""The log retention of a chunk must stay above -160: of a token, above -20."""
 
 
 class _Weights(NamedTuple):

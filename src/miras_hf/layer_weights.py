@@ -24,6 +24,10 @@ from torch import Tensor
 from .modeling_miras import MirasMixer
 
 
+CHUNK_SIZE = 8
+"""The log retention of a chunk must stay above -160: of a token, above -20, below which nothing is left."""
+
+
 def kind_of(layer: Any, kinds: Mapping[str, str]) -> str:
     """The name of a layer's class, one of `kinds`, which name their modules.
 

@@ -15,10 +15,10 @@
 computes the same.
 
 The state update is a matrix memory with the dot-product loss: `x` are its values, `B` its keys, `C` its queries, the step `dt`
-its step, `dt A` its log retention. What stands elsewhere there, and comes to the same: the convolutions of `B` and `C` serve a group of heads, and are
-repeated in the weights here; where states and heads differ in width, the narrower ones have zeros behind them here, in
-weights, because a matrix memory is square; the weight of the norm is in the projection after it; decay has no bound there, and
-here, in chunks of 8 tokens, one below which nothing is left (`exp(-20)`).
+its step, `dt A` its log retention. What stands elsewhere there, and comes to the same: the convolutions of `B` and `C` serve a
+group of heads, and are repeated in the weights here; where states and heads differ in width, the narrower ones have zeros
+behind them here, in weights, because a matrix memory is square; the weight of the norm is in the projection after it; decay has
+no bound there, and here, in chunks of 8 tokens, one below which nothing is left (`exp(-20)`).
 """
 
 from typing import Any
@@ -26,14 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer_weights import by_heads, check_activation, copy_weights, kind_of
+from .layer_weights import CHUNK_SIZE, by_heads, check_activation, copy_weights, kind_of
 from .memory.rule import least_log_alpha
 from .modeling_miras import MirasMixer
 from .presets import MODELS
 
-
-CHUNK_SIZE = 8
-"""The log retention of a chunk must stay above -160: of a token, above -20."""
 
 LARGEST_STEP = 1e3
 """The largest `eta_max` that configs know, in the place of no limit."""

@@ -263,7 +263,9 @@ class MirasShortConvolution(nn.Module):
 def is_plain(module: nn.Module, kind: type, x: Tensor) -> bool:
     """Whether a module is what it seems, so that others may do with its own parameters, to tensors like `x`, what it does: not
     wrapped by an adapter, hooked, sharded or offloaded."""
-    if type(module) is not kind or module._forward_pre_hooks or module._forward_hooks:
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    # Accelerate puts a forward of its own on the object
+    if type(module) is not kind or any(hooks) or "forward" in vars(module):
         return False
     parameters = module._parameters.values()
     return all(p is None or (type(p) is nn.Parameter and p.device == x.device) for p in parameters)
