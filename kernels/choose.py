@@ -47,9 +47,12 @@ CALLS = [
 # the same of the delta rule
 DELTA = Call(Choices(memory="matrix", learning_algorithm="delta_rule"), continues=True, keeps=True)
 
-# Cycles that a tile takes whatever its size: about ten dependent products of some 200 cycles. Not measured: a guess that
-# says how many spills a wider tile is worth.
-TILE = 2000
+# Cycles that a tile takes whatever its size: about ten dependent products of some 200 cycles. Cycles from one instruction
+# of a warp that is alone to its next, whatever others could be issued between them. Neither is measured: guesses that say
+# how many spills a wider tile is worth, and what half the warps are.
+TILE, ALONE = 2000, 2
+# of a multiprocessor: each issues one instruction of a warp in a cycle; and how much an L1 moves in one
+SCHEDULERS, L1_BYTES = 4, 128
 
 
 def shapes(name: str, kernel: str, precision: str) -> list[tuple[int, int]]:
@@ -67,11 +70,11 @@ def candidates(
 
     Args:
         by_clock (`bool`, *optional*, defaults to `False`):
-            Also those that a compiler's report cannot judge, after the others: loads begun a tile ahead, four warps where
-            two programs on a multiprocessor may hide each other's latency, wider tiles of a backward kernel.
+            Also those that a compiler's report cannot judge, after the others: loads begun a tile ahead, and wider tiles
+            of kernels that read or put aside much for each.
     """
-    # eight warps have all registers of a multiprocessor, four need less shared memory
-    warps = (8, 4) if head_dim == 32 or precision != "bf16" or kernel == "mlp_decode" else (8,)
+    # eight warps have all registers of a multiprocessor, four need less of everything and may be there twice
+    warps = (8, 4)
     # without a limit of its own, the assembler spills even more where it spills a lot
     launches = [{"num_warps": w, "num_stages": 1, "maxnreg": 255} for w in warps]
     found = launches
@@ -81,19 +84,18 @@ def candidates(
     elif kernel == "mlp_decode":
         # products are at a chunk's end only: two programs of four warps on a multiprocessor wait less for memory than one
         found = [
-            {"TN": w, **launch}
-            for w in (32, 16)
-            for launch in reversed(launches[:2] if head_dim <= 64 else launches[:1])
+            {"TN": w, **launch} for w in (32, 16) for launch in reversed(launches if head_dim <= 64 else launches[:1])
         ]
     elif kernel == "delta_backward":
         # nothing is put aside: a tile alone keeps operands out of a loop, and so out of shared memory
         widths = {1 << (head_dim - 1).bit_length(): None, 32: None, 16: None}
-        found = [{"TN": max(width, 16), **launches[0]} for width in widths]
+        found = [{"TN": max(width, 16), **launch} for width in widths for launch in launches]
     elif kernel.endswith("_backward"):
         # operands of a chunk's rows are held where they are bfloat16; in float32 they would fill the shared memory
         streamed = {"TN": 16, **launches[0], "STREAM": 1}
-        widths = (64, 32) if kernel == "matrix_backward" and head_dim <= 64 else (32, 16)
-        held = [{"TN": width, **launches[0]} for width in widths] if precision == "bf16" else []
+        held = (
+            [{"TN": width, **launch} for width in (64, 32, 16) for launch in launches] if precision == "bf16" else []
+        )
         found = [*held, streamed]
     return found + _by_clock(kernel, precision, found) if by_clock else found
 
@@ -101,7 +103,7 @@ def candidates(
 def _by_clock(kernel: str, precision: str, found: list[dict[str, int]]) -> list[dict[str, int]]:
     others = []
     if kernel.endswith("_backward") and precision == "bf16":
-        others += [{**launch, "TN": width} for width in (64, 128) for launch in found if "STREAM" not in launch]
+        others += [{**launch, "TN": 128} for launch in found if "STREAM" not in launch]
     if kernel == "mlp_decode":
         others += [{**launch, "TN": 64} for launch in found]
     if precision == "bf16":
@@ -111,21 +113,29 @@ def _by_clock(kernel: str, precision: str, found: list[dict[str, int]]) -> list[
 
 
 def cost(call: Call, launch: dict[str, int], counts: dict[str, int]) -> float:
-    """Cycles of a chunk that depend on the launch, roughly: spills go at 128 bytes a cycle, tiles take their time."""
-    width = launch["num_warps"] * 32 / 128
-    per_tile = TILE + width * counts["spilled_bytes_per_tile"]
-    return width * counts["spilled_bytes_per_chunk"] + tiles(call, launch) * per_tile
+    """Cycles of a chunk, roughly: the mean of a program that is alone on its multiprocessor, whose warps cannot issue at
+    every cycle, and of one among many, whose instructions go where others wait; what stacks move, and tiles, come to it."""
+    issued = counts["instructions"] * launch["num_warps"] / SCHEDULERS
+    alone = max(issued, counts["instructions"] * ALONE)
+    return (alone + issued) / 2 + counts["local_bytes"] / L1_BYTES + tiles(call, launch) * TILE
 
 
 def choose(name: str, kernel: str, head_dim: int, chunk_size: int, precision: str) -> dict[str, int] | None:
-    """The cheapest candidate that fits into shared memory, `None` if there is none."""
+    """The cheapest candidate that fits into shared memory, `None` if there is none.
+
+    A generation's own matrix units go before anything else. Of costs within a tenth, which are no different, more warps
+    are chosen: they wait less where there are few programs.
+    """
     capability, shared = CAPABILITIES[name]
-    best, launch_of_best = (0, math.inf), None
+    found: list[tuple[bool, float, dict[str, int]]] = []
     for launch in candidates(kernel, head_dim, chunk_size, precision):
+        if found and "STREAM" in launch:
+            continue  # for where nothing else fits
         calls = CALLS[-1:] if kernel.endswith("_backward") else CALLS
         calls = [DELTA] if kernel.startswith("delta") else calls
         calls = [call.at(kernel, head_dim, chunk_size, precision) for call in calls]
-        if launch_of_best and (best[0] or capability < 90) and sum(tiles(c, launch) for c in calls) * TILE >= best[1]:
+        best = min(((not units, total) for units, total, _ in found), default=(True, math.inf))
+        if (not best[0] or capability < 90) and sum(tiles(c, launch) for c in calls) * TILE >= best[1]:
             continue  # its tiles alone cost more
         total, units = 0.0, True
         for call in calls:
@@ -135,12 +145,19 @@ def choose(name: str, kernel: str, head_dim: int, chunk_size: int, precision: st
             if math.isinf(total):
                 break
         print(name, kernel, head_dim, chunk_size, precision, launch, f"{total:.0f}", units, flush=True)
-        # a generation's own matrix units before anything else
-        if math.isfinite(total) and (-units, total) < best:
-            best, launch_of_best = (-units, total), launch
-        if launch_of_best and (precision != "bf16" or kernel.endswith("_backward")):
+        if math.isfinite(total):
+            found.append((units, total, launch))
+        if found and precision != "bf16":
             break  # the first that fits
-    return launch_of_best
+    if not found:
+        return None
+    missing, least = min((not units, total) for units, total, _ in found)
+    equal = [
+        (-launch["num_warps"], total, i)
+        for i, (units, total, launch) in enumerate(found)
+        if units != missing and total <= 1.1 * least
+    ]
+    return found[min(equal)[2]][2]
 
 
 def write(name: str, kernels: dict[str, list[dict]], folder: Path = configuration.DIRECTORY) -> None:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORTS = ROOT / "kernels" / "reports"
 NAMES = ("default", "sm_80", "sm_90", "sm_100")
 # of the newest Triton that was tried, and of the one that a machine with a GPU may have
-HELD = {"3.9.0": NAMES, "3.6.0": ("sm_90",)}
+HELD = {"3.9.0": NAMES, "3.6.0": ("sm_80", "sm_90", "sm_100")}
 PAIRS = [(version, name) for version, names in HELD.items() for name in names]
 SLOW = pytest.mark.slow
 SHAPE = ("head_dim", "chunk_size", "precision")
@@ -62,7 +62,7 @@ def test_every_shipped_configuration_is_in_its_report(version, name):
         for program in report(name, version)["programs"]
     }
     for kernel in KERNELS:
-        for entry in entries(name)[kernel]:
+        for entry in entries(name, version)[kernel]:
             if entry["launch"] is None:  # nothing fits, nothing ships
                 continue
             launch = json.dumps({"enable_fp_fusion": True, **entry["launch"]})
@@ -86,7 +86,9 @@ def test_reports_fit_into_shared_memory(version, name):
 def test_the_main_shape_uses_its_generation_s_matrix_units(version, name):
     units = {"sm_90": "wgmma", "sm_100": "tcgen05"}[name]
     main = [p for p in report(name, version)["programs"] if tuple(p[part] for part in SHAPE) == (64, 64, "bf16")]
-    assert {p["kernel"] for p in main} >= set(KERNELS)
+    # Triton 3.6 makes nothing of one of them, which is refused
+    empty = {"delta_backward"} if (version, name) == ("3.6.0", "sm_100") else set()
+    assert {p["kernel"] for p in main} >= set(KERNELS) - empty
     assert all(program["counts"][units] > 0 for program in main)
 
 

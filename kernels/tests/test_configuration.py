@@ -132,6 +132,26 @@ def test_nearest_in_log_space(files):
         launch("a", precision="ieee")
 
 
+def test_what_an_earlier_triton_makes_too_large_is_refused_there(files, monkeypatch):
+    files("a", (128, 64, "bf16", tile(16)), (128, 32, "bf16", tile(32)))
+    path = configuration.DIRECTORY / "a.json"
+    held = json.loads(path.read_text(encoding="utf-8"))
+    held["kernels"]["mlp_forward"][0]["since"] = "3.10"
+    path.write_text(json.dumps(held), encoding="utf-8")
+    monkeypatch.setattr(configuration, "_installed", lambda: "3.10.0")
+    assert launch("a", head_dim=128)["TN"] == 16 and launch("a", head_dim=128, chunk_size=32)["TN"] == 32
+    configuration.entries.cache_clear(), configuration._found.cache_clear()
+    monkeypatch.setattr(configuration, "_installed", lambda: "3.9.1+git")
+    with pytest.raises(ValueError, match="chunk_size 64, precision 'bf16'.*or Triton 3.10 or newer"):
+        launch("a", head_dim=128)
+    assert launch("a", head_dim=128, chunk_size=32)["TN"] == 32
+    held["kernels"]["mlp_forward"][0]["since"] = "newest"
+    path.write_text(json.dumps(held), encoding="utf-8")
+    configuration.entries.cache_clear()
+    with pytest.raises(ValueError, match="no kernel understands"):
+        configuration.entries("a")
+
+
 def test_a_device_goes_before_its_capability_and_both_before_the_default(files, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -164,7 +184,7 @@ def test_what_does_not_fit_is_said(files):
     files("a", (64, 16, "tf32", tile(32)), (128, 64, "tf32", None))
     assert launch("a", head_dim=64, chunk_size=16, precision="tf32")["TN"] == 32
     # channels are padded to a power of two
-    with pytest.raises(ValueError, match=r"shared memory of 'a' at head_dim 96, chunk_size 64, precision 'tf32'"):
+    with pytest.raises(ValueError, match=r"serves 'a' at head_dim 96, chunk_size 64, precision 'tf32': shared memory"):
         launch("a", head_dim=96, precision="tf32")
     # what is smaller is not refused for being nearer to what does not fit
     files("a", (64, 16, "tf32", tile(32)), (64, 64, "tf32", None))

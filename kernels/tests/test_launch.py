@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,3 +187,37 @@ def test_more_threads_than_numbers_of_a_tile_are_refused(kernel, tile, warps, fi
         return
     with pytest.raises(Exception, match="more threads than one of its tiles has numbers"):
         call()
+
+
+class Program:
+    """What a launch returns of a GPU."""
+
+    def __init__(self, ptx):
+        self.asm, self.metadata = {"ptx": ptx}, SimpleNamespace(name="a_kernel")
+
+
+@pytest.mark.parametrize("part", ["forward", "backward", "decode"])
+def test_a_program_that_stores_nothing_is_refused(part, monkeypatch):
+    """As Triton makes some for Blackwell; what such a launch leaves are numbers that nobody wrote."""
+    rule = make_rule()
+    inputs, parameters = make_call(rule, tokens=20)
+    state, link_cache = after_prompt(rule, inputs, parameters, 18)
+    stores, nothing = "st.global.b32 [%rd1], %r1;\nret;", "ld.global.b32 %r1, [%rd1];\nret;"
+    ptx = {name.removesuffix("_kernel").removeprefix("mlp_"): stores for _, name in KERNELS["mlp"]}
+
+    def run():
+        y, _, _ = by_kernel(rule, [None if x is None else x.clone().requires_grad_() for x in inputs], parameters)
+        y.sum().backward()
+        with torch.no_grad():
+            by_decode(rule, cut(inputs, 18, None), parameters, state, link_cache)
+
+    for module, name in KERNELS["mlp"]:
+        which = name.removesuffix("_kernel").removeprefix("mlp_")
+        launched = type(
+            "Launched", (), {"__getitem__": lambda self, grid, of=which: lambda *_, **__: Program(ptx[of])}
+        )
+        monkeypatch.setattr(module, name, launched())
+    run()
+    ptx[part] = nothing
+    with pytest.raises(RuntimeError, match="compiles `a_kernel` to a program that does nothing"):
+        run()

@@ -17,6 +17,7 @@ A kernel reads and writes where shapes, dtypes and borders say, whatever is ther
 access, or another tensor's numbers. Everything but the borders' values is known without looking at a device.
 """
 
+import functools
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -30,6 +31,23 @@ from .choices import Choices
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLOATS = (*DTYPES, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+
+
+@functools.cache
+def check_program(program: Any) -> None:
+    """Raises a `RuntimeError` for a compiled program that stores nothing: Triton makes some for Blackwell, of sources that
+    store, and what was launched would leave numbers that nobody wrote.
+
+    Args:
+        program: what a launch returns. The interpreter returns `None`.
+    """
+    text = getattr(program, "asm", {}).get("ptx")  # other assemblers have not been seen to
+    if text is not None and "st.global" not in text:
+        name = program.metadata.name
+        raise RuntimeError(
+            f"This Triton compiles `{name}` to a program that does nothing, here and for this shape. Take another "
+            "chunk_size, head_dim or precision, another Triton, or PyTorch in the kernels' place."
+        )
 
 
 def check_instance(name: str, x: Any, kind: type) -> None:

@@ -18,14 +18,16 @@ A file holds, for the device or compute capability it is named after, entries of
     {"head_dim": 64, "chunk_size": 64, "precision": "bf16", "launch": {"TN": 32, "num_warps": 8, "num_stages": 1}}
 
 A shape without an entry of its own takes the nearest one's, in log space; a `null` launch says that nothing fits into the
-device's shared memory from there on. `STREAM`, of the backward kernels, leaves a chunk's operands in global memory to
-take less of it. `kernels/choose.py` chooses entries by what the compiler reports, `kernels/tune.py` by the clock.
+device's shared memory from there on. `"since": "3.9"` makes one of a launch under an earlier Triton, whose program is larger,
+or empty. `STREAM`, of the backward kernels, leaves a chunk's operands in global memory to take less of the shared one.
+`kernels/choose.py` chooses entries by what the compiler reports, `kernels/tune.py` by the clock; `since` is written by hand.
 """
 
 import functools
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -78,10 +80,13 @@ def _found(
         candidates = [entry for entry in entries(name).get(kernel, ()) if entry["precision"] == precision]
         if candidates:
             fitting = [entry for entry in candidates if entry["launch"] is not None]
-            if not fitting or _is_too_large(candidates, head_dim, chunk_size):
+            too_large = _too_large(candidates, head_dim, chunk_size)
+            if not fitting or too_large:
+                since = [entry["since"] for entry in too_large or candidates if "since" in entry]
                 raise ValueError(
-                    f"No launch of `{kernel}` fits into the shared memory of {name!r} at head_dim {head_dim}, chunk_size "
-                    f"{chunk_size}, precision {precision!r}: take a smaller chunk_size, or precision 'bf16'."
+                    f"No launch of `{kernel}` serves {name!r} at head_dim {head_dim}, chunk_size {chunk_size}, precision "
+                    f"{precision!r}: shared memory is too small, or Triton makes nothing of it. Take a smaller chunk_size, "
+                    f"another precision{f', or Triton {max(since)} or newer' if since else ''}."
                 )
             # of two equally near ones the larger: what fits there fits here
             best = min(fitting, key=lambda e: (_distance(e, head_dim, chunk_size), -e["head_dim"], -e["chunk_size"]))
@@ -102,13 +107,14 @@ def _distance(entry: dict, head_dim: int, chunk_size: int) -> float:
     return math.hypot(math.log(entry["head_dim"] / head_dim), math.log(entry["chunk_size"] / chunk_size))
 
 
-def _is_too_large(candidates: list[dict], head_dim: int, chunk_size: int) -> bool:
+def _too_large(candidates: list[dict], head_dim: int, chunk_size: int) -> list[dict]:
     # tiles are as wide as the next power of two
     width = 1 << (head_dim - 1).bit_length()
-    return any(
-        entry["launch"] is None and entry["head_dim"] <= width and entry["chunk_size"] <= chunk_size
+    return [
+        entry
         for entry in candidates
-    )
+        if entry["launch"] is None and entry["head_dim"] <= width and entry["chunk_size"] <= chunk_size
+    ]
 
 
 def shipped() -> tuple[str, ...]:
@@ -136,8 +142,8 @@ def file_name(device_name: str) -> str:
 
 
 @functools.cache
-def entries(name: str) -> dict[str, list[dict]]:
-    """What the file `name` holds of each kernel.
+def entries(name: str, triton: str | None = None) -> dict[str, list[dict]]:
+    """What the file `name` holds of each kernel for a version of Triton, by default the one that is installed.
 
     Raises:
         `ValueError`: if there is no such file, or an entry in it is not as this module's docstring says.
@@ -150,14 +156,29 @@ def entries(name: str) -> dict[str, list[dict]]:
         for entry in found:
             if not _understood(kernel, entry):
                 raise ValueError(f"{path} holds an entry of {kernel!r} that no kernel understands: {entry}.")
+            if "since" in entry and _version(entry["since"]) > _version(triton or _installed()):
+                entry["launch"] = None
+            else:
+                entry.pop("since", None)
     return kernels
+
+
+def _installed() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def _version(words: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", words)[:2]]
 
 
 def _understood(kernel: str, entry: dict) -> bool:
     launch = entry.get("launch")
     return (
         kernel in KERNELS
-        and entry.keys() == {"head_dim", "chunk_size", "precision", "launch"}
+        and entry.keys() - {"since"} == {"head_dim", "chunk_size", "precision", "launch"}
         and entry["precision"] in PRECISIONS
         and (launch is None or {"num_warps", "num_stages"} <= launch.keys())
+        and re.fullmatch(r"\d+\.\d+", entry.get("since", "0.0")) is not None
     )

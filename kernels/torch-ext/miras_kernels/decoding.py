@@ -29,6 +29,7 @@ from .checks import (
     INTEGERS,
     check_inputs,
     check_lengths,
+    check_program,
     check_projections,
     check_query,
     check_record,
@@ -316,7 +317,7 @@ def _decode(*arguments) -> Tensor:
         records += [dual, slots, *state[-2:], raw, lengths]
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(y):
-        kernel[(rows * heads,)](*records, length, heads, rotary_tokens, *rule, **launch)
+        check_program(kernel[(rows * heads,)](*records, length, heads, rotary_tokens, *rule, **launch))
     return y
 
 

@@ -33,6 +33,7 @@ from .checks import (
     check_instance,
     check_lengths,
     check_options,
+    check_program,
     check_query,
     check_record,
     checked_borders,
@@ -417,7 +418,7 @@ class _Call:
             arguments = (tokens, y, tuple(self.base), tuple(dual), *factors)
         # Triton launches on the current device, which need not be the tensors'
         with torch.cuda.device_of(self.q):
-            kernel[(programs,)](*arguments, self.heads, *self.rule, SAVE_EVERY=save_every, **launch)
+            check_program(kernel[(programs,)](*arguments, self.heads, *self.rule, SAVE_EVERY=save_every, **launch))
 
     def records(self, where, begun=None) -> tuple:
         """The tokens, where they are, and what the state has of a chunk that was begun, as kernels are handed it."""
@@ -626,13 +627,14 @@ def _backward(
             arguments += [partial_in, slots_of(partial_in_bars) if begun else None, slots_of(factor_bars)]
             arguments += [tuple(of_group), of_rows] if mlp else [of_rows]
             with torch.cuda.device_of(q):
-                kernel[(call.programs,)](
+                program = kernel[(call.programs,)](
                     *arguments,
                     *(aside._replace(link_bar=images) for aside in scratch),
                     heads,
                     *call.rule,
                     **launch,
                 )
+            check_program(program)
             norm_bars = [total + part for total, part in zip(norm_bars, of_group)] if of_group else norm_bars
     elif state and final_bars:
         partial_in_bars = [x.clone() for x in factor_bars]
