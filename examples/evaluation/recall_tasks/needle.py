@@ -59,7 +59,15 @@ TASK = Task(
     generate=needle,
     answers=lambda vocabulary: vocabulary - vocabulary // 4,
     protocols={
-        "cpu": Protocol(vocabulary=64, train=(_part(64, 64),), tests=_tests(64), test_examples=128, convolution=True),
+        "cpu": Protocol(
+            vocabulary=32,
+            train=(_part(16, 16),),
+            tests=_tests(16),
+            batch=64,
+            steps=800,
+            test_examples=256,
+            convolution=True,
+        ),
         "full": Protocol(
             vocabulary=8192,
             train=(_part(1024, 1024),),
