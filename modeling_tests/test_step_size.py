@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from miras_hf import MirasConfig, MirasForCausalLM
-from miras_hf.memory import MemoryParameters, Momentum
+from miras_hf.memory import MemoryParameters, Momentum, chunk_miras
 from miras_hf.memory.probe import probe_memory, summary
 from miras_hf.step_size import largest_step, moment, unit_step
 
@@ -117,6 +117,43 @@ def test_chunks_of_equal_tokens_contract_at_the_first_step_of_a_matrix():
             for _ in range(20):
                 error *= 1.0 - chunk_size * share * factor
             assert (abs(error) <= 1.0 + 1e-9) == contracts
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"attentional_bias": "l2", "retention": "kl"}, {"attentional_bias": "huber_norm", "retention": "decay"}],
+    ids=["memora", "yaad"],
+)
+def test_an_mlp_forgets_differences_of_its_start_in_chunks_of_64(choices):
+    """A text of three words in chunks of 64: at a new model's steps a difference at the start stays as small as it was, and
+    at twice as large ones, those of chunks of 32, it grows a hundredfold before it is forgotten."""
+    shared = {"vocab_size": 8, "hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1, **choices}
+    config, in_half = MirasConfig(chunk_size=64, **shared), MirasConfig(chunk_size=32, **shared)
+    assert in_half.eta_max == pytest.approx(unit_step(in_half)) == pytest.approx(2 * config.eta_max)
+    memory = memory_of(config).double()
+    chunks, shape = 24, (4, 24 * 64, 2)
+    words = [torch.randn(4, 3, 2, 64, dtype=torch.float64) for _ in "kv"]
+    text = torch.randint(3, shape[1:2])
+    k, v = F.normalize(words[0], dim=-1)[:, text], words[1][:, text]
+    delta = None if choices["retention"] == "kl" else torch.full(shape, 5.0, dtype=torch.float64)
+    starts = memory.initial_state()
+    starts = [starts, [x + 1e-10 * x.std() * torch.randn_like(x) for x in starts]]
+
+    def growth(eta_max: float) -> float:
+        gates = torch.full(shape, eta_max / 3, dtype=torch.float64), torch.full(shape, -1e-3, dtype=torch.float64)
+        with torch.no_grad():
+            one, other = (
+                chunk_miras(
+                    *(k, k, v, *gates, delta),
+                    rule=memory.rule,
+                    parameters=MemoryParameters(tuple(start), memory.norm_weight, memory.norm_bias),
+                )[0].reshape(4, chunks, -1)
+                for start in starts
+            )
+        difference = (one - other).norm(dim=-1) / one.norm(dim=-1)
+        return (difference / difference[:, :1]).max().item()
+
+    assert growth(config.eta_max) < 10 and growth(2 * config.eta_max) > 100
 
 
 def test_momentum_moves_as_far_in_the_end():
