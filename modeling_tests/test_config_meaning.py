@@ -293,5 +293,5 @@ def test_choices_that_are_made_while_loading(tmp_path, monkeypatch):
         with pytest.raises(StrictDataclassError, match=f"`{[*keywords][-1]}` means nothing without"):
             AutoConfig.from_pretrained(tmp_path, **keywords)
     # what a stored file leaves open is worked out from what was given: a half as wide step for chunks twice as long
-    halved = AutoConfig.from_pretrained(tmp_path, chunk_size=128, eta_max=None, min_log_alpha=None)
+    halved = AutoConfig.from_pretrained(tmp_path, chunk_size=64, eta_max=None, min_log_alpha=None)
     assert halved.eta_max == pytest.approx(AutoConfig.from_pretrained(tmp_path).eta_max / 2)
