@@ -457,14 +457,16 @@ def test_losses_of_the_page_are_those_of_the_trainings():
     for words, name in lines.items():
         losses = validation(f"bridge-long/{name}")
         assert re.search(rf"^\| {words}[^|]*\| {losses[1000]} \| \**{losses[2000]}\** \|", page, re.M), name
-    by_interval = json.loads((folder / "ablations-long/yaad-lr0.004-seed0.json").read_text())["gradient_norm"]
-    largest = sorted((norm, step) for step, norm in by_interval)
-    assert [(round(norm), step) for norm, step in largest[-2:]] == [(21, 500), (2322, 200)] and largest[-3][0] < 6
-    assert "2,322 in steps 101 to 200, 21 in steps 401 to 500, and below 6" in " ".join(page.split())
-
-    for name, norms in {"moneta": [3.47, 3.92], "memora": [10.36, 298.80]}.items():
-        by_interval = json.loads((folder / f"ablations-long/{name}-lr0.004-seed0.json").read_text())["gradient_norm"]
-        assert [round(norm, 2) for norm in sorted(norm for _, norm in by_interval)[-2:]] == norms
+    largest = [
+        max(
+            norm
+            for _, norm in json.loads((folder / f"ablations-long/{name}-lr0.004-seed0.json").read_text())[
+                "gradient_norm"
+            ]
+        )
+        for name in ("yaad", "moneta", "memora")
+    ]
+    assert "before clipping, has a norm of {:.1f}, {:.1f} and {:.1f}.".format(*largest) in " ".join(page.split())
 
     exact, half = (
         json.loads((folder / f"length/store-eps-lr0.004-seed0-long-{dtype}.json").read_text())["by_position"]

@@ -86,7 +86,7 @@ def _found(
                 raise ValueError(
                     f"No launch of `{kernel}` serves {name!r} at head_dim {head_dim}, chunk_size {chunk_size}, precision "
                     f"{precision!r}: shared memory is too small, or Triton makes nothing of it. Take a smaller chunk_size, "
-                    f"another precision{f', or Triton {max(since)} or newer' if since else ''}."
+                    f"another precision{f', or Triton {max(since, key=_version)} or newer' if since else ''}."
                 )
             # of two equally near ones the larger: what fits there fits here
             best = min(fitting, key=lambda e: (_distance(e, head_dim, chunk_size), -e["head_dim"], -e["chunk_size"]))
