@@ -247,7 +247,7 @@ class MirasConfig(PreTrainedConfig):
             Initial half-lives of the memory in tokens, spread log-uniformly over channels or heads.
         use_rope (`bool`, *optional*, defaults to `False`):
             Rotary embedding on queries and keys of the memory, as the paper has it. It turns what an MLP memory reads by the
-            absolute position, which is no matter of a dot product any more, and costs a tenth of a nat in small models
+            absolute position, which is no matter of a dot product any more, and makes no difference in small models
             (`docs/paper_alignment.md`). Attention layers have it always.
         value_norm (`bool`, *optional*, defaults to `True`):
             Whether values have a root mean square of 1 in every head, as queries and keys have norm 1, so that a step
