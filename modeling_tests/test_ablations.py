@@ -100,6 +100,15 @@ def naive(k, v, eta, log_alpha, weights, norm_eps, written, sign):
     return after
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_steps_are_multiples_of_what_the_default_gives(model):
+    default, half, double = (
+        config_of(ABLATIONS[name], SHAPE, 64) for name in (model, f"{model}-half-steps", f"{model}-double-steps")
+    )
+    assert half.eta_max == default.eta_max / 2 and double.eta_max == default.eta_max * 2
+    assert {**half.to_dict(), "eta_max": default.eta_max} == default.to_dict()
+
+
 @pytest.mark.parametrize(
     ("change", "written", "sign", "asked"),
     [("ascent", (0, 1), -1.0, "q"), (None, (1,), 1.0, "q"), ("keys", (0, 1), 1.0, "k")],
@@ -244,7 +253,7 @@ def test_models_are_the_library_s_defaults_and_ablations_single_changes():
         if ablation.parent is not None:
             parent = ABLATIONS[ablation.parent]
             changed = {f for f, value in ablation.settings.items() if value != parent.settings.get(f)}
-            changed |= {f for f in ("change", "trained_with") if getattr(ablation, f) != getattr(parent, f)}
+            changed |= {f for f in ("change", "steps", "trained_with") if getattr(ablation, f) != getattr(parent, f)}
             # what is no longer used is not trained
             assert len(changed) == 1 or changed == {"change", "min_log_alpha"}, f"{name} changes {changed}"
 

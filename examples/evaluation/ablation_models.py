@@ -83,7 +83,11 @@ def config_of(ablation: Ablation, shape: ModelShape, intermediate_size: int) -> 
         "num_attention_heads": shape.heads,
         "intermediate_size": intermediate_size,
     }
-    return AutoConfig.for_model(ablation.model, **values, **{"chunk_size": shape.chunk, **ablation.settings})
+    values |= {"chunk_size": shape.chunk, **ablation.settings}
+    config = AutoConfig.for_model(ablation.model, **values)
+    if ablation.steps == 1.0:
+        return config
+    return AutoConfig.for_model(ablation.model, **values, eta_max=ablation.steps * config.eta_max)
 
 
 def build_model(

@@ -44,6 +44,7 @@ class Ablation:
         says (`str`): the change in words.
         settings (`Mapping`): fields of the config that differ from the model's defaults.
         change (`str`, *optional*): of `CHANGES`, what no field can say.
+        steps (`float`): the largest step in units of the default's.
         trained_with (`Corruption`, *optional*): what corrupts the text that it is trained on.
         served (`bool`): whether it is evaluated at the chunk sizes of `SERVED_AT`, too.
         tried (`bool`): whether it is evaluated on corrupted text, too.
@@ -55,6 +56,7 @@ class Ablation:
     says: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     change: str | None = None
+    steps: float = 1.0
     trained_with: Corruption | None = None
     served: bool = False
     tried: bool = False
@@ -69,14 +71,16 @@ class Ablation:
 ABLATIONS: dict[str, Ablation] = {}
 
 
-def _add(name: str, parent: str | None, says: str, *, change: str | None = None, **more: Any) -> None:
+def _add(
+    name: str, parent: str | None, says: str, *, steps: float = 1.0, change: str | None = None, **more: Any
+) -> None:
     flags = {key: more.pop(key) for key in ("trained_with", "served", "tried", "default") if key in more}
     if parent is None:
         ABLATIONS[name] = Ablation(name, None, says, **flags)
         return
     of = ABLATIONS[parent]
-    settings = {**of.settings, **more}
-    ABLATIONS[name] = Ablation(of.model, parent, says, settings, of.change if change is None else change, **flags)
+    settings, change = {**of.settings, **more}, of.change if change is None else change
+    ABLATIONS[name] = Ablation(of.model, parent, says, settings, change, of.steps * steps, **flags)
 
 
 def _fill() -> None:
@@ -99,6 +103,8 @@ def _fill() -> None:
         _add(f"{model}-full-start", model, "the initial memory's last layer at full size", initial_memory_scale=1.0)
         for chunk in (16, 256):
             _add(f"{model}-chunk-{chunk}", model, f"trained with chunks of {chunk}", served=True, chunk_size=chunk)
+        for word, steps in (("half", 0.5), ("double", 2.0)):
+            _add(f"{model}-{word}-steps", model, f"largest steps of {steps:g} times the default's", steps=steps)
         # the reviewers'
         _add(f"{model}-no-write", model, "no writes", eta_max=NO_WRITE)
         _add(f"{model}-ascent", model, "writes up the gradient", change="ascent")
