@@ -252,7 +252,7 @@ def test_models_are_the_library_s_defaults_and_ablations_single_changes():
     for name, ablation in ABLATIONS.items():
         if ablation.parent is not None:
             parent = ABLATIONS[ablation.parent]
-            changed = {f for f, value in ablation.settings.items() if value != parent.settings.get(f)}
+            changed = {f for f, value in ablation.settings.items() if value != parent.settings.get(f, "the default")}
             changed |= {f for f in ("change", "steps", "trained_with") if getattr(ablation, f) != getattr(parent, f)}
             # what is no longer used is not trained
             assert len(changed) == 1 or changed == {"change", "min_log_alpha"}, f"{name} changes {changed}"

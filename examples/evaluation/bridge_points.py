@@ -183,12 +183,17 @@ def _fill() -> None:
     _add("matrix-no-write", "matrix", "no writes", write=False)
 
     start = {"last_layer": 0.1, "decay_target": "init"}
+    # values that come as they are have an rms of about 0.005 at the start, so that the usual epsilon of the norm behind the
+    # memory is as large as the read's mean square; of values of rms 1 it is nothing
+    _add("delta-values-eps", "delta-values", "epsilon of the norm after the memory 1", output_eps=1.0)
     _path(
         _add("matrix-values", "matrix", "values of rms 1 in every head", value_norm=True),
         _add("matrix-start", "matrix-values", "a learned initial memory, small", **start),
         # a step of 0.003 moves an MLP's read at its own key by about as much as one of 0.1 moves a matrix's
         _add("mlp", "matrix-start", "an MLP memory, steps up to 0.003", rule="mlp", eta_max=0.003),
     )
+    _add("matrix-values-eps", "matrix-values", "epsilon of the norm after the memory 1", output_eps=1.0)
+    _add("matrix-start-eps", "matrix-start", "epsilon of the norm after the memory 1", output_eps=1.0)
     for eta in (0.001, 0.01, 0.03, 0.09):
         _add(f"mlp-eta-{eta:g}", "mlp", f"steps up to {eta:g}", eta_max=eta)
     for eta in (0.1, 0.3, 1.0):
