@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples" / "evaluation"), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 from recall_tasks import TASKS, UNSCORED, Examples, Protocol  # noqa: E402
+from recall_training import SIZES as TRAINING_SIZES  # noqa: E402
 from recall_training import TEST, VALIDATION, TrainingSet, examples_of  # noqa: E402
 
 
@@ -249,6 +250,15 @@ def test_noise_is_a_fifth_and_lengths_and_places_are_as_likely():
     needles = made("needle", "cpu", part, count=1400)
     places = Counter((needles.ids[:, :-1] < 8).argmax(axis=1).tolist())
     assert set(places) == set(range(14)) and all(50 < n < 160 for n in places.values())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("parity", "modular-arithmetic")])
+def test_training_sequences_have_more_than_one_chunk(name, size):
+    # a state that is followed token by token is another question; at the small size its texts are one chunk
+    protocol = TASKS[name].protocols[size]
+    examples = TrainingSet(TASKS[name], protocol, 0)[1]
+    assert examples.ids.shape[1] >= 2 * (protocol.chunk or TRAINING_SIZES[size].chunk)
 
 
 def test_training_sets_repeat_their_batches_in_another_order():

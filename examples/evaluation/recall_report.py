@@ -35,7 +35,8 @@ LEARNED = 0.9
 
 def _by_the_tasks_protocol(result: dict[str, Any], size: Size) -> bool:
     task = TASKS.get(result["job"]["task"])
-    return task is not None and result["protocol"] == plain(asdict(task.protocols[size.name]))
+    # those of before a protocol had chunks of its own had the size's
+    return task is not None and {"chunk": None, **result["protocol"]} == plain(asdict(task.protocols[size.name]))
 
 
 def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -234,7 +235,7 @@ def write_report(folder: Path, size: Size) -> list[str]:
     entries = summarise(results)
     lines = [
         f"Accuracy of {len(results)} trainings at size {size.name}, {'bfloat16' if size.bf16 else 'float32'}, heads of "
-        f"{size.head_dim}, chunks of {size.chunk}: of every model the learning rate and weight decay that are best on the "
+        f"{size.head_dim}, chunks of {size.chunk} where no others stand: of every model the learning rate and weight decay that are best on the "
         "validation set, on the test set. *Memory* is the numbers that a layer recalls from for one sequence, *carried* "
         "all that it keeps for the next token; a Llama's are those after the shortest and the longest test. *Scaled* puts "
         "a guess at 0; (edge) marks a best learning rate at the end of those tried.",
@@ -247,7 +248,8 @@ def write_report(folder: Path, size: Size) -> list[str]:
             f"## {name}: {TASKS[name].says}",
             "",
             f"{protocol.vocabulary} tokens, trained on {', '.join(part.name for part in protocol.train)}, "
-            f"{protocol.steps:,} steps of {protocol.batch} sequences, {protocol.layers} layers; a guess scores "
+            f"{protocol.steps:,} steps of {protocol.batch} sequences, {protocol.layers} layers"
+            f"{'' if protocol.chunk is None else f', chunks of {protocol.chunk}'}; a guess scores "
             f"{of_task[0]['chance']:.3f}.",
             "",
             *table(of_task),

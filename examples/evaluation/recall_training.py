@@ -185,7 +185,8 @@ def run_job(
         return None
     task = TASKS[job.task]
     protocol = task.protocols[size.name]
-    shape = RecallShape.of(job.width, protocol.layers, size.head_dim, protocol.vocabulary, size.chunk)
+    chunk = size.chunk if protocol.chunk is None else protocol.chunk
+    shape = RecallShape.of(job.width, protocol.layers, size.head_dim, protocol.vocabulary, chunk)
     with torch.device(device):
         model, arguments = build_model(job.model, shape, job.seed)
         if protocol.convolution:

@@ -33,7 +33,9 @@ def protocols(
 ) -> dict[str, Protocol]:
     """The three sizes of a task of MAD, `batches` of 128 being the published training set."""
     return {
-        "cpu": Protocol(vocabulary=cpu_vocabulary, train=(Part("baseline", cpu),)),
+        "cpu": Protocol(
+            vocabulary=cpu_vocabulary, train=(Part("baseline", cpu),), chunk=4 if cpu["length"] < 32 else None
+        ),
         "full": Protocol(
             vocabulary=vocabulary,
             train=(Part("baseline", settings),),

@@ -67,6 +67,7 @@ TASK = Task(
             steps=800,
             test_examples=256,
             convolution=True,
+            chunk=4,
         ),
         "full": Protocol(
             vocabulary=8192,

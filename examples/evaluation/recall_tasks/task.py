@@ -76,6 +76,9 @@ class Protocol:
         convolution (`bool`): whether a short causal convolution stands before every layer's memory or attention.
         distinct_batches (`int`, *optional*): size of the training set, in batches; `None` for a new one each step.
         test_examples (`int`): sequences a part, of the validation and of the test set.
+        chunk (`int`, *optional*):
+            Of the models, where training sequences are too short for the size's: a memory that was trained within one
+            chunk has never met a chunk's end.
     """
 
     vocabulary: int
@@ -90,6 +93,7 @@ class Protocol:
     convolution: bool = False
     distinct_batches: int | None = None
     test_examples: int = 256
+    chunk: int | None = None
 
     def __post_init__(self):
         if not self.tests:
