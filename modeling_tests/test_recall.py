@@ -84,7 +84,18 @@ def test_a_perfect_model_scores_one_and_others_what_they_deserve():
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gated-deltanet", "yaad", "matrix", "mamba2", "signed-deltanet", "rung-mlp", "preset-ttt-linear"]
+    "name",
+    [
+        "llama",
+        "gated-deltanet",
+        "yaad",
+        "matrix",
+        "mamba2",
+        "signed-deltanet",
+        "rung-mlp",
+        "ablation-yaad-ascent",
+        "preset-ttt-linear",
+    ],
 )
 def test_readers_give_the_logits_of_the_model_at_what_is_asked(name):
     model, arguments = build_model(name, SHAPE, seed=0)
@@ -129,7 +140,8 @@ def test_a_state_reader_decodes_every_position_from_the_last_output():
 def test_models_of_a_shape_have_the_same_size():
     shape = RecallShape.of(width=64, layers=2, head_dim=32, vocabulary=64, chunk=16)
     sizes = {}
-    for name in (*DEFAULT_MODELS, "signed-deltanet", "signed-yaad-1", "rung-mlp", "preset-gla"):
+    ablations = ("ablation-yaad", "ablation-memora-linear", "ablation-yaad-keys")
+    for name in (*DEFAULT_MODELS, "signed-deltanet", "signed-yaad-1", "rung-mlp", *ablations, "preset-gla"):
         with torch.device("meta"):
             model, _ = build_model(name, shape, seed=0)
         sizes[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -164,7 +176,9 @@ def test_states_have_the_sizes_that_their_equations_have():
     model, arguments = build_model("llama", SHAPE, seed=0)
     add_convolutions(model)
     assert state_size(model, arguments, 12) == {"memory": 768, "carried": 768 + 2 * 32}
-    assert state_size(*build_model("rung-mlp", SHAPE, seed=0), 12)["memory"] == expected["yaad"]
+    for name in ("rung-mlp", "ablation-yaad-ascent"):
+        assert state_size(*build_model(name, SHAPE, seed=0), 12)["memory"] == expected["yaad"]
+    assert state_size(*build_model("ablation-yaad-last-layer", SHAPE, seed=0), 12)["memory"] == heads * 4 * d * d
     assert state_size(*build_model("rung-delta", SHAPE, seed=0), 12) is None
 
 
@@ -317,10 +331,13 @@ def test_patterns_choose_tasks_and_models():
     assert recall.chosen(["parity/llama", "mqar"]) == [*(("mqar", m) for m in DEFAULT_MODELS), ("parity", "llama")]
     assert recall.chosen(["*-recall/m*a*"])[:2] == [("in-context-recall", m) for m in ("moneta", "memora")]
     assert named("rung-matrix-conv") == ["rung-matrix-conv"]
+    assert named("ablation-yaad-a*") == ["ablation-yaad-ascent"]
     for pattern, complaint in (
         ("mqr", "names no task"),
         ("mqar/lama", "'lama' names no model"),
         ("mqar/rung-x", "no model"),
+        # it is trained on corrupted text, which these tasks do not have
+        ("mqar/ablation-yaad-noisy-values", "no model"),
     ):
         with pytest.raises(ValueError, match=complaint):
             recall.chosen([pattern])

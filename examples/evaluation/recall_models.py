@@ -23,9 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ablation_models
 import bridge_models
 import torch
 import torch.nn.functional as F
+from ablation_points import ABLATIONS
 from bridge_points import RUNGS
 from models import ModelShape, build, fitted
 from torch import Tensor, nn
@@ -74,21 +76,24 @@ MODELS = {
 }
 DEFAULT_MODELS = ("yaad", "moneta", "memora", "matrix", "llama", "gated-deltanet")
 NEIGHBOURS = ("llama", "gated-deltanet", "mamba2")
-RUNG = "rung-"
-"""Before the name of a rung of the bridge, which is a model like the others."""
+RUNG, ABLATION = "rung-", "ablation-"
+"""Before the name of a rung of the bridge, or of an ablation, which are models like the others."""
 PRESET = "preset-"
 """Before the name of a published model that `MirasConfig.from_preset` knows."""
 
 
 def named(pattern: str) -> list[str]:
-    """Names of models that match, with `*` and `?` as in file names, those of rungs and presets where `rung-` or `preset-` is
-    written.
+    """Names of models that match, with `*` and `?` as in file names, those of rungs, ablations and presets where `rung-`,
+    `ablation-` or `preset-` is written.
 
     Raises:
         `ValueError`: for a pattern that matches none.
     """
     if pattern.startswith(RUNG):
         names = [f"{RUNG}{name}" for name in RUNGS]
+    elif pattern.startswith(ABLATION):
+        # corrupted text is one of a language model
+        names = [f"{ABLATION}{name}" for name, ablation in ABLATIONS.items() if ablation.trained_with is None]
     elif pattern.startswith(PRESET):
         names = [f"{PRESET}{name}" for name in PRESETS]
     else:
@@ -96,8 +101,8 @@ def named(pattern: str) -> list[str]:
     found = fnmatch.filter(names, pattern)
     if not found:
         raise ValueError(
-            f"{pattern!r} names no model; there are {', '.join(MODELS)}, {RUNG} with a rung of bridge.py, and {PRESET} with "
-            "a model of `MirasConfig.from_preset`."
+            f"{pattern!r} names no model; there are {', '.join(MODELS)}, {RUNG} with a rung of bridge.py, {ABLATION} with one "
+            f"of ablations.py, and {PRESET} with a model of `MirasConfig.from_preset`."
         )
     return found
 
@@ -106,6 +111,8 @@ def build_model(name: str, shape: RecallShape, seed: int) -> tuple[nn.Module, Ca
     """A new model, and what its forward takes besides ids."""
     if name.startswith(RUNG):
         return bridge_models.build_model(RUNGS[name.removeprefix(RUNG)].point, shape, seed)
+    if name.startswith(ABLATION):
+        return ablation_models.build_model(ABLATIONS[name.removeprefix(ABLATION)], shape, seed)
     if name in OURS or name.startswith(PRESET):
         model_class, config_of = OURS[name] if name in OURS else _preset(name.removeprefix(PRESET))
         config = fitted(model_class, lambda size: config_of(**_fields(shape, size)), shape, 8)
@@ -274,6 +281,7 @@ def state_size(model: nn.Module, arguments: Callable[[Tensor], dict[str, Any]], 
 
 
 __all__ = [
+    "ABLATION",
     "DEFAULT_MODELS",
     "MODELS",
     "NEIGHBOURS",
