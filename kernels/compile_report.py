@@ -15,19 +15,22 @@
 
     python kernels/compile_report.py                                     # all again, an hour of one core
     python kernels/compile_report.py sm_90 --kernel matrix_forward       # what a change touches
-    python kernels/compile_report.py --missing                           # what the reports lack: goes on where one stopped
+    python kernels/compile_report.py --missing                           # what they lack of today's kernels, or go on
+    python kernels/compile_report.py --stale                             # which rows are not of today's kernels, at once
     python kernels/compile_report.py sm_90 --main                        # the main shape alone
     python kernels/compile_report.py sm_90 --table                       # what the report holds of it, drawn as a table
     python kernels/compile_report.py --check --few                       # compare with the reports, a minute
 
 A report holds, for each program: registers, stack and spills of a thread, shared memory, instructions of the matrix
 units, and what it does in a chunk, or in a call that decodes: a thread's instructions and special functions, the bytes that
-all threads move to and from global memory and their stacks. `--table` prints that of the main shape. `--check` fails where
+all threads move to and from global memory and their stacks. Each has a digest of the kernel's source, so that a row of
+yesterday's kernel is known as one. `--table` prints that of the main shape. `--check` fails where
 a program got worse, and leaves the reports alone. Each version of Triton has reports of its own, because each schedules
 and spills differently; `make test-triton36` checks those of the oldest.
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -36,6 +39,7 @@ from pathlib import Path
 
 import triton
 from ahead_of_time import CAPABILITIES, KERNELS, Call, compiled
+from source_digest import source_digest
 
 from miras_kernels import configuration
 from miras_kernels.choices import Choices
@@ -135,7 +139,17 @@ def describe(name: str, program: dict) -> str:
 
 
 def key(program: dict) -> dict:
-    return {name: value for name, value in program.items() if name != "counts"}
+    return {name: value for name, value in program.items() if name not in ("source", "counts")}
+
+
+@functools.cache
+def source_of(kernel: str) -> str:
+    module, attribute = KERNELS[kernel]
+    return source_digest(getattr(module, attribute))
+
+
+def is_todays(program: dict) -> bool:
+    return program.get("source") == source_of(program["kernel"])
 
 
 def worse(reported: dict[str, int], counts: dict[str, int], slack: dict[str, float]) -> list[str]:
@@ -200,14 +214,15 @@ def check(name: str, wanted: list[dict], report: dict) -> list[str]:
         )
     failures = []
     for program in wanted:
-        reported = next((found["counts"] for found in report["programs"] if key(found) == program), None)
+        reported = next((found for found in report["programs"] if key(found) == program), None)
         if reported is None:
             failures.append(f"{describe(name, program)}: not in the report with launch {program['launch']}")
             continue
         counts = compile(name, program)
-        found = worse(reported, counts, SLACK if same else SLACK_OF_ANOTHER_TRITON)
+        found = worse(reported["counts"], counts, SLACK if same else SLACK_OF_ANOTHER_TRITON)
         failures += [f"{describe(name, program)}: {words}" for words in found]
-        print(describe(name, program), "; ".join(found) or "as reported", flush=True)
+        of = "" if is_todays(reported) else " (of another source)"
+        print(describe(name, program), ("; ".join(found) or "as reported") + of, flush=True)
     return failures
 
 
@@ -248,7 +263,10 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the reports instead of writing them")
     parser.add_argument("--main", action="store_true", help="only the main shape; what is reported of others stays")
     parser.add_argument("--table", action="store_true", help="print what a report holds of the main shape")
-    parser.add_argument("--missing", action="store_true", help="compile only what the reports do not hold yet")
+    parser.add_argument(
+        "--missing", action="store_true", help="compile only what the reports do not hold yet of today's kernels"
+    )
+    parser.add_argument("--stale", action="store_true", help="print which rows are of other kernels than today's")
     parser.add_argument(
         "--few",
         action="store_true",
@@ -268,6 +286,16 @@ def main() -> int:
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"triton": None, "programs": []}
         if arguments.main:
             wanted = list(filter(is_main, wanted))
+        if arguments.stale:
+            stale = [
+                program for program in report["programs"] if program["kernel"] in kernels and not is_todays(program)
+            ]
+            print(
+                f"{name}, Triton {report['triton']}: {len(stale)} of {len(report['programs'])} rows are of other kernels."
+            )
+            for program in stale:
+                print(describe(name, program))
+            continue
         if arguments.table:
             print(f"{name}, Triton {report['triton']}\n\n{table(report)}\n")
             continue
@@ -285,7 +313,7 @@ def main() -> int:
         # those of other kernels and, with --main, of other shapes stay; with --missing, also those that are still wanted
         found = [p for p in own if p["kernel"] not in kernels or (arguments.main and not is_main(p))]
         if arguments.missing:
-            found += [program for program in own if key(program) in wanted]
+            found += [program for program in own if key(program) in wanted and is_todays(program)]
         if found != own:
             write(path, name, found)
         held = [key(program) for program in found]
@@ -294,7 +322,7 @@ def main() -> int:
                 continue
             counts = compile(name, program)
             print(describe(name, program), counts, flush=True)
-            found.append(program | {"counts": counts})
+            found.append(program | {"source": source_of(program["kernel"]), "counts": counts})
             write(path, name, found)
         failures += over_limit(name, triton.__version__, found)
     for failure in failures:

@@ -17,6 +17,7 @@
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -302,6 +303,71 @@ def test_a_report_s_table_holds_what_the_main_shape_does(monkeypatch):
     programs = [program | {"counts": counts | {"wgmma": 1}}, program | {"head_dim": 128, "counts": counts}]
     lines = compile_report.table({"programs": programs}).split("\n")
     assert lines[2:] == ["| mlp_forward, plain | 7 | 6 | 5 | 4 | 3 | 2 | 1 |"]
+
+
+# decorated without `triton.jit`, which makes something else of a function where kernels are interpreted
+KERNEL = """
+from triton import JITFunction
+from triton import language as tl
+
+FOUR = tl.constexpr(4)
+
+
+@JITFunction
+def inner(x):
+    return x * FOUR
+
+
+@JITFunction
+def kernel(x):
+    return inner(x) + 1
+"""
+
+
+@pytest.mark.parametrize(
+    "before, after, changes",
+    [
+        ("    return inner", '    "what it does"\n    # and why\n    return  inner', False),
+        ("FOUR =", "\n\nUNUSED = 5\nFOUR =", False),
+        ("+ 1", "+ 2", True),
+        ("x * FOUR", "x + FOUR", True),  # of what it calls
+        ("constexpr(4)", "constexpr(5)", True),
+    ],
+)
+def test_a_source_s_digest_is_that_of_what_it_says(tmp_path, monkeypatch, before, after, changes):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    from source_digest import source_digest
+
+    digests = []
+    for i, text in enumerate((KERNEL, KERNEL.replace(before, after))):
+        path = tmp_path / f"kernel_{i}.py"
+        path.write_text(text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("digested", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        digests.append(source_digest(module.kernel))
+    assert text != KERNEL and len(set(digests)) == 1 + changes
+
+
+def test_rows_of_another_source_are_named(tmp_path):
+    script = """
+import sys
+from compile_report import main, programs, source_of, write
+from pathlib import Path
+
+kernel, folder = "matrix_decode", Path(sys.argv[1])
+path = folder / sys.argv[2] / "sm_90.json"
+of_today, of_another, of_none, *_ = ({**program, "counts": {}} for program in programs("sm_90", kernel))
+of_today["source"], of_another["source"] = source_of(kernel), source_of("matrix_forward")
+write(path, "sm_90", [of_today, of_another, of_none])
+sys.argv[1:] = ["sm_90", "--stale", "--reports", str(folder)]
+main()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path), importlib.metadata.version("triton")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    first, *rows = done.stdout.splitlines()
+    assert "2 of 3 rows" in first and len(rows) == 2 and all("matrix_decode" in row for row in rows)
 
 
 @pytest.mark.parametrize("count", COUNTS)
