@@ -100,6 +100,28 @@ def test_the_delta_rung_is_the_layer_of_transformers(theirs):
     assert (ours - exact).norm() < 2e-5 * exact.norm()
 
 
+def test_an_epsilon_decides_how_loud_a_new_layer_is():
+    ids = torch.randint(0, 64, (2, 96), generator=torch.Generator().manual_seed(0))
+
+    def read_and_said(point):
+        model, _ = build_model(point, SHAPE, seed=0)
+        found, mixer = [], model.model.layers[0].mixer
+        mixer.o_norm.register_forward_hook(lambda norm, args, y: found.append(args[0].square().mean().item()))
+        with torch.no_grad():
+            logits = model.double()(ids).logits
+        return found[0], mixer.o_norm.variance_epsilon, logits
+
+    square, eps, expected = read_and_said(RUNGS["delta"].point)
+    assert square < eps / 100
+    for name in ("delta-values", "matrix-values"):
+        square, eps, _ = read_and_said(RUNGS[name].point)
+        assert square > 10 * eps, name
+    # what queries of norm 1 do to the read, an epsilon takes back
+    width = SHAPE.width // SHAPE.heads
+    queries = replace(RUNGS["delta-queries"].point, output_eps=1e-6 * width)
+    torch.testing.assert_close(read_and_said(queries)[2], expected)
+
+
 def test_without_decay_a_matrix_at_chunks_of_one_is_the_delta_rule(theirs):
     with torch.no_grad():
         theirs.A_log.fill_(-30.0)
