@@ -103,6 +103,9 @@ def _fill() -> None:
         _add(f"{model}-full-start", model, "the initial memory's last layer at full size", initial_memory_scale=1.0)
         _add(f"{model}-plain-values", model, "values as they come, not of rms 1", value_norm=False)
         _add(f"{model}-usual-eps", model, "the usual epsilon of the norm behind the memory", output_norm_eps=None)
+        for eps in (0.1, 10.0, 100.0):
+            says = f"epsilon of the norm behind the memory {eps:g}"
+            _add(f"{model}-eps-{eps:g}", model, says, output_norm_eps=eps)
         for chunk in (16, 256):
             _add(f"{model}-chunk-{chunk}", model, f"trained with chunks of {chunk}", served=True, chunk_size=chunk)
         for word, steps in (("half", 0.5), ("double", 2.0)):
@@ -113,8 +116,6 @@ def _fill() -> None:
         _add(f"{model}-last-layer", model, "only the last layer is written", update_layers="last")
         _add(f"{model}-keys", model, "keys in place of queries", change="keys")
 
-    for eps in (0.1, 10.0):
-        _add(f"yaad-eps-{eps:g}", "yaad", f"epsilon of the norm behind the memory {eps:g}", output_norm_eps=eps)
     _add("yaad-constant-delta", "yaad", "one threshold a head, whatever the text", change="constant-delta")
     for p in (1.5, 2.0, 4.0):
         _add(f"moneta-p-{p:g}", "moneta", f"p = {p:g}", lp_power=p)
