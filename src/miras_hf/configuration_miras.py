@@ -218,7 +218,8 @@ class MirasConfig(PreTrainedConfig):
             The exact solution: smallest entry of the ridge, a learned positive diagonal a head, which starts at 1.
         chunk_size (`int`, *optional*, defaults to 64):
             Tokens whose gradients are taken at the same weights (28), with the delta rule computed at once; where a token
-            writes several times, writes. Part of the trained model.
+            writes several times, writes. Part of the trained model, which has to be trained on texts of several chunks: one
+            that has never met a chunk's end may fail there.
         gate_granularity (`str`, *optional*, defaults to `"channel"`):
             Whether step and retention are one number per `"channel"` or per `"head"`; with the delta rule retention is,
             and the step is one number per head.
