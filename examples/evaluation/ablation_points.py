@@ -106,6 +106,8 @@ def _fill() -> None:
         for eps in (0.1, 10.0, 100.0):
             says = f"epsilon of the norm behind the memory {eps:g}"
             _add(f"{model}-eps-{eps:g}", model, says, output_norm_eps=eps)
+        _add(f"{model}-norm-eps-1", model, "epsilon of the memory's own norm 1", memory_norm_eps=1.0)
+        _add(f"{model}-no-norm", model, "no norm in the memory", memory_norm=False)
         for chunk in (16, 256):
             _add(f"{model}-chunk-{chunk}", model, f"trained with chunks of {chunk}", served=True, chunk_size=chunk)
         for word, steps in (("half", 0.5), ("double", 2.0)):
