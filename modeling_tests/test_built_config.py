@@ -105,6 +105,7 @@ EDITS = {
     "value_skip": True,
     "conv_initializer_range": 0.5,
     "initial_memory_scale": 0.5,
+    "initial_hidden_scale": 1.5,
     "conv_kernel_size": 2,
     "conv_act": "linear",
     "conv_bias": True,

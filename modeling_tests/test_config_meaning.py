@@ -29,6 +29,7 @@ from miras_hf.config_meaning import means_something_with
 
 # far enough from the defaults to be seen in what a small model computes
 OTHER = {
+    "initial_hidden_scale": 1.0,
     "memory_depth": 3,
     "memory_expansion": 2,
     "memory_norm": False,

@@ -67,7 +67,7 @@ def test_what_the_paper_prints(config_class):
     assert config_class.from_preset("tiny", paper=True, use_rope=False, decay_target="init").decay_target == "init"
 
 
-def test_starts_of_convolutions_and_of_the_memory_s_last_layer():
+def test_starts_of_convolutions_and_of_the_memory_s_layers():
     torch.manual_seed(0)
     fields = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
     mixer = YaadForCausalLM(YaadConfig(**fields)).model.layers[0].mixer
@@ -75,8 +75,9 @@ def test_starts_of_convolutions_and_of_the_memory_s_last_layer():
     first, last = mixer.memory.initial_state
     assert first.std().item() == pytest.approx(2.0 / 8.0, rel=0.02)
     assert last.std().item() == pytest.approx(0.1 / 16.0, rel=0.02)
-    fields |= {"conv_initializer_range": None, "initial_memory_scale": 1.0}
+    fields |= {"conv_initializer_range": None, "initial_memory_scale": 1.0, "initial_hidden_scale": 8.0}
     mixer = YaadForCausalLM(YaadConfig(**fields)).model.layers[0].mixer
+    assert mixer.memory.initial_state[0].std().item() == pytest.approx(1.0, rel=0.02)
     assert mixer.v_conv.weight.abs().max().item() == pytest.approx(0.5, rel=0.01)
     assert mixer.memory.initial_state[-1].std().item() == pytest.approx(1.0 / 16.0, rel=0.02)
     for config_class in (MonetaConfig, YaadConfig, MemoraConfig):
@@ -89,6 +90,7 @@ def test_stored_configs_from_before_there_was_a_field_mean_what_they_meant(tmp_p
     YaadConfig.from_preset("tiny", rms_norm_eps=1e-4).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert (stored.pop("value_norm"), stored.pop("output_norm_eps")) == (True, 1.0)
+    assert stored.pop("initial_hidden_scale") == 2.0
     (tmp_path / "config.json").write_text(json.dumps(stored))
     for load in (AutoConfig.from_pretrained, YaadConfig.from_pretrained):
         old = load(tmp_path)
@@ -182,7 +184,7 @@ ZEROS |= {"initial_memory_scale"} | {f"{name}_token_id" for name in ("pad", "bos
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_wrong_in_every_way(name):
-    assert len(NUMBERS) == 45
+    assert len(NUMBERS) == 46
     wrong = [math.nan, math.inf, -math.inf, 10**30, -(10**30), 1e30, -1e30, True, False, "1", [1.0], torch.tensor(1)]
     wrong += (
         [0] * (name not in ZEROS)

@@ -106,6 +106,9 @@ def _fill() -> None:
         for eps in (0.1, 10.0, 100.0):
             says = f"epsilon of the norm behind the memory {eps:g}"
             _add(f"{model}-eps-{eps:g}", model, says, output_norm_eps=eps)
+        for scale in (4.0, 8.0):
+            says = f"the initial memory's hidden layer {scale / 2.0:g} times as large"
+            _add(f"{model}-hidden-{scale:g}", model, says, initial_hidden_scale=scale)
         _add(f"{model}-norm-eps-1", model, "epsilon of the memory's own norm 1", memory_norm_eps=1.0)
         _add(f"{model}-no-norm", model, "no norm in the memory", memory_norm=False)
         for chunk in (16, 256):

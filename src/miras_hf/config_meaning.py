@@ -93,13 +93,14 @@ def means_something_with() -> dict[str, Alternatives]:
     thresholds = (name for name, cls in CHOICES["attentional_bias"].items() if cls.delta_granularity == "channel")
     found["gate_rank"] = ({"gate_granularity": "channel"}, *({"attentional_bias": name} for name in thresholds))
     found |= dict.fromkeys(("learned_retention", "min_half_life", "max_half_life", "min_log_alpha"), _RETENTION)
+    found["initial_hidden_scale"] = ({"memory_architecture": "mlp"}, {"memory_architecture": "gated_mlp"})
     found["rope_parameters"] = ({"use_rope": True}, *_ATTENTION)
     found |= dict.fromkeys(("num_key_value_heads", "attention_dropout", "qk_norm"), _ATTENTION)
     return found | {"sliding_window": ({"has_sliding_attention": True},)}
 
 
 # What models did before there was a field to say so: configs and memories that were stored then lack it.
-BEFORE_THERE_WAS: dict[str, Any] = {"value_norm": False, "output_norm_eps": None}
+BEFORE_THERE_WAS: dict[str, Any] = {"value_norm": False, "output_norm_eps": None, "initial_hidden_scale": 2.0}
 
 
 def with_later_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +142,12 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 def _default_step(config: Any) -> tuple[float, ...]:
     # a stored config may leave open what it follows from
-    follows_from = (config.head_dim, config.memory_norm_eps, config.initial_memory_scale)
+    follows_from = (
+        config.head_dim,
+        config.memory_norm_eps,
+        config.initial_hidden_scale,
+        config.initial_memory_scale,
+    )
     return () if None in follows_from else (largest_step(config),)
 
 

@@ -268,6 +268,10 @@ class MirasConfig(PreTrainedConfig):
             Factor on the initial weights of the memory's last layer, with KL retention on their logarithms; their
             deviation is `1 / sqrt(fan_in)` without it. 0, with decay only, for a memory that starts empty. `None` for
             0.1 in an MLP memory, so that what is written soon outweighs it, and 1 elsewhere.
+        initial_hidden_scale (`float`, *optional*, defaults to 2.0):
+            Scale of an MLP memory's layers before the last at the start, whose weights have a deviation of
+            `initial_hidden_scale / sqrt(fan_in)`: hidden units meet keys, which have norm 1, with a deviation of
+            `initial_hidden_scale / sqrt(head_dim)`. Where that is small, an MLP of them is nearly a matrix.
         output_gate_act (`str`, *optional*, defaults to `"silu"`): Activation of the output gate, `"linear"` for none.
         output_gate_first (`bool`, *optional*, defaults to `False`):
             Whether the output gate comes before the norm after the memory, as in Mamba2, and not after it.
@@ -381,6 +385,7 @@ class MirasConfig(PreTrainedConfig):
     conv_bias: bool = False
     conv_initializer_range: float | None = bounded(0.02, 0, 1)
     initial_memory_scale: int | float | None = bounded(None, 0, 1e3)
+    initial_hidden_scale: int | float = bounded(2.0, 1e-3, 1e3)
     output_gate_act: str = "silu"
     output_gate_first: bool = False
     output_norm_groups: int | None = bounded(None, 1, 2**14)

@@ -95,7 +95,6 @@ from .sequences import (
     packed_sequences,
     padded_sequences,
 )
-from .step_size import FIRST_LAYER_SCALE
 from .weight_decay import exempt_from_trainer
 from .weights_version import WeightsVersion, weights_version
 
@@ -447,7 +446,7 @@ class MirasMemory(NotByParameter, nn.Module):
         super().__init__()
         self.rule = memory_rule(config)
         self.backend = MemoryBackend(self.rule, config.memory_backend, config.slots_per_token)
-        self.initial_scale = config.initial_memory_scale
+        self.hidden_scale, self.last_scale = config.initial_hidden_scale, config.initial_memory_scale
         heads, head_dim = config.num_attention_heads, config.head_dim
         self.initial_state = MirasInitialState(
             nn.Parameter(torch.empty(heads, *shape)) for shape in self.rule.architecture.weight_shapes(head_dim)
@@ -491,7 +490,7 @@ class MirasMemory(NotByParameter, nn.Module):
         """A dual state whose weights have the scale that simulations found stable."""
         shape = self.initial_state[layer].shape
         last = layer == len(self.initial_state) - 1
-        std = (self.initial_scale if last else FIRST_LAYER_SCALE) / math.sqrt(shape[1])
+        std = (self.last_scale if last else self.hidden_scale) / math.sqrt(shape[1])
         weight = torch.randn(shape, device=self.initial_state[layer].device) * std
         return self.rule.retention.inverse(weight, self.rule.hidden_axis(layer))
 

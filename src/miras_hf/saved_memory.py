@@ -55,6 +55,7 @@ NEUTRAL_FIELDS = {
     "bos_token_id",
     "conv_initializer_range",
     "eos_token_id",
+    "initial_hidden_scale",
     "initial_memory_scale",
     "initializer_range",
     "license",
@@ -376,6 +377,7 @@ def _first_count(tensors: dict[str, Tensor]) -> Tensor:
 def _check_model(path: str | os.PathLike, header: Header, decoder: MirasModel, check_weights: bool) -> None:
     """Raises a `ValueError` unless the file is of this model."""
     here, stored = config_fingerprint(decoder.config), with_later_fields(header.config)
+    stored = {name: value for name, value in stored.items() if name not in NEUTRAL_FIELDS}
     # earlier versions also wrote fields that mean nothing under the choices that are made
     there = without_meaningless(type(decoder.config), stored, {})
     # any other field younger than the file means, at its default, what was computed before it was there

@@ -64,8 +64,8 @@ SMALLEST, LARGEST = 1e-9, 1e3
 MOST_DRAWN = 2**24
 """Largest number of weights that are drawn to find out what a link makes of them."""
 
-FIRST_LAYER_SCALE = 2.0
-"""A new MLP memory's first layer has weights of deviation `2 / sqrt(head_dim)`."""
+SMALL_HIDDEN_SCALE = 2.0
+"""Largest `initial_hidden_scale` at which what hidden units meet is small enough for the closed form of G."""
 
 
 def moment(power: float) -> float:
@@ -155,23 +155,30 @@ def lq_weights(weights: int, std: float, q: float, mirror: bool) -> tuple[float,
     return std, math.exp(max(-80.0, min(80.0, math.log(norm) * (q - 2.0) / (q - 3.0))))
 
 
-def is_derived(memory: MemoryArchitecture) -> bool:
-    """Whether G is known in closed form: of a matrix, a vector, and an MLP memory that writes two layers under a layer norm."""
+def is_derived(memory: MemoryArchitecture, hidden_scale: float) -> bool:
+    """Whether G is known in closed form: of a matrix, a vector, and an MLP memory that writes two layers under a layer norm,
+    and whose hidden units meet little at the start."""
     if type(memory) is MLPMemory:
-        return memory.depth == 2 and memory.norm and memory.update_layers == "all"
+        written = memory.depth == 2 and memory.update_layers == "all"
+        return written and memory.norm and hidden_scale <= SMALL_HIDDEN_SCALE
     return type(memory) in (MatrixMemory, VectorMemory)
 
 
-def start_deviations(memory: MemoryArchitecture, head_dim: int, last_scale: float) -> list[float]:
+def start_deviations(memory: MemoryArchitecture, head_dim: int, hidden_scale: float, last_scale: float) -> list[float]:
     """Deviations of the weights that a model starts from, layer by layer."""
     shapes = memory.weight_shapes(head_dim)
-    scales = [FIRST_LAYER_SCALE] * (len(shapes) - 1) + [last_scale]
+    scales = [hidden_scale] * (len(shapes) - 1) + [last_scale]
     return [scale / math.sqrt(fan_in) for (fan_in, _), scale in zip(shapes, scales, strict=True)]
 
 
 @functools.lru_cache(maxsize=256)
 def measured_gain(
-    memory: MemoryArchitecture, bias: AttentionalBias, gate: RetentionGate, head_dim: int, last_scale: float
+    memory: MemoryArchitecture,
+    bias: AttentionalBias,
+    gate: RetentionGate,
+    head_dim: int,
+    hidden_scale: float,
+    last_scale: float,
 ) -> float:
     """G as it is met by 32 keys and values, each alone, at the new memories of 8 heads."""
     rule = MirasRule(memory, bias, gate)
@@ -181,7 +188,7 @@ def measured_gain(
         return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     with torch.no_grad():
-        deviations = start_deviations(memory, head_dim, last_scale)
+        deviations = start_deviations(memory, head_dim, hidden_scale, last_scale)
         states = [
             gate.inverse(std * normal(8, *shape), rule.hidden_axis(layer))
             for layer, (shape, std) in enumerate(zip(shapes, deviations, strict=True))
@@ -220,15 +227,16 @@ def unit_step(config: Any) -> float:
     if not gain > 0.0:
         raise _underived(f"`attentional_bias={config.attentional_bias!r}`, which writes nothing at a new memory")
     shapes = memory.weight_shapes(config.head_dim)
-    if not is_derived(memory):
+    scales = config.initial_hidden_scale, config.initial_memory_scale
+    if not is_derived(memory, config.initial_hidden_scale):
         if 8 * sum(fan_in * fan_out for fan_in, fan_out in shapes) > MOST_DRAWN:
             raise _underived(f"`memory_architecture={config.memory_architecture!r}` and weights of shapes {shapes}")
         bias = choice_of(config, "attentional_bias")
-        measured = measured_gain(memory, bias, gate, config.head_dim, config.initial_memory_scale)
+        measured = measured_gain(memory, bias, gate, config.head_dim, *scales)
         if not 0.0 < measured < math.inf:
             raise _underived(f"`retention={config.retention!r}`, which lets nothing into a new memory")
         return 1.0 / measured
-    deviations = start_deviations(memory, config.head_dim, config.initial_memory_scale)
+    deviations = start_deviations(memory, config.head_dim, *scales)
     starts = [
         start_of(gate, shape, std, -1 if axis == "input" else -2)
         for shape, std, axis in zip(shapes, deviations, memory.gate_axes, strict=True)
