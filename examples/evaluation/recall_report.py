@@ -14,6 +14,7 @@
 """The recall study's tables and plot, of the trainings that a folder holds."""
 
 import functools
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recall_models import MODELS, NEIGHBOURS
+from recall_models import ABLATION, MODELS, NEIGHBOURS
 from recall_published import PUBLISHED, WITHOUT
 from recall_tasks import TASKS
 from recall_training import Size, mean_accuracy
@@ -190,19 +191,23 @@ def checks(entries: list[dict[str, Any]], size: Size) -> Iterator[str]:
 
 
 def plot(entries: list[dict[str, Any]]):
-    """Two pictures a task, mean accuracy against the numbers a layer recalls from, and accuracy test by test.
+    """Two pictures a task, mean accuracy against the numbers a layer recalls from, and accuracy test by test. Ablations are
+    in the tables alone.
 
     Returns the figure."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    entries = [entry for entry in entries if not entry["model"].startswith(ABLATION)] or entries
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
     models = list(dict.fromkeys(entry["model"] for entry in entries))
+    colors = dict(zip(models, itertools.cycle(colormaps["tab20"].colors)))
     figure = Figure(figsize=(9, 2.6 * len(tasks)), layout="constrained")
-    for row, (task, axes) in enumerate(zip(tasks, figure.subplots(len(tasks), 2, squeeze=False), strict=True)):
+    for task, axes in zip(tasks, figure.subplots(len(tasks), 2, squeeze=False), strict=True):
         by_state, by_part = axes
         of_task = [entry for entry in entries if entry["task"] == task and entry["mean"] is not None]
         for model in models:
-            color = f"C{models.index(model)}"
+            color = colors[model]
             lines = [entry for entry in of_task if entry["model"] == model]
             points = [(_memory(entry), entry["mean"]) for entry in lines if _memory(entry) is not None]
             if points:
@@ -218,8 +223,8 @@ def plot(entries: list[dict[str, Any]]):
         by_state.set(xscale="log", xlabel="numbers a layer recalls from, mean over tests", ylabel="accuracy")
         by_state.set_title(task, fontsize=9)
         by_part.set_title("by test; dashed is a guess", fontsize=9)
-        if row == 0:
-            by_state.legend(fontsize=6)
+    drawn = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
