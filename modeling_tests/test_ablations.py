@@ -35,7 +35,7 @@ from ablation_points import ABLATIONS, MODELS, SERVED_AT, Ablation  # noqa: E402
 from ablation_report import is_todays, table_of, with_measures  # noqa: E402
 from bridge_models import FinishedTokens  # noqa: E402
 from bridge_report import summarise  # noqa: E402
-from bridge_training import SIZES, Trained  # noqa: E402
+from bridge_training import SIZES, Trained, jobs_of  # noqa: E402
 from corruption import CORRUPTIONS, Corruption, corrupted, corrupted_loss, under_corruption  # noqa: E402
 from models import ModelShape  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig  # noqa: E402
@@ -98,6 +98,18 @@ def naive(k, v, eta, log_alpha, weights, norm_eps, written, sign):
         ]
         after.append([w.detach() for w in ws])
     return after
+
+
+def test_the_readme_names_every_ablation_and_counts_them():
+    readme = (ROOT / "examples" / "evaluation" / "README.md").read_text(encoding="utf-8")
+    for name, ablation in ABLATIONS.items():
+        change = name.removeprefix(f"{ablation.model}-")
+        assert ablation.parent is None or not ablation.default or f"`{change}`" in readme, name
+    default = [name for name, ablation in ABLATIONS.items() if ablation.default]
+    jobs = jobs_of(SIZES["cpu"], default, MODELS)
+    once = len(default) - len(MODELS) + len(MODELS) * len(SIZES["cpu"].learning_rates)
+    words = f"there are {len(jobs)} trainings by default, the three models over the grid first, then every change once"
+    assert f"{words} ({once} trainings in all)" in " ".join(readme.split())
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -307,10 +307,16 @@ def test_a_report_s_table_holds_what_the_main_shape_does(monkeypatch):
 
 # decorated without `triton.jit`, which makes something else of a function where kernels are interpreted
 KERNEL = """
+from typing import NamedTuple
+
 from triton import JITFunction
 from triton import language as tl
 
 FOUR = tl.constexpr(4)
+
+
+class Pair(NamedTuple):
+    first: object
 
 
 @JITFunction
@@ -320,7 +326,7 @@ def inner(x):
 
 @JITFunction
 def kernel(x):
-    return inner(x) + 1
+    return Pair(inner(x) + 1)
 """
 
 
@@ -330,6 +336,7 @@ def kernel(x):
         ("    return inner", '    "what it does"\n    # and why\n    return  inner', False),
         ("FOUR =", "\n\nUNUSED = 5\nFOUR =", False),
         ("+ 1", "+ 2", True),
+        ("first: object", "first: object\n    last: object", True),
         ("x * FOUR", "x + FOUR", True),  # of what it calls
         ("constexpr(4)", "constexpr(5)", True),
     ],
@@ -347,6 +354,19 @@ def test_a_source_s_digest_is_that_of_what_it_says(tmp_path, monkeypatch, before
         spec.loader.exec_module(module)
         digests.append(source_digest(module.kernel))
     assert text != KERNEL and len(set(digests)) == 1 + changes
+
+
+def test_a_source_that_is_not_understood_is_refused(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels"))
+    from source_digest import source_digest
+
+    path = tmp_path / "kernel.py"
+    path.write_text("import math\n" + KERNEL.replace("+ 1", "+ math.pi"), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("digested", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(TypeError, match="`math` in digested.kernel is neither .* got module"):
+        source_digest(module.kernel)
 
 
 def test_rows_of_another_source_are_named(tmp_path):

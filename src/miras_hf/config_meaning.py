@@ -100,7 +100,7 @@ def means_something_with() -> dict[str, Alternatives]:
 
 
 # What models did before there was a field to say so: configs and memories that were stored then lack it.
-BEFORE_THERE_WAS: dict[str, Any] = {"value_norm": False, "output_norm_eps": None, "initial_hidden_scale": 2.0}
+BEFORE_THERE_WAS: dict[str, Any] = {"value_norm": False, "output_norm_eps": None}
 
 
 def with_later_fields(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,12 +142,7 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 def _default_step(config: Any) -> tuple[float, ...]:
     # a stored config may leave open what it follows from
-    follows_from = (
-        config.head_dim,
-        config.memory_norm_eps,
-        config.initial_hidden_scale,
-        config.initial_memory_scale,
-    )
+    follows_from = (config.head_dim, config.memory_norm_eps, config.initial_memory_scale)
     return () if None in follows_from else (largest_step(config),)
 
 

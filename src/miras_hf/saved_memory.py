@@ -377,7 +377,6 @@ def _first_count(tensors: dict[str, Tensor]) -> Tensor:
 def _check_model(path: str | os.PathLike, header: Header, decoder: MirasModel, check_weights: bool) -> None:
     """Raises a `ValueError` unless the file is of this model."""
     here, stored = config_fingerprint(decoder.config), with_later_fields(header.config)
-    stored = {name: value for name, value in stored.items() if name not in NEUTRAL_FIELDS}
     # earlier versions also wrote fields that mean nothing under the choices that are made
     there = without_meaningless(type(decoder.config), stored, {})
     # any other field younger than the file means, at its default, what was computed before it was there
