@@ -333,7 +333,7 @@ def kernel(x):
 @pytest.mark.parametrize(
     "before, after, changes",
     [
-        ("    return inner", '    "what it does"\n    # and why\n    return  inner', False),
+        ("    return Pair", '    "what it does"\n    # and why\n    return  Pair', False),
         ("FOUR =", "\n\nUNUSED = 5\nFOUR =", False),
         ("+ 1", "+ 2", True),
         ("first: object", "first: object\n    last: object", True),
@@ -365,6 +365,7 @@ def test_a_source_that_is_not_understood_is_refused(tmp_path, monkeypatch):
     path.write_text("import math\n" + KERNEL.replace("+ 1", "+ math.pi"), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("digested", path)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "digested", module)
     spec.loader.exec_module(module)
     with pytest.raises(TypeError, match="`math` in digested.kernel is neither .* got module"):
         source_digest(module.kernel)
