@@ -427,19 +427,37 @@ def test_trainings_of_other_defaults_are_not_todays():
 # In a process of its own, because it makes Transformers quiet; and one process, because imports are what takes time.
 DRIVER = """
 import contextlib, io, json, os, sys
-import ablations
+import ablations, study, torch
 
 folder = sys.argv[1]
 flags = ["--smoke", "--out", folder, "--only", "yaad", "memora-last-layer", "yaad-noisy-values"]
-printed, times = [], []
+printed, times, steps, clip = [], [], [], torch.nn.utils.clip_grad_norm_
+
+def killed_in_the_fifth_step(*args):
+    if len(steps) == 4:
+        raise KeyboardInterrupt
+    steps.append(0)
+    return clip(*args)
+
+def counted(*args):
+    steps.append(1)
+    return clip(*args)
+
 for more in (["--keep-weights"], ["--list"], ["--minutes", "1e-9"], []):
+    if not more:
+        study.SAVED_EVERY, torch.nn.utils.clip_grad_norm_ = 0.0, killed_in_the_fifth_step
+        try:
+            ablations.main(flags)
+        except KeyboardInterrupt:
+            torch.nn.utils.clip_grad_norm_ = counted
+            left = [name for name in os.listdir(folder) if "unfinished" in name]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         ablations.main([*flags, *more])
     printed.append(out.getvalue())
     times.append({f.name: f.stat().st_mtime_ns for f in os.scandir(folder) if f.name.endswith("-seed0.json")})
     if more == ["--keep-weights"]:
         os.rename(f"{folder}/yaad-noisy-values-lr0.01-seed0.json", f"{folder}/taken-away")
-print("PRINTED" + json.dumps([printed, times]))
+print("PRINTED" + json.dumps([printed, times, steps, left]))
 """
 
 
@@ -452,7 +470,8 @@ def test_smoke_runs_are_saved_one_by_one_and_not_repeated(tmp_path):
         | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert "PRINTED" in done.stdout, done.stderr[-3000:]
-    (first, listed, _, last), (before, _, stopped, after) = json.loads(done.stdout.split("PRINTED")[1])
+    printed, times, steps, left = json.loads(done.stdout.split("PRINTED")[1])
+    (first, listed, _, last), (before, _, stopped, after) = printed, times
     noisy = "yaad-noisy-values-lr0.01-seed0.json"
     assert "3 of 3 trainings" in first and "1 of 3 trainings" in last
     assert f"{'yaad-noisy-values':24} 0/1" in listed and f"{'memora-last-layer':24} 1/1" in listed
@@ -461,6 +480,9 @@ def test_smoke_runs_are_saved_one_by_one_and_not_repeated(tmp_path):
         json.loads((tmp_path / name).read_text()) for name in ("taken-away", noisy, "yaad-lr0.01-seed0.json")
     )
     assert once["train"] == again["train"] and once["corrupted"] == again["corrupted"]
+    # killed after four of six steps, it went on from there, past the validation of the third
+    assert steps == [0] * 4 + [1] * 2 and once["validation_by_step"] == again["validation_by_step"]
+    assert left == ["yaad-noisy-values-lr0.01-seed0.unfinished.pt"] and not list(tmp_path.glob("*unfinished*"))
 
     assert list(yaad["served"]) == [str(chunk) for chunk in SERVED_AT] and "served" not in again
     # rows of 32 tokens fit into one chunk of 64 as into one of 256

@@ -18,7 +18,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +41,25 @@ from recall_models import (  # noqa: E402
     StateReader,
     add_convolutions,
     build_model,
+    described,
     named,
     state_size,
 )
 from recall_published import PUBLISHED, WITHOUT  # noqa: E402
-from recall_report import checks, scaled, summarise, table  # noqa: E402
+from recall_report import checks, is_todays, scaled, summarise, table  # noqa: E402
 from recall_tasks import TASKS, UNSCORED, Examples  # noqa: E402
-from recall_training import DEFAULT_PAIRS, SIZES, TEST, Job, accuracy, examples_of, jobs_of, mean_accuracy  # noqa: E402
+from recall_training import (  # noqa: E402
+    DEFAULT_PAIRS,
+    SIZES,
+    TEST,
+    Job,
+    accuracy,
+    examples_of,
+    jobs_of,
+    mean_accuracy,
+    model_today,
+    shape_of,
+)
 
 
 SHAPE = RecallShape.of(width=32, layers=2, head_dim=16, vocabulary=16, chunk=4)
@@ -225,15 +237,24 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path):
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
 
-    def trained(deadline: float) -> tuple[torch.nn.Module, study.Course]:
+    def trained(deadline: float, rows: int = 8) -> tuple[torch.nn.Module, study.Course]:
         model = new()
 
         def loss_at(step: int) -> torch.Tensor:
-            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+            x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(step))
             return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
-        file = tmp_path / "unfinished.pt"
-        return model, study.train(model, loss_at, 1e-2, 9, intervals=4, unfinished=file, deadline=deadline)
+        return model, study.train(
+            model,
+            loss_at,
+            1e-2,
+            9,
+            intervals=4,
+            measure=lambda step: None if step % 4 else 2 * step,
+            unfinished=tmp_path / "unfinished.pt",
+            what={"rows": rows},
+            deadline=deadline,
+        )
 
     model, course = trained(math.inf)
     stops = 0
@@ -247,6 +268,9 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path):
     assert resumed.losses == course.losses and resumed.gradient_norms == course.gradient_norms
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     summary = course.summary()
+    assert resumed.measured == course.measured == [[4, 8], [8, 16]]
+    with pytest.raises(ValueError, match="unfinished.pt is a training of {'rows': 8}, and this one is of {'rows': 9}"):
+        trained(math.inf, rows=9)
     assert [step for step, _ in summary["train"]] == [2, 4, 6, 8, 9]
     assert summary["train"][1][1] == pytest.approx((course.losses[2] + course.losses[3]) / 2)
     assert summary["gradient_norm"][0][1] == max(course.gradient_norms[:2])
@@ -307,6 +331,34 @@ def test_the_best_of_the_grid_is_chosen_by_validation_and_measured_by_tests():
     assert "diverged" in lines[3]
     said = "\n".join(checks(entries, SIZES["cpu"]))
     assert "mqar: Llama at width 64 does not (0.450)" in said
+
+
+def test_trainings_of_other_defaults_are_not_todays():
+    size = SIZES["smoke"]
+    for name, change in (("moneta", None), ("ablation-yaad-keys", "keys"), ("llama", None)):
+        job = Job("mqar", name, 32, 1e-2, 0.1, 0)
+        model = study.plain(model_today(job, size))
+        result = {
+            "job": asdict(job),
+            "protocol": study.plain(asdict(TASKS["mqar"].protocols["smoke"])),
+            "model": model,
+        }
+        assert is_todays(result, size) and model["change"] == change
+        others = [{**model, "change": "ascent"}]
+        if model["config"] is not None:
+            others.append({**model, "config": None})
+            others += [
+                {**model, "config": {**model["config"], field: value}}
+                for field, value in (("eta_max", 0.5), ("use_rope", True), ("a_field_that_was_taken_away", 1))
+            ]
+            older = {name: value for name, value in model["config"].items() if name != "initial_hidden_scale"}
+            assert is_todays({**result, "model": {**model, "config": older}}, size)
+        for other in others:
+            assert not is_todays({**result, "model": other}, size)
+        assert not is_todays({**result, "protocol": {**result["protocol"], "steps": 7}}, size)
+    # what a model is, is said without its weights
+    built, _ = build_model("memora", shape_of(size, TASKS["mqar"].protocols["smoke"], 32), seed=0)
+    assert model_today(Job("mqar", "memora", 32, 1e-2, 0.1, 0), size) == described("memora", built)
 
 
 def test_published_figures_are_of_tests_that_there_are_and_in_our_terms():

@@ -18,14 +18,15 @@ Equal parameters by the width of the MLP, counting what is trained: what a chang
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from ablation_points import ABLATIONS, Ablation
 from bridge_models import Around, built_to_size
 from models import ModelShape
+from stored_config import config_fields
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from miras_hf import MirasConfig
 from miras_hf.backend import MemoryBackend
@@ -106,15 +107,11 @@ def point_of(name: str, shape: ModelShape) -> dict[str, Any] | None:
     if name not in ABLATIONS:
         return None
     ablation = ABLATIONS[name]
-    config = config_of(ablation, shape, intermediate_size=shape.width)
-    inherited = {f.name for f in fields(PreTrainedConfig)}
-    # it follows from the others, and to know it takes models
-    own = {f.name for f in fields(config)} - inherited - {"intermediate_size"}
     corruption = ablation.trained_with
     return {
         "change": ablation.change,
         "trained_with": None if corruption is None else vars(corruption),
-        "config": {"model_type": config.model_type, **{field: getattr(config, field) for field in sorted(own)}},
+        "config": config_fields(config_of(ablation, shape, intermediate_size=shape.width)),
     }
 
 

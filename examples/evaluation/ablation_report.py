@@ -23,22 +23,16 @@ from ablation_models import point_of
 from ablation_points import ABLATIONS, MODELS
 from bridge_report import LEGEND, plot_losses, protocol, summarise, table
 from bridge_training import Size
+from stored_config import means_the_same
 from study import markdown, plain, read_results, write_report_files
-from transformers import AutoConfig
 
 
 def is_todays(result: dict[str, Any], size: Size) -> bool:
-    """Whether a training is of what its name means today, the library's defaults included.
-
-    Fields that configs have since are as the library reads them of old checkpoints.
-    """
+    """Whether a training is of what its name means today, the library's defaults included."""
     now, then = plain(point_of(result["job"]["rung"], size.shape)), result["point"]
     if now is None or then is None:
         return False
-    stored = {name: value for name, value in then["config"].items() if name != "model_type"}
-    read = AutoConfig.for_model(then["config"]["model_type"]).from_dict(stored | {"transformers_version": ""})
-    config = {name: plain(getattr(read, name)) for name in now["config"]}
-    return now == {**then, "config": config}
+    return now == {**then, "config": now["config"]} and means_the_same(then["config"], now["config"])
 
 
 def with_measures(entries: list[dict[str, Any]], results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from bridge_points import ENDS, RUNGS
 from models import ModelShape
 from provenance import command_line, machine
 from safetensors.torch import save_model
-from study import number, train, write_json
+from study import OutOfTime, number, train, write_json
 from torch import Tensor, nn
 
 from miras_hf.callbacks import measure_memories
@@ -267,20 +267,20 @@ def run_training(
     loss: Loss = next_token_loss,
     measure: Callable[[Trained], dict[str, Any]] = lambda trained: {},
 ) -> dict[str, Any] | None:
-    """Trains one job and writes its JSON, whole or not at all, and before it the weights if they are to be kept.
+    """Trains one job and writes its JSON, whole or not at all, and before it the weights if they are to be kept. One that
+    was stopped or killed goes on from what it has left in the folder.
 
     Args:
         build (`Callable`): a new model, and what its forward takes besides ids.
         about (`dict`): what the JSON says of the model: `says`, `parent` and `point`.
-        deadline (`float`): as `time.time()`; a training that has begun is not stopped.
+        deadline (`float`): as `time.time()`.
         loss (`Callable`): what is trained.
         measure (`Callable`): more for the JSON, of a training that has reached its end.
 
-    Returns the JSON's content, or `None` if the deadline came first.
+    Returns the JSON's content, or `None` if the deadline came first: then what was trained waits in the folder.
     """
     if time.time() >= deadline:
         return None
-    started, cpu = time.perf_counter(), time.process_time()
     rows = {name: ids.long().to(device) for name, ids in prepare_data(folder, size).items()}
     with torch.device(device):
         model, arguments = build()
@@ -292,18 +292,31 @@ def run_training(
     trained = Trained(model, arguments, rows["validation"], precision, max(2, size.rows))
     # a seed's order is the same for every rung
     order = torch.randperm(len(rows["train"]), generator=torch.Generator().manual_seed(job.seed)).to(device)
-    validation = []
 
     def loss_at(step: int) -> Tensor:
         ids = rows["train"][order[(step - 1) * size.rows : step * size.rows]]
         with precision():
             return loss(model, arguments, ids, step)
 
-    def after_step(step: int) -> None:
-        if step in (size.steps // 2, size.steps):
-            validation.append([step, trained.validate()])
+    def validation_at(step: int) -> float | None:
+        return trained.validate() if step in (size.steps // 2, size.steps) else None
 
-    course = train(model, loss_at, job.learning_rate, size.steps, intervals=intervals, after_step=after_step)
+    unfinished = folder / f"{job.name}.unfinished.pt"
+    try:
+        course = train(
+            model,
+            loss_at,
+            job.learning_rate,
+            size.steps,
+            intervals=intervals,
+            measure=validation_at,
+            unfinished=unfinished,
+            what={"job": asdict(job), "size": asdict(size), **about},
+            deadline=deadline,
+        )
+    except OutOfTime:
+        return None
+    validation = course.measured
     reached = course.reached and math.isfinite(validation[-1][1])
     model.eval()
 
@@ -324,11 +337,12 @@ def run_training(
         "data": pretrain.data_name(pretrain.DataArguments())["name"],
         "command": command_line(),
         "machine": machine(torch.get_num_threads(), packages=("torch", "transformers", "miras-hf")),
-        "seconds": {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu},
+        "seconds": course.seconds,
     }
     if keep_weights:
         save_model(model, folder / f"{job.name}.safetensors")
     write_json(folder / f"{job.name}.json", result)
+    unfinished.unlink(missing_ok=True)
     return result
 
 

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from ablation_points import ABLATIONS
 from bridge_points import RUNGS
 from models import ModelShape, build, fitted
+from stored_config import config_fields
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
@@ -165,6 +166,19 @@ OURS = {
 """Class and config of models that `benchmarks/models.py` does not have."""
 
 
+def described(name: str, model: nn.Module) -> dict[str, Any]:
+    """What a model of `build_model` is, for the JSON of its training: its config if it is one of ours, and what was done to
+    it after it was built; of the neighbours nothing, which their own defaults make.
+    """
+    config = model.config
+    about = {"config": config_fields(config) if isinstance(config, MirasConfig) else None, "change": None}
+    if name.startswith(RUNG):
+        about["change"] = RUNGS[name.removeprefix(RUNG)].point.as_dict()
+    elif name.startswith(ABLATION):
+        about["change"] = ABLATIONS[name.removeprefix(ABLATION)].change
+    return about
+
+
 def start_gates_as_published(model: nn.Module) -> None:
     """Gives Gated DeltaNet its authors' first time steps (arXiv 2412.06464), log-uniform from 0.001 to 0.1.
 
@@ -293,6 +307,7 @@ __all__ = [
     "StateReader",
     "add_convolutions",
     "build_model",
+    "described",
     "named",
     "positions",
     "start_gates_as_published",

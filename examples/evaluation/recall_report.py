@@ -25,7 +25,8 @@ from typing import Any
 from recall_models import ABLATION, MODELS, NEIGHBOURS
 from recall_published import PUBLISHED, WITHOUT
 from recall_tasks import TASKS
-from recall_training import Size, mean_accuracy
+from recall_training import Job, Size, mean_accuracy, model_today
+from stored_config import means_the_same
 from study import markdown, plain, read_results, write_report_files
 
 
@@ -34,10 +35,17 @@ LEARNED = 0.9
 """Accuracy on a task's easiest test from which a neighbour is said to have learned it."""
 
 
-def _by_the_tasks_protocol(result: dict[str, Any], size: Size) -> bool:
+def is_todays(result: dict[str, Any], size: Size) -> bool:
+    """Whether a training is by its task's protocol, and of what its model's name means today, the library's defaults
+    included."""
     task = TASKS.get(result["job"]["task"])
     # those of before a protocol had chunks of its own had the size's
-    return task is not None and {"chunk": None, **result["protocol"]} == plain(asdict(task.protocols[size.name]))
+    if task is None or {"chunk": None, **result["protocol"]} != plain(asdict(task.protocols[size.name])):
+        return False
+    now, then = model_today(Job(**result["job"]), size), result["model"]
+    if plain(now["change"]) != then["change"] or (now["config"] is None) != (then["config"] is None):
+        return False
+    return now["config"] is None or means_the_same(then["config"], now["config"])
 
 
 def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -235,8 +243,8 @@ def _memory(entry: dict[str, Any]) -> float | None:
 
 def write_report(folder: Path, size: Size) -> list[str]:
     """Writes `report.md`, `report.json` and `report.png` into the folder; returns the lines of `report.md`."""
-    current = functools.partial(_by_the_tasks_protocol, size=size)
-    results = read_results(folder, size.name, current, "by another protocol than the task's")
+    current = functools.partial(is_todays, size=size)
+    results = read_results(folder, size.name, current, "by another protocol than the task's or with other defaults")
     entries = summarise(results)
     lines = [
         f"Accuracy of {len(results)} trainings at size {size.name}, {'bfloat16' if size.bf16 else 'float32'}, heads of "

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Trainings of the recall study: a model learns one task and is tested on it, one JSON a training."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +26,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from provenance import command_line, machine
-from recall_models import DEFAULT_MODELS, Reader, RecallShape, StateReader, add_convolutions, build_model, state_size
+from recall_models import (
+    DEFAULT_MODELS,
+    Reader,
+    RecallShape,
+    StateReader,
+    add_convolutions,
+    build_model,
+    described,
+    state_size,
+)
 from recall_tasks import TASKS, UNSCORED, Examples, Part, Protocol, Task
 from study import OutOfTime, number, train, write_json
 from torch import Tensor
@@ -174,6 +184,24 @@ def tensors(examples: Examples, rows: slice = slice(None), device: str = "cpu") 
     return ids, labels
 
 
+def shape_of(size: Size, protocol: Protocol, width: int) -> RecallShape:
+    """What a task's models are as large as."""
+    chunk = size.chunk if protocol.chunk is None else protocol.chunk
+    return RecallShape.of(width, protocol.layers, size.head_dim, protocol.vocabulary, chunk)
+
+
+def model_today(job: Job, size: Size) -> dict[str, Any]:
+    """What `recall_models.described` says of the model that a job trains."""
+    return _described(job.model, shape_of(size, TASKS[job.task].protocols[size.name], job.width))
+
+
+@functools.cache
+def _described(name: str, shape: RecallShape) -> dict[str, Any]:
+    with torch.device("meta"):
+        model, _ = build_model(name, shape, seed=0)
+    return described(name, model)
+
+
 def run_job(
     job: Job, size: Size, folder: Path, device: str = "cpu", deadline: float = math.inf
 ) -> dict[str, Any] | None:
@@ -185,8 +213,7 @@ def run_job(
         return None
     task = TASKS[job.task]
     protocol = task.protocols[size.name]
-    chunk = size.chunk if protocol.chunk is None else protocol.chunk
-    shape = RecallShape.of(job.width, protocol.layers, size.head_dim, protocol.vocabulary, chunk)
+    shape = shape_of(size, protocol, job.width)
     with torch.device(device):
         model, arguments = build_model(job.model, shape, job.seed)
         if protocol.convolution:
@@ -194,6 +221,13 @@ def run_job(
         reader = (StateReader if task.reads_last_state else Reader)(model, arguments)
     reader.to(device)  # models of `benchmarks/models.py` choose their own
     batches = TrainingSet(task, protocol, job.seed)
+
+    about = {
+        "job": asdict(job),
+        "size": asdict(size),
+        "protocol": asdict(protocol),
+        "model": described(job.model, model),
+    }
 
     def precision() -> AbstractContextManager:
         return torch.autocast(device, torch.bfloat16) if size.bf16 else nullcontext()
@@ -215,6 +249,7 @@ def run_job(
             weight_decay=job.weight_decay,
             intervals=size.intervals,
             unfinished=unfinished,
+            what=about,
             deadline=deadline,
         )
     except OutOfTime:
@@ -229,10 +264,8 @@ def run_job(
         return accuracy(reader, examples, at_once, device, precision)
 
     result = {
-        "job": asdict(job),
+        **about,
         "says": task.says,
-        "size": asdict(size),
-        "protocol": asdict(protocol),
         "chance": task.chance(size.name),
         "device": device,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -276,6 +309,7 @@ __all__ = [
     "examples_of",
     "jobs_of",
     "mean_accuracy",
+    "model_today",
     "number",
     "run_job",
     "tensors",

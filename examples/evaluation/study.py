@@ -39,6 +39,10 @@ from miras_hf.files import atomic_write, write_text
 from miras_hf.weight_decay import exempt_from_trainer
 
 
+SAVED_EVERY = 300.0
+"""Seconds after which a training that can go on is saved, when an interval ends."""
+
+
 class OutOfTime(Exception):
     """A training stopped before its end and was saved, see `train`."""
 
@@ -50,6 +54,7 @@ class Course:
     Args:
         losses, gradient_norms (`list` of `float`): one a step; the norms before clipping.
         every (`int`): steps of an interval.
+        measured (`list`): step and value of what `train`'s `measure` gave.
         reached (`bool`): whether all steps were made, and none led to a loss that is no number.
         seconds (`dict`): `wall` and `cpu`, of all the processes that it took.
     """
@@ -57,6 +62,7 @@ class Course:
     losses: list[float]
     gradient_norms: list[float]
     every: int
+    measured: list[list[Any]]
     reached: bool
     seconds: dict[str, float]
 
@@ -105,8 +111,9 @@ def train(
     *,
     weight_decay: float | None = None,
     intervals: int = 20,
-    after_step: Callable[[int], None] = lambda step: None,
+    measure: Callable[[int], Any] = lambda step: None,
     unfinished: Path | None = None,
+    what: Any = None,
     deadline: float = math.inf,
 ) -> Course:
     """
@@ -115,35 +122,48 @@ def train(
     Args:
         loss_at (`Callable`): the loss of step 1, 2, ..., whose batch must depend on the step alone.
         intervals (`int`): into how many the steps are divided.
-        after_step (`Callable`): called with the number of each step that was made.
-        unfinished (`Path`, *optional*): where a training goes on, if that file is there, and is saved at the deadline.
+        measure (`Callable`): called with the number of each step that was made; what it gives besides `None` is kept.
+        unfinished (`Path`, *optional*): where a training goes on, if that file is there, and is saved at the deadline and
+            every `SAVED_EVERY` seconds, so that one that was killed goes on, too. Who has the result removes it.
+        what (*optional*): what is trained, as JSON can say it: an unfinished training of anything else is refused.
         deadline (`float`): as `time.time()`; looked at when an interval ends.
 
     Raises:
         `OutOfTime`: at the deadline, with the training saved in `unfinished`, from which the same call goes on as if it
             had never stopped.
+        `ValueError`: for an unfinished training of something else.
     """
     optimizer, schedule = optimizer_and_schedule(model, learning_rate, steps, weight_decay)
     every = max(1, steps // intervals)
     # a number of every step kept where the step has put it would hold the heap behind it: megabytes a step on a CPU
     device = next(model.parameters()).device
     losses, norms = torch.zeros(2, steps, device=device)
-    first = 0
+    first, measured = 0, []
     before = {"wall": 0.0, "cpu": 0.0}
+    what = plain(what)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if unfinished is not None and unfinished.exists():
         saved = torch.load(unfinished, map_location=device)
+        if saved["what"] != what:
+            raise ValueError(
+                f"{unfinished} is a training of {saved['what']}, and this one is of {what}: move it away to train anew."
+            )
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        first, before = len(saved["losses"]), saved["seconds"]
+        first, before, measured = len(saved["losses"]), saved["seconds"], saved["measured"]
         losses[:first], norms[:first] = saved["losses"], saved["norms"]
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu, saved_at = time.perf_counter(), time.process_time(), time.time()
 
     def seconds() -> dict[str, float]:
         return {
             "wall": before["wall"] + time.perf_counter() - wall,
             "cpu": before["cpu"] + time.process_time() - cpu,
         }
+
+    def save(unfinished: Path, step: int) -> None:
+        state = {name: part.state_dict() for name, part in parts.items()} | {"what": what, "measured": measured}
+        with atomic_write(unfinished) as file:
+            torch.save(state | {"losses": losses[:step], "norms": norms[:step], "seconds": seconds()}, file)
 
     model.train()
     step = first
@@ -157,15 +177,19 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         if step % every == 0 and not math.isfinite(losses[step - 1].item()):
             break
-        after_step(step)
-        if unfinished is not None and step % every == 0 and step < steps and time.time() >= deadline:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            with atomic_write(unfinished) as file:
-                torch.save(state | {"losses": losses[:step], "norms": norms[:step], "seconds": seconds()}, file)
-            raise OutOfTime(f"{unfinished} holds step {step} of {steps}.")
+        value = measure(step)
+        if value is not None:
+            measured.append([step, value])
+        if unfinished is not None and step % every == 0 and step < steps:
+            now = time.time()
+            if now >= min(deadline, saved_at + SAVED_EVERY):
+                save(unfinished, step)
+                saved_at = now
+            if now >= deadline:
+                raise OutOfTime(f"{unfinished} holds step {step} of {steps}.")
     values = losses[:step].tolist()
     reached = step == steps and math.isfinite(values[-1])
-    return Course(values, norms[:step].tolist(), every, reached, seconds())
+    return Course(values, norms[:step].tolist(), every, measured, reached, seconds())
 
 
 def run_all(jobs: Sequence[Any], run: Callable[[Any], Any], say: Callable[[int, Any], None], workers: int) -> None:
