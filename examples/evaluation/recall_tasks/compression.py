@@ -40,7 +40,7 @@ TASK = Task(
     says="a sequence from its last state (MAD)",
     generate=compression,
     answers=lambda vocabulary: vocabulary - 1,
-    protocols=protocols(16, {"length": 32}, {"length": 16}, 16, {"length": 8}, 8),
+    protocols=protocols(16, {"length": 32}, {"length": 8}, 16, {"length": 8}, 8, cpu_steps=1600),
     reads_last_state=True,
     default=False,
 )

@@ -91,6 +91,6 @@ TASK = Task(
     says="the same with keys and values of several tokens (MAD)",
     generate=fuzzy_recall,
     answers=lambda vocabulary: vocabulary - 1 - (vocabulary - 1) // 2,
-    protocols=protocols(16, {"length": 128}, {"length": 64}, 16, {"length": 24}, 10),
+    protocols=protocols(16, {"length": 128}, {"length": 48, "longest": 2}, 9, {"length": 24}, 10, cpu_steps=800),
     default=False,
 )

@@ -30,11 +30,16 @@ def protocols(
     smoke: dict,
     smoke_vocabulary: int,
     batches: int = 100,
+    cpu_steps: int = 400,
 ) -> dict[str, Protocol]:
-    """The three sizes of a task of MAD, `batches` of 128 being the published training set."""
+    """The three sizes of a task of MAD, `batches` of 128 being the published training set; `cpu_steps` are as many as some
+    neighbour needs."""
     return {
         "cpu": Protocol(
-            vocabulary=cpu_vocabulary, train=(Part("baseline", cpu),), chunk=4 if cpu["length"] < 32 else None
+            vocabulary=cpu_vocabulary,
+            train=(Part("baseline", cpu),),
+            steps=cpu_steps,
+            chunk=4 if cpu["length"] < 32 else None,
         ),
         "full": Protocol(
             vocabulary=vocabulary,
