@@ -198,3 +198,20 @@ def test_moments_are_those_of_a_normal():
 )
 def test_every_config_has_a_step(fields):
     assert 0 < MirasConfig(**fields).eta_max <= 1e3
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (
+            {"initial_hidden_scale": 4.0},
+            r"`initial_hidden_scale=4` and weights of shapes \(\(1024, 4096\), \(4096, 1024\)\)",
+        ),
+        ({"initial_hidden_scale": 4.0, "memory_depth": 3}, "`memory_architecture='mlp'` and weights of shapes"),
+    ],
+)
+def test_a_memory_too_large_to_be_drawn_names_what_asks_for_it(settings, named):
+    shape = {"hidden_size": 1024, "num_attention_heads": 1, **settings}
+    with pytest.raises(ValueError, match=f"`eta_max` must be given with {named}"):
+        MirasConfig(**shape)
+    assert MirasConfig(**shape, eta_max=0.01).eta_max == 0.01

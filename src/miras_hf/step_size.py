@@ -230,7 +230,10 @@ def unit_step(config: Any) -> float:
     scales = config.initial_hidden_scale, config.initial_memory_scale
     if not is_derived(memory, config.initial_hidden_scale):
         if 8 * sum(fan_in * fan_out for fan_in, fan_out in shapes) > MOST_DRAWN:
-            raise _underived(f"`memory_architecture={config.memory_architecture!r}` and weights of shapes {shapes}")
+            choice = f"memory_architecture={config.memory_architecture!r}"
+            if is_derived(memory, SMALL_HIDDEN_SCALE):
+                choice = f"initial_hidden_scale={config.initial_hidden_scale:g}"
+            raise _underived(f"`{choice}` and weights of shapes {shapes}")
         bias = choice_of(config, "attentional_bias")
         measured = measured_gain(memory, bias, gate, config.head_dim, *scales)
         if not 0.0 < measured < math.inf:
