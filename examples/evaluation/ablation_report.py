@@ -109,8 +109,8 @@ def write_report(folder: Path, size: Size) -> list[str]:
     results = read_results(folder, size.name, lambda result: is_todays(result, size), "as its name no longer says")
     entries = with_measures(summarise(results, ABLATIONS, MODELS), results)
     lines = [
-        f"{protocol(results, size)} The cost is a model's best loss less that of the one it stands against; below zero, "
-        f"what was taken away did harm. {LEGEND}",
+        f"{protocol(results, size)} The cost is a model's best loss less that of the one it stands against, at the learning "
+        f"rates that both were tried at; below zero, what was taken away did harm. {LEGEND}",
         "",
         *table(entries),
     ]

@@ -42,8 +42,8 @@ def summarise(
         path: names of those that stand out.
 
     `by_rate` has the mean over seeds of the validation loss at each learning rate, `None` where a training diverged.
-    `best` is the lowest of them, `spread` the largest less the smallest loss over seeds there. `cost` is `best` less
-    the parent's; `at_edge` says that the best rate is an end of what was tried, so that a better one may lie outside.
+    `best` is the lowest of them, `spread` the largest less the smallest loss over seeds there. `cost` is the lowest less
+    the parent's, both of the learning rates that both were tried at: a larger grid alone costs nothing; `at_edge` says that the best rate is an end of what was tried, so that a better one may lie outside.
     """
     losses: dict[str, dict[float, dict[int, float | None]]] = {}
     norms: dict[str, float] = {}
@@ -78,10 +78,16 @@ def summarise(
             "gradient_norm_max": norms[name] if math.isfinite(norms[name]) else None,
         }
     for entry in entries.values():
-        parent = entries.get(entry["parent"])
-        known = parent is not None and parent["best"] is not None and entry["best"] is not None
-        entry["cost"] = entry["best"] - parent["best"] if known else None
+        entry["cost"] = (
+            _cost(entry["by_rate"], entries[entry["parent"]]["by_rate"]) if entry["parent"] in entries else None
+        )
     return list(entries.values())
+
+
+def _cost(by_rate: dict[float, float | None], of_parent: dict[float, float | None]) -> float | None:
+    shared = by_rate.keys() & of_parent.keys()
+    own, theirs = ([of[rate] for rate in shared if of[rate] is not None] for of in (by_rate, of_parent))
+    return min(own) - min(theirs) if own and theirs else None
 
 
 def table(entries: list[dict[str, Any]]) -> Iterator[str]:
@@ -149,8 +155,8 @@ def write_report(folder: Path, size: Size) -> list[str]:
     results = read_results(folder, size.name, at_the_rungs_point, "at another point than the rung's")
     entries = summarise(results)
     lines = [
-        f"{protocol(results, size)} The cost of a rung is its best loss less that of the rung it stands against. "
-        f"{LEGEND}",
+        f"{protocol(results, size)} The cost of a rung is its best loss less that of the rung it stands against, at the "
+        f"learning rates that both were tried at. {LEGEND}",
         "",
         *table(entries),
     ]
