@@ -13,7 +13,8 @@
 # limitations under the License.
 """The models of the ablations: those of the library, changed after they are built where no field of a config can say it.
 
-Equal parameters by the width of the MLP, counting what is trained: what a change leaves without use is held.
+Equal parameters by the width of the MLP, unless a name says otherwise, counting what is trained: what a change leaves
+without use is held.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from ablation_points import ABLATIONS, Ablation
 from bridge_models import Around, built_to_size
 from models import ModelShape
@@ -99,6 +101,12 @@ def build_model(
     def built(config: MirasConfig) -> nn.Module:
         return change(AutoModelForCausalLM.from_config(config), ablation.change)
 
+    if not ablation.refitted:
+        own, _ = build_model(ABLATIONS[ablation.model], shape, seed)
+        config = config_of(ablation, shape, own.config.intermediate_size)
+        config.use_cache = False
+        torch.manual_seed(seed)
+        return built(config), lambda input_ids: {}
     return built_to_size(built, lambda size: config_of(ablation, shape, size), shape, seed)
 
 
@@ -110,6 +118,7 @@ def point_of(name: str, shape: ModelShape) -> dict[str, Any] | None:
     corruption = ablation.trained_with
     return {
         "change": ablation.change,
+        "refitted": ablation.refitted,
         "trained_with": None if corruption is None else vars(corruption),
         "config": config_fields(config_of(ablation, shape, intermediate_size=shape.width)),
     }

@@ -45,6 +45,7 @@ class Ablation:
         settings (`Mapping`): fields of the config that differ from the model's defaults.
         change (`str`, *optional*): of `CHANGES`, what no field can say.
         steps (`float`): the largest step in units of the default's.
+        refitted (`bool`): whether the block's MLP is as wide as gives all models equal parameters, or as the model's own.
         trained_with (`Corruption`, *optional*): what corrupts the text that it is trained on.
         served (`bool`): whether it is evaluated at the chunk sizes of `SERVED_AT`, too.
         tried (`bool`): whether it is evaluated on corrupted text, too.
@@ -57,6 +58,7 @@ class Ablation:
     settings: Mapping[str, Any] = field(default_factory=dict)
     change: str | None = None
     steps: float = 1.0
+    refitted: bool = True
     trained_with: Corruption | None = None
     served: bool = False
     tried: bool = False
@@ -74,7 +76,7 @@ ABLATIONS: dict[str, Ablation] = {}
 def _add(
     name: str, parent: str | None, says: str, *, steps: float = 1.0, change: str | None = None, **more: Any
 ) -> None:
-    flags = {key: more.pop(key) for key in ("trained_with", "served", "tried", "default") if key in more}
+    flags = {key: more.pop(key) for key in ("refitted", "trained_with", "served", "tried", "default") if key in more}
     if parent is None:
         ABLATIONS[name] = Ablation(name, None, says, **flags)
         return
@@ -90,6 +92,8 @@ def _fill() -> None:
         # the paper's
         _add(f"{model}-no-retention", model, "no forgetting", change="constant-alpha", min_log_alpha=NO_FORGETTING)
         _add(f"{model}-linear", model, "a matrix in place of the MLP", memory_architecture="matrix")
+        says = "a matrix in place of the MLP, fewer parameters and all else as it was"
+        _add(f"{model}-linear-alone", model, says, refitted=False, memory_architecture="matrix")
         _add(f"{model}-head-gates", model, "one gate a head", gate_granularity="head")
         _add(f"{model}-rotary", model, "rotary embedding, as printed", use_rope=True)
         _add(
