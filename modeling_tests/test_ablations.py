@@ -177,6 +177,20 @@ def test_a_memory_whose_last_layer_alone_is_written_trains():
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_a_fixed_start_is_not_trained_and_its_parameters_are_the_mlp_s(model):
+    (own, _), (fixed, _) = (build_model(ABLATIONS[name], SHAPE, seed=0) for name in (model, f"{model}-fixed-start"))
+    ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))
+    fixed(ids, labels=ids).loss.backward()
+    held = [weight for layer in fixed.model.layers for weight in layer.mixer.memory.initial_state()]
+    assert not any(weight.requires_grad for weight in held)
+    # three matrices of the block's MLP are each wider by so much
+    wider = fixed.config.intermediate_size - own.config.intermediate_size
+    of_memories = sum(weight.numel() for weight in held)
+    step = 8 * 3 * SHAPE.width * SHAPE.layers
+    assert abs(3 * SHAPE.width * SHAPE.layers * wider - of_memories) <= step and wider > 0
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_queries_are_the_keys(model):
     mixer = mixer_of(f"{model}-keys")
     q, k, *rest = tokens_of(mixer)

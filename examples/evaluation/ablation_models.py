@@ -65,6 +65,8 @@ def change(model: nn.Module, name: str | None) -> nn.Module:
             _hold(mixer.delta.up_proj)
         elif name == "constant-alpha":
             _hold(mixer.alpha)
+        elif name == "fixed-start":
+            _hold(mixer.memory.initial_state)
     return model
 
 

@@ -29,7 +29,7 @@ NO_FORGETTING = -1e-9
 """A bound of the log retention below which nothing is: a factor of 1 in float32."""
 
 MODELS = ("moneta", "yaad", "memora")
-CHANGES = ("ascent", "keys", "constant-delta", "constant-alpha")
+CHANGES = ("ascent", "keys", "constant-delta", "constant-alpha", "fixed-start")
 SERVED_AT = (4, 16, 64, 256)
 """Chunk sizes that some of the trained models are evaluated at, whatever they were trained at."""
 
@@ -105,6 +105,7 @@ def _fill() -> None:
         )
         _add(f"{model}-to-zero", model, "decay toward zero", decay_target="zero")
         _add(f"{model}-full-start", model, "the initial memory's last layer at full size", initial_memory_scale=1.0)
+        _add(f"{model}-fixed-start", model, "the initial memory is not trained", change="fixed-start")
         _add(f"{model}-plain-values", model, "values as they come, not of rms 1", value_norm=False)
         _add(f"{model}-usual-eps", model, "the usual epsilon of the norm behind the memory", output_norm_eps=None)
         for eps in (0.1, 10.0, 100.0):
