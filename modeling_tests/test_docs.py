@@ -489,3 +489,20 @@ def test_losses_of_the_page_are_those_of_the_trainings():
     for words, name in changed.items():
         loss = validation(f"ablations/{name}")[400]
         assert re.search(rf"^\| {words}[^|]*\| \**{loss}\** \|", page, re.M), name
+
+
+def test_rates_of_the_page_are_those_of_the_trainings():
+    folder, page = ROOT / "examples" / "evaluation" / "results", read("docs/does_it_learn.md")
+    section = page.split("## Learning rates")[1].split("\n## ")[0]
+    names = {
+        "Llama": "bridge/llama",
+        "Gated DeltaNet": "bridge/gated-deltanet",
+        **{name.capitalize(): f"ablations/{name}" for name in ("yaad", "moneta", "memora")},
+    }
+    for words, name in names.items():
+        losses = [
+            json.loads((folder / f"{name}-lr{rate}-seed0.json").read_text())["validation"]
+            for rate in (0.002, 0.004, 0.008)
+        ]
+        cells = [f"**{loss:.2f}**" if loss == min(losses) else f"{loss:.2f}" for loss in losses]
+        assert f"| {words} | {' | '.join(cells)} |" in section, words
