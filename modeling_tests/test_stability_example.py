@@ -101,6 +101,22 @@ def test_a_training_is_read_with_its_weights_and_tokenizer(stability, folder, tm
     assert "| yaad-lr0.01-seed3 | 16 |" in capsys.readouterr().out
 
 
+def test_a_result_of_other_defaults_is_refused(stability, tmp_path):
+    job = stability.Job("memora", "tiny", 16, "pieces", 2000)
+    config = stability.config_fields(stability.config_of(job))
+    file = tmp_path / "result.json"
+    result = {"job": stability.asdict(job), "config": config}
+    file.write_text(json.dumps(result))
+    assert stability.read_results(tmp_path)[0]["config"]["eta_max"] == config["eta_max"]
+    file.write_text(json.dumps(result | {"config": config | {"eta_max": 2 * config["eta_max"]}}))
+    with pytest.raises(ValueError, match=r"result\.json is of a model with other defaults than today's"):
+        stability.read_results(tmp_path)
+    # a trained model keeps its own
+    trained = stability.Job("runs/memora", "", 0, "pieces", 2000)
+    file.write_text(json.dumps({"job": stability.asdict(trained), "config": config | {"eta_max": 1.0}}))
+    assert stability.read_results(tmp_path)[0]["config"]["eta_max"] == 1.0
+
+
 def test_new_models_have_the_preset_s_heads(stability):
     text = Path(stability.stdlib_files()[0]).read_bytes()
     for size, head_dim in {"tiny": 32, "170m": 48, "340m": 64}.items():

@@ -43,10 +43,12 @@ from checkpoints import trained_model  # noqa: E402
 from pretrain import stdlib_files  # noqa: E402
 from probe import text_ids  # noqa: E402
 from provenance import command_line, machine  # noqa: E402
+from stored_config import config_fields, means_the_same  # noqa: E402
 from study import write_json  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
+from miras_hf import MirasConfig  # noqa: E402
 from miras_hf.compat import CACHE_NAME  # noqa: E402
 from miras_hf.configuration_miras import PRESETS  # noqa: E402
 
@@ -104,11 +106,11 @@ def model_and_text(job: Job):
     return model, text_ids(tokenizer, None, job.tokens)
 
 
-def new_model(job: Job):
-    """A model of four layers and two heads as wide as those of the preset, and the bytes of a text for it."""
+def config_of(job: Job) -> MirasConfig:
+    """Four layers and two heads as wide as those of the preset."""
     preset = PRESETS[job.size]
     head_dim = preset["hidden_size"] // preset["num_attention_heads"]
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         job.model,
         vocab_size=256,
         hidden_size=HEADS * head_dim,
@@ -116,13 +118,17 @@ def new_model(job: Job):
         num_attention_heads=HEADS,
         chunk_size=job.chunk_size,
     )
+
+
+def new_model(job: Job):
+    """A model of `config_of`, and the bytes of a text for it."""
     torch.manual_seed(job.seed)
     text = b""
     for file in stdlib_files():
         text += Path(file).read_bytes()
         if len(text) >= job.tokens:
             break
-    return AutoModelForCausalLM.from_config(config), torch.tensor([list(text[: job.tokens])])
+    return AutoModelForCausalLM.from_config(config_of(job)), torch.tensor([list(text[: job.tokens])])
 
 
 @torch.inference_mode()
@@ -156,7 +162,7 @@ def run_job(job: Job, model, ids: Tensor, expected: Tensor, folder: Path) -> dic
         "head_dim": config.head_dim,
         "layers": config.num_hidden_layers,
         "chunk_size": config.chunk_size,
-        "eta_max": config.eta_max,
+        "config": config_fields(config),
         "window": WINDOW,
         "deviation": [x if math.isfinite(x) else None for x in by_window],
         "seconds": time.perf_counter() - started,
@@ -165,6 +171,22 @@ def run_job(job: Job, model, ids: Tensor, expected: Tensor, folder: Path) -> dic
     }
     write_json(folder / f"{job.name}.json", result)
     return result
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results in a folder.
+
+    Raises:
+        `ValueError`: for a new model of other defaults than today's.
+    """
+    results = []
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        job = Job(**result["job"])
+        if job.size and not means_the_same(result["config"], config_fields(config_of(job))):
+            raise ValueError(f"{file} is of a model with other defaults than today's: move it away or run it again.")
+        results.append(result)
+    return results
 
 
 def worst(result: dict[str, Any]) -> float:
@@ -228,6 +250,7 @@ def jobs_of(args: argparse.Namespace) -> list[list[Job]]:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    read_results(args.out)  # refused before any work
     for jobs in jobs_of(args) if not args.report else ():
         waiting = [job for job in jobs if not (args.out / f"{job.name}.json").exists()]
         if not waiting:
@@ -238,7 +261,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         for job in waiting:
             result = run_job(job, model, ids, expected, args.out)
             print(f"{job.name}: {worst(result):.1e}, {result['seconds']:.0f} s", flush=True)
-    results = [json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))]
+    results = read_results(args.out)
     lines = table(results)
     (args.out / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
