@@ -43,7 +43,8 @@ def summarise(
 
     `by_rate` has the mean over seeds of the validation loss at each learning rate, `None` where a training diverged.
     `best` is the lowest of them, `spread` the largest less the smallest loss over seeds there. `cost` is the lowest less
-    the parent's, both of the learning rates that both were tried at: a larger grid alone costs nothing; `at_edge` says that the best rate is an end of what was tried, so that a better one may lie outside.
+    the parent's, both of the learning rates that both were tried at, so that a larger grid alone gains nothing.
+    `at_edge` says that the best rate is an end of what was tried, so that a better one may lie outside.
     """
     losses: dict[str, dict[float, dict[int, float | None]]] = {}
     norms: dict[str, float] = {}

@@ -67,6 +67,14 @@ SIZES = {
     for size in (
         Size("cpu", ModelShape(width=128, layers=4, heads=2, vocabulary=2048)),
         Size("long", ModelShape(width=128, layers=4, heads=2, vocabulary=2048), steps=2000),
+        Size(
+            "context-2048",
+            ModelShape(width=128, layers=4, heads=2, vocabulary=2048),
+            context=2048,
+            rows=1,
+            steps=1000,
+            validation_rows=16,
+        ),
         Size("wide", ModelShape(width=256, layers=4, heads=4, vocabulary=2048), rows=4, steps=1000),
         Size("cuda", ModelShape(width=256, layers=4, heads=4, vocabulary=2048), rows=32, steps=150, bf16=True),
         Size(

@@ -144,9 +144,9 @@ def train(
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if unfinished is not None and unfinished.exists():
         saved = torch.load(unfinished, map_location=device)
-        if saved["what"] != what:
+        if saved.get("what") != what:
             raise ValueError(
-                f"{unfinished} is a training of {saved['what']}, and this one is of {what}: move it away to train anew."
+                f"{unfinished} is a training of {saved.get('what')}, and this one is of {what}: move it away to train anew."
             )
         for name, part in parts.items():
             part.load_state_dict(saved[name])
