@@ -491,6 +491,28 @@ def test_losses_of_the_page_are_those_of_the_trainings():
         assert re.search(rf"^\| {words}[^|]*\| \**{loss}\** \|", page, re.M), name
 
 
+def test_accuracies_of_mad_s_tasks_are_those_of_the_trainings():
+    table = read("docs/does_it_learn.md").split("The six tasks of MAD")[1].split("\n\n400 steps")[0]
+    titles, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    rows = {name: [cell.strip("*") for cell in cells] for name, *cells in lines}
+    names = {
+        "Yaad": "yaad",
+        "Moneta": "moneta",
+        "Memora": "memora",
+        "a matrix memory of ours": "matrix",
+        "Gated DeltaNet, as Transformers has it": "gated-deltanet",
+        "Llama": "llama",
+    }
+    assert set(rows) == {"a guess", *names} and len(titles) == 7
+    for task, *cells in zip(titles[1:], *rows.values(), strict=True):
+        accuracies = dict(zip(rows, cells, strict=True))
+        for words, name in names.items():
+            file = f"{task.replace(' ', '-')}-{name}-w64-lr0.004-wd0.1-seed0.json"
+            result = json.loads((ROOT / "examples" / "evaluation" / "results" / "recall" / file).read_text())
+            assert accuracies[words] == f"{result['tests']['baseline']['accuracy']:.2f}", (task, words)
+            assert accuracies["a guess"] == f"{result['chance']:.2f}", task
+
+
 def test_rates_of_the_page_are_those_of_the_trainings():
     folder, page = ROOT / "examples" / "evaluation" / "results", read("docs/does_it_learn.md")
     section = page.split("## Learning rates")[1].split("\n## ")[0]
