@@ -50,7 +50,7 @@ def package_version(name: str) -> str | None:
         return None
 
 
-SPEED_SETTINGS = ("GLIBC_TUNABLES", "KMP_", "MALLOC_", "MKL_", "OMP_", "THP_MEM_ALLOC_ENABLE")
+SPEED_SETTINGS = ("ATEN_CPU_", "GLIBC_TUNABLES", "KMP_", "MALLOC_", "MKL_", "OMP_", "THP_MEM_ALLOC_ENABLE")
 """Beginnings of the environment variables that processors and allocators go by."""
 
 
