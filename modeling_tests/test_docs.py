@@ -324,6 +324,17 @@ def test_losses_are_the_runs():
         assert (before, after) == tuple(f"{losses[when]['loss']:.2f}" for when in ("before", "after")), name
 
 
+def test_the_spread_by_rounding_is_that_of_two_runs():
+    one, other = (
+        json.loads(read(f"examples/results/{name}.json"))["validation"]["after"]["loss"]
+        for name in ("memora", "memora_avx2")
+    )
+    said = f"end {one - other:.3f} apart ({one:.3f} and {other:.3f};"
+    assert said in " ".join(read("README.md").split())
+    page = " ".join(read("docs/does_it_learn.md").split())
+    assert f"--model_type memora` ends at {one:.3f};" in page and f"rounded otherwise, at {other:.3f} (" in page
+
+
 def test_tested_versions_are_those_of_the_constraints():
     section = read("README.md").split("## Tested versions")[1].split("\n## ")[0]
     tested = dict(re.findall(r"^\| (\w+) \| (.+?) \|$", section, re.M))
