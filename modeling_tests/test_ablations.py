@@ -534,3 +534,18 @@ def test_mistakes_are_named(capsys):
         with pytest.raises(SystemExit):
             ablations.main(flags)
         assert complaint in capsys.readouterr().err
+
+
+def test_what_the_page_says_of_widths_and_initial_memories():
+    with torch.device("meta"):
+        yaad, matrix = (build_model(ABLATIONS[name], SIZES["long"].shape, 0)[0] for name in ("yaad", "yaad-linear"))
+    initial = sum(w.numel() for layer in yaad.model.layers for w in layer.mixer.memory.initial_state.parameters())
+    page = " ".join((ROOT / "docs" / "does_it_learn.md").read_text(encoding="utf-8").split())
+    assert f"{initial:,} of Yaad's {yaad.num_parameters() / 1e6:.2f}M parameters" in page
+    assert f"{matrix.config.intermediate_size} wide where Yaad's is {yaad.config.intermediate_size}" in page
+    results = ROOT / "examples" / "evaluation" / "results" / "ablations-long"
+    trained = [
+        json.loads((results / f"{name}-lr0.004-seed0.json").read_text())["parameters"]
+        for name in ("yaad", "yaad-linear-alone")
+    ]
+    assert f"with {1 - trained[1] / trained[0]:.0%}".replace("%", " %") + " fewer parameters" in page
