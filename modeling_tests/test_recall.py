@@ -344,7 +344,7 @@ def test_trainings_of_other_defaults_are_not_todays():
             "model": model,
         }
         assert is_todays(result, size) and model["change"] == change
-        others = [{**model, "change": "ascent"}]
+        others = [{**model, "change": "ascent"}, {**model, "refitted": False}]
         if model["config"] is not None:
             others.append({**model, "config": None})
             others += [
@@ -352,7 +352,7 @@ def test_trainings_of_other_defaults_are_not_todays():
                 for field, value in (("eta_max", 0.5), ("use_rope", True), ("a_field_that_was_taken_away", 1))
             ]
             older = {name: value for name, value in model["config"].items() if name != "initial_hidden_scale"}
-            assert is_todays({**result, "model": {**model, "config": older}}, size)
+            assert is_todays({**result, "model": {"config": older, "change": change}}, size)
         for other in others:
             assert not is_todays({**result, "model": other}, size)
         assert not is_todays({**result, "protocol": {**result["protocol"], "steps": 7}}, size)

@@ -171,11 +171,16 @@ def described(name: str, model: nn.Module) -> dict[str, Any]:
     it after it was built; of the neighbours nothing, which their own defaults make.
     """
     config = model.config
-    about = {"config": config_fields(config) if isinstance(config, MirasConfig) else None, "change": None}
+    about = {
+        "config": config_fields(config) if isinstance(config, MirasConfig) else None,
+        "change": None,
+        "refitted": True,
+    }
     if name.startswith(RUNG):
         about["change"] = RUNGS[name.removeprefix(RUNG)].point.as_dict()
     elif name.startswith(ABLATION):
-        about["change"] = ABLATIONS[name.removeprefix(ABLATION)].change
+        ablation = ABLATIONS[name.removeprefix(ABLATION)]
+        about |= {"change": ablation.change, "refitted": ablation.refitted}
     return about
 
 

@@ -42,10 +42,11 @@ def is_todays(result: dict[str, Any], size: Size) -> bool:
     # those of before a protocol had chunks of its own had the size's
     if task is None or {"chunk": None, **result["protocol"]} != plain(asdict(task.protocols[size.name])):
         return False
-    now, then = model_today(Job(**result["job"]), size), result["model"]
-    if plain(now["change"]) != then["change"] or (now["config"] is None) != (then["config"] is None):
-        return False
-    return now["config"] is None or means_the_same(then["config"], now["config"])
+    # before there were others, every model had equal parameters
+    now, then = plain(model_today(Job(**result["job"]), size)), {"refitted": True, **result["model"]}
+    if now["config"] is None or then["config"] is None:
+        return now == then
+    return now == {**then, "config": now["config"]} and means_the_same(then["config"], now["config"])
 
 
 def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
