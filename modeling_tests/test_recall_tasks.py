@@ -256,9 +256,8 @@ def test_noise_is_a_fifth_and_lengths_and_places_are_as_likely():
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("parity", "modular-arithmetic")])
+@pytest.mark.parametrize("name", TASKS)
 def test_training_sequences_have_more_than_one_chunk(name, size):
-    # a state that is followed token by token is another question; at the small size its texts are one chunk
     protocol = TASKS[name].protocols[size]
     examples = TrainingSet(TASKS[name], protocol, 0)[1]
     assert examples.ids.shape[1] >= 2 * (protocol.chunk or TRAINING_SIZES[size].chunk)

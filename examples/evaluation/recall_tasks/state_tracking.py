@@ -19,7 +19,7 @@ authors' repository has 20,000 steps of 256 new sequences, a learning rate of 1e
 test sequences.
 
 At the size `cpu`, sequences are of 3 to 16 tokens in training and of 16 to 64 in tests: in 1,000 steps of 32 sequences of up to
-40, a model that can follow a state has not begun to.
+40, a model that can follow a state has not begun to. Memories have chunks of 4, so that those sequences have several.
 """
 
 from .task import Part, Protocol
@@ -37,7 +37,11 @@ def protocols(vocabulary: int) -> dict[str, Protocol]:
 
     return {
         "cpu": Protocol(
-            vocabulary=vocabulary, train=(part(*SHORT),), tests=(part(*SHORT), part(*FOUR_TIMES)), batch=64
+            vocabulary=vocabulary,
+            train=(part(*SHORT),),
+            tests=(part(*SHORT), part(*FOUR_TIMES)),
+            batch=64,
+            chunk=4,
         ),
         "full": Protocol(
             vocabulary=vocabulary,
@@ -51,7 +55,7 @@ def protocols(vocabulary: int) -> dict[str, Protocol]:
         ),
         "smoke": Protocol(
             vocabulary=vocabulary,
-            train=(part(3, 8),),
+            train=(part(3, 9),),
             batch=4,
             steps=3,
             learning_rates=(1e-2,),
