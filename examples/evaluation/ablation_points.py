@@ -118,7 +118,7 @@ def _fill() -> None:
         _add(f"{model}-no-norm", model, "no norm in the memory", memory_norm=False)
         for chunk in (16, 256):
             _add(f"{model}-chunk-{chunk}", model, f"trained with chunks of {chunk}", served=True, chunk_size=chunk)
-        for word, steps in (("half", 0.5), ("double", 2.0)):
+        for word, steps in (("quarter", 0.25), ("half", 0.5), ("double", 2.0)):
             _add(f"{model}-{word}-steps", model, f"largest steps of {steps:g} times the default's", steps=steps)
         # the reviewers'
         _add(f"{model}-no-write", model, "no writes", eta_max=NO_WRITE)
