@@ -22,9 +22,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from ablation_points import ABLATIONS, Ablation
-from bridge_models import Around, built_to_size
+from bridge_models import Around, built_from_seed, built_to_size
 from models import ModelShape
 from stored_config import config_fields
 from torch import Tensor, nn
@@ -105,10 +104,7 @@ def build_model(
 
     if not ablation.refitted:
         own, _ = build_model(ABLATIONS[ablation.model], shape, seed)
-        config = config_of(ablation, shape, own.config.intermediate_size)
-        config.use_cache = False
-        torch.manual_seed(seed)
-        return built(config), lambda input_ids: {}
+        return built_from_seed(built, config_of(ablation, shape, own.config.intermediate_size), seed)
     return built_to_size(built, lambda size: config_of(ablation, shape, size), shape, seed)
 
 

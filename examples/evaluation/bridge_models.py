@@ -295,7 +295,13 @@ def built_to_size(
             return self.model.num_parameters(only_trainable=True)
 
     step = 64 if shape.width >= 512 else 8  # as the neighbours in `benchmarks/models.py`
-    config = fitted(Counted, config_of, shape, step)
+    return built_from_seed(built, fitted(Counted, config_of, shape, step), seed)
+
+
+def built_from_seed(
+    built: Callable[[MirasConfig], MirasForCausalLM], config: MirasConfig, seed: int
+) -> tuple[nn.Module, Callable[[Tensor], dict[str, Any]]]:
+    """A new model to be trained, and what its forward takes besides ids: nothing."""
     config.use_cache = False
     torch.manual_seed(seed)
     return built(config), lambda input_ids: {}
