@@ -141,6 +141,30 @@ def test_a_difference_grows_as_the_step_on_a_repeated_key_says(step):
     assert found.log_growth.shape == (9, 1)
     torch.testing.assert_close(found.log_growth, torch.full_like(found.log_growth, expected), atol=1e-6, rtol=0.0)
     assert found.lyapunov.item() == pytest.approx(expected / 2, abs=1e-6)
+    assert found.largest_growth.item() == pytest.approx(max(0.0, 9 * expected), abs=1e-5)
+    # what a write takes away is taken away by both
+    assert found.key_alignment.item() == pytest.approx(1.0) and found.chunk_share.item() == pytest.approx(2 * step)
+
+
+def test_the_largest_growth_is_that_of_a_stretch():
+    found = make_case(rule_of("yaad"), tokens=12)(probe_memory, lags=(0,))
+    log_growth = torch.tensor([[-1.0, -1.0], [2.0, -0.5], [-0.5, -2.0], [3.0, -1.0], [-9.0, -1.0], [4.0, -3.0]])
+    torch.testing.assert_close(found._replace(log_growth=log_growth).largest_growth, torch.tensor([4.5, 0.0]))
+    assert found._replace(log_growth=log_growth[:0]).largest_growth.isnan().all()
+
+
+def test_alignment_is_the_mean_share_of_a_chunk_s_first_eigenvalue():
+    case = make_case(rule_of("yaad"), batch=2, tokens=10)
+    size, k = case.rule.chunk_size, case.inputs["k"]
+    largest = torch.zeros(2, dtype=k.dtype)
+    for row in k:
+        for chunk in row.split(size):  # the last one is not full
+            for head in range(2):
+                largest[head] += torch.linalg.eigvalsh(chunk[:, head] @ chunk[:, head].T)[-1]
+    assert size == 4
+    found = case(probe_memory, lags=(0,))
+    torch.testing.assert_close(found.key_alignment, largest / 20)
+    torch.testing.assert_close(found.chunk_share, found.write_share * largest / 5)
 
 
 def test_a_difference_that_decays_alone_shrinks_by_the_decay():
@@ -179,6 +203,8 @@ def test_summary_means_over_heads_and_counts_those_that_write():
     numbers = summary(found, lags=(0, 50))
     assert numbers["writing_heads"] == 0.5 and numbers["half_life_50"] == 2.5
     assert numbers["lyapunov"] == pytest.approx(0.4 / 4) and numbers["write_rms"] == pytest.approx(0.05)
+    assert numbers["largest_growth"] == pytest.approx(1.2)  # of the head where it is largest
+    assert numbers["chunk_share"] == pytest.approx(found.chunk_share.max().item())
     assert numbers["recall_0"] == pytest.approx(found.recall[0].mean().item()) and math.isnan(numbers["recall_50"])
 
 

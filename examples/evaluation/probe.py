@@ -49,12 +49,15 @@ COLUMNS = (
     "write_rms",
     "write_cosine",
     "write_share",
+    "key_alignment",
+    "chunk_share",
     "writing_heads",
     *(f"recall_{lag}" for lag in LAGS),
     "half_life_10",
     "half_life_50",
     "half_life_90",
     "lyapunov",
+    "largest_growth",
 )
 
 

@@ -48,8 +48,8 @@ class MemoryMonitorCallback(TrainerCallback):
     [`~miras_hf.memory.diagnostics.MemoryStatistics`], named `memory/layer_0/inner_loss` and so on.
 
     With `full=True` the numbers of [`~miras_hf.memory.probe.MemoryProbe`] are logged besides: `value_rms`, `write_rms`,
-    `write_share`, `writing_heads`, `recall_0`, `recall_60`, `lyapunov` and more, those that the probe is too short for
-    left out. They say whether what is written arrives, at several times the cost.
+    `write_share`, `chunk_share`, `writing_heads`, `recall_0`, `recall_60`, `lyapunov` and more, those that the probe is too
+    short for left out. They say whether what is written arrives, at several times the cost.
 
     Every time the loss is logged the probe is read once, without gradients and in eval mode. Training is the same, bit
     for bit, as without the callback. With several processes the first one measures; models whose parameters are

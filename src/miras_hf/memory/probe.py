@@ -35,7 +35,9 @@ from .state import MemoryParameters, initial_memory_state
 LAGS = (0, 8, 60, 200, 1000)
 """Tokens after which a value is asked for."""
 
-LENGTH_BOUND = frozenset({f"{name}_{lag}" for name in ("recall", "chance") for lag in LAGS} | {"lyapunov"})
+LENGTH_BOUND = frozenset(
+    {f"{name}_{lag}" for name in ("recall", "chance") for lag in LAGS} | {"lyapunov", "largest_growth"}
+)
 """Numbers of `summary` that are NaN for texts that are too short for them."""
 
 WRITES_FROM = 0.05
@@ -63,6 +65,9 @@ class MemoryProbe(NamedTuple):
         write_share (`torch.Tensor` of shape `[heads]`):
             The part of the error at its own key that a write takes away, `sum(write . error) / sum(|error|^2)` with
             `error = value - read`: the step size in units of the read. Above 2 a write leaves a larger error than it found.
+        key_alignment (`torch.Tensor` of shape `[heads]`):
+            How alike the keys of a chunk are: the largest eigenvalue of their Gram matrix over their number, for keys of norm
+            1 the mean square of their cosine with what they have most in common. 1 where all are the same.
         recall (`torch.Tensor` of shape `[lags, heads]`):
             Cosine of a token's value and what its key gives some tokens later, less what it gave at the start; at lag
             0, right after the token. NaN for lags that no row is long enough for.
@@ -82,6 +87,7 @@ class MemoryProbe(NamedTuple):
     write_rms: Tensor
     write_cosine: Tensor
     write_share: Tensor
+    key_alignment: Tensor
     recall: Tensor
     chance: Tensor
     half_lives: Tensor
@@ -92,6 +98,21 @@ class MemoryProbe(NamedTuple):
     def lyapunov(self) -> Tensor:
         """Mean log growth a token, `[heads]`: above zero, two memories that differ by rounding part for good."""
         return self.log_growth.mean(0) / self.chunk_size
+
+    @property
+    def largest_growth(self) -> Tensor:
+        """Logarithm of the factor by which a difference grew over the stretch of chunks where it grew most, `[heads]`; 0 if it
+        never grew. The gradients of a training go back over the same stretch, and grow as much."""
+        if len(self.log_growth) == 0:
+            return torch.full_like(self.value_rms, math.nan)
+        since_start = F.pad(self.log_growth.cumsum(0), (0, 0, 1, 0))
+        return (since_start - since_start.cummin(0).values).amax(0)
+
+    @property
+    def chunk_share(self) -> Tensor:
+        """The part of an error along what a chunk's keys have in common that all its writes take away together, `[heads]`. Where
+        gradients are taken at the chunk's start, it leaves a larger error than it found from 2 on, and differences grow."""
+        return self.write_share * self.key_alignment * self.chunk_size
 
     @property
     def writing_heads(self) -> float:
@@ -160,6 +181,11 @@ def probe_memory(
         for found, values in ((recall, x.v), (chance, others)):
             found.append(mean(F.cosine_similarity(recalled, values[:, : max(earlier, 0)], dim=-1), pairs))
 
+    whole = -live.shape[1] % rule.chunk_size
+    keys = F.pad(torch.where(live[..., None, None], x.k, 0.0).double(), (0, 0, 0, 0, 0, whole))
+    keys = keys.unflatten(1, (-1, rule.chunk_size)).transpose(2, 3)  # [rows, chunks, heads, tokens, head_dim]
+    together = torch.linalg.matrix_norm(keys, ord=2).square().sum((0, 1)) / live.sum()
+
     rate = -torch.where(live[..., None, None], x.log_alpha, 0.0).sum((0, 1)) / live.sum()
     return MemoryProbe(
         value_rms=rms(x.v),
@@ -168,6 +194,7 @@ def probe_memory(
         write_rms=rms(writes),
         write_cosine=mean(F.cosine_similarity(writes, x.v, dim=-1)),
         write_share=mean((writes * errors).sum(-1)) / mean(errors.square().sum(-1)),
+        key_alignment=together,
         recall=torch.stack(recall),
         chance=torch.stack(chance),
         half_lives=math.log(2.0) / rate,
@@ -177,13 +204,25 @@ def probe_memory(
 
 
 def summary(probe: MemoryProbe, lags: Sequence[int] = LAGS) -> dict[str, float]:
-    """The probe in single numbers: means over heads, the share of those that write, and quantiles of half-lives.
+    """The probe in single numbers: means over heads, of `chunk_share` and `largest_growth` the largest, the share of heads that
+    write, and quantiles of half-lives.
 
     Args:
         lags (`Sequence[int]`, *optional*): those that the probe was made with.
     """
-    means = ("value_rms", "initial_rms", "read_rms", "write_rms", "write_cosine", "write_share", "lyapunov")
+    means = (
+        "value_rms",
+        "initial_rms",
+        "read_rms",
+        "write_rms",
+        "write_cosine",
+        "write_share",
+        "key_alignment",
+        "lyapunov",
+    )
     numbers = {name: getattr(probe, name).mean().item() for name in means}
+    # one head that overshoots is enough for gradients that grow
+    numbers |= {name: getattr(probe, name).amax().item() for name in ("chunk_share", "largest_growth")}
     numbers["writing_heads"] = probe.writing_heads
     for name in ("recall", "chance"):
         of_lags = getattr(probe, name).mean(-1).tolist()
