@@ -143,6 +143,15 @@ def path_to_an_mlp() -> Rows:
     return rows
 
 
+def test_what_the_studies_readme_says_of_rungs():
+    readme = (ROOT / "examples" / "evaluation" / "README.md").read_text(encoding="utf-8")
+    (rows,) = [rows for titles, rows in tables_of(readme).items() if titles == "| rung | validation loss |"]
+    assert len(rows) > 10
+    for words, losses in rows:
+        names = re.findall(r"`([\w-]+)`", words.split(":")[0])
+        assert losses == ", ".join(f"{loss('bridge', name):.2f}" for name in names), words
+
+
 @table("| learning rate | 2e-3 | 4e-3 | 8e-3 |")
 def learning_rates() -> Rows:
     trainings = [("Llama", "bridge", "llama"), ("Gated DeltaNet", "bridge", "gated-deltanet")]
