@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from provenance import command_line, machine  # noqa: E402
 from study import without_nan  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
@@ -169,6 +170,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "tokens": ids.shape[1],
             "lags": LAGS,
             "layers": layers,
+            "command": command_line(),
+            "machine": machine(torch.get_num_threads(), packages=("torch", "transformers", "miras-hf")),
         }
     )
     args.out.mkdir(parents=True, exist_ok=True)
