@@ -293,6 +293,6 @@ def test_choices_that_are_made_while_loading(tmp_path, monkeypatch):
     for keywords in ({"attentional_bias": "l2", "lp_power": 2.0}, {"simplex_mass": 1.0}, {"sliding_window": 8}):
         with pytest.raises(StrictDataclassError, match=f"`{[*keywords][-1]}` means nothing without"):
             AutoConfig.from_pretrained(tmp_path, **keywords)
-    # what a stored file leaves open is worked out from what was given: a half as wide step for chunks twice as long
-    halved = AutoConfig.from_pretrained(tmp_path, chunk_size=64, eta_max=None, min_log_alpha=None)
-    assert halved.eta_max == pytest.approx(AutoConfig.from_pretrained(tmp_path).eta_max / 2)
+    # what a stored file leaves open is worked out from what was given: a quarter of the step for chunks four times as long
+    longer = AutoConfig.from_pretrained(tmp_path, chunk_size=64, eta_max=None, min_log_alpha=None)
+    assert longer.eta_max == pytest.approx(AutoConfig.from_pretrained(tmp_path).eta_max / 4)

@@ -13,11 +13,15 @@
 # limitations under the License.
 """The default step is what it is said to be: alone, at a new memory, a write of that size takes its token's error away."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from miras_hf import MirasConfig, MirasForCausalLM
+from miras_hf.callbacks import measure_memories
 from miras_hf.memory import MemoryParameters, Momentum, chunk_miras
 from miras_hf.memory.probe import probe_memory, summary
 from miras_hf.step_size import largest_step, moment, unit_step
@@ -130,10 +134,10 @@ def test_chunks_of_equal_tokens_contract_at_the_first_step_of_a_matrix():
 )
 def test_an_mlp_forgets_differences_of_its_start_in_chunks_of_64(choices):
     """A text of three words in chunks of 64: at a new model's steps a difference at the start stays as small as it was, and
-    at twice as large ones, those of chunks of 32, it grows a hundredfold before it is forgotten."""
+    at four times as large ones, those of chunks of 16, it grows a hundredfold before it is forgotten."""
     shared = {"vocab_size": 8, "hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1, **choices}
-    config, in_half = MirasConfig(chunk_size=64, **shared), MirasConfig(chunk_size=32, **shared)
-    assert in_half.eta_max == pytest.approx(unit_step(in_half)) == pytest.approx(2 * config.eta_max)
+    config, shorter = MirasConfig(chunk_size=64, **shared), MirasConfig(chunk_size=16, **shared)
+    assert shorter.eta_max == pytest.approx(unit_step(shorter)) == pytest.approx(4 * config.eta_max)
     memory = memory_of(config).double()
     chunks, shape = 24, (4, 24 * 64, 2)
     words = [torch.randn(4, 3, 2, 64, dtype=torch.float64) for _ in "kv"]
@@ -157,7 +161,20 @@ def test_an_mlp_forgets_differences_of_its_start_in_chunks_of_64(choices):
         difference = (one - other).norm(dim=-1) / one.norm(dim=-1)
         return (difference / difference[:, :1]).max().item()
 
-    assert growth(config.eta_max) < 10 and growth(2 * config.eta_max) > 100
+    assert growth(config.eta_max) < 10 and growth(4 * config.eta_max) > 100
+
+
+@pytest.mark.parametrize("chunk_size", [16, 64, 256])
+@pytest.mark.parametrize("model_type", ["moneta", "yaad", "memora"])
+def test_a_chunk_of_a_new_model_takes_no_more_than_the_error_away(model_type, chunk_size):
+    """Of what a text's keys have in common, all writes of a chunk together: half of what would overshoot."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 256}
+    config = AutoConfig.for_model(model_type, chunk_size=chunk_size, **shape)
+    ids = torch.tensor([list(Path(__file__).read_bytes()[:1024])])
+    probes = measure_memories(AutoModelForCausalLM.from_config(config), {"input_ids": ids}, probe_memory)
+    for probe in probes.values():
+        assert 0.4 < probe.chunk_share.max() < 1.2
 
 
 def test_momentum_moves_as_far_in_the_end():

@@ -273,16 +273,18 @@ def largest_step(config: Any) -> float:
 
     All gradients of a chunk are taken at its start. C equal tokens that write a share u each leave `|1 - C u|` of their
     error, which grows from `C u = 2` on. Steps start at a third of the largest: of a matrix memory, `C u = 2` at
-    `eta_max = 6 / C` of `unit_step`. An MLP memory's layer norm meets a variance that grows with what is written, and
-    its steps in units of the read shrink; chunks of up to 32 tokens need no less. (At 64, a text of three words made
-    differences of rounding some hundred times larger, and trainings met gradients as much larger than the usual ones.) A
+    `eta_max = 6 / C` of `unit_step`. An MLP memory's layer norm meets a variance that grows with what is written, and its
+    steps in units of the read shrink: a new one needs no less for chunks of up to 32 tokens. But training makes keys alike,
+    until `C a u` is near 2 again, a the share of the first eigenvalue of their Gram matrix (`chunk_share` of
+    [`~miras_hf.memory.probe.MemoryProbe`]): in texts of 2,048 tokens gradients then met norms of 240. With half of those steps
+    they stay below 10, and models are as good (`docs/does_it_learn.md`); so no less for chunks of up to 16. A
     vector memory's channels differ in their shares, as the squares z^2 of normal numbers do, and the mean of
     `(1 - C u z^2)^2`, of which E z^4 = 3 makes `1 - 2 C u + 3 (C u)^2`, grows from `C u = 2/3` on. With the delta rule,
     and where a regression is solved, nothing overshoots.
     """
     algorithm = choice_of(config, "learning_algorithm")
     memory = choice_of(config, "memory_architecture")
-    tokens = 32.0 if memory.has_norm else 2.0 if type(memory) is VectorMemory else 6.0
+    tokens = 16.0 if memory.has_norm else 2.0 if type(memory) is VectorMemory else 6.0
     overshoots = algorithm.gradient_at == "chunk" and not algorithm.has_covariance
     share = 1.0 if not overshoots else min(1.0, tokens / config.chunk_size)
     step = unit_step(config) / algorithm.moves * share
