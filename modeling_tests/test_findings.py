@@ -155,7 +155,7 @@ def test_what_the_studies_readme_says_of_rungs():
 @table("| learning rate | 2e-3 | 4e-3 | 8e-3 |")
 def learning_rates() -> Rows:
     trainings = [("Llama", "bridge", "llama"), ("Gated DeltaNet", "bridge", "gated-deltanet")]
-    trainings += [(name.capitalize(), "ablations", name) for name in ("yaad", "moneta", "memora")]
+    trainings += [(name.capitalize(), "ablations", f"{name}-double-steps") for name in ("yaad", "moneta", "memora")]
     return [
         [words, *(f"{loss(study, name, rate):.2f}" for rate in (0.002, 0.004, 0.008))]
         for words, study, name in trainings
@@ -171,21 +171,22 @@ def test_the_best_rates_of_the_page_are_bold():
 
 @table("| model | loss | against the defaults | largest gradient norm |")
 def surroundings() -> Rows:
-    changed = [
-        ("the defaults", "yaad", None),
-        ("one gate a head", "yaad-head-gates", "yaad"),
-        ("rotary embedding, as", "yaad-rotary", "yaad"),
-        ("rotary embedding and", "yaad-rotary-head-gates", "yaad"),
-        ("Yaad, its initial", "yaad-full-start", "yaad"),
-        ("Moneta with", "moneta", None),
-        ("Moneta, its", "moneta-full-start", "moneta"),
-        ("Memora with", "memora", None),
-        ("Memora, its", "memora-full-start", "memora"),
+    changes = [
+        ("the defaults", "yaad", ""),
+        ("one gate a head", "yaad", "-head-gates"),
+        ("rotary embedding, as", "yaad", "-rotary"),
+        ("rotary embedding and", "yaad", "-rotary-head-gates"),
+        ("Yaad, its initial", "yaad", "-full-start"),
+        ("Moneta with", "moneta", ""),
+        ("Moneta, its", "moneta", "-full-start"),
+        ("Memora with", "memora", ""),
+        ("Memora, its", "memora", "-full-start"),
     ]
     rows = []
-    for words, name, before in changed:
-        of = result("ablations", name)
-        more = "" if before is None else f"{of['validation'] - loss('ablations', before):+.2f}"
+    for words, model, change in changes:
+        before = result("ablations", f"{model}-double-steps")
+        of = result("ablations-double-steps", model + change) if change else before
+        more = f"{of['validation'] - before['validation']:+.2f}" if change else ""
         rows.append([words, f"{of['validation']:.2f}", more, f"{of['gradient_norm_max']:.1f}"])
     return rows
 
@@ -194,12 +195,33 @@ def surroundings() -> Rows:
 def epsilons() -> Rows:
     rows = []
     for name in ("yaad", "moneta", "memora"):
-        ends = ("-usual-eps", "-eps-0.1", "", "-eps-10", "-eps-100")
-        found = [(RESULTS / "ablations" / f"{name}{end}-lr0.004-seed0.json").exists() for end in ends]
-        rows.append(
-            [name.capitalize()]
-            + [f"{loss('ablations', name + end):.2f}" if there else "" for end, there in zip(ends, found, strict=True)]
-        )
+        row = [name.capitalize()]
+        for end in ("-usual-eps", "-eps-0.1", "", "-eps-10", "-eps-100"):
+            study, of = ("ablations-double-steps", name + end) if end else ("ablations", f"{name}-double-steps")
+            there = (RESULTS / study / f"{of}-lr0.004-seed0.json").exists()
+            row.append(f"{loss(study, of):.2f}" if there else "")
+        rows.append(row)
+    return rows
+
+
+@table("| largest step, of today's | 2.0M tokens, texts of 512 | of 2,048 | largest gradient norm | of 2,048 |")
+def steps() -> Rows:
+    rows = []
+    for name, ends in {
+        "yaad": ("-double-steps", "", "-half-steps"),
+        "moneta": ("-double-steps", ""),
+        "memora": ("-double-steps", ""),
+    }.items():
+        for end in ends:
+            of = [result("ablations-long", name + end)]
+            of += [result("ablations-context-2048", name + end)] if name == "yaad" else []
+            words = {"-double-steps": ", twice", "": "", "-half-steps": ", half"}[end]
+            losses, norms = (
+                [f"{one['validation']:.2f}" for one in of],
+                [f"{one['gradient_norm_max']:.1f}" for one in of],
+            )
+            empty = [""] * (2 - len(of))
+            rows.append([name.capitalize() + words, *losses, *empty, *norms, *empty])
     return rows
 
 
@@ -211,30 +233,45 @@ def test_what_is_said_of_long_trainings():
         )
         for name in ("yaad", "moneta", "memora")
     ]
-    assert "before clipping, has a norm of {:.1f}, {:.1f} and {:.1f}.".format(*largest) in WORDS
+    said = "before clipping, has a norm of {:.1f} (Yaad), {:.1f} (Moneta) and {:.1f} (Memora)."
+    assert said.format(*largest) in WORDS
+    seeds = (
+        f"{words} {', '.join(f'{loss(study, name, seed=seed):.2f}' for seed in range(2))} and {loss(study, name, seed=2):.2f}"
+        for words, study, name in (
+            ("Llama", "bridge", "llama"),
+            ("Gated DeltaNet", "bridge", "gated-deltanet"),
+            ("Yaad", "ablations", "yaad-double-steps"),
+        )
+    )
+    assert f"Three seeds of 4e-3: {', '.join(seeds)}." in WORDS
 
 
 # Stability
 
 
-def deviation(name: str) -> float:
-    """The largest of a window."""
-    of = json.loads((RESULTS / "stability" / f"{name}.json").read_text())
-    return max(of["deviation"])
+def deviation(*names: str, study: str = "stability") -> str:
+    """The largest of a window, of all named."""
+    of = [json.loads((RESULTS / study / f"{name}.json").read_text()) for name in names]
+    return f"{max(max(one['deviation']) for one in of):.0e}".replace("e-0", "e-")
 
 
 @table("| chunks of | Moneta | Yaad | Memora |")
 def in_pieces() -> Rows:
+    sizes = ("tiny", "170m", "340m")
     return [
-        [str(chunk)]
-        + [
-            f"{max(deviation(f'{name}-{size}-chunk{chunk}-pieces-100000-seed0') for size in ('tiny', '170m', '340m')):.0e}".replace(
-                "e-0", "e-"
-            )
-            for name in MODELS
+        [
+            str(chunk),
+            *(deviation(*(f"{name}-{size}-chunk{chunk}-pieces-100000-seed0" for size in sizes)) for name in MODELS),
         ]
         for chunk in (16, 64)
     ]
+
+
+def test_what_is_said_of_trained_models_in_pieces():
+    moneta, yaad, memora = (
+        deviation(f"{name}-lr0.004-seed0-pieces-100000", study="stability-double-steps") for name in MODELS
+    )
+    assert f"it is {moneta} (Moneta), {yaad} (Yaad) and {memora} (Memora), chunks of 64." in WORDS
 
 
 # Length
@@ -364,38 +401,80 @@ def parity() -> Rows:
 # Sentences
 
 
-def test_what_is_said_of_other_sizes():
-    wide, long_texts = "ablations-wide", "ablations-context-2048"
+def test_what_is_said_of_width_256():
+    at = {name: loss("ablations-wide", f"{name}-double-steps") for name in ("yaad", "moneta")}
     assert (
-        f"Yaad is at {loss(wide, 'yaad'):.2f}, Gated DeltaNet at {loss('bridge-wide', 'gated-deltanet'):.2f} "
-        f"and a Llama at {loss('bridge-wide', 'llama'):.2f}"
+        f"Yaad is at {at['yaad']:.2f} and Moneta at {at['moneta']:.2f}, both with steps twice as large as today's, Gated DeltaNet at "
+        f"{loss('bridge-wide', 'gated-deltanet'):.2f} and a Llama at {loss('bridge-wide', 'llama'):.2f}"
     ) in WORDS.replace("**", "")
-    yaad = result(long_texts, "yaad")
-    assert (
-        f"Yaad is at {yaad['validation']:.2f} and the matrix in its place at {loss(long_texts, 'yaad-linear-alone'):.2f}. "
-        f"In Yaad gradients jumped to a norm of {yaad['gradient_norm_max']:.0f} "
-    ) in WORDS
 
 
 def test_what_is_said_of_a_matrix():
-    said = WORDS.split("**A matrix is as good, here.**")[1].split("Longer texts")[0].replace("**", "")
-    for words, name in {
-        "is at {}, as Yaad is": "yaad-linear-alone",
-        "the matrix is at {}, 0.03 below Yaad": "yaad-linear",
-        "whose block has what they took, is at {}": "yaad-fixed-start",
-        "(`yaad-half-steps`) {}": "yaad-half-steps",
-        "(`yaad-eps-10`) {}": "yaad-eps-10",
-        "(`yaad-norm-eps-1`) {}": "yaad-norm-eps-1",
-        "(`yaad-no-norm`) {}": "yaad-no-norm",
-    }.items():
-        assert words.format(f"{loss('ablations-long', name):.2f}") in said, words
+    said = WORDS.split("## A matrix is as good, here")[1].split("## After fewer")[0].replace("**", "")
+    for words, study, name in (
+        ("(`yaad-linear-alone`) is at {}, 0.01 behind Yaad", "ablations-long", "yaad-linear-alone"),
+        ("the matrix is at {}, 0.02 below Yaad", "ablations-long", "yaad-linear"),
+        ("(`yaad-no-norm`) is at {}.", "ablations-long", "yaad-no-norm"),
+        ("Yaad is at {} and the matrix", "ablations-context-2048", "yaad"),
+        ("and the matrix in its place at {}.", "ablations-context-2048", "yaad-linear-alone"),
+        ("twice as large as today's, where Yaad is at {} (", "ablations-long", "yaad-double-steps"),
+        ("whose block has what they took, was at {}:", "ablations-long-double-steps", "yaad-fixed-start"),
+        ("(`yaad-eps-10`) gave {}", "ablations-long-double-steps", "yaad-eps-10"),
+        ("(`yaad-norm-eps-1`) {}", "ablations-long-double-steps", "yaad-norm-eps-1"),
+    ):
+        assert words.format(f"{loss(study, name):.2f}") in said, words
+    gaps = [
+        loss("ablations-long", name) - loss("ablations-long", "yaad") for name in ("yaad-linear-alone", "yaad-linear")
+    ]
+    assert [f"{gap:.2f}" for gap in gaps] == ["0.01", "-0.02"]
+
+
+def test_what_is_said_of_chunks_that_overshoot():
+    trained, new = (
+        list(
+            json.loads((RESULTS / "probe" / f"yaad-double-steps-2048{end}" / "probe.json").read_text())[
+                "layers"
+            ].values()
+        )
+        for end in ("", "-at-start")
+    )
+    first = [64 * layer["key_alignment"] for layer in trained]
+    assert {round(64 * layer["key_alignment"]) for layer in new} == {8}
+    assert f"is 8 in a new model and, in the four layers of that one, {min(first):.0f} to {max(first):.0f}." in WORDS
+    shares = [100 * layer["write_share"] for layer in trained]
+    assert f"A write takes {min(shares):.0f} to {max(shares):.0f} % of its own error away" in WORDS
+    together = [f"{layer['chunk_share']:.1f}" for layer in trained]
+    assert (
+        f"in the head where it is most, {', '.join(together[:3])} and {together[3]} of what they have in common"
+        in WORDS
+    )
 
 
 def test_what_is_said_token_by_token():
     said = WORDS.split("**Token by token**")[1].split("from one call")[0]
     for name in MODELS:
-        largest = f"{deviation(f'{name}-340m-chunk64-tokens-100000-seed0'):.0e}".replace("e-0", "e-")
+        largest = deviation(f"{name}-340m-chunk64-tokens-100000-seed0", study="stability-double-steps")
         assert f"{largest} ({name.capitalize()})" in said, name
+
+
+def test_what_is_said_of_corrupted_text():
+    cost = {
+        name: {
+            kind: f"{at['corrupted'] - at['clean']:.3f}"
+            for kind, at in result("ablations-long", name)["corrupted"].items()
+        }
+        for name in MODELS
+    }
+    some, many, weak, many_weak = (
+        [cost[name][f"{share}% of values, noise of {rms} rms"] for name in ("memora", "moneta", "yaad")]
+        for rms in (8, 1)
+        for share in (2, 10)
+    )
+    assert (
+        f"cost Memora, whose loss is l2, {some[0]} nats, Moneta, whose loss is lp with a cap, {some[1]}, and Yaad with its "
+        f"Huber loss {some[2]}; of 10 % of the values {many[0]}, {many[1]} and {many[2]}. Of noise of 1 rms it is "
+        f"{weak[0]}, {weak[1]} and {weak[2]}, of 10 % {many_weak[0]}, {many_weak[1]} and {many_weak[2]}"
+    ) in WORDS
 
 
 def test_what_is_said_of_the_mirror_map():
