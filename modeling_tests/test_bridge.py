@@ -308,14 +308,15 @@ def test_costs_are_those_of_the_best_rates():
     assert mlp["by_rate"] == {2e-3: 5.5, 4e-3: pytest.approx(5.1), 8e-3: None} and mlp["best_rate"] == 4e-3
     assert mlp["seeds"] == 2 and mlp["spread"] == pytest.approx(0.2) and not mlp["at_edge"]
     assert mlp["cost"] is None and mlp["gradient_norm_max"] is None
-    assert rope["cost"] == pytest.approx(0.15) and rope["at_edge"] and rope["parent"] == "mlp"
+    # the parent's second seed at 4e-3 is nobody else's
+    assert rope["cost"] == pytest.approx(5.25 - 5.0) and rope["at_edge"] and rope["parent"] == "mlp"
     assert yaad["best"] is None and yaad["cost"] is None
-    # both were tried at 2e-3 and 8e-3, where the parent diverged; its 5.1 at 4e-3 is of a grid that the other did not have
+    # both were tried at 2e-3 and 8e-3, where the parent diverged; its 5.0 at 4e-3 is of a grid that the other did not have
     assert zero["best"] == 4.9 and zero["cost"] == pytest.approx(4.9 - 5.5) and conv["cost"] is None
     rows = list(table(entries))
     assert len({row.count("|") for row in rows}) == 1
     assert "|  | 5.500 | 5.100 | diverged | 5.100 |  | 2 (spread 0.200) | not a number |" in rows[2]
-    assert "+0.150" in rows[4] and "5.250 (edge)" in rows[4]
+    assert "+0.250" in rows[4] and "5.250 (edge)" in rows[4]
 
 
 # In a process of its own, because it makes Transformers quiet; and one process, because imports are what takes time.

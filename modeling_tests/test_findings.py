@@ -268,9 +268,7 @@ def in_pieces() -> Rows:
 
 
 def test_what_is_said_of_trained_models_in_pieces():
-    moneta, yaad, memora = (
-        deviation(f"{name}-lr0.004-seed0-pieces-100000", study="stability-double-steps") for name in MODELS
-    )
+    moneta, yaad, memora = (deviation(f"{name}-lr0.004-seed0-pieces-100000") for name in MODELS)
     assert f"it is {moneta} (Moneta), {yaad} (Yaad) and {memora} (Memora), chunks of 64." in WORDS
 
 

@@ -111,7 +111,7 @@ def write_report(folder: Path, size: Size) -> list[str]:
     entries = with_measures(summarise(results, ABLATIONS, MODELS), results)
     lines = [
         f"{protocol(results, size)} The cost is a model's best loss less that of the one it stands against, at the learning "
-        f"rates that both were tried at; below zero, what was taken away did harm. {LEGEND}",
+        f"rates and seeds that both were tried with; below zero, what was taken away did harm. {LEGEND}",
         "",
         *table(entries),
     ]

@@ -31,6 +31,10 @@ def at_the_rungs_point(result: dict[str, Any]) -> bool:
     return rung is not None and plain(rung.point.as_dict()) == plain(Point().as_dict()) | result["point"]
 
 
+Losses = dict[float, dict[int, float | None]]
+"""Validation losses of a rung by learning rate and seed; `None` where a training diverged."""
+
+
 def summarise(
     results: Iterable[dict[str, Any]], rungs: Mapping[str, Any] = RUNGS, path: Collection[str] = PATH
 ) -> list[dict[str, Any]]:
@@ -43,10 +47,10 @@ def summarise(
 
     `by_rate` has the mean over seeds of the validation loss at each learning rate, `None` where a training diverged.
     `best` is the lowest of them, `spread` the largest less the smallest loss over seeds there. `cost` is the lowest less
-    the parent's, both of the learning rates that both were tried at, so that a larger grid alone gains nothing.
+    the parent's, both of the learning rates and seeds that both were tried with, so that more of them alone change nothing.
     `at_edge` says that the best rate is an end of what was tried, so that a better one may lie outside.
     """
-    losses: dict[str, dict[float, dict[int, float | None]]] = {}
+    losses: dict[str, Losses] = {}
     norms: dict[str, float] = {}
     for result in results:
         job = result["job"]
@@ -79,16 +83,21 @@ def summarise(
             "gradient_norm_max": norms[name] if math.isfinite(norms[name]) else None,
         }
     for entry in entries.values():
-        entry["cost"] = (
-            _cost(entry["by_rate"], entries[entry["parent"]]["by_rate"]) if entry["parent"] in entries else None
-        )
+        parent = entry["parent"]
+        entry["cost"] = _cost(losses[entry["rung"]], losses[parent]) if parent in entries else None
     return list(entries.values())
 
 
-def _cost(by_rate: dict[float, float | None], of_parent: dict[float, float | None]) -> float | None:
-    shared = by_rate.keys() & of_parent.keys()
-    own, theirs = ([of[rate] for rate in shared if of[rate] is not None] for of in (by_rate, of_parent))
-    return min(own) - min(theirs) if own and theirs else None
+def _cost(own: Losses, of_parent: Losses) -> float | None:
+    """The difference of the best means over seeds, see `summarise`."""
+    best = []
+    for losses, others in ((own, of_parent), (of_parent, own)):
+        shared = [
+            [loss for seed, loss in of_seeds.items() if seed in others.get(rate, {})]
+            for rate, of_seeds in losses.items()
+        ]
+        best.append(min((statistics.fmean(found) for found in shared if found and None not in found), default=None))
+    return None if None in best else best[0] - best[1]
 
 
 def table(entries: list[dict[str, Any]]) -> Iterator[str]:
@@ -157,7 +166,7 @@ def write_report(folder: Path, size: Size) -> list[str]:
     entries = summarise(results)
     lines = [
         f"{protocol(results, size)} The cost of a rung is its best loss less that of the rung it stands against, at the "
-        f"learning rates that both were tried at. {LEGEND}",
+        f"learning rates and seeds that both were tried with. {LEGEND}",
         "",
         *table(entries),
     ]
