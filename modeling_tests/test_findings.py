@@ -246,6 +246,30 @@ def test_what_is_said_of_long_trainings():
     assert f"Three seeds of 4e-3: {', '.join(seeds)}." in WORDS
 
 
+def test_what_the_readme_and_the_page_say_against_the_neighbours():
+    transformer, delta = loss("bridge-long", "llama"), loss("bridge-long", "gated-deltanet")
+    at = {name: loss("ablations-long", name) for name in MODELS}
+    writes = {name: loss("ablations-long", f"{name}-no-write") - at[name] for name in MODELS}
+    writes["store-eps"] = loss("bridge-long", "store-eps-no-write") - loss("bridge-long", "store-eps")
+    ahead = {name: f"{delta - one:.2f}" for name, one in at.items()}
+    assert ahead["memora"] in ("0.00", "-0.00")  # level with it
+    below = f"{transformer - max(at.values()):.2f} to {transformer - min(at.values()):.2f} below a Transformer"
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    of_models = [writes[name] for name in MODELS]
+    assert (
+        f"Yaad and Moneta are {ahead['yaad']} and {ahead['moneta']} nats below Gated DeltaNet and Memora level with it, {below}, "
+        f"and {min(of_models):.2f} to {max(of_models):.2f} below themselves without writes"
+    ) in readme
+    assert (
+        f"({ahead['yaad']} nats in Yaad, {ahead['moneta']} in Moneta) or level with it (Memora), {below}, and "
+        in WORDS
+    )
+    assert (
+        f"**{writes['store-eps']:.2f} nats (`store-eps`), {writes['yaad']:.2f} (Yaad), {writes['moneta']:.2f} (Moneta) and "
+        f"{writes['memora']:.2f} (Memora) below themselves without writes**"
+    ) in WORDS
+
+
 # Stability
 
 
