@@ -402,6 +402,24 @@ def six_tasks_of_mad() -> Rows:
     return rows
 
 
+@table("| changed | noisy recall | selective copying |")
+def what_makes_moneta_slow() -> Rows:
+    rows = []
+    for words, name in {
+        "Moneta: lp loss": "moneta",
+        "the mirror map": "ablation-moneta-mirror",
+        "p = 2, q = 4": "ablation-moneta-p-2",
+        "p = 3, q = 2": "ablation-moneta-q-2",
+        "Yaad with that lp loss": "ablation-yaad-lp",
+    }.items():
+        found = [recalled(task, name) for task in ("noisy-recall", "selective-copying")]
+        rows.append([words, *(accuracies(one, ["baseline"])[0] for one in found)])
+    return [
+        *rows,
+        ["Yaad with l2 loss", "", *accuracies(recalled("selective-copying", "ablation-yaad-l2"), ["baseline"])],
+    ]
+
+
 @table("| model | 3 to 16 tokens | 16 to 64 tokens |")
 def parity() -> Rows:
     rows = []
