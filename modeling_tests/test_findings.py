@@ -243,6 +243,11 @@ def test_what_is_said_of_long_trainings():
             ("Yaad", "ablations", "yaad-double-steps"),
         )
     )
+    todays, before = (
+        [loss("ablations", name, rate) for rate in (0.002, 0.004, 0.008)] for name in ("moneta", "moneta-double-steps")
+    )
+    assert all(one < other for one, other in zip(todays, before, strict=True))
+    assert "lower at all three rates, at {:.2f}, {:.2f} and {:.2f};".format(*todays) in WORDS
     assert f"Three seeds of 4e-3: {', '.join(seeds)}." in WORDS
 
 
