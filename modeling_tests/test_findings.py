@@ -416,13 +416,11 @@ def what_makes_moneta_slow() -> Rows:
         "p = 2, q = 4": "ablation-moneta-p-2",
         "p = 3, q = 2": "ablation-moneta-q-2",
         "Yaad with that lp loss": "ablation-yaad-lp",
+        "Yaad with l2 loss": "ablation-yaad-l2",
     }.items():
         found = [recalled(task, name) for task in ("noisy-recall", "selective-copying")]
         rows.append([words, *(accuracies(one, ["baseline"])[0] for one in found)])
-    return [
-        *rows,
-        ["Yaad with l2 loss", "", *accuracies(recalled("selective-copying", "ablation-yaad-l2"), ["baseline"])],
-    ]
+    return rows
 
 
 @table("| model | 3 to 16 tokens | 16 to 64 tokens |")
