@@ -81,6 +81,11 @@ def accuracies(of: dict[str, Any], tests: Sequence[str]) -> list[str]:
     return [f"{of['tests'][test]['accuracy']:.2f}" for test in tests]
 
 
+def rows_of(models: dict[str, str], cells: Callable[[str], list[str]]) -> Rows:
+    """A row for every model, whose names stand behind how their rows begin."""
+    return [[words, *cells(name)] for words, name in models.items()]
+
+
 @pytest.mark.parametrize("titles", tables_of(PAGE))
 def test_a_table_of_the_page_is_that_of_the_results(titles):
     assert titles in TABLES, "no function here makes this table from results"
@@ -323,8 +328,13 @@ RATES = (0.002, 0.004)
 
 @table("| model | memory | 4 in 32 | 8 in 64 | 16 in 64 | 24 in 128 |")
 def values_of_many_keys() -> Rows:
-    rows = []
-    for words, name in {
+    def cells(name: str) -> list[str]:
+        of = recalled("mqar", name, RATES)
+        sizes = sorted({test["state"]["memory"] for test in of["tests"].values()})
+        memory = " to ".join(f"{size:,}" for size in (sizes[0], sizes[-1])[: len(sizes)])
+        return [memory, *accuracies(of, ("32/4", "64/8", "64/16", "128/24"))]
+
+    models = {
         "Llama": "llama",
         "Yaad": "yaad",
         "Moneta": "moneta",
@@ -332,51 +342,46 @@ def values_of_many_keys() -> Rows:
         "Gated DeltaNet": "gated-deltanet",
         "a matrix memory of ours": "matrix",
         "DeltaNet as a point": "signed-deltanet",
-    }.items():
-        of = recalled("mqar", name, RATES)
-        sizes = sorted({test["state"]["memory"] for test in of["tests"].values()})
-        memory = " to ".join(f"{size:,}" for size in (sizes[0], sizes[-1])[: len(sizes)])
-        rows.append([words, memory, *accuracies(of, ("32/4", "64/8", "64/16", "128/24"))])
-    return rows
+    }
+    return rows_of(models, cells)
 
 
 @table("| Yaad | memory | 16 in 64 | 24 in 128 |")
 def what_of_yaad_recalls() -> Rows:
-    changes = [
-        ("without writes", "no-write"),
-        ("a matrix", "linear"),
-        ("rotary embedding", "rotary"),
-        ("memories are asked with", "keys"),
-        ("writes up", "ascent"),
-        ("the memory's last layer", "last-layer"),
-        ("lp loss", "lp"),
-        ("l2 loss", "l2"),
-        ("one gate a head", "head-gates"),
-        ("no forgetting", "no-retention"),
-        ("hidden units that meet", "hidden-4"),
-        ("of 2", "hidden-8"),
-    ]
-    rows = []
-    for words, name in changes:
-        of = recalled("mqar", f"ablation-yaad-{name}")
+    def cells(change: str) -> list[str]:
+        of = recalled("mqar", f"ablation-yaad-{change}")
         (memory,) = {test["state"]["memory"] for test in of["tests"].values()}
-        rows.append([words, f"{memory:,}", *accuracies(of, ("64/16", "128/24"))])
-    return rows
+        return [f"{memory:,}", *accuracies(of, ("64/16", "128/24"))]
+
+    changes = {
+        "without writes": "no-write",
+        "a matrix": "linear",
+        "rotary embedding": "rotary",
+        "memories are asked with": "keys",
+        "writes up": "ascent",
+        "the memory's last layer": "last-layer",
+        "lp loss": "lp",
+        "l2 loss": "l2",
+        "one gate a head": "head-gates",
+        "no forgetting": "no-retention",
+        "hidden units that meet": "hidden-4",
+        "of 2": "hidden-8",
+    }
+    return rows_of(changes, cells)
 
 
 @table("| model | 4 in 32 | 4 in 64 | 8 in 64 |")
 def newest_values_of_keys() -> Rows:
-    rows = []
-    for words, name in {
+    models = {
         "Yaad": "yaad",
         "Gated DeltaNet": "gated-deltanet",
         "Memora": "memora",
         "Llama": "llama",
         "Moneta": "moneta",
         "a matrix": "matrix",
-    }.items():
-        rows.append([words, *accuracies(recalled("forgetting-mqar", name, RATES), ("32/4", "64/4", "64/8"))])
-    return rows
+    }
+    tests = ("32/4", "64/4", "64/8")
+    return rows_of(models, lambda name: accuracies(recalled("forgetting-mqar", name, RATES), tests))
 
 
 NEEDLE = ("1x", "2x", "4x", "8x")
@@ -384,61 +389,62 @@ NEEDLE = ("1x", "2x", "4x", "8x")
 
 @table("| model | 16 tokens | 32 | 64 | 128 |")
 def a_single_value() -> Rows:
-    together = {tuple(accuracies(recalled("needle", name), NEEDLE)) for name in ("yaad", "memora", "matrix")}
-    rows = [["Yaad, Memora, a matrix", *cells] for cells in together]
-    for words, name in {"Gated DeltaNet": "gated-deltanet", "Llama": "llama", "Moneta": "moneta"}.items():
-        rows.append([words, *accuracies(recalled("needle", name), NEEDLE)])
-    return rows
+    def cells(name: str) -> list[str]:
+        return accuracies(recalled("needle", name), NEEDLE)
+
+    assert cells("yaad") == cells("memora") == cells("matrix")
+    models = {"Yaad, Memora, a matrix": "yaad", "Gated DeltaNet": "gated-deltanet", "Llama": "llama"}
+    return rows_of({**models, "Moneta": "moneta"}, cells)
 
 
 @table("| model | compression | fuzzy recall | in-context recall | noisy recall | selective copying | memorisation |")
 def six_tasks_of_mad() -> Rows:
     tasks = ("compression", "fuzzy-recall", "in-context-recall", "noisy-recall", "selective-copying", "memorisation")
-    rows = [["a guess", *(f"{recalled(task, 'yaad')['chance']:.2f}" for task in tasks)]]
-    for words, name in {
+    models = {
         "Yaad": "yaad",
         "Moneta": "moneta",
         "Memora": "memora",
         "a matrix memory of ours": "matrix",
         "Gated DeltaNet": "gated-deltanet",
         "Llama": "llama",
-    }.items():
-        rows.append([words, *(accuracies(recalled(task, name), ["baseline"])[0] for task in tasks)])
-    return rows
+    }
+    return [
+        ["a guess", *(f"{recalled(task, 'yaad')['chance']:.2f}" for task in tasks)],
+        *rows_of(models, lambda name: [accuracies(recalled(task, name), ["baseline"])[0] for task in tasks]),
+    ]
 
 
 @table("| changed | noisy recall | selective copying |")
 def what_makes_moneta_slow() -> Rows:
-    rows = []
-    for words, name in {
+    models = {
         "Moneta: lp loss": "moneta",
         "the mirror map": "ablation-moneta-mirror",
         "p = 2, q = 4": "ablation-moneta-p-2",
         "p = 3, q = 2": "ablation-moneta-q-2",
         "Yaad with that lp loss": "ablation-yaad-lp",
         "Yaad with l2 loss": "ablation-yaad-l2",
-    }.items():
-        found = [recalled(task, name) for task in ("noisy-recall", "selective-copying")]
-        rows.append([words, *(accuracies(one, ["baseline"])[0] for one in found)])
-    return rows
+    }
+    tasks = ("noisy-recall", "selective-copying")
+    return rows_of(models, lambda name: [accuracies(recalled(task, name), ["baseline"])[0] for task in tasks])
 
 
 @table("| model | 3 to 16 tokens | 16 to 64 tokens |")
 def parity() -> Rows:
-    rows = []
-    for words, names in {
-        "Llama": ["llama"],
-        "Gated DeltaNet": ["gated-deltanet"],
-        "Mamba2": ["mamba2"],
-        "DeltaNet as a point": ["deltanet"],
-        "the same, steps up to 2": ["signed-deltanet"],
-        "Yaad, Moneta, Memora": ["yaad", "moneta", "memora"],
-        "Yaad in chunks of one": ["yaad-1"],
-        "the same, steps up to twice": ["signed-yaad-1"],
-    }.items():
-        found = [accuracies(recalled("parity", name, RATES), ("3-16", "16-64")) for name in names]
-        rows.append([words, *(", ".join(column) for column in zip(*found, strict=True))])
-    return rows
+    def cells(names: str) -> list[str]:
+        found = [accuracies(recalled("parity", name, RATES), ("3-16", "16-64")) for name in names.split()]
+        return [", ".join(column) for column in zip(*found, strict=True)]
+
+    models = {
+        "Llama": "llama",
+        "Gated DeltaNet": "gated-deltanet",
+        "Mamba2": "mamba2",
+        "DeltaNet as a point": "deltanet",
+        "the same, steps up to 2": "signed-deltanet",
+        "Yaad, Moneta, Memora": "yaad moneta memora",
+        "Yaad in chunks of one": "yaad-1",
+        "the same, steps up to twice": "signed-yaad-1",
+    }
+    return rows_of(models, cells)
 
 
 # Sentences
