@@ -101,26 +101,62 @@ def test_no_function_here_makes_a_table_that_is_gone():
 # Text
 
 
-@table("| model | 1.0M tokens | 2.0M tokens | CPU minutes of training |")
-def long_trainings() -> Rows:
-    trainings = [
-        ("Llama", "bridge-long", "llama"),
-        ("Gated DeltaNet", "bridge-long", "gated-deltanet"),
-        ("an MLP memory", "bridge-long", "store-eps"),
-        ("the same, its writes", "bridge-long", "store-eps-no-write"),
-    ]
+def trainings_of(size: str, neighbours: dict[str, tuple[str, float]]) -> Rows:
+    """Losses halfway and at the end, and how long it took, of neighbours, whose learning rates stand behind their names,
+    and of our models with and without writes."""
+    trainings = [(words, f"bridge-{size}", name, rate) for words, (name, rate) in neighbours.items()]
     for name in ("yaad", "moneta", "memora"):
-        trainings.append((name.capitalize(), "ablations-long", name))
-        trainings.append(("the same, its writes", "ablations-long", f"{name}-no-write"))
+        trainings.append((name.capitalize(), f"ablations-{size}", name, 0.004))
+        trainings.append(("the same, its writes", f"ablations-{size}", f"{name}-no-write", 0.004))
     rows = []
-    for words, study, name in trainings:
-        of = result(study, name)
-        by_step = dict(of["validation_by_step"])
-        rows.append([words, f"{by_step[1000]:.2f}", f"{by_step[2000]:.2f}", f"{of['seconds']['cpu'] / 60:.0f}"])
+    for words, study, name, rate in trainings:
+        of = result(study, name, rate)
+        losses = [f"{value:.2f}" for _, value in of["validation_by_step"]]
+        rows.append([words, *losses, f"{of['seconds']['cpu'] / 60:.0f}"])
     return rows
 
 
-@table("| model | loss | cost of the change | and with an epsilon of 1 in the norm behind the memory |")
+@table("| model | 1.0M tokens | 2.0M tokens | CPU minutes of training |")
+def long_trainings() -> Rows:
+    neighbours = {
+        "Llama": ("llama", 0.004),
+        "Gated DeltaNet": ("gated-deltanet", 0.004),
+        "an MLP memory": ("store-eps", 0.004),
+        "the same, its writes": ("store-eps-no-write", 0.004),
+    }
+    return trainings_of("long", neighbours)
+
+
+@table("| model of width 256 | 1.0M tokens | 2.0M tokens | CPU minutes of training |")
+def wide_trainings() -> Rows:
+    neighbours = {
+        "Llama, at a rate of 4e-3": ("llama", 0.004),
+        "Llama, at a rate of 2e-3": ("llama", 0.002),
+        "Gated DeltaNet": ("gated-deltanet", 0.004),
+    }
+    return trainings_of("wide", neighbours)
+
+
+RATES_OF_TEXT = (0.002, 0.004, 0.008)
+
+
+def rates_of_rung(name: str) -> list[float]:
+    return [rate for rate in RATES_OF_TEXT if (RESULTS / "bridge" / f"{name}-lr{rate:g}-seed0.json").exists()]
+
+
+def best_of_rung(name: str, rates: Sequence[float] = RATES_OF_TEXT) -> float:
+    return min(loss("bridge", name, rate) for rate in rates_of_rung(name) if rate in rates)
+
+
+def cost_of_rung(name: str, before: str) -> str:
+    """At the rates that both were tried with."""
+    both = [rate for rate in rates_of_rung(name) if rate in rates_of_rung(before)]
+    return f"{best_of_rung(name, both) - best_of_rung(before, both):+.2f}".replace("-0.00", "0.00").replace(
+        "+0.00", "0.00"
+    )
+
+
+@table("| model | 2e-3 | 4e-3 | 8e-3 | cost of the change | and with an epsilon of 1 in the norm behind the memory |")
 def path_to_an_mlp() -> Rows:
     path = [
         ("Gated DeltaNet", "gated-deltanet", None, None),
@@ -135,16 +171,34 @@ def path_to_an_mlp() -> Rows:
     ]
     rows = []
     for words, name, before, with_epsilon in path:
-        at = loss("bridge", name)
-        cost = "" if before is None else f"{at - loss('bridge', before):+.2f}"
-        rows.append(
-            [
-                words,
-                f"{at:.2f}",
-                cost.replace("-0.00", "0.00"),
-                "" if with_epsilon is None else f"{loss('bridge', with_epsilon):.2f}",
-            ]
-        )
+        there = rates_of_rung(name)
+        losses = [f"{loss('bridge', name, rate):.2f}" if rate in there else "" for rate in RATES_OF_TEXT]
+        cost = "" if before is None else cost_of_rung(name, before)
+        rows.append([words, *losses, cost, "" if with_epsilon is None else f"{best_of_rung(with_epsilon):.2f}"])
+    return rows
+
+
+@table("| on the way to the first Yaad | loss | cost of the change | largest gradient norm |")
+def path_to_the_first_yaad() -> Rows:
+    path = {
+        "an MLP memory": "mlp",
+        "the loss": "mlp-mixture",
+        "gates a channel": "mlp-channel",
+        "caps": "mlp-caps",
+        "half-lives": "mlp-gates",
+        "the second layer": "mlp-random",
+        "values as they come": "mlp-plain-values",
+        "steps": "mlp-shipped-eta",
+        "chunks of 64": "mlp-64",
+        "rotary embedding": "mlp-with-rope",
+        "convolutions": "yaad",
+    }
+    rows, before = [], None
+    for words, name in path.items():
+        of = result("bridge", name)
+        at, norm = of["validation"], of["gradient_norm_max"]
+        rows.append([words, f"{at:.2f}", "" if before is None else f"{at - before:+.2f}", f"{norm:.1f}"])
+        before = at
     return rows
 
 
@@ -161,10 +215,7 @@ def test_what_the_studies_readme_says_of_rungs():
 def learning_rates() -> Rows:
     trainings = [("Llama", "bridge", "llama"), ("Gated DeltaNet", "bridge", "gated-deltanet")]
     trainings += [(name.capitalize(), "ablations", f"{name}-double-steps") for name in ("yaad", "moneta", "memora")]
-    return [
-        [words, *(f"{loss(study, name, rate):.2f}" for rate in (0.002, 0.004, 0.008))]
-        for words, study, name in trainings
-    ]
+    return [[words, *(f"{loss(study, name, rate):.2f}" for rate in RATES_OF_TEXT)] for words, study, name in trainings]
 
 
 def test_the_best_rates_of_the_page_are_bold():
@@ -249,11 +300,21 @@ def test_what_is_said_of_long_trainings():
         )
     )
     todays, before = (
-        [loss("ablations", name, rate) for rate in (0.002, 0.004, 0.008)] for name in ("moneta", "moneta-double-steps")
+        [loss("ablations", name, rate) for rate in RATES_OF_TEXT] for name in ("moneta", "moneta-double-steps")
     )
     assert all(one < other for one, other in zip(todays, before, strict=True))
     assert "lower at all three rates, at {:.2f}, {:.2f} and {:.2f};".format(*todays) in WORDS
     assert f"Three seeds of 4e-3: {', '.join(seeds)}." in WORDS
+
+
+def gains_at_width_256() -> tuple[str, str]:
+    """On Gated DeltaNet and on themselves without writes, from the smallest to the largest of the three models."""
+    delta = loss("bridge-wide", "gated-deltanet")
+    at = {name: loss("ablations-wide", name) for name in MODELS}
+    ahead = [delta - one for one in at.values()]
+    writes = [loss("ablations-wide", f"{name}-no-write") - one for name, one in at.items()]
+    on_delta, on_no_writes = (f"{min(gains):.2f} to {max(gains):.2f}" for gains in (ahead, writes))
+    return on_delta, on_no_writes
 
 
 def test_what_the_readme_and_the_page_say_against_the_neighbours():
@@ -268,7 +329,8 @@ def test_what_the_readme_and_the_page_say_against_the_neighbours():
     of_models = [writes[name] for name in MODELS]
     assert (
         f"Yaad and Moneta are {ahead['yaad']} and {ahead['moneta']} nats below Gated DeltaNet and Memora level with it, {below}, "
-        f"and {min(of_models):.2f} to {max(of_models):.2f} below themselves without writes"
+        f"and {min(of_models):.2f} to {max(of_models):.2f} below themselves without writes; at width 256 (5.2M) "
+        f"all three are {gains_at_width_256()[0]} below Gated DeltaNet and {gains_at_width_256()[1]} below themselves"
     ) in readme
     assert (
         f"({ahead['yaad']} nats in Yaad, {ahead['moneta']} in Moneta) or level with it (Memora), {below}, and "
@@ -278,6 +340,11 @@ def test_what_the_readme_and_the_page_say_against_the_neighbours():
         f"**{writes['store-eps']:.2f} nats (`store-eps`), {writes['yaad']:.2f} (Yaad), {writes['moneta']:.2f} (Moneta) and "
         f"{writes['memora']:.2f} (Memora) below themselves without writes**"
     ) in WORDS
+    in_short = WORDS.split("## In short")[1].split("## ")[0]
+    assert f"{min(of_models):.2f} to {max(of_models):.2f} nats below the same models without writes, and " in in_short
+    assert f"{gains_at_width_256()[1]} at width 256" in in_short
+    assert f"Yaad is {ahead['yaad']} nats below Gated DeltaNet" in in_short
+    assert f"at width 256 all three are, by {gains_at_width_256()[0]}" in in_short
 
 
 # Stability
@@ -451,11 +518,20 @@ def parity() -> Rows:
 
 
 def test_what_is_said_of_width_256():
-    at = {name: loss("ablations-wide", f"{name}-double-steps") for name in ("yaad", "moneta")}
-    assert (
-        f"Yaad is at {at['yaad']:.2f} and Moneta at {at['moneta']:.2f}, both with steps twice as large as today's, Gated DeltaNet at "
-        f"{loss('bridge-wide', 'gated-deltanet'):.2f} and a Llama at {loss('bridge-wide', 'llama'):.2f}"
-    ) in WORDS.replace("**", "")
+    said = WORDS.split("**At width 256**")[1].split("## How large")[0]
+    delta = loss("bridge-wide", "gated-deltanet")
+    ahead = {name: f"{delta - loss('ablations-wide', name):.2f}" for name in MODELS}
+    assert ahead["moneta"] == ahead["memora"]
+    assert f"Yaad is {ahead['yaad']} nats below Gated DeltaNet, Moneta and Memora {ahead['moneta']}, and" in said
+    writes = [
+        f"{loss('ablations-wide', f'{name}-no-write') - loss('ablations-wide', name):.2f} ({name.capitalize()})"
+        for name in ("yaad", "moneta", "memora")
+    ]
+    assert f"writes are worth {writes[0]}, {writes[1]} and {writes[2]}." in said
+    norms = [f"{result('ablations-wide', name)['gradient_norm_max']:.1f}" for name in ("yaad", "moneta", "memora")]
+    assert f"gradient norms are {norms[0]}, {norms[1]} and {norms[2]}." in said
+    before = [f"{loss('ablations-wide', f'{name}-double-steps'):.2f}" for name in ("yaad", "moneta")]
+    assert f"With steps twice as large Yaad is at {before[0]} and Moneta at {before[1]}." in said
 
 
 def test_what_is_said_of_a_matrix():
@@ -504,6 +580,35 @@ def test_what_is_said_token_by_token():
     for name in MODELS:
         largest = deviation(f"{name}-340m-chunk64-tokens-100000-seed0", study="stability-double-steps")
         assert f"{largest} ({name.capitalize()})" in said, name
+
+
+def test_what_is_said_of_the_way_to_the_first_yaad():
+    seeds = [f"{loss('bridge', 'yaad', seed=seed):.2f}" for seed in range(3)]
+    assert f"The first Yaad is at {seeds[0]}, {seeds[1]} and {seeds[2]} in three seeds" in WORDS
+    steps, before = result("bridge", "mlp-shipped-eta"), loss("bridge", "mlp-plain-values")
+    said = f"it costs {steps['validation'] - before:.2f} nats and gradients of norm {steps['gradient_norm_max']:.0f}."
+    assert said in WORDS
+    delta = [loss("bridge", "gated-deltanet", seed=seed) for seed in range(3)]
+    spread = max(delta) - min(delta)
+    assert f"the spread of seeds ({spread:.2f} in Gated DeltaNet)" in WORDS
+    for name in ("mlp-mixture", "mlp-channel", "mlp-caps", "mlp-plain-values", "yaad", "mlp-random"):
+        assert abs(loss("bridge", name) - loss("bridge", result("bridge", name)["parent"])) < spread, name
+
+
+def test_what_is_said_of_corrupted_text_at_width_256():
+    some, many = (
+        [
+            f"{at['corrupted'] - at['clean']:.3f}"
+            for name in ("memora", "moneta", "yaad")
+            for kind, at in result("ablations-wide", name)["corrupted"].items()
+            if kind == f"{share}% of values, noise of 8 rms"
+        ]
+        for share in (2, 10)
+    )
+    assert (
+        f"noise of 8 rms costs them {some[0]}, {some[1]} and {some[2]}, and of 10 % of the values "
+        f"{many[0]}, {many[1]} and {many[2]}."
+    ) in WORDS
 
 
 def test_what_is_said_of_corrupted_text():
