@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers import AutoConfig, DynamicCache, Trainer, TrainingArguments
 
 import miras_hf
 from miras_hf.modeling_miras import MirasMixer
@@ -324,15 +324,31 @@ def test_losses_are_the_runs():
         assert (before, after) == tuple(f"{losses[when]['loss']:.2f}" for when in ("before", "after")), name
 
 
-def test_the_spread_by_rounding_is_that_of_two_runs():
-    one, other = (
-        json.loads(read(f"examples/results/{name}.json"))["validation"]["after"]["loss"]
-        for name in ("memora", "memora_avx2")
-    )
-    said = f"end {one - other:.3f} apart ({one:.3f} and {other:.3f};"
+DEMOS = ("moneta", "yaad", "memora", "memora_avx2", "memora_sse")
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_demos_were_trained_with_the_defaults_of_today(name):
+    stored = json.loads(read(f"examples/results/{name}.json"))["config"]
+    chosen = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shape = {field: stored[field] for field in (*chosen, "initializer_range", "tie_word_embeddings")}
+    tokens = {field: value for field, value in stored.items() if field.endswith("_token_id")}
+    config = AutoConfig.for_model(name.split("_")[0], **shape, **tokens)
+    assert "eta_max" in stored
+    assert stored == {field: json.loads(json.dumps(getattr(config, field))) for field in stored}
+
+
+def test_the_spread_by_rounding_is_that_of_three_runs():
+    runs = [json.loads(read(f"examples/results/{name}.json")) for name in DEMOS if name.startswith("memora")]
+    usual, avx2, sse = (run["validation"]["after"]["loss"] for run in runs)
+    spread = max(usual, avx2, sse) - min(usual, avx2, sse)
+    said = f"end {spread:.3f} apart ({usual:.3f}, {avx2:.3f} and {sse:.3f};"
     assert said in " ".join(read("README.md").split())
     page = " ".join(read("docs/does_it_learn.md").split())
-    assert f"--model_type memora` ends at {one:.3f};" in page and f"rounded otherwise, at {other:.3f} (" in page
+    assert f"--model_type memora` ends at {usual:.3f};" in page
+    assert f"rounded otherwise, at {avx2:.3f}, with those of SSE at {sse:.3f} (" in page
+    for run, environment in zip(runs[1:], ("ATEN_CPU_CAPABILITY=avx2 ", "ATEN_CPU_CAPABILITY=default "), strict=True):
+        assert run["command"].startswith(environment)
 
 
 def test_tested_versions_are_those_of_the_constraints():
