@@ -68,10 +68,10 @@ def loss(study: str, name: str, rate: float = 0.004, seed: int = 0) -> float:
     return result(study, name, rate, seed)["validation"]
 
 
-def recalled(task: str, name: str, rates: Sequence[float] = (0.004,)) -> dict[str, Any]:
+def recalled(task: str, name: str, rates: Sequence[float] = (0.004,), width: int = 64) -> dict[str, Any]:
     """The result of a model at the rate that was best on the validation set."""
     found = [
-        json.loads((RESULTS / "recall" / f"{task}-{name}-w64-lr{rate:g}-wd0.1-seed0.json").read_text())
+        json.loads((RESULTS / "recall" / f"{task}-{name}-w{width}-lr{rate:g}-wd0.1-seed0.json").read_text())
         for rate in rates
     ]
     return max(found, key=lambda one: sum(test["validation"] for test in one["tests"].values()))
@@ -413,6 +413,17 @@ def values_of_many_keys() -> Rows:
     return rows_of(models, cells)
 
 
+@table("| at widths 32, 64 and 128 | memory | 8 in 64 | 16 in 64 | 24 in 128 |")
+def by_width() -> Rows:
+    def cells(name: str) -> list[str]:
+        found = [recalled("mqar", name, width=width) for width in (32, 64, 128)]
+        memory = [max(test["state"]["memory"] for test in of["tests"].values()) for of in found]
+        columns = zip(*(accuracies(of, ("64/8", "64/16", "128/24")) for of in found), strict=True)
+        return [", ".join(column) for column in ([f"{size:,}" for size in memory], *columns)]
+
+    return rows_of({"Llama": "llama", "Yaad": "yaad", "Moneta": "moneta", "Memora": "memora"}, cells)
+
+
 @table("| Yaad | memory | 16 in 64 | 24 in 128 |")
 def what_of_yaad_recalls() -> Rows:
     def cells(change: str) -> list[str]:
@@ -629,6 +640,14 @@ def test_what_is_said_of_corrupted_text():
         f"Huber loss {some[2]}; of 10 % of the values {many[0]}, {many[1]} and {many[2]}. Of noise of 1 rms it is "
         f"{weak[0]}, {weak[1]} and {weak[2]}, of 10 % {many_weak[0]}, {many_weak[1]} and {many_weak[2]}"
     ) in WORDS
+
+
+def test_what_is_said_of_rates_of_matrices():
+    at, above = (
+        [accuracies(recalled("mqar", name, rates), ["64/16"])[0] for name in ("gated-deltanet", "matrix")]
+        for rates in ((0.004,), RATES)
+    )
+    assert f"they have {at[0]} and {at[1]} of 16 pairs there, {above[0]} and {above[1]} above" in WORDS
 
 
 def test_what_is_said_of_the_mirror_map():
