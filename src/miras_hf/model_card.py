@@ -22,7 +22,7 @@ training:   steps, tokens, rows_per_step, learning_rate, schedule, weight_decay,
 metrics:    step, and whatever the last evaluation measured
 validation: before, after: loss, perplexity, bits_per_byte
 seconds:    training, total
-machine:    cpu, cores, threads, gpus, processes, peak_memory (bytes)
+machine:    cpu, cpu_capability, cores, threads, gpus, processes, peak_memory (bytes)
 versions:   package: version
 base_model, command, prompt, sample
 ```
@@ -308,7 +308,8 @@ def training_run(trainer) -> dict[str, Any]:
 
 
 def machine(processes: int = 1) -> dict[str, Any]:
-    """What this process runs on, without names of hosts; `peak_memory` in bytes, of the GPU if there is one."""
+    """What this process runs on, without names of hosts; `cpu_capability` are the vector instructions that PyTorch takes, by
+    which sums are rounded, and `peak_memory` is in bytes, of the GPU if there is one."""
     cpu = platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -318,6 +319,7 @@ def machine(processes: int = 1) -> dict[str, Any]:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "cpu": cpu,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
