@@ -140,6 +140,11 @@ def wide_trainings() -> Rows:
 RATES_OF_TEXT = (0.002, 0.004, 0.008)
 
 
+def difference(value: float) -> str:
+    """With its sign, unless it is nothing."""
+    return f"{value:+.2f}" if f"{value:.2f}" not in ("0.00", "-0.00") else "0.00"
+
+
 def rates_of_rung(name: str) -> list[float]:
     return [rate for rate in RATES_OF_TEXT if (RESULTS / "bridge" / f"{name}-lr{rate:g}-seed0.json").exists()]
 
@@ -151,9 +156,7 @@ def best_of_rung(name: str, rates: Sequence[float] = RATES_OF_TEXT) -> float:
 def cost_of_rung(name: str, before: str) -> str:
     """At the rates that both were tried with."""
     both = [rate for rate in rates_of_rung(name) if rate in rates_of_rung(before)]
-    return f"{best_of_rung(name, both) - best_of_rung(before, both):+.2f}".replace("-0.00", "0.00").replace(
-        "+0.00", "0.00"
-    )
+    return difference(best_of_rung(name, both) - best_of_rung(before, both))
 
 
 @table("| model | 2e-3 | 4e-3 | 8e-3 | cost of the change | and with an epsilon of 1 in the norm behind the memory |")
@@ -197,7 +200,7 @@ def path_to_the_first_yaad() -> Rows:
     for words, name in path.items():
         of = result("bridge", name)
         at, norm = of["validation"], of["gradient_norm_max"]
-        rows.append([words, f"{at:.2f}", "" if before is None else f"{at - before:+.2f}", f"{norm:.1f}"])
+        rows.append([words, f"{at:.2f}", "" if before is None else difference(at - before), f"{norm:.1f}"])
         before = at
     return rows
 
@@ -242,7 +245,7 @@ def surroundings() -> Rows:
     for words, model, change in changes:
         before = result("ablations", f"{model}-double-steps")
         of = result("ablations-double-steps", model + change) if change else before
-        more = f"{of['validation'] - before['validation']:+.2f}" if change else ""
+        more = difference(of["validation"] - before["validation"]) if change else ""
         rows.append([words, f"{of['validation']:.2f}", more, f"{of['gradient_norm_max']:.1f}"])
     return rows
 
@@ -606,39 +609,26 @@ def test_what_is_said_of_the_way_to_the_first_yaad():
         assert abs(loss("bridge", name) - loss("bridge", result("bridge", name)["parent"])) < spread, name
 
 
-def test_what_is_said_of_corrupted_text_at_width_256():
-    some, many = (
-        [
-            f"{at['corrupted'] - at['clean']:.3f}"
-            for name in ("memora", "moneta", "yaad")
-            for kind, at in result("ablations-wide", name)["corrupted"].items()
-            if kind == f"{share}% of values, noise of 8 rms"
-        ]
-        for share in (2, 10)
+def costs_of_noise(study: str, share: int, rms: int) -> list[str]:
+    """Of values of a share in per cent, at the tokens that were left alone, in Memora, Moneta and Yaad."""
+    found = (
+        result(study, name)["corrupted"][f"{share}% of values, noise of {rms} rms"]
+        for name in ("memora", "moneta", "yaad")
     )
-    assert (
-        f"noise of 8 rms costs them {some[0]}, {some[1]} and {some[2]}, and of 10 % of the values "
-        f"{many[0]}, {many[1]} and {many[2]}."
-    ) in WORDS
+    return [f"{at['corrupted'] - at['clean']:.3f}" for at in found]
 
 
 def test_what_is_said_of_corrupted_text():
-    cost = {
-        name: {
-            kind: f"{at['corrupted'] - at['clean']:.3f}"
-            for kind, at in result("ablations-long", name)["corrupted"].items()
-        }
-        for name in MODELS
-    }
-    some, many, weak, many_weak = (
-        [cost[name][f"{share}% of values, noise of {rms} rms"] for name in ("memora", "moneta", "yaad")]
-        for rms in (8, 1)
-        for share in (2, 10)
-    )
+    some, many, weak, many_weak = (costs_of_noise("ablations-long", share, rms) for rms in (8, 1) for share in (2, 10))
     assert (
         f"cost Memora, whose loss is l2, {some[0]} nats, Moneta, whose loss is lp with a cap, {some[1]}, and Yaad with its "
         f"Huber loss {some[2]}; of 10 % of the values {many[0]}, {many[1]} and {many[2]}. Of noise of 1 rms it is "
         f"{weak[0]}, {weak[1]} and {weak[2]}, of 10 % {many_weak[0]}, {many_weak[1]} and {many_weak[2]}"
+    ) in WORDS
+    some, many = (costs_of_noise("ablations-wide", share, 8) for share in (2, 10))
+    assert (
+        f"noise of 8 rms costs them {some[0]}, {some[1]} and {some[2]}, and of 10 % of the values "
+        f"{many[0]}, {many[1]} and {many[2]}."
     ) in WORDS
 
 
