@@ -50,15 +50,15 @@ def test_a_deviation_is_that_of_its_window(stability):
     assert stability.deviations(found, expected) == pytest.approx([0.0, by_hand, 0.0], rel=1e-6)
 
 
-@pytest.mark.parametrize("piece", [7, 1])
-def test_pieces_go_on_from_each_other(stability, piece):
+@pytest.mark.parametrize("piece, backend", [(7, None), (1, None), (1, "aot_eager")])
+def test_pieces_go_on_from_each_other(stability, piece, backend):
     torch.manual_seed(0)
     config = YaadConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, chunk_size=8)
     model = YaadForCausalLM(config).eval()
     ids = torch.arange(20)[None] % 64
     whole = stability.hidden_states(model, ids, None)
     assert whole.shape == (20, 32)
-    torch.testing.assert_close(stability.hidden_states(model, ids, piece), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stability.hidden_states(model, ids, piece, backend), whole, rtol=1e-4, atol=1e-5)
     # a model that began every piece anew would be far from that
     alone = torch.cat([stability.hidden_states(model, part, None) for part in ids.split(piece, dim=1)])
     assert (alone - whole).norm() > 0.01 * whole.norm()

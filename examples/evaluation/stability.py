@@ -13,11 +13,14 @@
 # limitations under the License.
 """Whether a model says the same however its text is cut: in one call, in pieces, token by token, over 100,000 tokens.
 
-    python examples/evaluation/stability.py                                # new models of every family, about two hours
+    python examples/evaluation/stability.py                                # new models of every family, hours
     python examples/evaluation/stability.py --models yaad --sizes 340m --chunks 16
     python examples/evaluation/stability.py --checkpoint runs/yaad-stdlib  # a trained model on its tokenizer's text
     python examples/evaluation/stability.py --checkpoint runs/ablations/yaad-lr0.004-seed0.json  # of --keep-weights there
     python examples/evaluation/stability.py --report                       # the table of what is done
+
+Token by token is done twice: as `generate()` does it, and in a compiled step with a static cache
+(`generate(cache_implementation="static")`), which takes half as long and rounds otherwise again.
 
 The forms sum in different orders. A memory that contracts forgets such differences; one whose steps are too large makes
 them grow until rounding decides what it says. The deviation of a window of 1,000 tokens is `||a - b|| / ||b||` of the
@@ -46,7 +49,7 @@ from provenance import command_line, machine  # noqa: E402
 from stored_config import config_fields, means_the_same  # noqa: E402
 from study import write_json  # noqa: E402
 from torch import Tensor  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache  # noqa: E402
 
 from miras_hf import MirasConfig  # noqa: E402
 from miras_hf.compat import CACHE_NAME  # noqa: E402
@@ -63,7 +66,8 @@ LAYERS, HEADS = 4, 2
 MODELS = ("moneta", "yaad", "memora")
 SIZES = ("tiny", "170m", "340m")
 CHUNKS = (16, 64)
-CUTS = {"pieces": 777, "tokens": 1}
+CUTS = {"pieces": 777, "tokens": 1, "compiled": 1}
+"""Tokens of a call. `compiled` is a compiled step with a static cache."""
 
 
 @dataclass(frozen=True)
@@ -132,16 +136,24 @@ def new_model(job: Job):
 
 
 @torch.inference_mode()
-def hidden_states(model, ids: Tensor, piece: int | None) -> Tensor:
-    """Last hidden states `[tokens, hidden_size]`, of one call or of calls of `piece` tokens that go on from a cache."""
+def hidden_states(model, ids: Tensor, piece: int | None, backend: str | None = None) -> Tensor:
+    """Last hidden states `[tokens, hidden_size]`, of one call or of calls of `piece` tokens that go on from a cache.
+
+    With the `backend` of a compiler the cache is a static one, and all calls but the first, which makes its tensors, are
+    compiled.
+    """
     decoder = model.get_decoder().eval()
     if piece is None:
         return decoder(ids, use_cache=False).last_hidden_state[0]
-    cache, parts = None, []
+    cache, call, parts = None, decoder, []
+    if backend is not None:
+        cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
     for part in ids.split(piece, dim=1):
-        output = decoder(part, **{CACHE_NAME: cache}, use_cache=True)
+        output = call(part, **{CACHE_NAME: cache}, use_cache=True)
         cache = output[CACHE_NAME]
         parts.append(output.last_hidden_state[0])
+        if backend is not None and call is decoder:
+            call = torch.compile(decoder, fullgraph=True, backend=backend)
     return torch.cat(parts)
 
 
@@ -154,7 +166,8 @@ def deviations(found: Tensor, expected: Tensor) -> list[float]:
 def run_job(job: Job, model, ids: Tensor, expected: Tensor, folder: Path) -> dict[str, Any]:
     """Reads the text in pieces, and writes how far the result is from `expected`."""
     started = time.perf_counter()
-    by_window = deviations(hidden_states(model, ids, CUTS[job.cut]), expected)
+    backend = "inductor" if job.cut == "compiled" else None
+    by_window = deviations(hidden_states(model, ids, CUTS[job.cut], backend), expected)
     config = model.config
     result = {
         "job": asdict(job),
@@ -195,6 +208,7 @@ def worst(result: dict[str, Any]) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
+    says = {"pieces": f"pieces of {CUTS['pieces']}", "tokens": "token by token", "compiled": "token by token, compiled"}
     lines = [
         "| model | head_dim | chunk | cut | tokens | first window | largest | |",
         "|---|---|---|---|---|---|---|---|",
@@ -206,7 +220,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             Path(job["model"].removesuffix(".json")).name,
             str(result["head_dim"]),
             str(result["chunk_size"]),
-            f"pieces of {CUTS[job['cut']]}" if CUTS[job["cut"]] > 1 else "token by token",
+            says[job["cut"]],
             f"{result['read']:,}",
             "not a number" if first is None else f"{first:.1e}",
             "not a number" if math.isinf(largest) else f"{largest:.1e}",
