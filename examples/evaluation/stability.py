@@ -208,7 +208,11 @@ def worst(result: dict[str, Any]) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    says = {"pieces": f"pieces of {CUTS['pieces']}", "tokens": "token by token", "compiled": "token by token, compiled"}
+    says = {
+        "pieces": f"pieces of {CUTS['pieces']}",
+        "tokens": "token by token",
+        "compiled": "token by token, compiled",
+    }
     lines = [
         "| model | head_dim | chunk | cut | tokens | first window | largest | |",
         "|---|---|---|---|---|---|---|---|",
