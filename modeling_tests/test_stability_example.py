@@ -64,6 +64,16 @@ def test_pieces_go_on_from_each_other(stability, piece, backend):
     assert (alone - whole).norm() > 0.01 * whole.norm()
 
 
+def test_one_process_compiles_many_models(stability):
+    ids = torch.arange(10)[None]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for chunk_size in (4, 8):
+            config = YaadConfig(
+                hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, chunk_size=chunk_size
+            )
+            assert stability.hidden_states(YaadForCausalLM(config), ids, 1, "aot_eager").shape == (10, 32)
+
+
 def test_a_checkpoint_is_measured_once(stability, folder, tmp_path, capsys):  # noqa: F811
     flags = ["--checkpoint", str(folder), "--tokens", "2000", "--cuts", "pieces", "--out", str(tmp_path)]
     (result,) = stability.main(flags)

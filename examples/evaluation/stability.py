@@ -153,6 +153,7 @@ def hidden_states(model, ids: Tensor, piece: int | None, backend: str | None = N
         cache = output[CACHE_NAME]
         parts.append(output.last_hidden_state[0])
         if backend is not None and call is decoder:
+            torch.compiler.reset()  # of models before, after some of which a compiler gives the same code up
             call = torch.compile(decoder, fullgraph=True, backend=backend)
     return torch.cat(parts)
 
