@@ -148,7 +148,7 @@ class PretrainingArguments(TrainingArguments):
     max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; -1: --num_train_epochs decides."})
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Rows per step and device."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Rows per evaluation step and device."})
-    learning_rate: float = field(default=6e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after the warmup."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warmup: steps, or a share of them if below 1."})
     weight_decay: float = field(default=0.1, metadata={"help": "Decay of matrices, not of norms, biases, memories."})

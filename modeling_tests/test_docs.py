@@ -324,12 +324,15 @@ def test_losses_are_the_runs():
         assert (before, after) == tuple(f"{losses[when]['loss']:.2f}" for when in ("before", "after")), name
 
 
-DEMOS = ("moneta", "yaad", "memora", "memora_avx2", "memora_sse")
+DEMOS = ("moneta", "yaad", "yaad_avx2", "yaad_sse", "memora", "memora_avx2", "memora_sse")
 
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_demos_were_trained_with_the_defaults_of_today(name):
-    stored = json.loads(read(f"examples/results/{name}.json"))["config"]
+    run = json.loads(read(f"examples/results/{name}.json"))
+    (rate,) = re.findall(r"^    learning_rate: float = field\(default=([\de.-]+),", read("examples/pretrain.py"), re.M)
+    assert run["training"]["learning_rate"] == float(rate)
+    stored = run["config"]
     chosen = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shape = {field: stored[field] for field in (*chosen, "initializer_range", "tie_word_embeddings")}
     tokens = {field: value for field, value in stored.items() if field.endswith("_token_id")}
@@ -356,7 +359,10 @@ def test_the_spread_by_rounding_is_that_of_three_runs():
         f"rounded otherwise, at {avx2:.3f}, with those that every x86 processor has (`default` and `SSE4_2`) at {sse:.3f} ("
         in page
     )
-    assert "ends at {:.3f}, {:.3f} and {:.3f}. With the earlier defaults".format(*losses("llama")) in page
+    assert (
+        "A Yaad in the same training ends at {:.3f}, {:.3f} and {:.3f}, and a Llama,".format(*losses("yaad")) in page
+    )
+    assert "make rounding grow, at {:.3f}, {:.3f} and {:.3f}.".format(*losses("llama")) in page
 
 
 def test_tested_versions_are_those_of_the_constraints():
