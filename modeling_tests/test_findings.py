@@ -395,8 +395,14 @@ def token_by_token() -> Rows:
 
 
 def test_what_is_said_of_trained_models():
-    moneta, yaad, memora = (deviation(f"{name}-lr0.004-seed0-pieces-100000") for name in MODELS)
-    assert f"it is {moneta} (Moneta), {yaad} (Yaad) and {memora} (Memora), chunks of 64." in WORDS
+    pieces, compiled = (
+        "{} (Moneta), {} (Yaad) and {} (Memora)".format(
+            *(deviation(f"{name}-lr0.004-seed0-{cut}-100000") for name in MODELS)
+        )
+        for cut in ("pieces", "compiled")
+    )
+    assert f"it is {pieces}, chunks of 64." in WORDS
+    assert f"The trained models are {compiled} from one call." in WORDS
 
 
 # Length
