@@ -324,15 +324,20 @@ def test_losses_are_the_runs():
         assert (before, after) == tuple(f"{losses[when]['loss']:.2f}" for when in ("before", "after")), name
 
 
+def report_of_demo(name: str) -> dict:
+    """The report of a training with the learning rate that is the demo's today."""
+    run = json.loads(read(f"examples/results/{name}.json"))
+    (rate,) = re.findall(r"^    learning_rate: float = field\(default=([\de.-]+),", read("examples/pretrain.py"), re.M)
+    assert run["training"]["learning_rate"] == float(rate)
+    return run
+
+
 DEMOS = ("moneta", "yaad", "yaad_avx2", "yaad_sse", "memora", "memora_avx2", "memora_sse")
 
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_demos_were_trained_with_the_defaults_of_today(name):
-    run = json.loads(read(f"examples/results/{name}.json"))
-    (rate,) = re.findall(r"^    learning_rate: float = field\(default=([\de.-]+),", read("examples/pretrain.py"), re.M)
-    assert run["training"]["learning_rate"] == float(rate)
-    stored = run["config"]
+    stored = report_of_demo(name)["config"]
     chosen = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shape = {field: stored[field] for field in (*chosen, "initializer_range", "tie_word_embeddings")}
     tokens = {field: value for field, value in stored.items() if field.endswith("_token_id")}
@@ -345,7 +350,7 @@ def test_the_spread_by_rounding_is_that_of_three_runs():
     instructions = {"": "AVX512", "_avx2": "AVX2", "_sse": "DEFAULT"}
 
     def losses(name: str) -> list[float]:
-        runs = {end: json.loads(read(f"examples/results/{name}{end}.json")) for end in instructions}
+        runs = {end: report_of_demo(name + end) for end in instructions}
         assert {end: run["machine"]["cpu_capability"] for end, run in runs.items()} == instructions
         return [run["validation"]["after"]["loss"] for run in runs.values()]
 

@@ -35,7 +35,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,8 +66,21 @@ LAYERS, HEADS = 4, 2
 MODELS = ("moneta", "yaad", "memora")
 SIZES = ("tiny", "170m", "340m")
 CHUNKS = (16, 64)
-CUTS = {"pieces": 777, "tokens": 1, "compiled": 1}
-"""Tokens of a call. `compiled` is a compiled step with a static cache."""
+
+
+class Cut(NamedTuple):
+    """How a text is cut: into calls of so many tokens, compiled by a backend or not at all."""
+
+    piece: int
+    backend: str | None
+    says: str
+
+
+CUTS = {
+    "pieces": Cut(777, None, "pieces of 777"),
+    "tokens": Cut(1, None, "token by token"),
+    "compiled": Cut(1, "inductor", "token by token, compiled"),
+}
 
 
 @dataclass(frozen=True)
@@ -167,8 +180,8 @@ def deviations(found: Tensor, expected: Tensor) -> list[float]:
 def run_job(job: Job, model, ids: Tensor, expected: Tensor, folder: Path) -> dict[str, Any]:
     """Reads the text in pieces, and writes how far the result is from `expected`."""
     started = time.perf_counter()
-    backend = "inductor" if job.cut == "compiled" else None
-    by_window = deviations(hidden_states(model, ids, CUTS[job.cut], backend), expected)
+    cut = CUTS[job.cut]
+    by_window = deviations(hidden_states(model, ids, cut.piece, cut.backend), expected)
     config = model.config
     result = {
         "job": asdict(job),
@@ -209,11 +222,6 @@ def worst(result: dict[str, Any]) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    says = {
-        "pieces": f"pieces of {CUTS['pieces']}",
-        "tokens": "token by token",
-        "compiled": "token by token, compiled",
-    }
     lines = [
         "| model | head_dim | chunk | cut | tokens | first window | largest | |",
         "|---|---|---|---|---|---|---|---|",
@@ -225,7 +233,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             Path(job["model"].removesuffix(".json")).name,
             str(result["head_dim"]),
             str(result["chunk_size"]),
-            says[job["cut"]],
+            CUTS[job["cut"]].says,
             f"{result['read']:,}",
             "not a number" if first is None else f"{first:.1e}",
             "not a number" if math.isinf(largest) else f"{largest:.1e}",
