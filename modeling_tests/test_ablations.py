@@ -439,6 +439,10 @@ def test_trainings_of_other_defaults_are_not_todays():
         other = {**point, "config": {**point["config"], field: value}}
         assert not is_todays({**result, "point": other}, size)
     assert not is_todays({**result, "job": {"rung": "moneta-q-6"}}, size)
+    # a step that another processor has measured, and one that somebody else has chosen
+    for of_it, same in ((1.0 + 1e-13, True), (1.0 + 1e-6, False)):
+        other = {**point, "config": {**point["config"], "eta_max": point["config"]["eta_max"] * of_it}}
+        assert is_todays({**result, "point": other}, size) == same
     # stored before a field was there: as the library reads a checkpoint that lacks it
     for field, same in (("use_rope", True), ("value_norm", False), ("output_norm_eps", False)):
         older = {name: value for name, value in point["config"].items() if name != field}

@@ -235,6 +235,17 @@ def test_without_a_memory_its_fields_mean_nothing(monkeypatch):
     assert read.value_norm and read.eta_max == MirasConfig(**alone).eta_max
 
 
+@pytest.mark.parametrize("of_default, refused", [(1.0 + 1e-13, False), (1.0 - 1e-13, False), (1.0 + 1e-6, True)])
+def test_a_default_that_another_processor_measured_is_none_that_a_person_set(of_default, refused):
+    alone = {**SMALL, "chunk_size": 64, "full_attention_layers": [0, 1]}
+    eta_max = MirasConfig(**alone).eta_max * of_default
+    if refused:
+        with pytest.raises(StrictDataclassError, match="`eta_max` means nothing without memory layers"):
+            MirasConfig(**alone, eta_max=eta_max)
+    else:
+        assert MirasConfig(**alone, eta_max=eta_max).eta_max == eta_max
+
+
 def test_a_derived_class_has_defaults_of_its_own():
     class Sharp(MonetaConfig):
         model_type = "sharp"

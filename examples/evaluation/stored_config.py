@@ -13,6 +13,7 @@
 # limitations under the License.
 """Configs of ours in the JSON of a training, so that one whose defaults have changed since is not taken for today's."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -20,6 +21,10 @@ from study import plain
 from transformers import AutoConfig, PreTrainedConfig
 
 from miras_hf import MirasConfig
+
+
+ROUNDING = 1e-9
+"""Relative difference up to which two numbers of configs are the same."""
 
 
 def config_fields(config: MirasConfig) -> dict[str, Any]:
@@ -33,11 +38,20 @@ def config_fields(config: MirasConfig) -> dict[str, Any]:
 def means_the_same(stored: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether two of `config_fields`, the first from a file, are of the same model.
 
-    Fields that configs have since are as the library reads them of old checkpoints.
+    Fields that configs have since are as the library reads them of old checkpoints. Numbers may differ by rounding: some
+    defaults are measured, and processors round otherwise.
     """
     values = {name: value for name, value in stored.items() if name != "model_type"}
     if not stored.keys() <= now.keys():
         return False
     read = AutoConfig.for_model(stored["model_type"]).from_dict(values | {"transformers_version": ""})
     then = {"model_type": stored["model_type"], **{name: getattr(read, name) for name in now if name != "model_type"}}
-    return plain(then) == plain(now)
+    return _same(plain(then), plain(now))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=ROUNDING)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    return a == b

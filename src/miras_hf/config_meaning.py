@@ -14,7 +14,8 @@
 """Which field of a config means something under which choices, the refusal of those that mean nothing, and what stored
 configs meant that were written before a field was there."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -126,7 +127,7 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     for name, alternatives in means_something_with().items():
         if any(all(is_made(getattr(config, n), v) for n, v in choices.items()) for choices in alternatives):
             continue
-        if getattr(config, name, defaults[name]) not in (defaults[name], *derived.get(name, ())):
+        if not _is_one_of(getattr(config, name, defaults[name]), (defaults[name], *derived.get(name, ()))):
             found[name] = defaults[name]
     if not config.has_memory:
         inherited = {field.name for field in fields(PreTrainedConfig)}
@@ -135,9 +136,16 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
             "eta_max": _default_step(config),
         }
         for name in defaults.keys() - inherited - _WITHOUT_MEMORY - found.keys():
-            if getattr(config, name, defaults[name]) not in (defaults[name], *derived.get(name, ())):
+            if not _is_one_of(getattr(config, name, defaults[name]), (defaults[name], *derived.get(name, ()))):
                 found[name] = defaults[name]
     return found
+
+
+def _is_one_of(value: Any, known: Iterable[Any]) -> bool:
+    """Whether a value is among others; a number may differ by rounding, as defaults that are measured do between processors."""
+    if type(value) is float:
+        return any(isinstance(other, int | float) and math.isclose(value, other, rel_tol=1e-9) for other in known)
+    return value in known
 
 
 def _default_step(config: Any) -> tuple[float, ...]:
