@@ -256,13 +256,11 @@ def surroundings() -> Rows:
         ("Yaad, its initial", "yaad", "-full-start"),
         ("Moneta with", "moneta", ""),
         ("Moneta, its", "moneta", "-full-start"),
-        ("Memora with", "memora", ""),
-        ("Memora, its", "memora", "-full-start"),
     ]
     rows = []
     for words, model, change in changes:
-        before = result("ablations", f"{model}-double-steps")
-        of = result("ablations-double-steps", model + change) if change else before
+        before = result("ablations", model)
+        of = result("ablations", model + change)
         more = difference(of["validation"] - before["validation"]) if change else ""
         rows.append([words, f"{of['validation']:.2f}", more, f"{of['gradient_norm_max']:.1f}"])
     return rows
@@ -271,12 +269,11 @@ def surroundings() -> Rows:
 @table("| epsilon | 1e-6, the usual one | 0.1 | 1, the default | 10 | 100 |")
 def epsilons() -> Rows:
     rows = []
-    for name in ("yaad", "moneta", "memora"):
+    for name in ("yaad", "moneta"):
         row = [name.capitalize()]
         for end in ("-usual-eps", "-eps-0.1", "", "-eps-10", "-eps-100"):
-            study, of = ("ablations-double-steps", name + end) if end else ("ablations", f"{name}-double-steps")
-            there = (RESULTS / study / f"{of}-lr0.004-seed0.json").exists()
-            row.append(f"{loss(study, of):.2f}" if there else "")
+            there = (RESULTS / "ablations" / f"{name}{end}-lr0.004-seed0.json").exists()
+            row.append(f"{loss('ablations', name + end):.2f}" if there else "")
         rows.append(row)
     return rows
 
@@ -317,7 +314,7 @@ def test_what_is_said_of_long_trainings():
         for words, study, name in (
             ("Llama", "bridge", "llama"),
             ("Gated DeltaNet", "bridge", "gated-deltanet"),
-            ("Yaad with steps twice as large", "ablations", "yaad-double-steps"),
+            ("Yaad", "ablations", "yaad"),
         )
     )
     assert f"Three seeds of 4e-3: {', '.join(seeds)}." in WORDS
