@@ -368,6 +368,11 @@ def test_the_spread_by_rounding_is_that_of_three_runs():
         "A Yaad in the same training ends at {:.3f}, {:.3f} and {:.3f}, and a Llama,".format(*losses("yaad")) in page
     )
     assert "make rounding grow, at {:.3f}, {:.3f} and {:.3f}.".format(*losses("llama")) in page
+    of_quiet = losses("memora_eps")
+    assert all(report_of_demo("memora_eps" + end)["config"]["memory_norm_eps"] == 0.1 for end in instructions)
+    assert (
+        "the same three trainings end at {:.3f}, {:.3f} and {:.3f}, lower by a tenth, and {:.3f} apart in place of {:.3f}."
+    ).format(*of_quiet, max(of_quiet) - min(of_quiet), spread) in page
 
 
 def test_tested_versions_are_those_of_the_constraints():

@@ -278,6 +278,27 @@ def epsilons() -> Rows:
     return rows
 
 
+@table("| Memora | 2e-3 | 4e-3 | 8e-3 | largest gradient norm |")
+def epsilons_of_memora() -> Rows:
+    models = {
+        "an epsilon of 0.01": "memora",
+        "0.03": "memora-norm-eps-0.03",
+        "0.1": "memora-norm-eps-0.1",
+        "0.1, steps half": "memora-norm-eps-0.1-half-steps",
+        "0.1, steps twice": "memora-norm-eps-0.1-double-steps",
+        "0.3": "memora-norm-eps-0.3",
+        "1": "memora-norm-eps-1",
+        "0.01, and an initial memory 0.03": "memora-small-start",
+    }
+
+    def cells(name: str) -> list[str]:
+        there = [rate for rate in RATES_OF_TEXT if (RESULTS / "ablations" / f"{name}-lr{rate:g}-seed0.json").exists()]
+        losses = [f"{loss('ablations', name, rate):.2f}" if rate in there else "" for rate in RATES_OF_TEXT]
+        return [*losses, f"{max(result('ablations', name, rate)['gradient_norm_max'] for rate in there):.1f}"]
+
+    return rows_of(models, cells)
+
+
 @table("| largest step, of today's | 2.0M tokens, texts of 512 | of 2,048 | largest gradient norm | of 2,048 |")
 def steps() -> Rows:
     rows = []
@@ -592,6 +613,14 @@ def test_what_is_said_of_a_matrix():
         loss("ablations-long", name) - loss("ablations-long", "yaad") for name in ("yaad-linear-alone", "yaad-linear")
     ]
     assert [f"{gap:.2f}" for gap in gaps] == ["0.01", "-0.02"]
+
+
+def test_what_is_said_of_memoras_epsilon():
+    quiet = [loss("ablations", name) for name in ("memora-norm-eps-0.1", "memora-small-start")]
+    gained = sorted(f"{loss('ablations', 'memora') - one:.2f}" for one in quiet)
+    assert f"A quieter start is worth {gained[0]} to {gained[1]} nats" in WORDS
+    large, small = loss("ablations-long", "memora-norm-eps-0.1"), loss("ablations-long", "memora")
+    assert f"{small - large:.2f} of it are left ({large:.2f} against {small:.2f})." in WORDS
 
 
 def test_what_is_said_of_chunks_that_overshoot():

@@ -126,6 +126,16 @@ def _fill() -> None:
         _add(f"{model}-last-layer", model, "only the last layer is written", update_layers="last")
         _add(f"{model}-keys", model, "keys in place of queries", change="keys")
 
+        says = "the initial memory's last layer 0.03 of its full size"
+        _add(f"{model}-small-start", model, says, initial_memory_scale=0.03, default=False, served=True, tried=True)
+
+    for eps in (0.03, 0.1, 0.3):  # Memora's is 0.01
+        says = f"epsilon of the memory's own norm {eps:g}"
+        flags = {"served": eps == 0.1, "tried": eps == 0.1, "default": False}
+        _add(f"memora-norm-eps-{eps:g}", "memora", says, memory_norm_eps=eps, **flags)
+    for word, steps in (("half", 0.5), ("double", 2.0)):
+        name, says = "memora-norm-eps-0.1", f"and largest steps of {steps:g} times that"
+        _add(f"{name}-{word}-steps", name, says, steps=steps, default=False)
     _add("yaad-constant-delta", "yaad", "one threshold a head, whatever the text", change="constant-delta")
     for p in (1.5, 2.0, 4.0):
         _add(f"moneta-p-{p:g}", "moneta", f"p = {p:g}", lp_power=p)
