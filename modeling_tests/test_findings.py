@@ -619,8 +619,17 @@ def test_what_is_said_of_memoras_epsilon():
     quiet = [loss("ablations", name) for name in ("memora-norm-eps-0.1", "memora-small-start")]
     gained = sorted(f"{loss('ablations', 'memora') - one:.2f}" for one in quiet)
     assert f"A quieter start is worth {gained[0]} to {gained[1]} nats" in WORDS
-    large, small = loss("ablations-long", "memora-norm-eps-0.1"), loss("ablations-long", "memora")
-    assert f"{small - large:.2f} of it are left ({large:.2f} against {small:.2f})." in WORDS
+    names = ("memora-norm-eps-0.1", "memora-norm-eps-0.1-half-steps", "memora")
+    of = [result("ablations-long", name) for name in names]
+    losses, norms = (
+        [f"{one[key]:{form}}" for one in of] for key, form in (("validation", ".2f"), ("gradient_norm_max", ".1f"))
+    )
+    said = (
+        "0.1 is at {}, and with half the steps at {}, where 0.01 is at {}; largest gradient norms are {}, {} and {}."
+    )
+    assert said.format(*losses, *norms) in WORDS.replace("**", "")
+    others = [loss("ablations", name, 0.008) for name in MODELS]
+    assert loss("ablations", names[1], 0.008) < min(others) and "bears 8e-3 better than any other model" in WORDS
 
 
 def test_what_is_said_of_chunks_that_overshoot():
