@@ -145,8 +145,18 @@ def difference(value: float) -> str:
     return f"{value:+.2f}" if f"{value:.2f}" not in ("0.00", "-0.00") else "0.00"
 
 
+def rates_of(study: str, name: str) -> list[float]:
+    return [rate for rate in RATES_OF_TEXT if (RESULTS / study / f"{name}-lr{rate:g}-seed0.json").exists()]
+
+
+def losses_by_rate(study: str, name: str) -> list[str]:
+    """Nothing where there was no training."""
+    there = rates_of(study, name)
+    return [f"{loss(study, name, rate):.2f}" if rate in there else "" for rate in RATES_OF_TEXT]
+
+
 def rates_of_rung(name: str) -> list[float]:
-    return [rate for rate in RATES_OF_TEXT if (RESULTS / "bridge" / f"{name}-lr{rate:g}-seed0.json").exists()]
+    return rates_of("bridge", name)
 
 
 def best_of_rung(name: str, rates: Sequence[float] = RATES_OF_TEXT) -> float:
@@ -174,8 +184,7 @@ def path_to_an_mlp() -> Rows:
     ]
     rows = []
     for words, name, before, with_epsilon in path:
-        there = rates_of_rung(name)
-        losses = [f"{loss('bridge', name, rate):.2f}" if rate in there else "" for rate in RATES_OF_TEXT]
+        losses = losses_by_rate("bridge", name)
         cost = "" if before is None else cost_of_rung(name, before)
         rows.append([words, *losses, cost, "" if with_epsilon is None else f"{best_of_rung(with_epsilon):.2f}"])
     return rows
@@ -292,9 +301,8 @@ def epsilons_of_memora() -> Rows:
     }
 
     def cells(name: str) -> list[str]:
-        there = [rate for rate in RATES_OF_TEXT if (RESULTS / "ablations" / f"{name}-lr{rate:g}-seed0.json").exists()]
-        losses = [f"{loss('ablations', name, rate):.2f}" if rate in there else "" for rate in RATES_OF_TEXT]
-        return [*losses, f"{max(result('ablations', name, rate)['gradient_norm_max'] for rate in there):.1f}"]
+        norms = (result("ablations", name, rate)["gradient_norm_max"] for rate in rates_of("ablations", name))
+        return [*losses_by_rate("ablations", name), f"{max(norms):.1f}"]
 
     return rows_of(models, cells)
 
