@@ -342,7 +342,8 @@ def test_demos_were_trained_with_the_defaults_of_today(name):
     shape = {field: stored[field] for field in (*chosen, "initializer_range", "tie_word_embeddings")}
     tokens = {field: value for field, value in stored.items() if field.endswith("_token_id")}
     config = AutoConfig.for_model(name.split("_")[0], **shape, **tokens)
-    assert "eta_max" in stored
+    # another processor may have rounded what is measured
+    assert stored.pop("eta_max") == pytest.approx(config.eta_max, rel=1e-9)
     assert stored == {field: json.loads(json.dumps(getattr(config, field))) for field in stored}
 
 

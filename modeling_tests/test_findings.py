@@ -623,6 +623,18 @@ def test_what_is_said_of_a_matrix():
     assert [f"{gap:.2f}" for gap in gaps] == ["0.01", "-0.02"]
 
 
+def test_what_is_said_of_surroundings():
+    before, loud = result("ablations", "memora-double-steps"), result("ablations-double-steps", "memora-full-start")
+    assert (
+        f"much more in Memora: {before['validation']:.2f} against {loud['validation']:.2f} with gradients of norm "
+        f"{loud['gradient_norm_max']:.0f}, with steps twice as large as today's"
+    ) in WORDS
+    plain, delta = loss("ablations", "yaad-plain-values"), loss("bridge", "gated-deltanet")
+    assert f"are as good as normalised ones ({plain:.2f})" in WORDS
+    assert f"{loss('ablations', 'yaad-eps-10'):.2f}" == f"{delta:.2f}"
+    assert f"With 10, Yaad is where Gated DeltaNet is after so few tokens ({delta:.2f})" in WORDS
+
+
 def test_what_is_said_of_memoras_epsilon():
     quiet = [loss("ablations", name) for name in ("memora-norm-eps-0.1", "memora-small-start")]
     gained = sorted(f"{loss('ablations', 'memora') - one:.2f}" for one in quiet)

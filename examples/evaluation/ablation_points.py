@@ -136,6 +136,7 @@ def _fill() -> None:
     for word, steps in (("half", 0.5), ("double", 2.0)):
         name, says = "memora-norm-eps-0.1", f"and largest steps of {steps:g} times that"
         _add(f"{name}-{word}-steps", name, says, steps=steps, default=False)
+
     _add("yaad-constant-delta", "yaad", "one threshold a head, whatever the text", change="constant-delta")
     for p in (1.5, 2.0, 4.0):
         _add(f"moneta-p-{p:g}", "moneta", f"p = {p:g}", lp_power=p)
