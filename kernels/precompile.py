@@ -62,7 +62,7 @@ from miras_kernels.ops import chunks_between_starts
 FAMILIES = {
     "yaad": Choices(attentional_bias="huber_norm", retention="decay"),
     "moneta": Choices(attentional_bias="lp", retention="lq"),
-    "memora": Choices(attentional_bias="l2", retention="kl", norm_eps=0.01),
+    "memora": Choices(attentional_bias="l2", retention="kl"),
     "matrix": Choices(memory="matrix", attentional_bias="l2", retention="decay"),
     "mixture": Choices(attentional_bias="huber_mixture", retention="decay"),
     "last": Choices(attentional_bias="l2", retention="decay", update_layers="last"),

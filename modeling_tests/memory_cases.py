@@ -66,7 +66,7 @@ RULES = {
     # the three models of the paper
     "moneta": MirasRule(attentional_bias=Lp(), retention=Lq()),
     "yaad": MirasRule(attentional_bias=HuberMixture(), retention=Decay()),
-    "memora": MirasRule(architecture=MLPMemory(norm_eps=0.01), attentional_bias=L2(), retention=KL()),
+    "memora": MirasRule(attentional_bias=L2(), retention=KL()),
     # every other choice at least once, and the paper's decay toward zero with every link
     "moneta_mirror": MirasRule(attentional_bias=Lp(power=2.5, sign="tanh"), retention=LqMirror()),
     "moneta_zero": MirasRule(attentional_bias=Lp(power=4.0), retention=Lq(power=5.0), decay_target="zero"),

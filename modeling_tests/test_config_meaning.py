@@ -23,7 +23,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from miras_hf import MirasConfig, MirasForCausalLM, MonetaConfig, YaadConfig, config_meaning
+from miras_hf import MemoraConfig, MirasConfig, MirasForCausalLM, MonetaConfig, YaadConfig, config_meaning
 from miras_hf.config_meaning import means_something_with
 
 
@@ -244,6 +244,22 @@ def test_a_default_that_another_processor_measured_is_none_that_a_person_set(of_
             MirasConfig(**alone, eta_max=eta_max)
     else:
         assert MirasConfig(**alone, eta_max=eta_max).eta_max == eta_max
+
+
+def test_what_was_once_a_default_is_none_that_a_person_set(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr(config_meaning.logger, "warning_once", warned.append)
+    # a Memora with a matrix wrote the epsilon of a norm that it does not have
+    for memory_norm_eps, heard in ((0.01, 0), (0.02, 1)):
+        stored = MemoraConfig(**SMALL, memory_architecture="matrix").to_dict() | {"memory_norm_eps": memory_norm_eps}
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        MemoraConfig.from_pretrained(tmp_path)
+        assert len(warned) == heard
+    # and one with an MLP keeps its own
+    stored = MemoraConfig(**SMALL).to_dict() | {"memory_norm_eps": 0.01, "eta_max": 0.006}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    read = MemoraConfig.from_pretrained(tmp_path)
+    assert (read.memory_norm_eps, read.eta_max, len(warned)) == (0.01, 0.006, 1)
 
 
 def test_a_derived_class_has_defaults_of_its_own():

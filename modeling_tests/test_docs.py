@@ -365,15 +365,21 @@ def test_the_spread_by_rounding_is_that_of_three_runs():
         f"rounded otherwise, at {avx2:.3f}, with those that every x86 processor has (`default` and `SSE4_2`) at {sse:.3f} ("
         in page
     )
+    assert f"which is {spread:.3f} apart. A Yaad" in page
     assert (
         "A Yaad in the same training ends at {:.3f}, {:.3f} and {:.3f}, and a Llama,".format(*losses("yaad")) in page
     )
     assert "make rounding grow, at {:.3f}, {:.3f} and {:.3f}.".format(*losses("llama")) in page
-    of_quiet = losses("memora_eps")
-    assert all(report_of_demo("memora_eps" + end)["config"]["memory_norm_eps"] == 0.1 for end in instructions)
-    assert (
-        "the same three trainings end at {:.3f}, {:.3f} and {:.3f}, lower by a tenth, and {:.3f} apart in place of {:.3f}."
-    ).format(*of_quiet, max(of_quiet) - min(of_quiet), spread) in page
+    of_half = losses("memora_half_steps")
+    steps, half = (
+        {report_of_demo(name + end)["config"]["eta_max"] for end in instructions}
+        for name in ("memora", "memora_half_steps")
+    )
+    (step,), (half_step,) = steps, half
+    assert half_step == step / 2 and f"eta_max={half_step}`) end at" in page
+    assert ("end at {:.3f}, {:.3f} and {:.3f}, which is {:.3f} apart.").format(
+        *of_half, max(of_half) - min(of_half)
+    ) in page
 
 
 def test_tested_versions_are_those_of_the_constraints():

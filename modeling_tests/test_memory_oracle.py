@@ -232,7 +232,8 @@ ORACLES = {
     "moneta_p5": Oracle(MirasRule(attentional_bias=Lp(power=5.0), retention=Lq()), lp(5), Printed()),
     "moneta_mirror": Oracle(MirasRule(attentional_bias=Lp(), retention=LqMirror()), lp(3), Mirror()),
     "mirror_q3": Oracle(MirasRule(attentional_bias=L2(), retention=LqMirror(power=3.0)), l2, Mirror(3.0)),
-    "memora": Oracle(
+    "memora": Oracle(MirasRule(attentional_bias=L2(), retention=KL()), l2, Softmax()),
+    "memora_loud": Oracle(
         MirasRule(architecture=MLPMemory(norm_eps=0.01), attentional_bias=L2(), retention=KL()),
         l2,
         Softmax(),

@@ -20,7 +20,7 @@ from memory_cases import FORMS, MODELS, Case, make_parameters, relative_error, r
 from test_memory_oracle import ORACLES, Oracle
 
 
-STEPS = {"moneta": 5e-3, "yaad": 0.1, "memora": 0.2}
+STEPS = {"moneta": 5e-3, "yaad": 0.1, "memora": 0.1}
 PAIRS, ROUNDS = 4, 12
 
 

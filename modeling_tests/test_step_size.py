@@ -107,7 +107,7 @@ def test_a_unit_step_takes_the_error_away(case, head_dim):
     )
     share = measured_share(config)
     # one over the width is what the layer norm takes out of writes and errors both
-    assert 1.0 - 8.0 / head_dim - 0.15 < share < 1.15, share
+    assert 1.0 - 8.0 / head_dim - 0.15 < share < 1.2, share
 
 
 def test_chunks_of_equal_tokens_contract_at_the_first_step_of_a_matrix():
@@ -128,16 +128,19 @@ def test_chunks_of_equal_tokens_contract_at_the_first_step_of_a_matrix():
 
 
 @pytest.mark.parametrize(
-    "choices",
-    [{"attentional_bias": "l2", "retention": "kl"}, {"attentional_bias": "huber_norm", "retention": "decay"}],
+    ("whole", "choices"),
+    [
+        (8, {"attentional_bias": "l2", "retention": "kl"}),
+        (16, {"attentional_bias": "huber_norm", "retention": "decay"}),
+    ],
     ids=["memora", "yaad"],
 )
-def test_an_mlp_forgets_differences_of_its_start_in_chunks_of_64(choices):
+def test_an_mlp_forgets_differences_of_its_start_in_chunks_of_64(whole, choices):
     """A text of three words in chunks of 64: at a new model's steps a difference at the start stays as small as it was, and
-    at four times as large ones, those of chunks of 16, it grows a hundredfold before it is forgotten."""
+    at those of shorter chunks, which take a token's whole error away, it grows a hundredfold before it is forgotten."""
     shared = {"vocab_size": 8, "hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1, **choices}
-    config, shorter = MirasConfig(chunk_size=64, **shared), MirasConfig(chunk_size=16, **shared)
-    assert shorter.eta_max == pytest.approx(unit_step(shorter)) == pytest.approx(4 * config.eta_max)
+    config, shorter = MirasConfig(chunk_size=64, **shared), MirasConfig(chunk_size=whole, **shared)
+    assert shorter.eta_max == pytest.approx(unit_step(shorter)) == pytest.approx(64 / whole * config.eta_max)
     memory = memory_of(config).double()
     chunks, shape = 24, (4, 24 * 64, 2)
     words = [torch.randn(4, 3, 2, 64, dtype=torch.float64) for _ in "kv"]
@@ -161,20 +164,22 @@ def test_an_mlp_forgets_differences_of_its_start_in_chunks_of_64(choices):
         difference = (one - other).norm(dim=-1) / one.norm(dim=-1)
         return (difference / difference[:, :1]).max().item()
 
-    assert growth(config.eta_max) < 10 and growth(4 * config.eta_max) > 100
+    assert growth(config.eta_max) < 10 and growth(shorter.eta_max) > 100
 
 
 @pytest.mark.parametrize("chunk_size", [16, 64, 256])
 @pytest.mark.parametrize("model_type", ["moneta", "yaad", "memora"])
 def test_a_chunk_of_a_new_model_takes_no_more_than_the_error_away(model_type, chunk_size):
-    """Of what a text's keys have in common, all writes of a chunk together: half of what would overshoot."""
+    """Of what a text's keys have in common, all writes of a chunk together: half of what would overshoot, of Memora a
+    quarter."""
     torch.manual_seed(0)
+    of_all = 0.5 if model_type == "memora" else 1.0
     shape = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 256}
     config = AutoConfig.for_model(model_type, chunk_size=chunk_size, **shape)
     ids = torch.tensor([list(Path(__file__).read_bytes()[:1024])])
     probes = measure_memories(AutoModelForCausalLM.from_config(config), {"input_ids": ids}, probe_memory)
     for probe in probes.values():
-        assert 0.4 < probe.chunk_share.max() < 1.2
+        assert 0.4 < probe.chunk_share.max() / of_all < 1.2
 
 
 def test_momentum_moves_as_far_in_the_end():

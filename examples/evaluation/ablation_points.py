@@ -126,16 +126,19 @@ def _fill() -> None:
         _add(f"{model}-last-layer", model, "only the last layer is written", update_layers="last")
         _add(f"{model}-keys", model, "keys in place of queries", change="keys")
 
-        says = "the initial memory's last layer 0.03 of its full size"
-        _add(f"{model}-small-start", model, says, initial_memory_scale=0.03, default=False, served=True, tried=True)
-
-    for eps in (0.03, 0.1, 0.3):  # Memora's is 0.01
-        says = f"epsilon of the memory's own norm {eps:g}"
-        flags = {"served": eps == 0.1, "tried": eps == 0.1, "default": False}
-        _add(f"memora-norm-eps-{eps:g}", "memora", says, memory_norm_eps=eps, **flags)
-    for word, steps in (("half", 0.5), ("double", 2.0)):
-        name, says = "memora-norm-eps-0.1", f"and largest steps of {steps:g} times that"
-        _add(f"{name}-{word}-steps", name, says, steps=steps, default=False)
+    # Memora's earlier defaults, and what led away from them
+    _add("memora-quadruple-steps", "memora", "largest steps of 4 times the default's", steps=4.0, default=False)
+    before = "memora-earlier"
+    says, flags = "its earlier default: epsilon of the memory's own norm 0.01", {"default": False}
+    _add(before, "memora-double-steps", says, memory_norm_eps=0.01, served=True, tried=True, **flags)
+    for eps in (0.03, 0.3, 1.0):
+        _add(f"{before}-norm-eps-{eps:g}", before, f"that epsilon {eps:g}", memory_norm_eps=eps, **flags)
+    _add(f"{before}-double-steps", before, "largest steps of twice that", steps=2.0, **flags)
+    says = "the initial memory's last layer 0.03 of its full size"
+    _add(f"{before}-small-start", before, says, initial_memory_scale=0.03, **flags)
+    _add(
+        f"{before}-no-write", "memora-no-write", "epsilon of the memory's own norm 0.01", memory_norm_eps=0.01, **flags
+    )
 
     _add("yaad-constant-delta", "yaad", "one threshold a head, whatever the text", change="constant-delta")
     for p in (1.5, 2.0, 4.0):

@@ -109,7 +109,7 @@ def make_rule(model: str, chunk_size: int) -> MirasRule:
     memory: MemoryArchitecture = MatrixMemory()
     if model != "matrix":
         written = "last" if model == "last" else "all"
-        memory = MLPMemory(norm_eps=0.01 if gate == "kl" else 0.1, update_layers=written)
+        memory = MLPMemory(update_layers=written)
     return MirasRule(memory, ATTENTIONAL_BIASES[bias](), RETENTION_GATES[gate](), chunk_size=chunk_size)
 
 

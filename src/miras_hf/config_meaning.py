@@ -118,7 +118,7 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """
     # what `None` stands for
     derived = {
-        "memory_norm_eps": {gate.norm_eps for gate in CHOICES["retention"].values()},
+        "memory_norm_eps": (0.01,),  # what it was once with a simplex
         "min_log_alpha": (default_min_log_alpha(config.chunk_size),),
         "num_key_value_heads": (config.num_attention_heads,),
         "rope_parameters": ({"rope_type": "default", "rope_theta": PreTrainedConfig.default_theta},),

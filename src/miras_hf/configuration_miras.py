@@ -163,8 +163,8 @@ class MirasConfig(PreTrainedConfig):
         memory_norm, memory_residual (`bool`, *optional*, default to `True`):
             Whether the MLP memory has its layer norm, and adds what it is asked with to what it returns. Without either it
             runs in PyTorch only.
-        memory_norm_eps (`float`, *optional*):
-            Epsilon of the memory's layer norm, which bounds its backward; `None` for 0.1, or 0.01 with KL retention.
+        memory_norm_eps (`float`, *optional*, defaults to 0.1):
+            Epsilon of the memory's layer norm, which bounds its backward: large against the variance that it meets.
         update_layers (`str`, *optional*, defaults to `"all"`):
             The weights of an MLP memory that a text writes: `"all"`, or the `"last"` alone. The others then stay the learned
             initial ones, and states are as much smaller.
@@ -343,7 +343,7 @@ class MirasConfig(PreTrainedConfig):
     memory_norm: bool = declared("memory_norm")
     memory_residual: bool = declared("memory_residual")
     update_layers: str = declared("update_layers")
-    memory_norm_eps: float | None = declared("memory_norm_eps", default=None)
+    memory_norm_eps: float = declared("memory_norm_eps")
     attentional_bias: str = choice("attentional_bias", "l2")
     lp_power: int | float = declared("lp_power")
     lp_sign: str = declared("lp_sign")
@@ -409,8 +409,6 @@ class MirasConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
-        if self.memory_norm_eps is None:
-            self.memory_norm_eps = chosen(self, "retention").norm_eps
         if self.initial_memory_scale is None:
             of_mlp = self.memory_architecture in ("mlp", "gated_mlp")
             self.initial_memory_scale = chosen(self, "retention").last_layer_scale if of_mlp else 1.0

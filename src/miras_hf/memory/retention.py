@@ -70,9 +70,6 @@ def rms(x: Tensor) -> Tensor:
 class RetentionGate(Choice):
     """Base class of the links."""
 
-    norm_eps: ClassVar[float] = 0.1
-    """Epsilon that an MLP memory's layer norm has by default: large against the variance that it meets."""
-
     last_layer_scale: ClassVar[float] = 0.1
     """Factor on the initial weights of an MLP memory's last layer by default: what is written soon outweighs it."""
 
@@ -311,8 +308,6 @@ class Simplex(RetentionGate):
             `c = mass * n / sqrt(fan_in)`. Dual states of standard deviation `1 / mass` then give weights that deviate
             from their mean by about `1 / sqrt(fan_in)`.
     """
-
-    norm_eps: ClassVar[float] = 0.01
 
     mass: float = parameter("simplex_mass", 2.0, above=0, high=1e6)
 
