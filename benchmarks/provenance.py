@@ -53,12 +53,14 @@ def package_version(name: str) -> str | None:
 SPEED_SETTINGS = ("ATEN_CPU_", "GLIBC_TUNABLES", "KMP_", "MALLOC_", "MKL_", "OMP_", "THP_MEM_ALLOC_ENABLE")
 """Beginnings of the environment variables that processors and allocators go by."""
 
+# as the process was started: compilers set some of them later
+_SETTINGS = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(SPEED_SETTINGS)]
+
 
 def command_line() -> str:
     """The command as a reader would type it, without this machine's folders."""
-    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(SPEED_SETTINGS)]
     words = [os.path.relpath(w) if os.path.isabs(w) else w for w in sys.argv]
-    return " ".join([*settings, "python", *words])
+    return " ".join([*_SETTINGS, "python", *words])
 
 
 def say(text: str) -> None:

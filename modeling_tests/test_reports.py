@@ -18,7 +18,10 @@ what was trained with the old one has a name of its own.
 """
 
 import importlib
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,14 @@ def test_a_report_is_what_the_study_makes_of_its_results(folder, study, size, tm
 def test_no_folder_with_a_report_is_left_out():
     folders = {path.parent.name for path in (EVALUATION / "results").glob("*/report.md")}
     assert folders == {folder for folder, *_ in STUDIES}
+
+
+def test_a_command_names_the_settings_it_was_started_with_alone():
+    """What a compiler sets while a study runs is nothing that a reader would type."""
+    code = "import os, provenance; os.environ['KMP_DUPLICATE_LIB_OK'] = 'TRUE'; print(provenance.command_line())"
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("KMP_", "MKL_", "MALLOC_", "ATEN_"))
+    }
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EVALUATION.parents[1] / "benchmarks")}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
+    assert said == "OMP_NUM_THREADS=1 python -c\n"
