@@ -49,7 +49,6 @@ def our_config(point: Point, shape: ModelShape, intermediate_size: int) -> Miras
         "intermediate_size": intermediate_size,
         # the delta rule takes the place of a matrix memory
         "memory_architecture": "mlp" if point.rule == "mlp" else "matrix",
-        "memory_norm_eps": point.norm_eps,
         "attentional_bias": point.loss,
         "retention": point.retention,
         "chunk_size": point.chunk,
@@ -63,6 +62,8 @@ def our_config(point: Point, shape: ModelShape, intermediate_size: int) -> Miras
         "use_rope": point.rope,
         "decay_target": point.decay_target,
     }
+    if point.norm_eps is not None:
+        values["memory_norm_eps"] = point.norm_eps
     if point.half_lives is not None:
         values |= dict(zip(("min_half_life", "max_half_life"), point.half_lives, strict=True))
     if not point.caps:
