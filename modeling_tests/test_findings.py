@@ -377,7 +377,7 @@ def test_what_the_readme_and_the_page_say_against_the_neighbours():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     of_models = [writes[name] for name in MODELS]
     assert (
-        f"Yaad, Moneta and Memora are {', '.join([ahead['yaad'], ahead['moneta']])} and {ahead['memora']} nats below Gated "
+        f"Yaad, Moneta and Memora are {ahead['yaad']}, {ahead['moneta']} and {ahead['memora']} nats below Gated "
         f"DeltaNet, {below}, and {min(of_models):.2f} to {max(of_models):.2f} below themselves without writes; at width 256 (5.2M) "
         f"all three are {gains_at_width_256()[0]} below Gated DeltaNet and {gains_at_width_256()[1]} below themselves"
     ) in readme

@@ -107,7 +107,9 @@ def test_a_unit_step_takes_the_error_away(case, head_dim):
     )
     share = measured_share(config)
     # one over the width is what the layer norm takes out of writes and errors both
-    assert 1.0 - 8.0 / head_dim - 0.15 < share < 1.2, share
+    # what is drawn of three layers of simplices is off by more, 0.153 at a width of 64
+    most = 1.2 if case == "deep_kl" else 1.15
+    assert 1.0 - 8.0 / head_dim - 0.15 < share < most, share
 
 
 def test_chunks_of_equal_tokens_contract_at_the_first_step_of_a_matrix():

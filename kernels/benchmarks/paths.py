@@ -42,9 +42,9 @@ from miras_hf.memory import (
 from miras_kernels import forward
 
 
-# attentional bias, retention, and the largest step at a chunk of 64: those of the families by default, of a matrix memory,
-# the linear one beside them, of Yaad as the paper prints it, of an MLP memory whose last weight alone is written, and of the
-# delta rule
+# attentional bias, retention, and the largest step at a chunk of 64, for initial memories at full size (models start smaller, with
+# other steps): of the three families, of a matrix memory, the linear one beside them, of Yaad as the paper prints it, of an MLP
+# memory whose last weight alone is written, and of the delta rule
 MODELS = {
     "yaad": ("huber_norm", "decay", 4e-3),
     "moneta": ("lp", "lq", 1.5e-3),
