@@ -191,7 +191,7 @@ def test_bf16_learns_as_float32_does(padded, many_rows, tmp_path):
     assert np.abs(np.subtract(found, plain)).mean() < 0.01
 
 
-def test_compiled_training_is_one_graph_with_the_same_losses(many_rows, tmp_path):
+def test_compiled_training_is_one_graph_with_the_same_losses(many_rows, tmp_path, recwarn):
     """Without inductor, whose C++ takes minutes to compile."""
     arguments = {"max_steps": 3, "learning_rate": 1e-2, "train_sampling_strategy": "sequential"}
     model = {"layer_types": None, "num_hidden_layers": 1, "chunk_size": 8}
@@ -209,6 +209,7 @@ def test_compiled_training_is_one_graph_with_the_same_losses(many_rows, tmp_path
         **arguments,
     )
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert not [str(warning.message) for warning in recwarn if "Dynamo" in str(warning.message)]
     np.testing.assert_allclose(losses(compiled), losses(plain), rtol=1e-5)
 
 

@@ -15,7 +15,7 @@
 
 import os
 from dataclasses import fields
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -96,7 +96,6 @@ _FLOAT32_TINY = 2.0**-126
 _retention = partial(choice, "retention", part_of=("lq_mirror",))
 
 
-@lru_cache
 def _layer_types(layers: int, sliding: tuple[int, ...], full: tuple[int, ...]) -> tuple[str, ...]:
     types = [RecurrentLayerType(MEMORY_LAYER)] * layers
     for kind, indices in ((ATTENTION_LAYER, sliding), (FULL_ATTENTION_LAYER, full)):
