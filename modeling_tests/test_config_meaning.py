@@ -260,6 +260,15 @@ def test_what_was_once_a_default_is_none_that_a_person_set(tmp_path, monkeypatch
     (tmp_path / "config.json").write_text(json.dumps(stored))
     read = MemoraConfig.from_pretrained(tmp_path)
     assert (read.memory_norm_eps, read.eta_max, len(warned)) == (0.01, 0.006, 1)
+    # a Memora without memories wrote the step that one with memories would have had, which was larger once
+    small = {**SMALL, "chunk_size": 64}
+    alone = {**small, "full_attention_layers": [0, 1]}
+    for memory_norm_eps, times, heard in ((0.01, 4.0, 1), (0.1, 2.0, 1), (0.1, 3.0, 2)):
+        of_then = times * MemoraConfig(**small, memory_norm_eps=memory_norm_eps).eta_max
+        stored = MemoraConfig(**alone).to_dict() | {"memory_norm_eps": memory_norm_eps, "eta_max": of_then}
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        MemoraConfig.from_pretrained(tmp_path)
+        assert len(warned) == heard
 
 
 def test_a_derived_class_has_defaults_of_its_own():

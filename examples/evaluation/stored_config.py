@@ -21,10 +21,7 @@ from study import plain
 from transformers import AutoConfig, PreTrainedConfig
 
 from miras_hf import MirasConfig
-
-
-ROUNDING = 1e-9
-"""Relative difference up to which two numbers of configs are the same."""
+from miras_hf.config_meaning import ROUNDING
 
 
 def config_fields(config: MirasConfig) -> dict[str, Any]:

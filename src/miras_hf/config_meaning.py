@@ -100,6 +100,9 @@ def means_something_with() -> dict[str, Alternatives]:
     return found | {"sliding_window": ({"has_sliding_attention": True},)}
 
 
+ROUNDING = 1e-9
+"""Relative difference up to which two numbers of configs are the same."""
+
 # What models did before there was a field to say so: configs and memories that were stored then lack it.
 BEFORE_THERE_WAS: dict[str, Any] = {"value_norm": False, "output_norm_eps": None}
 
@@ -133,7 +136,7 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
         inherited = {field.name for field in fields(PreTrainedConfig)}
         derived |= {
             "initial_memory_scale": {1.0, *(gate.last_layer_scale for gate in CHOICES["retention"].values())},
-            "eta_max": _default_step(config),
+            "eta_max": _default_steps(config),
         }
         for name in defaults.keys() - inherited - _WITHOUT_MEMORY - found.keys():
             if not _is_one_of(getattr(config, name, defaults[name]), (defaults[name], *derived.get(name, ()))):
@@ -144,14 +147,15 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
 def _is_one_of(value: Any, known: Iterable[Any]) -> bool:
     """Whether a value is among others; a number may differ by rounding, as defaults that are measured do between processors."""
     if type(value) is float:
-        return any(isinstance(other, int | float) and math.isclose(value, other, rel_tol=1e-9) for other in known)
+        return any(isinstance(other, int | float) and math.isclose(value, other, rel_tol=ROUNDING) for other in known)
     return value in known
 
 
-def _default_step(config: Any) -> tuple[float, ...]:
+def _default_steps(config: Any) -> tuple[float, ...]:
     # a stored config may leave open what it follows from
     follows_from = (config.head_dim, config.memory_norm_eps, config.initial_memory_scale)
-    return () if None in follows_from else (largest_step(config),)
+    # earlier defaults were two, four, eight or sixteen times as large
+    return () if None in follows_from else tuple(largest_step(config) * 2.0**times for times in range(5))
 
 
 def check_meaning(config: PreTrainedConfig) -> None:
