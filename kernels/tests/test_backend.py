@@ -31,8 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAMILIES = {
     "moneta": (miras_hf.MonetaConfig, {"use_rope": True}),
     "yaad": (miras_hf.YaadConfig, {"use_rope": True}),
-    # from a smaller start Memora's layer norm divides by less, and what two backends round differently counts for more
-    "memora": (miras_hf.MemoraConfig, {"initial_memory_scale": 1.0}),
+    "memora": (miras_hf.MemoraConfig, {}),
     "mirror": (miras_hf.MonetaConfig, {"lq_map": "mirror"}),
     "hybrid": (miras_hf.YaadConfig, {"use_rope": True, "attention_layers": [1], "sliding_window": 8}),
     "matrix": (miras_hf.MirasConfig, {"memory_architecture": "matrix", "gate_granularity": "head"}),
