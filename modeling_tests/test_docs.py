@@ -370,15 +370,14 @@ def test_the_spread_by_rounding_is_that_of_three_runs():
         "A Yaad in the same training ends at {:.3f}, {:.3f} and {:.3f}, and a Llama,".format(*losses("yaad")) in page
     )
     assert "make rounding grow, at {:.3f}, {:.3f} and {:.3f}.".format(*losses("llama")) in page
-    of_half = losses("memora_half_steps")
-    steps, half = (
+    of_double = losses("memora_double_steps")
+    (step,), (double_step,) = (
         {report_of_demo(name + end)["config"]["eta_max"] for end in instructions}
-        for name in ("memora", "memora_half_steps")
+        for name in ("memora", "memora_double_steps")
     )
-    (step,), (half_step,) = steps, half
-    assert half_step == step / 2 and f"eta_max={half_step}`) end at" in page
+    assert double_step == step * 2 and f"eta_max={double_step}`) end at" in page
     assert ("end at {:.3f}, {:.3f} and {:.3f}, which is {:.3f} apart.").format(
-        *of_half, max(of_half) - min(of_half)
+        *of_double, max(of_double) - min(of_double)
     ) in page
 
 

@@ -37,6 +37,7 @@ STUDIES = [
     ("bridge-long", "bridge", ["--size", "long"]),
     ("bridge-wide", "bridge", ["--size", "wide"]),
     ("recall", "recall", ["--size", "cpu"]),
+    ("recall-seeds", "recall", ["--size", "cpu"]),
     ("length", "length", []),
     ("stability", "stability", []),
 ]

@@ -127,10 +127,17 @@ def _fill() -> None:
         _add(f"{model}-keys", model, "keys in place of queries", change="keys")
 
     # Memora's earlier defaults, and what led away from them
-    _add("memora-quadruple-steps", "memora", "largest steps of 4 times the default's", steps=4.0, default=False)
+    for word, steps in (("quadruple", 4.0), ("octuple", 8.0)):
+        _add(
+            f"memora-{word}-steps",
+            "memora",
+            f"largest steps of {steps:g} times the default's",
+            steps=steps,
+            default=False,
+        )
     before = "memora-earlier"
     says, flags = "its earlier default: epsilon of the memory's own norm 0.01", {"default": False}
-    _add(before, "memora-double-steps", says, memory_norm_eps=0.01, served=True, tried=True, **flags)
+    _add(before, "memora-quadruple-steps", says, memory_norm_eps=0.01, served=True, tried=True, **flags)
     for eps in (0.03, 0.3, 1.0):
         _add(f"{before}-norm-eps-{eps:g}", before, f"that epsilon {eps:g}", memory_norm_eps=eps, **flags)
     _add(f"{before}-double-steps", before, "largest steps of twice that", steps=2.0, **flags)

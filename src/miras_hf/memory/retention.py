@@ -73,6 +73,10 @@ class RetentionGate(Choice):
     last_layer_scale: ClassVar[float] = 0.1
     """Factor on the initial weights of an MLP memory's last layer by default: what is written soon outweighs it."""
 
+    full_step_tokens: ClassVar[float] = 16.0
+    """Largest chunk in which, by default, a token's write may take its whole error away behind an MLP memory's layer norm; in
+    larger ones the largest step is as much smaller."""
+
     forgets: ClassVar[bool] = True
     """Whether a memory forgets at all: if not, log retention is zero, whatever a call says."""
 
@@ -310,6 +314,9 @@ class Simplex(RetentionGate):
     """
 
     mass: float = parameter("simplex_mass", 2.0, above=0, high=1e6)
+
+    # a write does more to a weight the larger it has become
+    full_step_tokens: ClassVar[float] = 4.0
 
     def refusal(self, architecture: MemoryArchitecture) -> str | None:
         shapes = architecture.weight_shapes(2)
