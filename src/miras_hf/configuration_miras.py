@@ -15,10 +15,11 @@
 
 import os
 from dataclasses import fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -96,13 +97,16 @@ _FLOAT32_TINY = 2.0**-126
 _retention = partial(choice, "retention", part_of=("lq_mirror",))
 
 
-def _layer_types(layers: int, sliding: tuple[int, ...], full: tuple[int, ...]) -> tuple[str, ...]:
+def _derive_layer_types(layers: int, sliding: tuple[int, ...], full: tuple[int, ...]) -> tuple[str, ...]:
     types = [RecurrentLayerType(MEMORY_LAYER)] * layers
     for kind, indices in ((ATTENTION_LAYER, sliding), (FULL_ATTENTION_LAYER, full)):
         for i in indices:
             if i < layers:  # a draft that exits early has fewer
                 types[i] = kind
     return tuple(types)
+
+
+_layer_types = lru_cache(_derive_layer_types)
 
 
 @strict
@@ -518,7 +522,9 @@ class MirasConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """What each layer is, `"miras_memory"`, `"sliding_attention"` or `"full_attention"`."""
         sliding, full = tuple(self.attention_layers or ()), tuple(self.full_attention_layers or ())
-        return list(_layer_types(self.num_hidden_layers, sliding, full))
+        # Dynamo traces what is cached anew, and warns
+        derive = _derive_layer_types if torch.compiler.is_compiling() else _layer_types
+        return list(derive(self.num_hidden_layers, sliding, full))
 
     @property
     def has_attention(self) -> bool:
