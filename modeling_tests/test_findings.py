@@ -774,6 +774,11 @@ def test_what_is_said_token_by_token():
 def test_what_is_said_of_the_way_to_the_first_yaad():
     seeds = [f"{loss('bridge', 'yaad', seed=seed):.2f}" for seed in range(3)]
     assert f"The first Yaad is at {seeds[0]}, {seeds[1]} and {seeds[2]} in three seeds" in WORDS
+    fast = ("mlp-mixture", "mlp-channel", "mlp-caps", "mlp-gates", "mlp-random", "mlp-plain-values")
+    *first, last = (f"{loss('bridge', name, 0.008):.2f}" for name in fast)
+    assert f"the steps down to values as they come are at {', '.join(first)} and {last}," in WORDS
+    slow, faster = (f"{loss('bridge', 'yaad', rate):.2f}" for rate in (0.002, 0.008))
+    assert f"Yaad is at {slow} at 2e-3 and at {faster} at 8e-3" in WORDS
     steps, before = result("bridge", "mlp-shipped-eta"), loss("bridge", "mlp-plain-values")
     said = f"it costs {steps['validation'] - before:.2f} nats and gradients of norm {steps['gradient_norm_max']:.0f}."
     assert said in WORDS
