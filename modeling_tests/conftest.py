@@ -54,6 +54,14 @@ OTHER_FAMILIES = ("YaadModelTest", "MemoraModelTest")
 
 
 @pytest.fixture(autouse=True)
+def transformers_says_what_it_says():
+    """Studies and demos that a test runs in its process quieten Transformers for good, and some tests listen to it."""
+    from transformers.utils import logging  # not before what is set above
+
+    logging.set_verbosity_warning()
+
+
+@pytest.fixture(autouse=True)
 def registered_in_one_test_alone():
     """Choices that a test, or a document that it runs, registers are those of no other test."""
     from miras_hf.memory.registry import CHOICES
