@@ -263,12 +263,17 @@ def test_what_was_once_a_default_is_none_that_a_person_set(tmp_path, monkeypatch
     # a Memora without memories wrote the step that one with memories would have had, which was larger once
     small = {**SMALL, "chunk_size": 64}
     alone = {**small, "full_attention_layers": [0, 1]}
-    for memory_norm_eps, times, heard in ((0.01, 4.0, 1), (0.1, 2.0, 1), (0.1, 3.0, 2)):
+    todays = MemoraConfig(**alone)
+    for memory_norm_eps, times, heard in ((0.01, 1.0, 1), (0.01, 4.0, 1), (0.1, 2.0, 1), (0.1, 3.0, 2)):
         of_then = times * MemoraConfig(**small, memory_norm_eps=memory_norm_eps).eta_max
-        stored = MemoraConfig(**alone).to_dict() | {"memory_norm_eps": memory_norm_eps, "eta_max": of_then}
+        stored = todays.to_dict() | {"memory_norm_eps": memory_norm_eps, "eta_max": of_then}
         (tmp_path / "config.json").write_text(json.dumps(stored))
-        MemoraConfig.from_pretrained(tmp_path)
-        assert len(warned) == heard
+        read = MemoraConfig.from_pretrained(tmp_path)
+        assert (read.memory_norm_eps, read.eta_max, len(warned)) == (0.1, todays.eta_max, heard)
+    # who sets them says something, whatever they were once
+    for values in ({"eta_max": 2.0 * todays.eta_max}, {"memory_norm_eps": 0.01}):
+        with pytest.raises(StrictDataclassError, match="means nothing without memory layers"):
+            MemoraConfig(**alone, **values)
 
 
 def test_a_derived_class_has_defaults_of_its_own():

@@ -121,14 +121,13 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """
     # what `None` stands for
     derived = {
-        "memory_norm_eps": (0.01,),  # what it was once with a simplex
         "min_log_alpha": (default_min_log_alpha(config.chunk_size),),
         "num_key_value_heads": (config.num_attention_heads,),
         "rope_parameters": ({"rope_type": "default", "rope_theta": PreTrainedConfig.default_theta},),
     }
     found = {}
     for name, alternatives in means_something_with().items():
-        if any(all(is_made(getattr(config, n), v) for n, v in choices.items()) for choices in alternatives):
+        if _any_is_made(config, alternatives):
             continue
         if not _is_one_of(getattr(config, name, defaults[name]), (defaults[name], *derived.get(name, ()))):
             found[name] = defaults[name]
@@ -136,12 +135,16 @@ def meaningless(config: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
         inherited = {field.name for field in fields(PreTrainedConfig)}
         derived |= {
             "initial_memory_scale": {1.0, *(gate.last_layer_scale for gate in CHOICES["retention"].values())},
-            "eta_max": _default_steps(config),
+            "eta_max": _default_step(config),
         }
         for name in defaults.keys() - inherited - _WITHOUT_MEMORY - found.keys():
             if not _is_one_of(getattr(config, name, defaults[name]), (defaults[name], *derived.get(name, ()))):
                 found[name] = defaults[name]
     return found
+
+
+def _any_is_made(config: Any, alternatives: Alternatives) -> bool:
+    return any(all(is_made(getattr(config, n), v) for n, v in choices.items()) for choices in alternatives)
 
 
 def _is_one_of(value: Any, known: Iterable[Any]) -> bool:
@@ -151,17 +154,25 @@ def _is_one_of(value: Any, known: Iterable[Any]) -> bool:
     return value in known
 
 
-def _default_steps(config: Any) -> tuple[float, ...]:
+def _default_step(config: Any) -> tuple[float, ...]:
     # a stored config may leave open what it follows from
     follows_from = (config.head_dim, config.memory_norm_eps, config.initial_memory_scale)
-    # earlier defaults were two, four, eight or sixteen times as large
-    return () if None in follows_from else tuple(largest_step(config) * 2.0**times for times in range(5))
+    return () if None in follows_from else (largest_step(config),)
+
+
+def _defaults_once(config: Any) -> dict[str, tuple[float, ...]]:
+    """Of fields whose defaults were others once, what earlier versions wrote where they mean nothing."""
+    # a simplex had another epsilon, and steps were up to sixteen times as large
+    steps = tuple(step * 2.0**times for step in _default_step(config) for times in range(5))
+    return {"memory_norm_eps": (0.01,)} | ({} if config.has_memory else {"eta_max": steps})
 
 
 def check_meaning(config: PreTrainedConfig) -> None:
     """Raises a `ValueError` for a field that says more about a choice that is not made, naming both."""
     for name, default in meaningless(config, _defaults(type(config))).items():
-        choice = _in_words(means_something_with().get(name, _MEMORY))
+        alternatives = means_something_with().get(name, _MEMORY)
+        # what its own choices would allow, no memory layer has
+        choice = _in_words(_MEMORY if _any_is_made(config, alternatives) else alternatives)
         raise ValueError(
             f"`{name}` means nothing without {choice}, got {getattr(config, name)!r}: leave it at {default!r}, or choose "
             f"{choice}."
@@ -192,12 +203,17 @@ def without_meaningless(
         choices.has_sliding_attention = "sliding_attention" in layers
         choices.has_attention = choices.has_sliding_attention or "full_attention" in layers
         choices.has_memory = "miras_memory" in layers
-    dropped = sorted(meaningless(choices, defaults).keys() & stored.keys() - given.keys())
-    if dropped:
+    dropped = meaningless(choices, defaults).keys() & stored.keys() - given.keys()
+    once = _defaults_once(choices)
+    said = sorted(name for name in dropped if not _is_one_of(stored[name], once.get(name, ())))
+    if said:
         logger.warning_once(
             f"The stored {config_class.__name__} sets fields that mean nothing under its choices, and they are left at "
-            f"their defaults: {', '.join(f'{name}={stored[name]!r}' for name in dropped)}."
+            f"their defaults: {', '.join(f'{name}={stored[name]!r}' for name in said)}."
         )
+    # a step that followed from another value that is dropped would differ from its default by then
+    if not choices.has_memory and "eta_max" not in given:
+        dropped |= {"eta_max"}
     return {name: value for name, value in stored.items() if name not in dropped}
 
 
