@@ -734,6 +734,8 @@ def test_what_is_said_of_seeds():
         f"({mean(memora):.2f} for {mean(twice):.2f} in the mean, {of_newest[0]:.2f} for {of_newest[1]:.2f} where the newest value "
         f"counts, {copied[0]:.2f} for {copied[1]:.2f} in selective copying)"
     ) in said
+    _, *others = (f"{one:.2f}" for one in of_seeds("forgetting-mqar", "yaad", "64/8", 3))
+    assert set(others) == {"0.83"} and "two others have 0.83 of 8 pairs at 4e-3" in WORDS
     tasks = ("noisy-recall", "selective-copying")
     for name in ("ablation-yaad-l2", "ablation-moneta-q-2"):
         of_tasks = (of_seeds(task, name, "baseline", 3) for task in tasks)
@@ -806,7 +808,9 @@ def test_what_is_said_of_corrupted_text():
         f"{weak[0]}, {weak[1]} and {weak[2]}, of 10 % {many_weak[0]}, {many_weak[1]} and {many_weak[2]}"
     ) in WORDS
     twice = result("ablations-long", "memora-double-steps")["corrupted"]["10% of values, noise of 8 rms"]
-    assert f"with steps twice as large, 10 % cost it {twice['corrupted'] - twice['clean']:.3f}." in WORDS
+    wide = result("ablations-wide", "memora-double-steps")["corrupted"]["10% of values, noise of 8 rms"]
+    costs = [f"{one['corrupted'] - one['clean']:.3f}" for one in (twice, wide)]
+    assert f"With steps twice as large, 10 % cost Memora {costs[0]}, and {costs[1]} at width 256." in WORDS
     some, many = (costs_of_noise("ablations-wide", share, 8) for share in (2, 10))
     assert (
         f"noise of 8 rms costs them {some[0]}, {some[1]} and {some[2]}, and of 10 % of the values "
