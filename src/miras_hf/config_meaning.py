@@ -162,9 +162,10 @@ def _default_step(config: Any) -> tuple[float, ...]:
 
 def _defaults_once(config: Any) -> dict[str, tuple[float, ...]]:
     """Of fields whose defaults were others once, what earlier versions wrote where they mean nothing."""
-    # a simplex had another epsilon, and steps were up to sixteen times as large
-    steps = tuple(step * 2.0**times for step in _default_step(config) for times in range(5))
-    return {"memory_norm_eps": (0.01,)} | ({} if config.has_memory else {"eta_max": steps})
+    once: dict[str, tuple[float, ...]] = {"memory_norm_eps": (0.01,)}  # with a simplex
+    if not config.has_memory:
+        once["eta_max"] = tuple(step * 2.0**times for step in _default_step(config) for times in range(5))
+    return once
 
 
 def check_meaning(config: PreTrainedConfig) -> None:
