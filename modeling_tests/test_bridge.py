@@ -275,6 +275,30 @@ def test_weight_decay_spares_the_same_as_in_pretraining():
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0 and found == expected
 
 
+def test_published_gates_start_slower_and_are_spared_by_weight_decay():
+    named = ("gated-deltanet", "gated-deltanet-gates")
+    theirs, published = (build_model(RUNGS[name].point, SIZES["cpu"].shape, seed=0)[0] for name in named)
+
+    def half_lives(model):
+        layers = [layer.linear_attn for layer in model.model.layers]
+        return [math.log(2) / (a.A_log.detach().exp() * F.softplus(a.dt_bias.detach())) for a in layers]
+
+    assert (
+        max(float(one.max()) for one in half_lives(theirs))
+        < 2
+        < max(float(one.max()) for one in half_lives(published))
+    )
+    (first, _), (second, _) = (optimizer_and_schedule(m, 1e-3, 10)[0].param_groups for m in (theirs, published))
+    gates = {id(p) for name, p in published.named_parameters() if name.endswith(("A_log", "dt_bias"))}
+    assert gates and not gates & {id(p) for p in second["params"]}
+    spared = [name for name, p in theirs.named_parameters() if not any(p is x for x in first["params"])]
+    assert not any(
+        "A_log" in name for name in spared
+    )  # Transformers decays them, and `gated-deltanet` is as it is there
+    with pytest.raises(ValueError, match="`published_gates` are of `model` 'gated-deltanet', got 'llama'"):
+        Point(model="llama", published_gates=True)
+
+
 def test_ends_run_first_over_the_grid_and_their_other_seeds_last():
     jobs = jobs_of(SIZES["cpu"], ["gated-deltanet", "matrix", "mlp"])
     assert len(jobs) == 9 + 3 + 3 and len(set(jobs)) == len(jobs)

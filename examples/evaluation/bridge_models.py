@@ -265,12 +265,35 @@ def build_model(point: Point, shape: ModelShape, seed: int) -> tuple[nn.Module, 
     if point.model != "bridge":
         whole = build(point.model, shape, seed=seed)
         whole.module.config.use_cache = False
+        if point.published_gates:
+            gates_as_published(whole.module)
         return whole.module, whole.arguments
 
     def built(config: MirasConfig) -> MirasForCausalLM:
         return change(MirasForCausalLM(config), point)
 
     return built_to_size(built, lambda size: our_config(point, shape, size), shape, seed)
+
+
+def gates_as_published(model: nn.Module) -> None:
+    """Gives Gated DeltaNet the first gates of its authors (arXiv 2412.06464), and takes their rates out of weight decay, as
+    they do."""
+    start_gates_as_published(model)
+    for layer in model.model.layers:
+        layer.linear_attn.decays = False  # of its own parameters, `A_log` and `dt_bias`
+
+
+def start_gates_as_published(model: nn.Module) -> None:
+    """Gives Gated DeltaNet its authors' first time steps, log-uniform from 0.001 to 0.1.
+
+    Transformers starts all of them at 1.3, where nearly every head forgets within a token: a language model's few
+    hundred heads hold some that do not, and the few of these models hardly ever one.
+    """
+    for layer in model.model.layers:
+        bias = layer.linear_attn.dt_bias
+        low, high = math.log(1e-3), math.log(1e-1)
+        step = torch.empty_like(bias).uniform_(low, high).exp()
+        bias.data.copy_(step + (-torch.expm1(-step)).log())  # softplus of it is the step
 
 
 def built_to_size(

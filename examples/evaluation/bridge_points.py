@@ -32,7 +32,7 @@ class Point:
 
     Args:
         model (`str`): `"bridge"` for the layers below in our shell, or a whole model of Transformers, `"llama"` or
-            `"gated-deltanet"` (Qwen3-Next with linear layers alone), of which nothing else is set.
+            `"gated-deltanet"` (Qwen3-Next with linear layers alone), of which nothing else is set but `published_gates`.
         rule (`str`): `"delta"`, the gated delta rule of Transformers, or a memory of ours, `"matrix"` or `"mlp"`.
         loss (`str`): attentional bias of our memories.
         retention (`str`): retention gate of our memories.
@@ -58,6 +58,8 @@ class Point:
             (factor 0) stays there, as Gated DeltaNet's does. KL retention knows no factor: its weights have one mass.
         train_initial (`bool`): whether the initial memory is trained.
         decay_target (`str`): `"init"` or `"zero"`.
+        published_gates (`bool`): whether Transformers' Gated DeltaNet has its gates as its authors have them, see
+            `bridge_models.gates_as_published`.
         write (`bool`): False for steps of nearly zero.
     """
 
@@ -82,6 +84,7 @@ class Point:
     last_layer: float = 1.0
     train_initial: bool = True
     decay_target: str = "init"
+    published_gates: bool = False
     write: bool = True
 
     def __post_init__(self):
@@ -93,6 +96,8 @@ class Point:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"`{name}` must be one of {values}, got {getattr(self, name)!r}.")
+        if self.published_gates and self.model != "gated-deltanet":
+            raise ValueError(f"`published_gates` are of `model` 'gated-deltanet', got {self.model!r}.")
         if self.rule == "delta" and self.granularity != "head":
             raise ValueError(f"`granularity` must be 'head' with the delta rule, got {self.granularity!r}.")
         if self.rule != "mlp" and not (self.read_residual and self.step == "plain" and self.norm_eps is None):
@@ -144,6 +149,7 @@ def _path(*names: str) -> None:
 def _fill() -> None:
     _add("llama", None, "a Transformer", point=Point(model="llama"))
     _path(_add("gated-deltanet", None, "Qwen3-Next of Transformers", point=Point(model="gated-deltanet")))
+    _add("gated-deltanet-gates", "gated-deltanet", "gates as its authors have them", published_gates=True)
 
     # Gated DeltaNet's layer out of our modules: with the same weights it gives what theirs gives
     delta = Point(

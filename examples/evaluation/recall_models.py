@@ -18,7 +18,6 @@ like those of `benchmarks/models.py`.
 """
 
 import fnmatch
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +120,7 @@ def build_model(name: str, shape: RecallShape, seed: int) -> tuple[nn.Module, Ca
         return _without_cache(model_class(config)), lambda input_ids: {}
     whole = build(name, shape, seed=seed)
     if name == "gated-deltanet":
-        start_gates_as_published(whole.module)
+        bridge_models.start_gates_as_published(whole.module)
     return _without_cache(whole.module), whole.arguments
 
 
@@ -182,19 +181,6 @@ def described(name: str, model: nn.Module) -> dict[str, Any]:
         ablation = ABLATIONS[name.removeprefix(ABLATION)]
         about |= {"change": ablation.change, "refitted": ablation.refitted}
     return about
-
-
-def start_gates_as_published(model: nn.Module) -> None:
-    """Gives Gated DeltaNet its authors' first time steps (arXiv 2412.06464), log-uniform from 0.001 to 0.1.
-
-    Transformers starts all of them at 1.3, where nearly every head forgets within a token: a language model's few
-    hundred heads hold some that do not, and the few of these models hardly ever one.
-    """
-    for layer in model.model.layers:
-        bias = layer.linear_attn.dt_bias
-        low, high = math.log(1e-3), math.log(1e-1)
-        step = torch.empty_like(bias).uniform_(low, high).exp()
-        bias.data.copy_(step + (-torch.expm1(-step)).log())  # softplus of it is the step
 
 
 class ShortConvolution(nn.Module):
@@ -315,6 +301,5 @@ __all__ = [
     "described",
     "named",
     "positions",
-    "start_gates_as_published",
     "state_size",
 ]
