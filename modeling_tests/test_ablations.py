@@ -557,6 +557,23 @@ def test_mistakes_are_named(capsys):
         assert complaint in capsys.readouterr().err
 
 
+def test_a_size_has_a_folder_of_its_own(tmp_path, capsys, monkeypatch):
+    """Trainings of two sizes have one name: neither counts as the other, and commands run one after the other do not meet."""
+    for flags, folder in ((["--list"], "runs/ablations"), (["--size", "long"], "runs/ablations-long")):
+        assert ablations.arguments(flags).out == Path(folder)
+    assert ablations.arguments(["--size", "long", "--out", "here"]).out == Path("here")
+    monkeypatch.chdir(tmp_path)
+    kept = ROOT / "examples" / "evaluation" / "results" / "ablations-long" / "yaad-lr0.004-seed0.json"
+    (tmp_path / "runs" / "ablations-wide").mkdir(parents=True)
+    (tmp_path / "runs" / "ablations-wide" / kept.name).write_text(kept.read_text())
+    flags = ["--learning-rates", "4e-3", "--seeds", "0", "--only", "yaad"]
+    ablations.main([*flags, "--size", "long", "--list"])
+    assert "yaad                     0/1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is of size 'long', not 'wide': take another --out"):
+        ablations.main([*flags, "--size", "wide"])
+    assert not (tmp_path / "runs" / "ablations-wide" / "data.pt").exists()
+
+
 def test_what_the_page_says_of_widths_and_initial_memories():
     with torch.device("meta"):
         yaad, matrix = (build_model(ABLATIONS[name], SIZES["long"].shape, 0)[0] for name in ("yaad", "yaad-linear"))

@@ -459,5 +459,5 @@ def test_smoke_runs_are_saved_one_by_one_and_not_repeated(tmp_path):
     (tmp_path / name).write_text(json.dumps(two))
     with pytest.raises(ValueError, match="was trained by another protocol than the task's"):
         recall.write_report(tmp_path, SIZES["smoke"])
-    with pytest.raises(ValueError, match="is of size 'smoke', and this report of 'cpu'"):
+    with pytest.raises(ValueError, match="is of size 'smoke', not 'cpu': take another --out"):
         recall.write_report(tmp_path, SIZES["cpu"])

@@ -218,13 +218,15 @@ def add_arguments(
     """The flags that all studies of trainings have.
 
     Args:
-        out (`str`): the folder of results by default.
+        out (`str`): the folder of results by default; of another size than `cpu` its name follows.
         sizes (iterable of `str`): names of sizes, `"cpu"` and `"smoke"` among them.
         gpu_size (`str`): the one that `--device cuda` means.
         only (`tuple` of `str`): what `--only` takes, as a metavar and in words.
     """
     metavar, says = only
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the results, by default {out}, or {out}-SIZE of another size"
+    )
     parser.add_argument("--only", nargs="+", metavar=metavar, help=says)
     parser.add_argument("--learning-rates", nargs="+", type=float, metavar="LR", help="another grid of learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="other seeds than the size's, for all")
@@ -237,7 +239,7 @@ def add_arguments(
     )
     parser.add_argument("--list", action="store_true", help="say what there is to run and what is done, run nothing")
     parser.add_argument("--report", action="store_true", help="the report of what is done, run nothing")
-    parser.set_defaults(gpu_size=gpu_size)
+    parser.set_defaults(gpu_size=gpu_size, folder=out)
 
 
 def parse_arguments(
@@ -248,6 +250,7 @@ def parse_arguments(
     if args.smoke and args.size not in (None, "smoke"):
         parser.error(f"--smoke is --size smoke, got --size {args.size}")
     args.size = "smoke" if args.smoke else args.size or {"cpu": "cpu", "cuda": args.gpu_size}[args.device]
+    args.out = args.out or Path(args.folder if args.size == "cpu" else f"{args.folder}-{args.size}")
     if args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
     if not args.minutes > 0:
@@ -285,9 +288,15 @@ def run_study(
         prepare (`Callable`): called before anything runs.
         trainings (`str`): what the jobs are called.
         width (`int`): of the groups' names in the list.
+
+    Raises:
+        `ValueError`: for a folder with a result of another size, before anything runs.
     """
     quiet()
-    waiting = [job for job in jobs if not (args.out / f"{job.name}.json").exists()]
+    files = {job: args.out / f"{job.name}.json" for job in jobs}
+    waiting = [job for job, file in files.items() if not file.exists()]
+    for file in (file for file in files.values() if file.exists()):
+        _read(file, args.size)
     if args.list:
         for group, says in groups.items():
             of_group = [job for job in jobs if group_of(job) == group]
@@ -351,15 +360,20 @@ def read_results(
     """
     results = []
     for file in sorted(folder.glob("*-seed*.json")):
-        result = json.loads(file.read_text())
-        if result["size"]["name"] != size:
-            raise ValueError(f"{file} is of size {result['size']['name']!r}, and this report of {size!r}.")
+        result = _read(file, size)
         if not is_current(result):
             raise ValueError(f"{file} was trained {otherwise}: move it away or run it again.")
         results.append(result)
     if not results:
         raise ValueError(f"{folder} holds no training yet.")
     return results
+
+
+def _read(file: Path, size: str) -> dict[str, Any]:
+    result = json.loads(file.read_text())
+    if result["size"]["name"] != size:
+        raise ValueError(f"{file} is of size {result['size']['name']!r}, not {size!r}: take another --out.")
+    return result
 
 
 def write_report_files(folder: Path, lines: Iterable[str], content: Any, figure: Any, dpi: int = 150) -> None:
