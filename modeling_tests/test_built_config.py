@@ -219,6 +219,15 @@ def test_edits_of_what_is_read_when_run_are_saved_and_computed(model, tmp_path):
         edited.save_pretrained(tmp_path)
 
 
+def test_what_would_not_be_built_is_not_saved(model, tmp_path):
+    cut = copy.deepcopy(model)
+    cut.config.pad_token_id = 15
+    cut.resize_token_embeddings(10, mean_resizing=False)
+    with pytest.raises(ValueError, match=r"`pad_token_id` must be below `vocab_size` \(10\) or None, got 15"):
+        cut.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_heads_that_are_untied(tmp_path):
     tied = MirasForCausalLM(MonetaConfig(**SMALL, tie_word_embeddings=True)).eval()
     tied.config.tie_word_embeddings = False

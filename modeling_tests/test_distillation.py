@@ -15,6 +15,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -422,6 +423,21 @@ def test_rates_are_told_apart_where_sharding_changes_the_classes_of_modules(pair
     of_memories = {id(p) for mixer in mixers for p in mixer.parameters()}
     assert {id(p) for group in groups if not group["is_body"] for p in group["params"]} == of_memories
     assert {group["lr"] for group in groups if group["is_body"]} == {7e-6}
+
+
+def test_rows_without_labels_are_evaluated(pair, tmp_path):
+    """All their tokens count, the last ones, too, whose successors labels do not have."""
+    student, teacher = pair
+    rows = [{"input_ids": row["input_ids"]} for row in ROWS[:3]]
+    ids = torch.stack([row["input_ids"] for row in rows])
+    with torch.no_grad():
+        log_p, log_q = (model(ids).logits.log_softmax(-1) for model in (teacher, student))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    trainer = DistillationTrainer(student, teacher, args=arguments(tmp_path), eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.mean().item(), rel=1e-4)
+    predicted = trainer.predict(rows)
+    assert predicted.metrics["test_loss"] == pytest.approx(expected.mean().item(), rel=1e-4)
+    np.testing.assert_allclose(predicted.predictions, expected.sum(-1), rtol=1e-4)
 
 
 @pytest.mark.parametrize("batches", ["labels", "no labels", "pads and no labels"])

@@ -19,11 +19,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from test_generation_miras import CONFIGS, TOLERANCE, build
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 import miras_hf
 from miras_hf.compat import CACHE_NAME
+from miras_hf.sequences import Sequences
 
 
 LENGTHS = (5, 1, 4)
@@ -271,6 +273,74 @@ def test_new_ids_alone_after_pads_are_refused(model, ids):
         model.generate(ids[:, 7:], attention_mask=mask[:, :5], cache=cache, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("layers", [{}, {"layer_types": ["full_attention", "miras_memory"], "sliding_window": 2048}])
+@pytest.mark.parametrize("cuts", [(7, 3), (6, 1, 1, 2)])
+@torch.no_grad()
+def test_a_mask_of_the_new_tokens_goes_on_from_a_cache(ids, layers, cuts):
+    """In hybrids, too, whose attention takes the first column of a mask for the first token of the text."""
+    model = build("yaad", True, initializer_range=0.3, **layers)
+    whole = model(ids).logits
+    for mask_of in (lambda part: torch.ones_like(part), lambda part: None):
+        cache = DynamicCache(config=model.config)
+        parts = [model(part, attention_mask=mask_of(part), cache=cache).logits for part in ids.split(cuts, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_attention_goes_on_after_pads_with_the_whole_mask_alone(ids):
+    model = build("yaad", True, initializer_range=0.3)
+    mask = torch.ones(2, TOKENS, dtype=torch.long)
+    mask[1, :2] = 0
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :7], attention_mask=mask[:, :7], cache=cache)
+    for given in (None, mask[:, 7:]):
+        with pytest.raises(
+            ValueError, match=r"must cover the whole text, 7 tokens .* its rows have \[7, 5\] real tokens"
+        ):
+            model(ids[:, 7:], attention_mask=given, cache=cache)
+    later = model(ids[:, 7:], attention_mask=mask, cache=cache).logits[1]
+    torch.testing.assert_close(later, model(ids[1:, 2:]).logits[0, 5:], **TOLERANCE)
+    # memories have counted what they read, and need no mask of it
+    memories = build("moneta", initializer_range=0.3)
+    cache = DynamicCache(config=memories.config)
+    memories(ids[:, :7], attention_mask=mask[:, :7], cache=cache)
+    later = memories(ids[:, 7:], cache=cache).logits[1]
+    torch.testing.assert_close(later, memories(ids[1:, 2:]).logits[0, 5:], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_attention_alone_has_counted_no_pads(ids):
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = miras_hf.MirasConfig(**sizes, layer_types=["full_attention"] * 2, initializer_range=0.3)
+    model = miras_hf.MirasForCausalLM(config).eval()
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :7], cache=cache)
+    with pytest.raises(ValueError, match=r"must cover the whole text.* without memory layers.* Got shape \(2, 3\)"):
+        model(ids[:, 7:], attention_mask=torch.ones(2, 3), cache=cache)
+    later = model(ids[:, 7:], attention_mask=torch.ones(2, TOKENS), cache=cache).logits
+    torch.testing.assert_close(later, model(ids).logits[:, 7:], **TOLERANCE)
+
+
+def test_checkpointed_layers_get_no_cache_in_training(ids):
+    model = build("yaad", True)
+    model.gradient_checkpointing_enable()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, cache=cache)  # in evaluation nothing is checkpointed
+    with pytest.raises(ValueError, match="`cache` cannot be used with activation checkpointing in training"):
+        model.train()(ids, cache=cache)
+
+
+def test_sequences_follow_a_layer_to_its_device():
+    """Accelerate sends a layer's arguments to the layer's device, and what has no `to` stays where it was."""
+    for made in (Sequences(mask=torch.tensor([[False, True]])), Sequences(cu_seqlens=BORDERS)):
+        there = send_to_device(made, "meta")
+        tensors = {name: value for name, value in vars(made).items() if value is not None}
+        assert len(tensors) > 1 and all(getattr(there, name).device.type == "meta" for name in tensors)
+        assert all(value.device.type == "cpu" for value in tensors.values())
+        assert vars(there).keys() == vars(made).keys()
+
+
 def test_embeddings_after_a_cache_are_those_of_the_whole_text(model, ids):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -316,8 +386,9 @@ def test_a_classifier_refuses_what_it_cannot_tell(ids):
     with pytest.raises(ValueError, match="Every row must have a real token"):
         model(ids, attention_mask=torch.tensor([[1] * TOKENS, [0] * TOKENS]))
     for way in WAYS:
-        with pytest.raises(ValueError, match="one sequence a row"):
-            model(ids[:1], **{way: WAYS[way]})
+        for mask in (None, torch.ones(1, TOKENS)):
+            with pytest.raises(ValueError, match="one sequence a row"):
+                model(ids[:1], attention_mask=mask, **{way: WAYS[way]})
     with pytest.raises(ValueError, match="`attention_mask` must be given for several rows"):
         classifier("Sequence", pad_token_id=None)(ids)
 

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Quantised weights on a CPU: bitsandbytes int8 and nf4, torchao int8 and int4. Gates and memory stay as they are."""
 
+import re
+
 import bitsandbytes
 import pytest
 import torch
@@ -22,7 +24,9 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, TorchAoConfig
 
-from miras_hf import MemoraConfig, MonetaConfig, YaadConfig
+from miras_hf import MemoraConfig, MirasConfig, MirasForCausalLM, MonetaConfig, YaadConfig
+from miras_hf.modeling_miras import MirasLowRankGate
+from miras_hf.presets import MODELS
 
 
 SIZES = {"vocab_size": 80, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -69,6 +73,16 @@ def load(folder, backend: str | None = None, **kwargs):
 
 def is_quantised(module: nn.Module) -> bool:
     return type(module) is not nn.Linear or type(module.weight) is not nn.Parameter
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_gate_of_every_model_is_kept(name):
+    """Whatever gates a published model has, by the class that they have in common."""
+    with torch.device("meta"):
+        model = MirasForCausalLM(MirasConfig.from_preset(name, size="tiny"))
+    gates = [name for name, module in model.named_modules() if isinstance(module, MirasLowRankGate)]
+    kept = re.compile("|".join(model._keep_in_fp32_modules))
+    assert gates and [gate for gate in gates if not kept.search(gate)] == []
 
 
 @torch.no_grad()

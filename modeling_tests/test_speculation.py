@@ -313,7 +313,8 @@ def test_a_snapshot_of_padded_rows_before_beams():
     _, cache = read(model, ids, attention_mask=mask)
     before, expected = miras_hf.snapshot(cache), copy.deepcopy(cache)
     cache.batch_repeat_interleave(3)
-    read(model, text(4, rows=6), cache)
+    whole = torch.nn.functional.pad(mask.repeat_interleave(3, dim=0), (0, 4), value=1)
+    read(model, text(4, rows=6), cache, attention_mask=whole)
     miras_hf.restore(cache, before)
     assert_same(cache, expected)
 

@@ -477,6 +477,14 @@ class DistillationTrainer(RowsTrainer):
         loss = divergence / (num_items_in_batch if num_items_in_batch is not None else counts.sum().clamp(min=1))
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if inputs.get("labels") is not None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        # without labels Trainer asks for no loss, and the teacher has one all the same
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        return loss.detach(), None if prediction_loss_only else outputs.logits, None
+
     def metrics_of(self, totals: Tensor) -> dict[str, float]:
         divergence, tokens = totals.tolist()
         return {"loss": divergence / max(tokens, 1.0)}

@@ -47,7 +47,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from miras_kernels import Projections
@@ -88,9 +87,10 @@ from .sequences import (
     Sequences,
     check_kernel_arguments,
     check_text_read,
+    check_window,
     describe,
-    has_inner_pads,
     last_tokens,
+    mask_of_attention,
     mask_of_whole_text,
     packed_sequences,
     padded_sequences,
@@ -994,7 +994,7 @@ class MirasPreTrainedModel(PreTrainedModel):
     _is_stateful = False
     # Quantisation leaves these alone, too: they are a few percent of the weights, and what enters `up_proj` is narrower
     # than the blocks of 4-bit formats, which bitsandbytes refuses on CPUs.
-    _keep_in_fp32_modules = [r".*\.mixer\.(eta|alpha|delta|momentum)"]
+    _keep_in_fp32_modules = [r".*\.mixer\.(eta|alpha|delta|momentum|erase)"]
     _can_record_outputs = {
         "hidden_states": MirasDecoderLayer,
         "attentions": MirasAttention,
@@ -1043,9 +1043,10 @@ class MirasPreTrainedModel(PreTrainedModel):
 
         Raises:
             `ValueError`: if fields of the config were assigned that the modules were built with: what would be loaded
-                is another model.
+                is another model; and for a config of which no model would be built.
         """
         check_as_built(self.config, self.base_model._built_with)
+        self.config.check_for_model()  # what would be built of it
         if self.config.num_hidden_layers > len(self.base_model.layers):
             raise ValueError(
                 f"`config.num_hidden_layers` is {self.config.num_hidden_layers}, and the model has "
@@ -1156,6 +1157,11 @@ class MirasModel(MirasPreTrainedModel):
         batch, tokens = inputs_embeds.shape[:2]
         # before any layer: under activation checkpointing they get no cache, and one that does not fit goes unnoticed
         check_cache(self.config, cache, batch)
+        if cache is not None and self.gradient_checkpointing and self.training:
+            raise ValueError(
+                "`cache` cannot be used with activation checkpointing in training: Transformers takes it away from every "
+                "layer, and the text would be read as if nothing came before. Turn one of them off."
+            )
 
         # `generate()` makes the masks of steps that may be compiled itself: `create_masks_for_generate`
         prepared = isinstance(attention_mask, dict)
@@ -1163,11 +1169,15 @@ class MirasModel(MirasPreTrainedModel):
         if prepared:
             attention_mask = attention_mask[MEMORY_LAYER]
 
-        past = 0
-        if attention_mask is not None and cache is not None and not prepared:
+        past, attends = 0, self.config.has_attention
+        if cache is not None and not prepared and (attention_mask is not None or attends):
             past = cache.get_seq_length()
         sequences = padded_sequences(attention_mask, batch, tokens, past)
-        if past and attention_mask.shape[1] == past + tokens:
+        if past and attends:
+            counted = MEMORY_LAYER in self.config.layer_types
+            attention_mask = mask_of_attention(attention_mask, tokens, past, tokens_read(cache), counted)
+        covers = attention_mask is not None and past and attention_mask.shape[1] == past + tokens
+        if covers:
             check_text_read(attention_mask, tokens, tokens_read(cache))
         check_kernel_arguments(kwargs, cu_seq_lens_q)
         pack = packed_sequences(
@@ -1193,7 +1203,7 @@ class MirasModel(MirasPreTrainedModel):
             if sequences.mask is not None:
                 position_ids = (sequences.mask.long().cumsum(-1) - 1).clamp(min=0)
             read = tokens_read(cache)
-            if past and not isinstance(read, Tensor) and attention_mask.shape[1] == past + tokens:
+            if covers and not isinstance(read, Tensor):
                 # a model without memories: nobody else has counted pads
                 read = attention_mask[:, :past].sum(-1)
             position_ids = position_ids + (
@@ -1203,14 +1213,8 @@ class MirasModel(MirasPreTrainedModel):
             attention_positions = position_ids
 
         if not prepared:
-            if attention_mask is not None and self.config.has_sliding_attention and not is_tracing(attention_mask):
-                longer = attention_mask.shape[-1] > self.config.sliding_window
-                if longer and attention_mask.dim() == 2 and has_inner_pads(attention_mask):
-                    raise ValueError(
-                        "`attention_mask` must not have pads between real tokens once it is longer than "
-                        f"`sliding_window` ({self.config.sliding_window}), got length {attention_mask.shape[-1]}: the "
-                        "window of attention layers counts pads. Pad on the left to continue a batch."
-                    )
+            if attention_mask is not None and self.config.has_sliding_attention:
+                check_window(attention_mask, self.config.sliding_window)
             masks = attention_masks(self.config, inputs_embeds, attention_mask, attention_positions, cache)
         if cu_seq_lens_q is not None and self.config.has_attention:
             kwargs["cu_seq_lens_q"] = cu_seq_lens_q.to(torch.int32)
@@ -1409,7 +1413,9 @@ class MirasForSequenceClassification(GenericForSequenceClassification, MirasPreT
         hidden_states = outputs.last_hidden_state
         batch, tokens = hidden_states.shape[:2]
         borders = {"cu_seqlens": kwargs.get("cu_seq_lens_q"), "seq_idx": kwargs.get("seq_idx")}
-        if attention_mask is None and packed_sequences(position_ids, batch, tokens, **borders) is not None:
+        past = 0 if attention_mask is None else attention_mask.shape[1] - tokens
+        mask = padded_sequences(attention_mask, batch, tokens, past).mask
+        if packed_sequences(position_ids, batch, tokens, mask=mask, **borders) is not None:
             raise ValueError("A sequence classifier reads one sequence a row, and this call packs several into a row.")
         last = torch.full((batch,), tokens - 1, device=given.device)
         if attention_mask is not None:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Which tokens of a batch make a sequence: padding masks and packs, found once per forward for all memory layers."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,14 @@ class Sequences:
             tokens = torch.arange(total, device=self.cu_seqlens.device)
             starts = self.cu_seqlens[torch.searchsorted(self.cu_seqlens, tokens, right=True) - 1]
             self.position = (tokens - starts)[None]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Sequences":
+        """The same on another device: Accelerate brings a layer's arguments to where the layer is."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device, non_blocking=non_blocking))
+        return moved
 
     def gather(self, x: Tensor) -> Tensor:
         """`[batch, tokens, features]` in the order in which memories read."""
@@ -97,13 +106,28 @@ def padded_sequences(attention_mask: Tensor | None, batch: int, tokens: int, pas
         )
     attention_mask = attention_mask[:, -tokens:] if tokens else attention_mask[:, :0]
     mask = attention_mask.bool()
-    if not is_tracing(attention_mask):
-        if bool((attention_mask != mask.to(attention_mask.dtype)).any()):
+    other = (attention_mask != mask.to(attention_mask.dtype)).any()
+    if is_tracing(attention_mask):
+        refuse_in_graph(other, "`attention_mask` must hold 0 and 1 only.")
+    else:
+        if bool(other):
             values = sorted(set(attention_mask.flatten().tolist()))[:5]
             raise ValueError(f"`attention_mask` must hold 0 and 1 only, got values {values}.")
         if bool(mask.all()):
             return Sequences()
     return Sequences(mask=mask)
+
+
+def refuse_in_graph(refused: Tensor, message: str) -> None:
+    """Leaves an assertion in the graph that `torch.compile` or `torch.export` makes of a call: values cannot be looked at
+    while it is made, and a graph that does not look at them says something else in silence. It raises a `RuntimeError`
+    when it runs.
+
+    Args:
+        refused (`torch.Tensor`, one bool): whether a call is refused.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(~refused, message)
 
 
 def check_text_read(attention_mask: Tensor, tokens: int, read: Tensor | int) -> None:
@@ -114,10 +138,13 @@ def check_text_read(attention_mask: Tensor, tokens: int, read: Tensor | int) -> 
         tokens (`int`): length of what is read now; one token was generated, and is not looked at.
         read (`torch.Tensor` of shape `[batch]`): tokens that the memories of every row have read; 0 for none.
     """
-    if tokens < 2 or not isinstance(read, Tensor) or is_tracing(attention_mask):
+    if tokens < 2 or not isinstance(read, Tensor):
         return
     real = attention_mask[:, :-tokens].sum(-1)
-    if bool((real < read.to(real.device)).any()):
+    fewer = (real < read.to(real.device)).any()
+    if is_tracing(attention_mask):
+        refuse_in_graph(fewer, "`attention_mask` calls pads what memories have read.")
+    elif bool(fewer):
         raise ValueError(
             f"`attention_mask` has {real.tolist()} real tokens in the text that was read, and the memories have read "
             f"{read.tolist()}. In `generate()`, rows that end before others read pads until all have ended, and a memory "
@@ -126,12 +153,25 @@ def check_text_read(attention_mask: Tensor, tokens: int, read: Tensor | int) -> 
         )
 
 
-def has_inner_pads(attention_mask: Tensor) -> bool:
-    """Whether any row of `[batch, tokens]` has a pad between real tokens."""
+def check_window(attention_mask: Tensor, window: int) -> None:
+    """Raises a `ValueError` if a mask of shape `[batch, past + tokens]` that is longer than a sliding window has a pad between
+    real tokens, which the window would count."""
+    if attention_mask.shape[-1] <= window:
+        return
     real = attention_mask.bool()
     before = real.long().cumsum(-1) > 0
     after = real.long().flip(-1).cumsum(-1).flip(-1) > 0
-    return bool((before & after & ~real).any())
+    inner = (before & after & ~real).any()
+    if is_tracing(attention_mask):
+        refuse_in_graph(
+            inner, "`attention_mask` must not have pads between real tokens once it is longer than the window."
+        )
+    elif bool(inner):
+        raise ValueError(
+            f"`attention_mask` must not have pads between real tokens once it is longer than `sliding_window` ({window}), "
+            f"got length {attention_mask.shape[-1]}: the window of attention layers counts pads. Pad on the left to "
+            "continue a batch."
+        )
 
 
 def packed_sequences(
@@ -158,6 +198,22 @@ def packed_sequences(
     Raises:
         `ValueError`: for shapes and values that say nothing, for sources that disagree, and for packs with pads.
     """
+    if cu_seqlens is None and seq_idx is None and (position_ids is None or tokens < 2):
+        return None
+    return _packed_by_values(position_ids, batch, tokens, cu_seqlens, seq_idx, mask)
+
+
+# `torch.compile` breaks its graph here and goes on. Within it, a frame that is given up runs as it is, and what it calls is
+# compiled on its own and takes itself for a part of the graph.
+@torch.compiler.disable(reason="where the sequences of a pack begin is told by values")
+def _packed_by_values(
+    position_ids: Tensor | None,
+    batch: int,
+    tokens: int,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    mask: Tensor | None,
+) -> Sequences | None:
     sources = {}
     if cu_seqlens is not None:
         sources["cu_seq_lens_q"] = _starts_of_cu_seqlens(cu_seqlens, batch, tokens)
@@ -165,9 +221,13 @@ def packed_sequences(
         if not isinstance(seq_idx, Tensor) or seq_idx.shape != (batch, tokens) or seq_idx.is_floating_point():
             raise ValueError(f"`seq_idx` must be integers of shape {(batch, tokens)}, got {describe(seq_idx)}.")
         sources["seq_idx"] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    if position_ids is not None and tokens > 1 and not is_tracing(position_ids):
+    if position_ids is not None and tokens > 1:
         starts = (position_ids[:, 1:] != position_ids[:, :-1] + 1).expand(batch, -1)
-        sources["position_ids"] = starts if mask is None else starts & mask[:, 1:] & mask[:, :-1]
+        starts = starts if mask is None else starts & mask[:, 1:] & mask[:, :-1]
+        if is_tracing(position_ids):  # for an exported graph, which has no breaks
+            refuse_in_graph(starts.any(), "`position_ids` must go up by one: a pack's sequences cannot be exported.")
+        else:
+            sources["position_ids"] = starts
     if not sources:
         return None
     name, starts = next(iter(sources.items()))
@@ -250,14 +310,51 @@ def mask_of_whole_text(
         )
     if tokens > past or (attention_mask is not None and attention_mask.shape[1] == past + tokens):
         return attention_mask
-    if isinstance(read, Tensor) and bool((read != past).any()):
+    check_no_pads_read(tokens, past, read)
+    if attention_mask is None:
+        attention_mask = torch.ones(batch, tokens, dtype=torch.long, device=device)
+    return F.pad(attention_mask, (past, 0), value=1)
+
+
+def mask_of_attention(
+    attention_mask: Tensor | None, tokens: int, past: int, read: Tensor | int, counted: bool
+) -> Tensor | None:
+    """The mask under which attention goes on after `past` tokens. Memories know what they have read; attention takes the
+    first column of a mask for the first token of the text.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `[batch, tokens]` or `[batch, past + tokens]`, *optional*): as given.
+        read (`torch.Tensor` of shape `[rows]`, or `int`): real tokens that every row has read.
+        counted (`bool`): whether a memory has counted them; without any, nobody has.
+
+    Raises:
+        `ValueError`: for a mask that leaves out what was read, or none, where that has or may have pads.
+    """
+    if attention_mask is not None and attention_mask.shape[1] == past + tokens:
+        return attention_mask
+    check_no_pads_read(tokens, past, read)
+    if attention_mask is None:
+        return None
+    if not counted:
+        raise ValueError(
+            f"`attention_mask` must cover the whole text, {past} tokens that were read and {tokens} new ones, in a model "
+            f"without memory layers: it does not know which tokens were pads. Got shape {tuple(attention_mask.shape)}."
+        )
+    return F.pad(attention_mask, (past, 0), value=1)
+
+
+def check_no_pads_read(tokens: int, past: int, read: Tensor | int) -> None:
+    """Raises a `ValueError` if what was read has pads, so that only a mask of the whole text says which."""
+    if not isinstance(read, Tensor):
+        return
+    pads = (read != past).any()
+    if is_tracing(read):
+        refuse_in_graph(pads, "`attention_mask` must cover the whole text: what was read has pads.")
+    elif bool(pads):
         raise ValueError(
             f"`attention_mask` must cover the whole text, {past} tokens that were read and {tokens} new ones, because "
             f"what was read has pads: its rows have {read.tolist()} real tokens."
         )
-    if attention_mask is None:
-        attention_mask = torch.ones(batch, tokens, dtype=torch.long, device=device)
-    return F.pad(attention_mask, (past, 0), value=1)
 
 
 def last_tokens(mask: Tensor) -> Tensor:
@@ -266,7 +363,10 @@ def last_tokens(mask: Tensor) -> Tensor:
     Raises:
         `ValueError`: if a row has none.
     """
-    if not is_tracing(mask) and not bool(mask.any(-1).all()):
+    empty = ~mask.any(-1).all()
+    if is_tracing(mask):
+        refuse_in_graph(empty, "Every row must have a real token to be classified.")
+    elif bool(empty):
         raise ValueError(
             f"Every row must have a real token to be classified, got rows with {mask.sum(-1).tolist()} of them."
         )
