@@ -111,7 +111,8 @@ class MemoryProbe(NamedTuple):
     @property
     def chunk_share(self) -> Tensor:
         """The part of an error along what a chunk's keys have in common that all its writes take away together, `[heads]`. Where
-        gradients are taken at the chunk's start, it leaves a larger error than it found from 2 on, and differences grow."""
+        gradients are taken at the chunk's start and nothing is forgotten, they leave a larger error than they found from 2 on.
+        Forgetting moves that bound up: whether a difference grew is what `log_growth` says."""
         return self.write_share * self.key_alignment * self.chunk_size
 
     @property
