@@ -235,7 +235,8 @@ def test_what_the_studies_readme_says_of_rungs():
 
 @table("| learning rate | 2e-3 | 4e-3 | 8e-3 |")
 def learning_rates() -> Rows:
-    trainings = [("Llama", "bridge", "llama"), ("Gated DeltaNet", "bridge", "gated-deltanet")]
+    trainings = [("Llama", "bridge", "llama"), ("Gated DeltaNet, as", "bridge", "gated-deltanet")]
+    trainings += [("Gated DeltaNet, its gates", "bridge", "gated-deltanet-gates")]
     trainings += [(name.capitalize(), "ablations", name) for name in ("yaad", "moneta", "memora")]
     return [[words, *(f"{loss(study, name, rate):.2f}" for rate in RATES_OF_TEXT)] for words, study, name in trainings]
 
