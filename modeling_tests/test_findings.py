@@ -777,6 +777,9 @@ def test_what_is_said_of_seeds():
         assert f"({' and '.join(', '.join(f'{one:.2f}' for one in found) for found in of_tasks)})" in WORDS, name
     assert sum(one > 0.9 for one in of_seeds("noisy-recall", "memora", "baseline", 3)) == 1
     assert max(one for task in tasks for one in of_seeds(task, "moneta", "baseline", 3)) < 0.25
+    fast = [of_seeds(task, "ablation-memora-quadruple-steps", "baseline", 3) for task in reversed(tasks)]
+    learned, missed = ("{:.2f}, {:.2f} and {:.2f}".format(*found) for found in fast)
+    assert f"with every seed ({learned}) and noisy recall with none ({missed})" in WORDS
     of_yaad = of_seeds("selective-copying", "yaad", "baseline", 3)
     assert "its own Huber loss has {:.2f}, {:.2f} and {:.2f} of selective copying".format(*of_yaad) in WORDS
     assert f"with one seed, too ({min(of_seeds('noisy-recall', 'yaad', 'baseline', 3)):.2f}). In text" in WORDS
@@ -847,6 +850,16 @@ def test_what_is_said_of_corrupted_text():
         f"Huber loss {some[2]}; of 10 % of the values {many[0]}, {many[1]} and {many[2]}. Of noise of 1 rms it is "
         f"{weak[0]}, {weak[1]} and {weak[2]}, of 10 % {many_weak[0]}, {many_weak[1]} and {many_weak[2]}"
     ) in WORDS
+    l2 = result("ablations-long", "yaad-l2")
+    lost = {
+        name: of["corrupted"] - of["clean"] for name, of in l2["corrupted"].items() if name.endswith(("1 rms", "8 rms"))
+    }
+    assert (
+        f"{l2['validation']:.2f}) loses {lost['2% of values, noise of 8 rms']:.3f} nats to noise of 8 rms in 2 % of the values and "
+        f"{lost['10% of values, noise of 8 rms']:.3f} in 10 %, twice"
+    ) in WORDS
+    assert f"noise of 1 rms ({lost['10% of values, noise of 1 rms']:.3f} in 10 %)" in WORDS
+    assert 1.8 < lost["10% of values, noise of 8 rms"] / float(many[2]) < 2.2
     twice = result("ablations-long", "memora-double-steps")["corrupted"]["10% of values, noise of 8 rms"]
     wide = result("ablations-wide", "memora-double-steps")["corrupted"]["10% of values, noise of 8 rms"]
     costs = [f"{one['corrupted'] - one['clean']:.3f}" for one in (twice, wide)]
