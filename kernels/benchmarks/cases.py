@@ -41,6 +41,7 @@ class Case:
         continued (`bool`): every row goes on from a state in the middle of a chunk, each at a phase of its own.
         narrow (`bool`): the parameters are in bfloat16, as those of a bfloat16 model.
         rotary (`bool`): decoding turns queries and keys, which models do not by default.
+        margin (`float`): how many times what is allowed of results is allowed, where only their order is asked for.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Case:
     narrow: bool = False
     rotary: bool = True
     repeats: int = 10
+    margin: float = 1.0
 
     def __post_init__(self):
         if self.kind == "decode":
@@ -75,8 +77,9 @@ class Case:
             measured = roundings().get(key(self), {}).get(name)
             if measured is None:
                 raise ValueError(f"{ROUNDINGS.name} lacks {name!r} of {key(self)!r}: `roundings.py` adds it.")
-            return Allowed(*(HEADROOM[kind] * measured[kind] for kind in HEADROOM)).at_least(FLOAT32)
-        allowed = (KL_ALLOWED if self.model == "memora" else ALLOWED)[self.precision]
+            allowed = Allowed(*(HEADROOM[kind] * measured[kind] for kind in HEADROOM)).at_least(FLOAT32)
+            return allowed.times(self.margin)
+        allowed = (KL_ALLOWED if self.model == "memora" else ALLOWED)[self.precision].times(self.margin)
         # gradients of begun chunks, in a state, are differences of reads
         return allowed.times(GRADIENT) if self.kind == "backward" else allowed.times(1.0 if name == "y" else 3.0)
 

@@ -21,6 +21,10 @@ import torch
 from torch import Tensor
 
 
+NOTHING = 1e-6
+"""Of a result's natural scale: what is expected and has no larger number is nothing, but for rounding."""
+
+
 class Allowed:
     """Errors relative to the reference's largest entry, to its norm, and to the norm of a block of average size."""
 
@@ -43,11 +47,21 @@ class Comparison:
         self.errors_of: dict[str, dict[str, float]] = {}
         self.complaints: list[str] = []
 
-    def add(self, name: str, got: Tensor | None, expected: Tensor, allowed: Allowed, axes: tuple[int, ...]) -> None:
+    def add(
+        self,
+        name: str,
+        got: Tensor | None,
+        expected: Tensor,
+        allowed: Allowed,
+        axes: tuple[int, ...],
+        scale: float = 0.0,
+    ) -> None:
         """Compares a tensor with what it should be.
 
         Args:
             axes (`tuple` of `int`): along which blocks lie; of axis 1 of a token's tensor chunk by chunk.
+            scale (`float`, *optional*): how large such a number is by nature. Where nothing is expected, errors are relative
+                to that: of rounding, relative to what is nothing, would come any number. Without it, only zeros are.
         """
         if got is None or got.shape != expected.shape:
             shape = None if got is None else tuple(got.shape)
@@ -65,6 +79,8 @@ class Comparison:
             self.complaints.append(f"{name}: the reference is not finite")
             return
         difference = got.detach().double() - expected
+        if scale and expected.abs().max() <= NOTHING * scale:
+            expected = torch.full_like(expected, scale)
         errors, sizes = (self.block_norms(x, axes) for x in (difference, expected))
         blocks = (errors / sizes.square().mean().sqrt().clamp(min=1e-30)).flatten()
         found = {

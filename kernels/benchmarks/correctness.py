@@ -99,6 +99,13 @@ class Prepared:
         names += [f"state {i}" for i in range(len(flat(self.state)) - 1)]
         return names, [TOKENS] * 6 + [PARAMETER] * (layers + 2) + [STATE] * (len(names) - 8 - layers)
 
+    def scales(self, y: Tensor) -> list[float]:
+        """How large gradients of all that is differentiated are by nature, for the outputs `y` and an adjoint of size one:
+        those of a read that doubles with whatever it is taken of."""
+        tensors = [*self.inputs, *self.parameters.initial, *self.parameters[1:], *flat(self.state)[:-1]]
+        sizes = [0.0 if x is None else root_mean_square(x) for x in tensors]
+        return [root_mean_square(y) / size if size else 0.0 for size in sizes]
+
     def gradients(self, read: Callable, dtype: torch.dtype | None = None) -> list[Tensor | None]:
         """Of all that is differentiated, for a fixed random adjoint; `None` where there is none.
 
@@ -137,6 +144,10 @@ def after_prompt(case: Case, rule, parameters, rows: int) -> MemoryState:
     double = [None if x is None else x.double() for x in inputs]
     _, state = chunk_miras(*double, rule=rule, parameters=wide(parameters), lengths=lengths, output_final_state=True)
     return state.map(lambda x: x.float() if x.is_floating_point() else x)
+
+
+def root_mean_square(x: Tensor) -> float:
+    return x.detach().double().square().mean().sqrt().item()
 
 
 def in_float64(x: Tensor) -> Tensor:
@@ -188,8 +199,15 @@ def check_backward(case: Case) -> dict:
         arguments = kernel_arguments(prepared.rule, memory) | {"precision": case.precision}
         return forward(*inputs, state=tuple(flat(state)) or None, **arguments, **prepared.where)[0]
 
+    outputs: list[Tensor] = []
+
+    def by_form(*given):
+        outputs.append(prepared.expected(*given)[0])
+        return outputs[0]
+
     names, kinds = prepared.differentiated()
-    expected = prepared.gradients(lambda *given: prepared.expected(*given)[0], torch.float64)
+    expected = prepared.gradients(by_form, torch.float64)
+    scales = prepared.scales(outputs.pop())
     first: list[Tensor | None] = []
     for repeat in range(case.repeats):
         with fresh_memory_is_nan(), faults.launches(str(case)):
@@ -198,13 +216,13 @@ def check_backward(case: Case) -> dict:
         for name, one, other in zip(names, first, got, strict=True):
             if one is not None and other is not None:
                 found.equal(f"gradient of {name}", one, other, repeat)
-    for name, one, other, kind in zip(names, first, expected, kinds, strict=True):
+    for name, one, other, kind, scale in zip(names, first, expected, kinds, scales, strict=True):
         if other is None:  # a matrix memory has no norm
             if one is not None and one.any():
                 found.complaints.append(f"gradient of {name}: there is none, and some is given")
             continue
         allowed, name = case.allowed(name), f"gradient of {name}"
-        found.add(name, one if one is None else faults.spoilt(name, one, str(case)), other, allowed, kind)
+        found.add(name, one if one is None else faults.spoilt(name, one, str(case)), other, allowed, kind, scale)
     return found.row()
 
 

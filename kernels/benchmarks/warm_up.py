@@ -14,8 +14,10 @@
 """Every kernel that the later steps launch, compiled or loaded from Triton's cache, each in a process of its own.
 
 A backward kernel takes half a minute to compile: one after the other they would take the whole run. A process makes one
-small call, checked against float64 like all others, and leaves its binaries in the cache. Where they are there already it
-takes a second or two.
+small call and leaves its binaries in the cache. Where they are there already it takes a second or two.
+
+That the call runs, and that its results are finite and of the right order, is all that a row here says. What right results in
+bfloat16 are off was measured of more rows and chunks than the call has, and is for the steps that follow to ask.
 """
 
 import json
@@ -45,6 +47,8 @@ from record import Record, begin
 WORKERS = 14
 JOB = 90.0
 """Seconds that one call may take."""
+MARGIN = 10.0
+"""How many times what the later steps allow: kernels that run and write something else are off by all of it."""
 
 
 def main() -> None:
@@ -73,7 +77,8 @@ def shrunk(case: Case) -> Case:
     """A case for which the same binaries are launched, on two chunks and a piece, of one head."""
     shape = small(case.shape)
     # packed sequences need room, and a row without tokens has another beside it
-    return replace(case, shape=replace(shape, tokens=max(shape.tokens, 80)) if case.packed else shape, repeats=1)
+    shape = replace(shape, tokens=max(shape.tokens, 80)) if case.packed else shape
+    return replace(case, shape=shape, repeats=1, margin=MARGIN)
 
 
 def variant_jobs(device: str, quick: bool) -> dict[str, Callable[[], dict]]:

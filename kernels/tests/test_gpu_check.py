@@ -269,6 +269,53 @@ def test_a_tile_of_one_program_is_lost_in_the_norm_and_not_in_its_block():
     assert found.errors["block"] == pytest.approx(block.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("size", "outcome"), [(0.0, None), (1e-5, None), (0.1, "wrong")])
+def test_rounding_where_nothing_is_expected_is_right_and_a_number_is_not(size, outcome):
+    from comparison import TOKENS, Allowed, Comparison
+
+    # of numbers of size 0.5 by nature, float64 leaves 1e-17 where there is nothing, and float32 more
+    expected = torch.zeros(1, 9, 2, dtype=torch.float64)
+    expected[0, 3, 1] = 1e-17
+    got = torch.zeros(1, 9, 2)
+    got[0, 5, 0] = size
+    found = Comparison(4)
+    found.add("gradient of delta", got, expected, Allowed(0.02, 0.01, 0.02), TOKENS, scale=0.5)
+    assert found.row().get("outcome") == outcome, found.row()
+    # one of 18 numbers, alone in its block
+    of_18 = {"largest": size / 0.5, "norm": size / (0.5 * 18**0.5)}
+    assert {kind: found.errors[kind] for kind in of_18} == pytest.approx(of_18, rel=1e-5, abs=1e-15)
+    # without a scale only zeros are nothing
+    strict = Comparison(4)
+    strict.add("state 0", got, torch.zeros_like(got), Allowed(0.02, 0.01, 0.02), TOKENS)
+    assert strict.row().get("outcome") == ("wrong" if size else None)
+
+
+@pytest.mark.parametrize("model", ["mixture", "yaad"])
+def test_warm_up_calls_right_numbers_right_and_others_wrong(model, monkeypatch):
+    import correctness
+    import roundings
+    from cases import CASES
+    from comparison import Comparison
+    from warm_up import shrunk
+
+    cases = CASES["more"]("cpu", False)
+    case = next(case for case in cases if (case.kind, case.model, case.shape.head_dim) == ("backward", model, 128))
+    usual, nothing = correctness.make_inputs, 0
+    for seed in (10, 14):
+        monkeypatch.setattr(correctness, "make_inputs", lambda *given, seed=seed: usual(*given, seed=seed))
+        prepared = correctness.Prepared(shrunk(case))
+        names, got, expected, axes = roundings.gradients_of(prepared)
+        scales = prepared.scales(prepared.expected()[0])
+        for factor, outcome in ((1.0, None), (2.0, "wrong")):
+            found = Comparison(64)
+            for name, one, other, kind, scale in zip(names, got, expected, axes, scales, strict=True):
+                found.add(name, factor * one, other, prepared.case.allowed(name), kind, scale)
+            assert found.row().get("outcome") == outcome, found.row()
+        nothing += expected[names.index("delta")].abs().max().item() < 1e-12
+    # where no residual lies between delta and the clip, delta has no gradient
+    assert nothing == (model == "mixture")
+
+
 def spoilt(x):
     """16 tokens of a head with one tenth of 16 channels missing: what one program adds in one product of a pass."""
     x = x.clone()
