@@ -164,6 +164,42 @@ def test_operands_that_are_read_again_for_every_tile(memory, retention, monkeypa
     assert all(torch.equal(one, other) for one, other in zip(*found) if one is not None)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="what a device does is not seen place by place")
+@pytest.mark.parametrize("memory", ["mlp", "last", "matrix"])
+def test_what_tiles_read_again_is_not_written_over_before_all_threads_have_read_it(memory, monkeypatch):
+    # in the interpreter a program is one thread, and right without any barrier: so what is asked is the order
+    from triton.runtime import interpreter
+
+    # imported now, with a `put` and `get` of their own: what is put aside once is read by the threads that wrote it
+    from miras_kernels import backward_matrix, backward_mlp, rows  # noqa: F401
+
+    read, too_early, seen = set(), [], set()
+
+    def hold(x, PLACE, *rest, usual=rows.put):
+        place = int(getattr(PLACE, "value", PLACE))
+        seen.add(place)
+        if place in read:
+            too_early.append(place)
+        return usual(x, PLACE, *rest)
+
+    def held(x, PLACE, *rest, usual=rows.get):
+        read.add(int(getattr(PLACE, "value", PLACE)))
+        return usual(x, PLACE, *rest)
+
+    monkeypatch.setattr(rows, "put", hold)
+    monkeypatch.setattr(rows, "get", held)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_barrier", lambda *_: read.clear())
+    kernel = "matrix" if memory == "matrix" else "mlp"
+    launches = {
+        f"{kernel}_forward": {"num_warps": 4} if memory == "matrix" else {"TN": 64, "num_warps": 4},
+        f"{kernel}_backward": {"TN": 32, "num_warps": 4, "STREAM": True},
+    }
+    monkeypatch.setattr(ops, "launch_configuration", lambda kernel, **_: launches[kernel])
+    rule = make_rule(memory, "l2", "decay")
+    gradients(rule, *make_call(rule, heads=1))
+    assert len(seen) > 1 and too_early == []
+
+
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 47])
 @pytest.mark.parametrize("memory", ["mlp", "last"])
 def test_lengths(memory, tokens):

@@ -446,6 +446,8 @@ def mlp_backward_kernel(
                 b_w1_bar = tl.load(base_bar1 + tile.o_1, mask=tile.m_w, other=0.0)
                 b_w1_bar += product(b_z1q_bar, held(rows, X, x_operand, BD, C, BD, STREAM), PRECISION)
                 tl.store(base_bar1 + tile.o_1, b_w1_bar, mask=tile.m_w)
+            if STREAM:
+                tl.debug_barrier()  # the fold's operand takes X's place
             b_q_bar = tl.where(tl.abs(load_rows(tokens.q, at)) > KEY_CAP, 0.0, b_x_bar + load_rows(y_bar, at))
             tl.store(bars.q + at.p_td, b_q_bar.to(bars.q.dtype.element_ty), mask=at.m_td)
             put(rows, K_BAR, tl.zeros([C, BD], tl.float32), C, BD)
