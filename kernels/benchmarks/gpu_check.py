@@ -41,6 +41,7 @@ import supervise
 from outcomes import EXIT_CODES, NOT_CHECKED, WRONG, count, worst
 from steps import MINUTES, NAMES, STEPS, Step, add_common_arguments, common_arguments
 from tables import write_report
+from whole_files import write_whole
 
 
 HERE = Path(__file__).resolve().parent
@@ -110,7 +111,7 @@ class Run:
 
     def write(self) -> None:
         self.results["outcome"] = self.outcome()
-        (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        write_whole(self.out / "results.json", json.dumps(self.results, indent=1) + "\n")
         write_report(self.out)
 
     def pack(self) -> None:

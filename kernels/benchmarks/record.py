@@ -30,6 +30,7 @@ import faults
 from outcomes import NOT_CHECKED, RIGHT, WRONG, NotChecked
 from steps import add_common_arguments
 from supervise import BROKEN_DEVICE
+from whole_files import write_whole
 
 
 class Record:
@@ -38,20 +39,26 @@ class Record:
     Args:
         path (`Path`): of the file; rows that it has already are not taken again.
         seconds (`float`): from now on; what would begin later is not checked, and said so.
+        why (`str`): what is said of that.
         only (`str`): rows whose name does not hold it are left out.
         report (`Callable`, *optional*): lines of Markdown from the rows so far.
     """
 
     def __init__(
-        self, path: Path, seconds: float, only: str = "", report: Callable[[list[dict]], list[str]] | None = None
+        self,
+        path: Path,
+        seconds: float,
+        only: str = "",
+        report: Callable[[list[dict]], list[str]] | None = None,
+        why: str = "out of time",
     ):
         found = json.loads(path.read_text()) if path.is_file() else {}
-        self.path, self.only, self.report = path, only, report
+        self.path, self.only, self.report, self.why = path, only, report, why
         self.rows: list[dict] = found.get("rows", [])
         self.facts: dict = found.get("facts", {})
         self.end = time.monotonic() + seconds
         self.done = {row["what"] for row in self.rows}
-        self.doing = ""
+        self.doing, self.since = "", 0.0
 
     def wanted(self, what: str) -> bool:
         return what not in self.done and self.only in what
@@ -63,8 +70,7 @@ class Record:
         """
         if not self.wanted(what) or self.out_of_time(what):
             return
-        self.doing = what
-        self.write()
+        self.start(what)
         faults.before(what)
         started = time.monotonic()
         try:
@@ -79,7 +85,15 @@ class Record:
             row |= {key: str(row[key]) for key in strange}
         self.add(what, row | {"took_s": round(time.monotonic() - started, 2)})
         if row.get("outcome") == WRONG and device_is_broken():
-            sys.exit(BROKEN_DEVICE)
+            # not sys.exit: destructors of what is on a lost device may abort, and another exit code comes of it
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(BROKEN_DEVICE)
+
+    def start(self, what: str) -> None:
+        """Says what is about to be done, and since when."""
+        self.doing, self.since = what, time.time()
+        self.write()
 
     def add(self, what: str, row: dict) -> None:
         row = {"what": what, "outcome": RIGHT, **row}
@@ -96,7 +110,7 @@ class Record:
     def out_of_time(self, what: str) -> bool:
         if time.monotonic() < self.end:
             return False
-        self.not_checked(what, "out of time")
+        self.not_checked(what, self.why)
         return True
 
     def write(self) -> None:
@@ -104,11 +118,8 @@ class Record:
             lines = self.report(self.rows) if self.report else []
         except Exception as error:  # a table that is not drawn must not cost the rows that are still to come
             lines = [f"The report was not drawn: {type(error).__name__}: {error}"]
-        found = {"rows": self.rows, "facts": self.facts, "report": lines, "doing": self.doing}
-        # whole or not at all: another process reads it at any time
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(partial, self.path)
+        found = {"rows": self.rows, "facts": self.facts, "report": lines, "doing": self.doing, "since": self.since}
+        write_whole(self.path, json.dumps(found, indent=1) + "\n")
 
 
 def device_is_broken() -> bool:
@@ -130,10 +141,14 @@ def begin(
     """The record and the arguments of a step's process."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="what has not begun by then is not checked")
+    # not how long from now on: what is imported before takes of the step's time
+    parser.add_argument(
+        "--end", type=float, default=math.inf, help="what has not begun by then, in seconds since 1970"
+    )
+    parser.add_argument("--why", default="out of time", help="what is said of that")
     parser.add_argument("--part", default="", help="of the step's work")
     add_common_arguments(parser)
     args = parser.parse_args()
     args.device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-    record = Record(args.json, args.seconds, args.only, report)
+    record = Record(args.json, args.end - time.time(), args.only, report, args.why)
     return record, args

@@ -18,12 +18,13 @@ import sys
 from pathlib import Path
 
 from outcomes import EXIT_CODES, NOT_CHECKED, RIGHT, WRONG, count
+from whole_files import write_whole
 
 
 def write_report(folder: Path) -> None:
     """`results.md` from `results.json`."""
     results = json.loads((folder / "results.json").read_text())
-    (folder / "results.md").write_text("\n".join(report(results)) + "\n")
+    write_whole(folder / "results.md", "\n".join(report(results)) + "\n")
 
 
 def report(results: dict) -> list[str]:

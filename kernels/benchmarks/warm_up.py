@@ -42,6 +42,7 @@ from launches import MOST, changed
 from outcomes import NOT_CHECKED, WRONG, NotChecked
 from paths import small
 from record import Record, begin
+from whole_files import write_whole
 
 
 WORKERS = 14
@@ -130,7 +131,7 @@ def run(record: Record, wanted: dict[str, Callable[[], dict]], workers: int) -> 
                 del running[process]
                 record.add(what, row_of(process.exitcode, path, late) | {"took_s": round(time.monotonic() - begun, 1)})
     for what in waiting:
-        record.not_checked(what, "out of time")
+        record.not_checked(what, record.why)
 
 
 def row_of(exit_code: int, path: Path, late: bool) -> dict:
@@ -152,8 +153,7 @@ def attempt(job: Callable[[], dict], path: Path) -> None:
     except Exception as error:
         row = {"outcome": WRONG, "why": f"{type(error).__name__}: {error}"[:600]}
     row |= {"loaded": sum(facts["loaded"].values()), "compiled": facts["compiled"]}
-    path.with_suffix(".partial").write_text(json.dumps(row))
-    os.replace(path.with_suffix(".partial"), path)
+    write_whole(path, json.dumps(row))
 
 
 def report(rows: list[dict]) -> list[str]:

@@ -66,8 +66,7 @@ class Parts:
         """Whether to leave out what is named: there is no time, or an earlier process died of it."""
         if what in self.record.done or self.record.out_of_time(what):
             return True
-        self.record.doing = what
-        self.record.write()
+        self.record.start(what)
         return False
 
 

@@ -118,6 +118,7 @@ def test_wrong_numbers_are_found_and_named(tmp_path):
 
 STEP = """
 import os, subprocess, sys, time
+{imports}
 from record import begin
 record, args = begin("A step of a test.")
 {before}
@@ -126,11 +127,14 @@ for what in ("first", "second", "third"):
 """
 
 
-def parent(tmp_path, row="{}", before="", minutes=30.0, grace=1.0, fault="", seconds=90.0):
+def parent(
+    tmp_path, row="{}", before="", minutes=30.0, grace=1.0, fault="", seconds=90.0, hang=120.0, imports="", attempts=4
+):
     """The script with one step, which knows nothing of kernels."""
-    (tmp_path / "step.py").write_text(STEP.format(row=row, before=before))
+    (tmp_path / "step.py").write_text(STEP.format(row=row, before=before, imports=imports))
     program = textwrap.dedent(f"""
-        import sys, pathlib, gpu_check, steps
+        import sys, pathlib, gpu_check, steps, supervise
+        supervise.HANG, supervise.ATTEMPTS = {hang}, {attempts}
         gpu_check.HERE, gpu_check.NAMES = pathlib.Path({str(tmp_path)!r}), ("step",)
         gpu_check.STEPS = (steps.Step("step", "of a test", "step", {seconds * 7.5 / minutes}),)
         code = gpu_check.main()
@@ -183,12 +187,36 @@ def test_a_step_that_hangs_is_killed_with_what_it_started_and_named(tmp_path):
     started = time.monotonic()
     code, rows = outcomes(tmp_path, fault="hang:second", before=before, seconds=8.0)
     assert time.monotonic() - started < 120.0
-    assert code == 1 and rows["first"][0] == "right" and rows["second"][0] == "wrong"
-    assert "did not end, and was killed" in rows["second"][1] and "third" not in rows
+    # it may have been compiling; and what it kept from being reached has a row of its own
+    assert code == 3 and rows["first"][0] == "right" and rows["second"][0] == rows["third"][0] == "not checked"
+    assert "it did not end in " in rows["second"][1] and "was killed 1 s after the step's time" in rows["second"][1]
+    assert rows["third"][1] == "not reached: " + rows["second"][1]
     facts = json.loads((tmp_path / "out" / "results.json").read_text())["steps"][0]["facts"]
     state = Path(f"/proc/{facts['child']}/stat")
     # gone, or waiting for a parent to ask for its exit code
     assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_a_row_that_runs_for_minutes_is_wrong_when_it_is_killed(tmp_path):
+    code, rows = outcomes(tmp_path, fault="hang:second", seconds=8.0, hang=2.0)
+    assert code == 1 and rows["second"][0] == "wrong" and "it did not end in " in rows["second"][1]
+    assert rows["third"][0] == "not checked"
+
+
+def test_what_is_left_when_processes_keep_dying_is_named(tmp_path):
+    before = "record.report = lambda rows: ['measured: ' + args.why]"
+    code, rows = outcomes(tmp_path, fault="crash:first;crash:second", before=before, attempts=2)
+    assert code == 1 and rows["first"] == rows["second"] == ("wrong", "its process died of SIGSEGV")
+    assert rows["third"] == ("not checked", "not reached: 2 of its processes died")
+    # the report is of those that measured
+    assert "measured: out of time" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_what_is_left_is_said_when_it_cannot_be_named(tmp_path):
+    before = "args.why == 'out of time' or sys.exit(5)"
+    code, rows = outcomes(tmp_path, fault="crash:second", before=before, attempts=1)
+    assert code == 1 and rows["the rest of the step"] == ("not checked", "not reached: 1 of its processes died")
+    assert "third" not in rows
 
 
 def test_a_step_that_cannot_begin_says_why(tmp_path):
@@ -202,6 +230,43 @@ def test_a_device_that_is_lost_costs_one_row(tmp_path):
     row = "1 / 0 if what == 'second' else {}"
     code, rows = outcomes(tmp_path, before=before, row=row)
     assert code == 1 and [one for one, _ in rows.values()] == ["right", "wrong", "right"]
+
+
+@pytest.mark.parametrize("ends", ["a destructor aborts", "the process is killed"])
+def test_a_lost_device_costs_one_row_however_its_process_ends(tmp_path, ends):
+    # what is on a lost device aborts when it is destroyed; and a process may die before it has said that it ends
+    before = "import atexit\natexit.register(os.abort)\nimport record as r\n"
+    lost = "record.rows[-1]['what'] == 'second'"
+    if ends == "the process is killed":
+        lost += " and os.kill(os.getpid(), 6)"
+    before += f"r.device_is_broken = lambda: {lost}\nif 'second' in record.done: atexit.unregister(os.abort)"
+    code, rows = outcomes(tmp_path, before=before, row="1 / 0 if what == 'second' else {}")
+    assert code == 1 and [one for one, _ in rows.values()] == ["right", "wrong", "right"]
+    assert rows["second"][1] == "ZeroDivisionError: division by zero"
+
+
+def test_a_step_s_time_is_counted_from_before_its_imports(tmp_path):
+    # of 6 seconds the imports take all
+    code, rows = outcomes(tmp_path, before="", row="{}", seconds=6.0, grace=60.0, imports="time.sleep(8.0)")
+    assert code == 3 and set(rows.values()) == {("not checked", "out of time")} and len(rows) == 3
+
+
+def test_results_are_whole_at_any_time(tmp_path, monkeypatch):
+    import whole_files
+
+    path = tmp_path / "results.json"
+    whole_files.write_whole(path, "one")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(whole_files.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        whole_files.write_whole(path, "another, longer")
+    assert path.read_text() == "one"
+    # all that writes what others read does it so
+    for name in ("gpu_check", "tables", "record", "supervise", "warm_up"):
+        assert "write_text(" not in (BENCHMARKS / f"{name}.py").read_text(), name
 
 
 def test_what_there_is_no_time_for_is_not_checked(tmp_path):
@@ -228,8 +293,8 @@ def test_what_is_known_is_written_when_the_script_is_told_to_stop(tmp_path):
 
 def test_without_a_device_nothing_else_is_tried(tmp_path):
     row = "{'outcome': 'wrong', 'why': 'there is none'} if what == 'device' else {}"
-    (tmp_path / "machine.py").write_text(STEP.format(row=row, before="").replace('"second"', '"device"'))
-    (tmp_path / "step.py").write_text(STEP.format(row="{}", before=""))
+    (tmp_path / "machine.py").write_text(STEP.format(row=row, before="", imports="").replace('"second"', '"device"'))
+    (tmp_path / "step.py").write_text(STEP.format(row="{}", before="", imports=""))
     program = textwrap.dedent(f"""
         import sys, pathlib, gpu_check, steps
         gpu_check.HERE, gpu_check.NAMES = pathlib.Path({str(tmp_path)!r}), ("machine", "step")
