@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
+import own_packages  # noqa: F401
 import torch
 import triton
 from triton import knobs

@@ -18,12 +18,14 @@ That is Transformers' models: seconds of every step, of a run that has few. To b
 
 import sys
 import types
-from importlib.util import find_spec
 from pathlib import Path
 
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # scripts, not a package
+import own_packages  # noqa: E402
+
+
 if "miras_hf" not in sys.modules:
     package = types.ModuleType("miras_hf")
-    package.__path__ = list(find_spec("miras_hf").submodule_search_locations)
+    package.__path__ = [str(own_packages.ROOT / "src" / "miras_hf")]
     sys.modules["miras_hf"] = package

@@ -27,6 +27,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "kernels")]  # scripts, not a package
+import own_packages  # noqa: E402, F401
 import quick_interpreter  # noqa: E402, F401
 from models import BUILDERS, LABELS, ModelShape, WholeModel, build  # noqa: E402
 from timing import CLOCKS, Rounds, Sample, round_robin, summary, timed  # noqa: E402

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,57 @@ def test_without_a_device_nothing_else_is_tried(tmp_path):
     rows = rows_of(json.loads((tmp_path / "out" / "results.json").read_text()))
     assert done.returncode == 1 and rows["device"]["outcome"] == "wrong"
     assert rows["the step"]["why"] == "there is no device"
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """An interpreter that has what we need, and nothing of ours: `.pth` files of the folders that it reads are not."""
+    import transformers
+    import triton
+
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages")
+    homes = {str(Path(package.__file__).resolve().parents[1]) for package in (torch, triton, transformers)}
+    (site / "there.pth").write_text("\n".join(sorted(homes)) + "\n")
+    python = str(folder / "bin" / "python")
+    program = (
+        "import importlib.util as u; print([u.find_spec(name) for name in ('torch', 'miras_hf', 'miras_kernels')])"
+    )
+    found = subprocess.run([python, "-c", program], env=without_path(), capture_output=True, text=True).stdout
+    assert found.startswith("[ModuleSpec(") and found.strip().endswith(", None, None]"), found
+    return python
+
+
+def without_path():
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | interpreted
+
+
+@pytest.mark.parametrize(
+    "script", ["benchmarks/correctness.py", "benchmarks/whole_models.py", "precompile.py", "tune.py"]
+)
+def test_scripts_of_the_day_with_a_gpu_need_nothing_installed_of_ours(bare, script, tmp_path):
+    command = [bare, str(ROOT / "kernels" / script), "--help"]
+    done = subprocess.run(command, env=without_path(), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+def test_the_script_needs_nothing_installed_of_ours(bare, tmp_path):
+    command = [
+        bare,
+        str(BENCHMARKS / "gpu_check.py"),
+        "--quick",
+        "--out",
+        str(tmp_path / "out"),
+        "--steps",
+        "correctness",
+    ]
+    done = subprocess.run(
+        [*command, "--only", "forward of matrix"], env=without_path(), capture_output=True, text=True, cwd=tmp_path
+    )
+    rows = rows_of(json.loads((tmp_path / "out" / "results.json").read_text()))
+    assert done.returncode == 0 and rows and {row["outcome"] for row in rows.values()} == {"right"}, rows
 
 
 def test_results_are_not_written_over(tmp_path):
