@@ -16,8 +16,10 @@ spent on compiling.
 
     make triton36                                                                   # a GPU's Triton, without a GPU
     .venv-triton36/bin/python kernels/precompile.py --arch sm_90 --out build/cache  # here; goes on where it stopped
-    python kernels/precompile.py --adopt build/cache                                # there, once, wherever it lies
-    TRITON_CACHE_DIR=$PWD/build/cache python ...                                    # there: launches find their binaries
+    .venv-triton36/bin/python kernels/precompile.py --out build/cache --pack build/cache.tar.xz   # where little may be carried
+    python3 kernels/precompile.py --adopt build/cache                               # there, once, wherever it lies
+    python3 kernels/precompile.py --adopt build/cache.tar.xz                        # or so: makes build/cache of it before
+    TRITON_CACHE_DIR=$PWD/build/cache python3 ...                                   # there: launches find their binaries
 
 What is compiled is `PROGRAMS`, those of the main shape first. The public functions are called for real up to their
 launches, and Triton's own way from a launch to a binary is taken: signature, constants, divisibility and options are those
@@ -48,6 +50,7 @@ import torch
 import triton
 from ahead_of_time import CAPABILITIES, Call, compiling, run
 from launches import MOST, changed, launching
+from packed_cache import pack, unpack
 from triton import knobs
 from triton.compiler import compiler
 from triton.runtime.cache import triton_key
@@ -273,13 +276,33 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the cache to fill")
     parser.add_argument("--only", default="", help="programs whose name has this in it, as 'mlp yaad 64'")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further program after that")
-    parser.add_argument("--adopt", type=Path, help="the cache to adopt")
+    parser.add_argument(
+        "--pack", type=Path, metavar="FILE", help="write the cache --out to one file; nothing is compiled"
+    )
+    parser.add_argument(
+        "--adopt",
+        type=Path,
+        metavar="CACHE",
+        help="the cache to adopt, or a packed one, which is unpacked to --out, by default beside it",
+    )
     arguments = parser.parse_args()
-    if (arguments.out is None) == (arguments.adopt is None):
+    cache, packed = arguments.out, arguments.adopt is not None and arguments.adopt.is_file()
+    if arguments.adopt is None and cache is None:
         parser.error("one of --out and --adopt is needed.")
+    if arguments.adopt is not None and (arguments.pack is not None or (cache is not None and not packed)):
+        parser.error("--adopt goes with neither --pack nor, for a cache that is not packed, --out.")
     try:
-        if arguments.adopt:
-            print(f"{adopt(arguments.adopt)} binaries of {arguments.adopt} are this Triton's, {triton.__version__}.")
+        if arguments.pack is not None:
+            kernels = {folder: held["kernel"] for folder, held in _index(cache)["binaries"].items()}
+            size = pack(cache, cache / INDEX, kernels, arguments.pack)
+            print(f"{len(kernels)} binaries of {cache} are in {arguments.pack}, {size / 2**20:.1f} MiB.")
+            return 0
+        if arguments.adopt is not None:
+            here = arguments.adopt
+            if packed:
+                here = cache or here.with_name(here.name.removesuffix(".xz").removesuffix(".tar"))
+                unpack(arguments.adopt, here)
+            print(f"{adopt(here)} binaries of {here} are this Triton's, {triton.__version__}.")
             return 0
         programs = {what: call for what, call in PROGRAMS.items() if arguments.only in what}
         if not programs:

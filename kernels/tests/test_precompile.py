@@ -13,10 +13,13 @@
 # limitations under the License.
 """A launch finds what was compiled ahead for it, although the cache was moved and another build of Triton looks for it."""
 
+import base64
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -189,6 +192,70 @@ def test_a_cache_of_another_version_is_refused(tmp_path):
         precompile.precompile("sm_90", {}, tmp_path)
     with pytest.raises(ValueError, match="must hold precompiled.json"):
         precompile.adopt(tmp_path / "nothing")
+
+
+def small_cache(folder, version):
+    """One that nobody compiled: two binaries of one kernel, of which what stays here is less than is in it."""
+    rests = {"one": "a", "other": "b"}
+    index = {"triton": version, "name": "sm_90", "binaries": {}}
+    for name, rest in rests.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "kernel.cubin").write_bytes(name.encode() * 1000)
+        (folder / name / "kernel.json").write_text("{}")
+        (folder / name / "__grp__kernel.json").write_text("a path of this machine")
+        index["binaries"][name] = {"rest": rest, "kernel": "kernel", "programs": [name]}
+    (folder / "of_no_program").mkdir()
+    (folder / "of_no_program" / "kernel.cubin").write_bytes(b"x")
+    (folder / "precompiled.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_a_packed_cache_is_adopted_where_it_is_unpacked(tmp_path, monkeypatch, capsys):
+    import precompile
+    import triton
+
+    cache, file = small_cache(tmp_path / "here" / "cache", triton.__version__), tmp_path / "there" / "cache.tar.xz"
+    file.parent.mkdir()
+    monkeypatch.setattr(precompile, "triton_key", lambda: "there")
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["precompile.py", *map(str, words)])
+        return precompile.main()
+
+    assert command("--out", cache, "--pack", file) == 0
+    assert command("--adopt", file) == 0 and command("--adopt", file, "--out", tmp_path / "third") == 0
+    assert capsys.readouterr().out.count("2 binaries of ") == 3
+    for unpacked in (file.parent / "cache", tmp_path / "third"):
+        index = json.loads((unpacked / "precompiled.json").read_text())
+        found = {}
+        for folder, held in index["binaries"].items():
+            # Triton's name for a folder, made as it makes it
+            digest = hashlib.sha256(("there" + held["rest"]).encode()).digest()
+            assert folder == base64.b32encode(digest).decode().rstrip("=")
+            group = json.loads((unpacked / folder / "__grp__kernel.json").read_text())["child_paths"]
+            assert group == {name: str(unpacked / folder / name) for name in ("kernel.cubin", "kernel.json")}
+            found[held["programs"][0]] = (unpacked / folder / "kernel.cubin").read_bytes()
+        assert found == {name: name.encode() * 1000 for name in ("one", "other")}
+        assert len(list(unpacked.iterdir())) == 3
+    # what is there already is not written over, and what is no such file is named
+    with pytest.raises(SystemExit):
+        command("--adopt", file)
+    assert "must be a new folder" in capsys.readouterr().err
+    (tmp_path / "no.tar.xz").write_bytes(file.read_bytes()[:200])
+    with pytest.raises(SystemExit):
+        command("--adopt", tmp_path / "no.tar.xz")
+    assert "must be what `precompile.py --pack` wrote" in capsys.readouterr().err
+
+
+def test_a_packed_cache_writes_nothing_outside_of_its_folder(tmp_path):
+    import packed_cache
+
+    with tarfile.open(tmp_path / "evil.tar.xz", "w:xz") as archive:
+        found = tarfile.TarInfo("../outside")
+        archive.addfile(found)
+    with pytest.raises(ValueError, match="evil.tar.xz is not"):
+        packed_cache.unpack(tmp_path / "evil.tar.xz", tmp_path / "cache")
+    assert not (tmp_path / "outside").exists() and not (tmp_path / "cache").exists()
 
 
 def test_what_is_compiled_ahead_is_what_the_gpu_script_launches(tmp_path):
