@@ -13,7 +13,7 @@
 # limitations under the License.
 """The standing GPU script: are the kernels right on this device, and how fast are they beside their neighbours?
 
-    python kernels/benchmarks/gpu_check.py --out kernels/benchmarks/results/h200
+    python3 kernels/benchmarks/gpu_check.py --out "$OUT/kernels"
 
 A list of steps (`--list`) in order of worth, each a process of its own with a time limit of its own: a crash costs a row.
 Whatever was looked at is right, wrong or not checked, and so is the run: exit code 0, 1 or 3. After every step, and while

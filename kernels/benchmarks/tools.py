@@ -71,26 +71,40 @@ def said_by(record: Record, command: list[str], log: str, **environment: str) ->
 
 
 def sanitize(record: Record, check: str, kernel: str) -> dict:
-    command = [tool("compute-sanitizer"), "--tool", check, "--kernel-regex", f"kns={kernel}"]
+    sanitizer = tool("compute-sanitizer")
+    command = [sanitizer, "--tool", check, *of_kernel(sanitizer, kernel)]
     command += python(HERE / "one_call.py", kernel, "--heads", "1")
     # the caching allocator's blocks are larger than tensors, and hide what lies outside of them
     done = said_by(record, command, f"{check}-{kernel}.txt", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return verdict(done.stdout + done.stderr, done.returncode)
 
 
+def of_kernel(sanitizer: str, kernel: str) -> list[str]:
+    """The words that keep compute-sanitizer to a kernel: of 2025.3 under a new name, which earlier ones do not know."""
+    said = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, timeout=60.0)
+    option = "--kernel-name" if re.search(r"--kernel-name\b(?!-)", said.stdout + said.stderr) else "--kernel-regex"
+    return [option, f"kns={kernel}"]
+
+
 def verdict(text: str, exit_code: int) -> dict:
     """What compute-sanitizer's last words come to; without a summary nothing was looked at."""
-    found = re.search(r"(?:ERROR|RACECHECK) SUMMARY:\s*(\d+) (?:errors?|hazards?)", text)
+    found = re.search(r"ERROR SUMMARY:\s*(\d+) errors?|RACECHECK SUMMARY:.*\((\d+) errors?, (\d+) warnings?\)", text)
     if found is None or "done" not in text.splitlines():
         last = next((line for line in reversed(text.splitlines()) if line.strip()), "nothing")
         raise NotChecked(f"no summary, exit code {exit_code}: {last}")
-    number = int(found[1])
+    # "hazards displayed" are both; what racecheck warns of may be meant, as between threads of a warp
+    number = int(found[1] or found[2])
+    row: dict = {"reported": number}
+    if found[3] is not None:
+        row |= {"warnings": int(found[3])}
+        warned = next((line.strip(" =") for line in text.splitlines() if "Warning" in line), "")
+        row |= {"first_warning": warned} if warned else {}
     if number:
         first = next(
             (line for line in text.splitlines() if "Error" in line or "Race" in line or "Invalid" in line), ""
         )
-        return {"outcome": WRONG, "why": f"{number} reported, the first: {first.strip(' =')}", "reported": number}
-    return {"reported": 0}
+        return row | {"outcome": WRONG, "why": f"{number} reported, the first: {first.strip(' =')}"}
+    return row
 
 
 def profile(record: Record, kernel: str) -> dict:

@@ -577,7 +577,15 @@ def test_what_the_tools_say_is_read():
     from tools import metrics, verdict
 
     assert verdict("done\n========= ERROR SUMMARY: 0 errors\n", 0) == {"reported": 0}
-    assert verdict("done\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0)["reported"] == 0
+    race = "========= Warning: Race reported between Write access at a and Read access at b\ndone\n========= RACECHECK SUMMARY: "
+    # by errors: a summary's first number counts warnings as well, and what is warned of stays in the row
+    warned = verdict(race + "2 hazards displayed (0 errors, 2 warnings)", 0)
+    assert "outcome" not in warned and (warned["reported"], warned["warnings"]) == (0, 2)
+    assert warned["first_warning"] == "Warning: Race reported between Write access at a and Read access at b"
+    found = verdict(race.replace("Warning", "Error") + "3 hazards displayed (1 error, 2 warnings)", 0)
+    assert found["outcome"] == "wrong" and found["why"].startswith("1 reported, the first: Error: Race reported")
+    clean = verdict("done\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0)
+    assert clean == {"reported": 0, "warnings": 0}
     said = "========= Invalid __global__ read of size 4 bytes\ndone\n========= ERROR SUMMARY: 3 errors\n"
     assert verdict(said, 1)["outcome"] == "wrong" and "Invalid __global__ read" in verdict(said, 1)["why"]
     for nothing in ("", "done\n", "RuntimeError: no GPU\n========= ERROR SUMMARY: 0 errors\n"):
@@ -587,6 +595,23 @@ def test_what_the_tools_say_is_read():
     table = f'==PROF== x\n{head}\n"","","us",""\n"0","mlp_forward_kernel","12.5","1.75"\n'
     assert metrics(table) == {"stalls": {"wait": 1.75}, "gpu__time_duration.sum": "12.5 us"}
     assert metrics("==ERROR== ERR_NVGPUCTRPERM\n") == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [
+        ("  --kernel-regex arg   Filter\n  --kernel-regex-exclude arg", "--kernel-regex"),
+        ("  --kernel-name arg   Filter\n  --kernel-regex arg   Deprecated", "--kernel-name"),
+        ("  --kernel-name-exclude arg", "--kernel-regex"),
+    ],
+)
+def test_the_sanitizer_is_kept_to_a_kernel_by_the_name_that_it_knows(tmp_path, said, option):
+    from tools import of_kernel
+
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
+    sanitizer.chmod(0o755)
+    assert of_kernel(str(sanitizer), "mlp_decode") == [option, "kns=mlp_decode"]
 
 
 def test_out_of_memory_is_reported_and_not_fatal(monkeypatch):
