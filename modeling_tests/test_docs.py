@@ -162,6 +162,8 @@ def test_commands_exist(document):
         ("pip install -e . -c constraints-gpu.txt", "no file constraints-gpu.txt"),
         ("python examples/pretrian.py", "no file examples/pretrian.py"),
         ("python benchmarks/layer_cpu.py --lenghts 8", "no flag --lenghts"),
+        (".venv/bin/python benchmarks/layer_cpu.py --lenghts 8", "no flag --lenghts"),
+        ("python3 -c 'import torhc'", "no module torhc"),
         ("frobnicate --all", "not a command that this test knows"),
     ],
 )
@@ -195,7 +197,12 @@ def wrong_with(command: str) -> str | None:
     if program == "transformers":
         scripts = {entry.name for entry in importlib.metadata.entry_points(group="console_scripts")}
         return None if "transformers" in scripts and arguments[0] in ("serve", "chat") else "no such command"
-    if program in ("python", "torchrun", "accelerate"):
+    if program in ("python", "python3", "torchrun", "accelerate") or program.endswith("/bin/python"):
+        if arguments[0] == "-c":
+            modules = {
+                name.name for n in ast.walk(ast.parse(arguments[1])) if isinstance(n, ast.Import) for name in n.names
+            }
+            return next((f"no module {m}" for m in sorted(modules) if importlib.util.find_spec(m) is None), None)
         files = [a for a in arguments if re.search(r"\.(py|yaml|yml)$", a) and "<" not in a]
         missing = [f for f in files if not list(ROOT.glob(f))]
         if missing:
