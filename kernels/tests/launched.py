@@ -165,7 +165,11 @@ def take_commands() -> None:
             one_call.main()
         raise tools.NotChecked("not run under a tool")
 
-    with patch.object(tools, "said_by", run), patch.object(tools, "tool", lambda name: name):
+    with (
+        patch.object(tools, "said_by", run),
+        patch.object(tools, "tool", lambda name: name),
+        patch.object(tools, "of_kernel", lambda *_: []),
+    ):
         tools.main()
 
 
