@@ -852,7 +852,9 @@ def test_what_is_said_of_corrupted_text():
     ) in WORDS
     l2 = result("ablations-long", "yaad-l2")
     lost = {
-        name: of["corrupted"] - of["clean"] for name, of in l2["corrupted"].items() if name.endswith(("1 rms", "8 rms"))
+        name: of["corrupted"] - of["clean"]
+        for name, of in l2["corrupted"].items()
+        if name.endswith(("1 rms", "8 rms"))
     }
     assert (
         f"{l2['validation']:.2f}) loses {lost['2% of values, noise of 8 rms']:.3f} nats to noise of 8 rms in 2 % of the values and "
