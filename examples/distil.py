@@ -394,18 +394,23 @@ def loss(model: PreTrainedModel, held_out: Dataset, batch_size: int) -> float:
 
 @torch.no_grad()
 def grown_cache(model: PreTrainedModel, length: int) -> DynamicCache:
-    """The cache of a text of `length` tokens: 32 are read, and keys and values of the others are those again.
+    """The cache of a text of `length` tokens: a chunk of them and what its last one has is read, and keys and values of the
+    others are those again.
 
     Neither its size nor the time of the next token depends on what the text says.
     """
+    chunk = getattr(model.config, "chunk_size", 32)
+    read = min(length, chunk + length % chunk)
     cache = DynamicCache(config=model.config)
-    model(torch.ones(1, 32, dtype=torch.long, device=model.device), logits_to_keep=1, **{CACHE_NAME: cache})
+    model(torch.ones(1, read, dtype=torch.long, device=model.device), logits_to_keep=1, **{CACHE_NAME: cache})
     for layer in cache.layers:
         if isinstance(layer, miras_hf.MirasLayer):
-            layer.tokens_seen = length
+            memory = layer.memory
+            grown = memory._replace(count=torch.full_like(memory.count, length))
+            layer.update_memory(grown, layer.conv_tail, length - read)
         else:
             layer.keys, layer.values = (
-                x.repeat(1, 1, -(-length // 32), 1)[:, :, :length] for x in (layer.keys, layer.values)
+                x.repeat(1, 1, -(-length // read), 1)[:, :, :length] for x in (layer.keys, layer.values)
             )
     return cache
 
