@@ -843,6 +843,17 @@ def costs_of_noise(study: str, share: int, rms: int) -> list[str]:
     return [f"{at['corrupted'] - at['clean']:.3f}" for at in found]
 
 
+@table("| loss | validation | 8 rms in 2 % of the values | in 10 % | 1 rms in 10 % |")
+def losses_under_noise() -> Rows:
+    def cells(name: str) -> list[str]:
+        of = result("ablations-long", name)
+        kinds = ("2% of values, noise of 8 rms", "10% of values, noise of 8 rms", "10% of values, noise of 1 rms")
+        lost = (of["corrupted"][kind]["corrupted"] - of["corrupted"][kind]["clean"] for kind in kinds)
+        return [f"{of['validation']:.2f}", *(f"{one:.3f}" for one in lost)]
+
+    return rows_of({"Huber's": "yaad", "lp": "yaad-lp", "l2": "yaad-l2"}, cells)
+
+
 def test_what_is_said_of_corrupted_text():
     some, many, weak, many_weak = (costs_of_noise("ablations-long", share, rms) for rms in (8, 1) for share in (2, 10))
     assert (
@@ -850,18 +861,6 @@ def test_what_is_said_of_corrupted_text():
         f"Huber loss {some[2]}; of 10 % of the values {many[0]}, {many[1]} and {many[2]}. Of noise of 1 rms it is "
         f"{weak[0]}, {weak[1]} and {weak[2]}, of 10 % {many_weak[0]}, {many_weak[1]} and {many_weak[2]}"
     ) in WORDS
-    l2 = result("ablations-long", "yaad-l2")
-    lost = {
-        name: of["corrupted"] - of["clean"]
-        for name, of in l2["corrupted"].items()
-        if name.endswith(("1 rms", "8 rms"))
-    }
-    assert (
-        f"{l2['validation']:.2f}) loses {lost['2% of values, noise of 8 rms']:.3f} nats to noise of 8 rms in 2 % of the values and "
-        f"{lost['10% of values, noise of 8 rms']:.3f} in 10 %, twice"
-    ) in WORDS
-    assert f"noise of 1 rms ({lost['10% of values, noise of 1 rms']:.3f} in 10 %)" in WORDS
-    assert 1.8 < lost["10% of values, noise of 8 rms"] / float(many[2]) < 2.2
     twice = result("ablations-long", "memora-double-steps")["corrupted"]["10% of values, noise of 8 rms"]
     wide = result("ablations-wide", "memora-double-steps")["corrupted"]["10% of values, noise of 8 rms"]
     costs = [f"{one['corrupted'] - one['clean']:.3f}" for one in (twice, wide)]
