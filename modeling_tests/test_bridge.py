@@ -291,10 +291,9 @@ def test_published_gates_start_slower_and_are_spared_by_weight_decay():
     (first, _), (second, _) = (optimizer_and_schedule(m, 1e-3, 10)[0].param_groups for m in (theirs, published))
     gates = {id(p) for name, p in published.named_parameters() if name.endswith(("A_log", "dt_bias"))}
     assert gates and not gates & {id(p) for p in second["params"]}
+    # Transformers decays them, and `gated-deltanet` is as it is there
     spared = [name for name, p in theirs.named_parameters() if not any(p is x for x in first["params"])]
-    assert not any(
-        "A_log" in name for name in spared
-    )  # Transformers decays them, and `gated-deltanet` is as it is there
+    assert not any("A_log" in name for name in spared)
     with pytest.raises(ValueError, match="`published_gates` are of `model` 'gated-deltanet', got 'llama'"):
         Point(model="llama", published_gates=True)
 

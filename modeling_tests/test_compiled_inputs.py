@@ -14,11 +14,15 @@
 """Packs and masks in a compiled call mean what they mean in an eager one, or the graph raises: nothing is dropped because a
 graph is being made."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_generation_miras import TOLERANCE, build
 from test_inputs import LENGTHS, TOKENS, WAYS
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, StaticCache, Trainer, TrainingArguments
+
+from miras_hf.compat import CACHE_NAME
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +93,23 @@ def test_a_whole_graph_asserts_what_it_cannot_look_at(ids):
             model(ids, attention_mask=wrong)
         with pytest.raises(RuntimeError, match=message):
             compiled(ids, attention_mask=wrong)
+
+
+@torch.no_grad()
+def test_a_hybrid_decodes_in_a_whole_graph_and_asserts_that_no_pads_were_read(ids):
+    """A step over a static cache, whose length is a tensor, without a mask."""
+    model = build("yaad", True, initializer_range=0.3)
+    whole = model(ids).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for mask, message in ((None, None), (mask_of(0, 1)[:, :6], "must cover the whole text: what was read has pads")):
+        cache = StaticCache(config=model.config, max_cache_len=TOKENS)
+        model(ids[:, :6], attention_mask=mask, **{CACHE_NAME: cache})
+        step = partial(compiled, ids[:, 6:7], use_cache=True, **{CACHE_NAME: cache})
+        if message is None:
+            torch.testing.assert_close(step().logits, whole[:, 6:7], **TOLERANCE)
+        else:
+            with pytest.raises(RuntimeError, match=message):
+                step()
 
 
 @torch.no_grad()

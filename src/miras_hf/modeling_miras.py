@@ -86,6 +86,7 @@ from .peft import NotByParameter, check_prompt_learning
 from .sequences import (
     Sequences,
     check_kernel_arguments,
+    check_no_pads_read,
     check_text_read,
     check_window,
     describe,
@@ -1170,13 +1171,16 @@ class MirasModel(MirasPreTrainedModel):
             attention_mask = attention_mask[MEMORY_LAYER]
 
         past, attends = 0, self.config.has_attention
-        if cache is not None and not prepared and (attention_mask is not None or attends):
+        if attention_mask is not None and cache is not None and not prepared:
             past = cache.get_seq_length()
         sequences = padded_sequences(attention_mask, batch, tokens, past)
         if past and attends:
             counted = MEMORY_LAYER in self.config.layer_types
             attention_mask = mask_of_attention(attention_mask, tokens, past, tokens_read(cache), counted)
-        covers = attention_mask is not None and past and attention_mask.shape[1] == past + tokens
+        elif attention_mask is None and cache is not None and attends and not prepared:
+            # no branch on a static cache's length, which is a tensor: a whole graph of this step has none
+            check_no_pads_read(tokens, cache.get_seq_length(), tokens_read(cache))
+        covers = past and attention_mask.shape[1] == past + tokens
         if covers:
             check_text_read(attention_mask, tokens, tokens_read(cache))
         check_kernel_arguments(kwargs, cu_seq_lens_q)

@@ -316,25 +316,21 @@ def mask_of_whole_text(
     return F.pad(attention_mask, (past, 0), value=1)
 
 
-def mask_of_attention(
-    attention_mask: Tensor | None, tokens: int, past: int, read: Tensor | int, counted: bool
-) -> Tensor | None:
+def mask_of_attention(attention_mask: Tensor, tokens: int, past: int, read: Tensor | int, counted: bool) -> Tensor:
     """The mask under which attention goes on after `past` tokens. Memories know what they have read; attention takes the
     first column of a mask for the first token of the text.
 
     Args:
-        attention_mask (`torch.Tensor` of shape `[batch, tokens]` or `[batch, past + tokens]`, *optional*): as given.
+        attention_mask (`torch.Tensor` of shape `[batch, tokens]` or `[batch, past + tokens]`): as given.
         read (`torch.Tensor` of shape `[rows]`, or `int`): real tokens that every row has read.
         counted (`bool`): whether a memory has counted them; without any, nobody has.
 
     Raises:
-        `ValueError`: for a mask that leaves out what was read, or none, where that has or may have pads.
+        `ValueError`: for a mask that leaves out what was read, where that has or may have pads.
     """
-    if attention_mask is not None and attention_mask.shape[1] == past + tokens:
+    if attention_mask.shape[1] == past + tokens:
         return attention_mask
     check_no_pads_read(tokens, past, read)
-    if attention_mask is None:
-        return None
     if not counted:
         raise ValueError(
             f"`attention_mask` must cover the whole text, {past} tokens that were read and {tokens} new ones, in a model "
