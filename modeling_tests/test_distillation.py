@@ -197,6 +197,23 @@ PADDED = [  # of very different lengths
 ]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_count_no_pads_on_either_side(pair, tmp_path, side):
+    student, teacher = pair
+    rows, divergences = [], []
+    for length in (5, 12, 9):
+        ids = text(length, rows=1, seed=length)
+        with torch.no_grad():
+            log_p, log_q = (model(ids).logits[0, :-1].log_softmax(-1) for model in (teacher, student))
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        pads = (12 - length, 0) if side == "left" else (0, 12 - length)
+        mask = F.pad(torch.ones_like(ids), pads)[0]
+        padded = F.pad(ids, pads, value=5)[0]
+        rows.append({"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)})
+    trainer = DistillationTrainer(student, teacher, args=arguments(tmp_path), eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_evaluation_is_of_all_tokens_however_they_fall_into_batches(pair, tmp_path, stage):
     student, teacher = pair

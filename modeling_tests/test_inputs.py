@@ -15,6 +15,7 @@
 
 import copy
 import itertools
+import logging
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 
 import miras_hf
 from miras_hf.compat import CACHE_NAME
-from miras_hf.sequences import Sequences
+from miras_hf.sequences import Sequences, logger
 
 
 LENGTHS = (5, 1, 4)
@@ -237,6 +238,31 @@ def test_a_cache_of_other_rows_is_named(model, ids):
         model(ids[:1], cache=cache)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_padded_rows_loss_is_that_of_the_row_alone(model, ids, side):
+    pads = {"left": (4, 0), "right": (0, 4)}[side]
+    padded = F.pad(ids[:1], pads, value=7)  # no pad token of anybody's
+    mask = F.pad(torch.ones_like(ids[:1]), pads)
+    labels = padded.masked_fill(mask == 0, -100)
+    alone = model(ids[:1], labels=ids[:1]).loss
+    torch.testing.assert_close(model(padded, attention_mask=mask, labels=labels).loss, alone, **TOLERANCE)
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    both = {"labels": labels, "shift_labels": shifted}
+    torch.testing.assert_close(model(padded, attention_mask=mask, **both).loss, alone, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_a_loss_after_a_cache_is_that_of_the_new_tokens(model, ids):
+    cache = DynamicCache(config=model.config)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    model(ids[:, :6], attention_mask=mask[:, :6], cache=cache)
+    found = model(ids[:, 6:], attention_mask=mask, cache=cache, labels=ids[:, 6:]).loss
+    logits = model(ids, attention_mask=mask).logits[:, 6:-1]
+    torch.testing.assert_close(found, F.cross_entropy(logits.flatten(0, 1), ids[:, 7:].flatten()), **TOLERANCE)
+
+
 # -- the second turn of a conversation ---------------------------------------------------------------------------------
 
 
@@ -259,6 +285,24 @@ def test_new_ids_alone_go_on_from_a_cache(model, ids, with_mask):
     assert torch.equal(
         model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, **greedy)[:, TOKENS:], expected
     )
+
+
+def test_more_new_ids_than_were_read_are_told_apart_by_the_mask(model, ids, caplog, monkeypatch):
+    """More ids than that are the whole text, as everywhere in Transformers: said, unless a mask says it."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    logger.warning_once.cache_clear()
+    first, new = ids[:, :3], ids[:, 3:]
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)[:, TOKENS:]
+
+    def answer(**options):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(first, cache=cache)
+        return model.generate(new, cache=cache, max_new_tokens=4, do_sample=False, **options)[:, new.shape[1] :]
+
+    assert torch.equal(answer(attention_mask=torch.ones_like(ids)), expected) and not caplog.text
+    assert answer().shape == expected.shape
+    assert "7 input ids after a cache that has read 3 tokens" in caplog.text and "mask` of 10 columns" in caplog.text
 
 
 def test_new_ids_alone_after_pads_are_refused(model, ids):

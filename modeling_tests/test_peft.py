@@ -222,6 +222,27 @@ def test_learned_initial_memory_trains_beside_an_adapter(input_ids):
     assert torch.equal(generate(model, input_ids), generate(model, input_ids, use_cache=False))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "config", [{"trainable_token_indices": [5, 9]}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=list
+)
+def test_embeddings_are_adapted_too(config, tied, input_ids, tmp_path):
+    """TRL adapts them itself where a chat template brings new tokens."""
+    input_ids[:, 0] = 5
+    model = get_peft_model(make_model(tie_word_embeddings=tied), LoraConfig(task_type="CAUSAL_LM", **config))
+    base = logits(make_model(tie_word_embeddings=tied), input_ids)
+    losses = step(model, input_ids, 8)
+    trained = logits(model, input_ids)
+    assert losses[-1] < losses[0] and not torch.allclose(trained, base, atol=1e-4)
+    assert torch.equal(generate(model, input_ids), generate(model, input_ids, use_cache=False))
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(make_model(tie_word_embeddings=tied), tmp_path)
+    torch.testing.assert_close(logits(reloaded, input_ids), trained, rtol=1e-5, atol=1e-5)
+    if not (tied and "target_modules" in config):  # merged, a tied head would be adapted as well: PEFT warns of it
+        merged = reloaded.merge_and_unload()
+        torch.testing.assert_close(logits(merged, input_ids), trained, rtol=1e-4, atol=1e-5)
+
+
 needs_new_peft = pytest.mark.skipif(
     CACHE_NAME == "cache" and Version(peft.__version__) < Version("0.22"),
     reason="Transformers 5.24 asks for PEFT 0.22 here",

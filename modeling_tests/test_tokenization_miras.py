@@ -13,6 +13,7 @@
 # limitations under the License.
 """The tokenizer: training, exact round trips, special tokens, chat, saving, and errors."""
 
+import copy
 import inspect
 import json
 import subprocess
@@ -86,6 +87,13 @@ def test_every_single_byte_and_every_cut_character_comes_back(tokenizer):
     assert tokenizer.decode_bytes(tokenizer.encode_bytes(everything)) == everything
     ids = tokenizer("🙂", add_special_tokens=False)["input_ids"]
     assert len(ids) > 1 and b"".join(tokenizer.decode_bytes([i]) for i in ids) == "🙂".encode()
+
+
+def test_added_tokens_stand_for_their_content(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<new é>"])
+    ids = tokenizer.encode_bytes("a <new é> b".encode())
+    assert len(tokenizer) - 1 in ids and tokenizer.decode_bytes(ids) == "a <new é> b".encode()
 
 
 def test_bytes_never_become_special_tokens(tokenizer):

@@ -48,7 +48,7 @@ def make_model(model_class=MonetaForCausalLM, **kwargs):
 
 @pytest.fixture(scope="module")
 def padded():
-    # pads on the left would predict the first token of their row, a target that the row alone does not have
+    # of a row with pads on the left, Trainer counts the first token as a target, which nobody predicts
     tokenizer = MirasTokenizer.train_from_iterator(["to be or not to be"], vocab_size=270, padding_side="right")
     return DataCollatorForLanguageModeling(tokenizer, mlm=False)
 

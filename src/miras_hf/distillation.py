@@ -593,8 +593,10 @@ def check_batch(inputs: Mapping[str, Any]) -> None:
 
 
 def counted_tokens(labels: Tensor | None, position: Tensor) -> Tensor:
-    """The tokens whose next one is learned, bool of shape `[batch, tokens]`: all that are no pads, or those that labels name."""
-    return position >= 0 if labels is None else F.pad(labels[:, 1:] != -100, (0, 1), value=False)
+    """The tokens whose next one is learned, bool of shape `[batch, tokens]`: all that are no pads, and where there are labels
+    those of them whose next token is named."""
+    tokens = position >= 0
+    return tokens if labels is None else tokens & F.pad(labels[:, 1:] != -100, (0, 1), value=False)
 
 
 def sequences_of(

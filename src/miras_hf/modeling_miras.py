@@ -91,6 +91,7 @@ from .sequences import (
     check_window,
     describe,
     last_tokens,
+    learned_labels,
     mask_of_attention,
     mask_of_whole_text,
     packed_sequences,
@@ -1153,7 +1154,8 @@ class MirasModel(MirasPreTrainedModel):
             check_as_built(self.config, self._built_with)
         check_inputs(self.config, input_ids, inputs_embeds, position_ids, use_cache)
         if inputs_embeds is None:
-            check_ids(input_ids, self.embed_tokens.num_embeddings)
+            # of the config: PEFT may have wrapped the embeddings
+            check_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
         # before any layer: under activation checkpointing they get no cache, and one that does not fit goes unnoticed
@@ -1312,7 +1314,9 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
                     )
             # labels that are shifted already among them
             options = {name: for_losses(value) for name, value in kwargs.items()}
-            labels = for_losses(labels)
+            if "shift_labels" in options:
+                options["shift_labels"] = learned_labels(options["shift_labels"], attention_mask, shifted=True)
+            labels = learned_labels(for_losses(labels), attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
         return CausalLMOutputWithPast(
             loss=loss,

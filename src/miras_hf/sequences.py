@@ -21,7 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -309,11 +313,31 @@ def mask_of_whole_text(
             f"{tuple(attention_mask.shape)}."
         )
     if tokens > past or (attention_mask is not None and attention_mask.shape[1] == past + tokens):
+        if attention_mask is None:
+            logger.warning_once(
+                f"`generate()` got {tokens} input ids after a cache that has read {past} tokens, and takes them for the whole "
+                f"text: the first {past} are not read again. If all of them are new, pass an `attention_mask` of "
+                f"{past + tokens} columns."
+            )
         return attention_mask
     check_no_pads_read(tokens, past, read)
     if attention_mask is None:
         attention_mask = torch.ones(batch, tokens, dtype=torch.long, device=device)
     return F.pad(attention_mask, (past, 0), value=1)
+
+
+def learned_labels(labels: Tensor | None, attention_mask: Tensor | None, shifted: bool = False) -> Tensor | None:
+    """Labels without those that a pad would have to predict, so that a row padded on the left learns what it learns alone.
+
+    Args:
+        labels (`torch.Tensor` of shape `[batch, tokens]`, *optional*): ids, -100 where nothing is learned.
+        attention_mask (`torch.Tensor` of shape `[batch, tokens]` or `[batch, past + tokens]`, *optional*): zero at pads.
+        shifted (`bool`): whether a label stands at the token that predicts it, not at its own.
+    """
+    if labels is None or attention_mask is None:
+        return labels
+    pads = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0
+    return labels.masked_fill(pads if shifted else F.pad(pads[:, :-1], (1, 0), value=False), -100)
 
 
 def mask_of_attention(attention_mask: Tensor, tokens: int, past: int, read: Tensor | int, counted: bool) -> Tensor:

@@ -72,8 +72,9 @@ class MirasTokenizer(TokenizersBackend):
 
     Special tokens: `<|pad|>` (0), `<|bos|>` (1, put before every text), `<|eos|>` (2, ends a document and a chat turn)
     and `<|turn|>` (3, opens a chat turn and is followed by the role and a line end). Padding is on the left, as in
-    Llama, Gemma and Cohere: `generate` continues the last position of every row, which must be a real token. A Miras
-    memory ignores pads on either side, so nothing is lost by it in training.
+    Llama, Gemma and Cohere: `generate` continues the last position of every row, which must be a real token. Miras models
+    ignore pads on either side, and in their losses no pad has to predict a token. (`Trainer` divides by a number of
+    targets that has one too many for every row with pads on the left.)
 
     Made by [`~MirasTokenizer.train_from_iterator`] or `from_pretrained`.
 
@@ -226,7 +227,8 @@ class MirasTokenizer(TokenizersBackend):
         The exact bytes that ids stand for, also where they are not UTF-8 (a character cut in two, binary data).
 
         Args:
-            ids (`Sequence[int]`): Ids of one row. Special tokens stand for no bytes and are skipped.
+            ids (`Sequence[int]`): Ids of one row. Special tokens stand for no bytes and are skipped; other tokens that were
+                added stand for their content in UTF-8.
 
         Returns:
             `bytes`
@@ -234,13 +236,16 @@ class MirasTokenizer(TokenizersBackend):
         Raises:
             ValueError: an id is not in the vocabulary.
         """
-        tokens = []
-        for i in ids:
-            token = self.convert_ids_to_tokens(int(i))
+        parts, added_tokens = [], self.added_tokens_decoder
+        for i in map(int, ids):
+            token = self.convert_ids_to_tokens(i)
             if token is None:
-                raise ValueError(f"`ids` holds {int(i)}, but the ids of this tokenizer are 0 to {len(self) - 1}.")
-            tokens.append("" if int(i) in self.added_tokens_decoder else token)
-        return bytes(BYTE_OF_SYMBOL[symbol] for token in tokens for symbol in token)
+                raise ValueError(f"`ids` holds {i}, but the ids of this tokenizer are 0 to {len(self) - 1}.")
+            if (added := added_tokens.get(i)) is None:
+                parts.append(bytes(BYTE_OF_SYMBOL[symbol] for symbol in token))
+            elif not added.special:
+                parts.append(token.encode())
+        return b"".join(parts)
 
 
 def _checked_texts(iterator: Iterable[str | Sequence[str]]) -> Iterator[str | Sequence[str]]:
