@@ -51,7 +51,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
     DynamicCache,
     HfArgumentParser,
     LlamaConfig,
@@ -59,6 +58,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
@@ -238,12 +238,12 @@ def join_file(path: Path) -> None:
 
 
 def rows(texts: list[str], tokenizer, block_size: int) -> Dataset:
-    """Texts one after the other, each closed by eos, cut into rows of `block_size` ids."""
+    """Texts one after the other, each closed by eos, cut into rows of `block_size` ids, which are all learned."""
     encoded = tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
     ids = list(chain.from_iterable([*row, tokenizer.eos_token_id] for row in encoded))
-    return Dataset.from_dict(
-        {"input_ids": [ids[i : i + block_size] for i in range(0, len(ids) - block_size, block_size)]}
-    )
+    cut = [ids[i : i + block_size] for i in range(0, len(ids) - block_size, block_size)]
+    # said here: a collator that makes labels leaves out every eos of a tokenizer that pads with it
+    return Dataset.from_dict({"input_ids": cut, "labels": cut})
 
 
 def text_files(args: Arguments) -> list[Path]:
@@ -292,10 +292,9 @@ def small_llama(texts: list[str], args: Arguments) -> str:
     )
     train = training(args, "teacher", steps=40, rate=8e-3)
     if not Path(train.output_dir, "model.safetensors").exists():
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         model = AutoModelForCausalLM.from_config(config)
         rows_of_64 = rows(texts, tokenizer, 64).shuffle(seed=0)
-        trainer = Trainer(model, train, collator, rows_of_64, processing_class=tokenizer)
+        trainer = Trainer(model, train, default_data_collator, rows_of_64, processing_class=tokenizer)
         trainer.train()
         trainer.save_model()
     return train.output_dir
@@ -513,9 +512,6 @@ def main(argv: list[str] | None = None) -> dict | None:
         found = progress.once("ladder", step, measure)
         print(f"{step}: {found['nats_per_token']:.3f} nats a token", flush=True)
 
-    collator = None if tokenizer.pad_token_id is None else DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    if collator is None:  # rows have one length: there is nothing to pad
-        train = train.map(lambda row: {"labels": row["input_ids"]})
     climb("teacher", teacher)
     set_seed(args.seed)  # whatever was drawn before, or was not because it was there
     student = miras_hf.convert(teacher, layers, memory, base_model=args.base_model, license=args.license)
@@ -551,7 +547,9 @@ def main(argv: list[str] | None = None) -> dict | None:
             else:
                 saves = {"save_strategy": "steps", "save_steps": max(1, -(-steps // 4)), "save_total_limit": 1}
                 options = training(args, name, steps, rate, **saves)
-                trainer = kind(student, teacher, **extra, args=options, train_dataset=train, data_collator=collator)
+                trainer = kind(
+                    student, teacher, **extra, args=options, train_dataset=train, data_collator=default_data_collator
+                )
                 in_time = train_stage(trainer, save, deadline, progress)
             if not in_time:
                 print(f"{stage} was stopped. The same command goes on.")

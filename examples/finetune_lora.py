@@ -41,10 +41,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
     HfArgumentParser,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 
 import miras_hf
@@ -103,12 +103,12 @@ def docstrings(source: str) -> str:
 
 
 def rows(texts: list[str], tokenizer, block_size: int) -> Dataset:
-    """Texts one after the other, each closed by eos, cut into rows of `block_size` ids."""
+    """Texts one after the other, each closed by eos, cut into rows of `block_size` ids, which are all learned."""
     encoded = tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
     ids = list(chain.from_iterable([*row, tokenizer.eos_token_id] for row in encoded))
-    return Dataset.from_dict(
-        {"input_ids": [ids[i : i + block_size] for i in range(0, len(ids) - block_size, block_size)]}
-    )
+    cut = [ids[i : i + block_size] for i in range(0, len(ids) - block_size, block_size)]
+    # said here: a collator that makes labels leaves out every eos of a tokenizer that pads with it
+    return Dataset.from_dict({"input_ids": cut, "labels": cut})
 
 
 def small_model(texts: list[str], folder: str) -> str:
@@ -135,7 +135,7 @@ def small_model(texts: list[str], folder: str) -> str:
     trainer = Trainer(
         AutoModelForCausalLM.from_config(config),
         args,
-        DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        default_data_collator,
         rows(texts, tokenizer, 64).shuffle(seed=0),
         processing_class=tokenizer,
     )
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer = Trainer(
         get_peft_model(model, lora),
         training,
-        DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        default_data_collator,
         train,
         held_out,
         processing_class=tokenizer,

@@ -61,12 +61,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
@@ -100,7 +101,8 @@ class ModelArguments:
         default=None, metadata={"help": "More fields of the config: 'a=1,b=x', or a JSON object."}
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Continue from this model (and its tokenizer); the size flags are not used."}
+        default=None,
+        metadata={"help": "Continue from this model, and its tokenizer; no flags of a new one go with it."},
     )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "A ready tokenizer, instead of training one on the training text."}
@@ -176,6 +178,18 @@ class RunArguments:
     license: str | None = field(default=None, metadata={"help": "License of the model, for its card."})
 
 
+OF_A_NEW_MODEL = (
+    "model_type",
+    "hybrid",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "initializer_range",
+    "tie_word_embeddings",
+)
+"""Flags that say what a new model is like."""
+
 SMOKE = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -210,6 +224,11 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, PretrainingAr
         source = namespace.dataset_name or ("files" if namespace.train_files else "stdlib")
         parser.set_defaults(output_dir=f"runs/{namespace.model_type}-{Path(source).name}")
     model, data, training, run = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if model.model_name_or_path:
+        unset = {f.name: f.default for f in dataclasses.fields(model)} | (SMOKE if run.smoke else {})
+        given = [f"--{name}" for name in OF_A_NEW_MODEL if getattr(model, name) != unset[name]]
+        if given:
+            raise ValueError(f"--model_name_or_path continues a model as it is, and takes no {', '.join(given)}.")
     return model, data, training, run
 
 
@@ -221,6 +240,10 @@ def _check_known(where: str, names: Iterable[str], known: set[str]) -> None:
             raise ValueError(
                 f"{where}: unknown name '{name}'" + (f"; did you mean {', '.join(near)}?" if near else ".")
             )
+
+
+def _check_overrides(overrides: Iterable[str], config: PreTrainedConfig) -> None:
+    _check_known("--config_overrides", overrides, {*config.to_dict(), *config.attribute_map, "layer_types"})
 
 
 def stdlib_files() -> list[str]:
@@ -290,8 +313,12 @@ def get_tokenizer(
 
 def get_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A new model with random weights, or the one to continue."""
+    overrides = parse_overrides(model.config_overrides)
     if model.model_name_or_path:
-        return AutoModelForCausalLM.from_pretrained(model.model_name_or_path)
+        stored = AutoConfig.from_pretrained(model.model_name_or_path)
+        _check_overrides(overrides, stored)
+        config = AutoConfig.from_pretrained(model.model_name_or_path, **overrides)
+        return AutoModelForCausalLM.from_pretrained(model.model_name_or_path, config=config)
     values: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": model.hidden_size,
@@ -306,9 +333,7 @@ def get_model(model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     if model.hybrid:
         pattern = ("miras_memory", "sliding_attention")
         values["layer_types"] = [pattern[layer % 2] for layer in range(model.num_hidden_layers)]
-    overrides = parse_overrides(model.config_overrides)
-    template = AutoConfig.for_model(model.model_type)
-    _check_known("--config_overrides", overrides, {*template.to_dict(), *template.attribute_map, "layer_types"})
+    _check_overrides(overrides, AutoConfig.for_model(model.model_type))
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model.model_type, **(values | overrides)))
 
 
@@ -352,6 +377,12 @@ def pack(
     if len(validation) == 0:
         raise ValueError(f"The validation text is shorter than one row of --block_size {data.block_size} tokens.")
     return train, validation
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """A batch of rows of one length, whose every token is learned: an eos too that the tokenizer pads with."""
+    batch = default_data_collator(rows)
+    return batch | {"labels": batch["input_ids"]}
 
 
 class PretrainingTrainer(ModelCardMixin, Trainer):
@@ -436,7 +467,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        data_collator=collate,
     )
     if trainer.is_world_process_zero():
         print(f"{type(model).__name__}, {model.num_parameters():,} parameters; output goes to {args.output_dir}")

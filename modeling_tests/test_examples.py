@@ -25,7 +25,7 @@ import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import miras_hf
 
@@ -160,6 +160,30 @@ def test_model_and_tokenizer_to_continue_with(smoke, books, tmp_path):
     weights = [AutoModelForCausalLM.from_pretrained(path).get_input_embeddings().weight for path in (start, out)]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == start
+
+
+def test_a_model_to_continue_with_takes_overrides_and_nothing_of_a_new_one(smoke, books, tmp_path):
+    start = str(smoke[0] / "out")
+    flags = ["--smoke", "--model_name_or_path", start, "--train_files", books, "--output_dir", str(tmp_path / "out")]
+    pretrain.main([*flags, "--max_steps", "1", "--config_overrides", "chunk_size=16"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.chunk_size == 16
+    with pytest.raises(ValueError, match="unknown name 'chunk_sizes'; did you mean chunk_size"):
+        pretrain.main([*flags, "--config_overrides", "chunk_sizes=16"])
+    with pytest.raises(ValueError, match="takes no --model_type, --hybrid, --hidden_size"):
+        pretrain.parse([*flags, "--hidden_size", "32", "--hybrid", "--model_type", "yaad"])
+
+
+def test_the_end_of_a_document_is_learned_with_a_tokenizer_that_pads_with_it(books, tmp_path):
+    trained = pretrain.miras_hf.MirasTokenizer.train_from_iterator(["def f(x): return x"], vocab_size=300)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, eos_token=trained.eos_token)
+    tokenizer.save_pretrained(tmp_path)
+    model, data, args, _ = pretrain.parse(["--smoke", "--tokenizer_name", str(tmp_path), "--train_files", books])
+    documents = pretrain.load_documents(data)
+    tokenizer = pretrain.get_tokenizer(model, data, args, documents)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    train, _ = pretrain.pack(documents, tokenizer, data)
+    batch = pretrain.collate(list(train))
+    assert (batch["labels"] == tokenizer.eos_token_id).any() and torch.equal(batch["labels"], batch["input_ids"])
 
 
 def test_stream_of_jsonl_with_another_column(tmp_path):
