@@ -215,6 +215,7 @@ def test_numbers_wrong_in_every_way(name):
     "fields, message",
     [
         ({"lp_power": 16, "lp_error_cap": 1e5}, "`lp_error_cap` .. .`lp_power` - 1.*got 100000.0 .. 15"),
+        ({"lp_power": 16, "lp_error_cap": 50.0}, "of which float32 holds the square, got 50.0 .. 15"),
         ({"lq_power": 16, "lq_norm_floor": 1e-3}, "`lq_norm_floor` .. `lq_power`.*1.18e-38.*got 0.001 .. 16"),
         ({"attention_layers": [0, 0]}, r"different layers, got \[0, 0\]"),
         ({"attention_layers": [True]}, "attention_layers.*with value .True. doesn.t match"),

@@ -35,7 +35,15 @@ from memory_cases import (
     weighted_sum,
 )
 
-from miras_hf.memory import MemoryState, chunk_miras, initial_memory_state, recurrent_miras, step_miras_
+from miras_hf.memory import (
+    MemoryState,
+    Momentum,
+    chunk_miras,
+    initial_memory_state,
+    recurrent_miras,
+    step_miras,
+    step_miras_,
+)
 
 
 NAMES = [*MODELS, "moneta_zero", "memora_zero", "matrix"]
@@ -51,6 +59,36 @@ def read_in_parts(case, cuts, forms, final_state: bool = True) -> dict[str, torc
         y, state = case.tokens(start, stop)(FORMS[form], initial_state=state, output_final_state=hand_on)
         outputs.append(y)
     return {"y": torch.cat(outputs, dim=1), **(state_tensors(state) if final_state else {})}
+
+
+@pytest.mark.parametrize("name", ["yaad", "memora", "matrix"])
+def test_a_state_given_to_a_step_is_nobody_elses(name):
+    """Two readers may go on from one state, the one of them in place."""
+    case = make_case(rule_of(name), tokens=8)
+    with torch.no_grad():
+        _, given = case.tokens(0, 5)(chunk_miras, output_final_state=True)
+        kept = given.map(torch.clone)
+        _, state = case.tokens(5, 6)(step_miras, initial_state=given, output_final_state=True)
+        for t in (6, 7):
+            case.tokens(t, t + 1)(step_miras_, state=state)
+        assert_same(state_tensors(given), state_tensors(kept), 0.0)
+
+
+@pytest.mark.parametrize("algorithm", [None, Momentum()], ids=["descent", "momentum"])
+def test_gradients_where_chunks_of_rows_end_at_different_tokens(algorithm):
+    """A decay of a chunk that float32 cannot turn round, in a row whose chunk goes on."""
+    changes = {"chunk_size": 64} | ({} if algorithm is None else {"algorithm": algorithm})
+    case = make_case(rule_of("yaad", **changes), tokens=64, gates="head", dtype=torch.float32)
+    case.inputs["log_alpha"].fill_(-2.0)
+    if algorithm is not None:
+        case.inputs["log_momentum"] = torch.full_like(case.inputs["log_alpha"], -0.5)
+    with torch.no_grad():
+        _, state = case.tokens(0, 63)(chunk_miras, output_final_state=True, lengths=torch.tensor([63, 62]))
+    case = case.tokens(63, 64).requires_grad()
+    y, state = case(step_miras, initial_state=state, output_final_state=True)
+    loss = y.sum() + sum(t.sum() for t in state.dual)
+    for name, gradient in gradients({"loss": loss}, case.named_leaves()).items():
+        assert gradient.isfinite().all(), name
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,7 +20,16 @@ import torch
 from memory_cases import RULES, make_case, rule_of
 from torch.nn import functional as F
 
-from miras_hf.memory import L2, Decay, MatrixMemory, MirasRule, MLPMemory, recurrent_miras
+from miras_hf.memory import (
+    L2,
+    AttentionalBias,
+    Decay,
+    ElasticNetDecay,
+    MatrixMemory,
+    MirasRule,
+    MLPMemory,
+    recurrent_miras,
+)
 from miras_hf.memory.diagnostics import memory_statistics
 
 
@@ -82,6 +91,37 @@ def test_norm_counts_the_writes_of_a_chunk_that_is_not_full():
         written = log_alpha[t].exp()[..., None] * written - (eta[t] * k[t])[..., None] * error[:, None]
     norm = (weight + written).square().mean((-2, -1)).sqrt()
     torch.testing.assert_close(case(memory_statistics).memory_norm, norm)
+
+
+@pytest.mark.parametrize("tokens", [4, 6, 8])
+def test_norm_is_of_what_the_text_has_left_with_a_gate_at_the_ends_of_chunks(tokens):
+    rule = MirasRule(MatrixMemory(), L2(), ElasticNetDecay(threshold=0.05), chunk_size=4)
+    case = make_case(rule, batch=1, tokens=tokens)
+    # tokens of a chunk that has not ended are read with one that has not begun
+    _, state = case.tokens(0, tokens // 4 * 4)(recurrent_miras, output_final_state=True)
+    ended = state.dual[0][0] + case.parameters.initial[0]
+    found = case(memory_statistics).memory_norm
+    if tokens % 4 == 0:
+        torch.testing.assert_close(found, ended.square().mean((-2, -1)).sqrt())
+    else:
+        k, v, eta, log_alpha = (case.inputs[name][0] for name in ("k", "v", "eta", "log_alpha"))
+        written = state.dual[0][0]
+        for t in range(4, tokens):
+            residual = rule.attentional_bias.residual((k[t, :, None] @ ended)[:, 0] - v[t])
+            written = log_alpha[t].exp()[..., None] * written - (eta[t] * k[t])[..., None] * residual[:, None]
+        weight = written + case.parameters.initial[0]
+        torch.testing.assert_close(found, weight.square().mean((-2, -1)).sqrt())
+
+
+def test_a_loss_that_only_learns_is_not_a_number():
+    class Cauchy(L2):
+        loss = AttentionalBias.loss
+
+        def gradient(self, error, delta=None):
+            return error / (1.0 + error.square())
+
+    found = make_case(MirasRule(MatrixMemory(), Cauchy(), Decay()))(memory_statistics)
+    assert found.inner_loss.isnan().all() and found.memory_norm.isfinite().all()
 
 
 def test_gates_are_averaged_over_tokens_and_channels():

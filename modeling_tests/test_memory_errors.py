@@ -232,6 +232,8 @@ RULES = {
     "too strong a decay": ({"min_log_alpha": -2.6}, ["`min_log_alpha`", "-2.6", "-2.5"]),
     "too strong for the chunk": ({"chunk_size": 128}, ["`min_log_alpha`", "-2.5", "-1.25"]),
     "not a number": ({"min_log_alpha": float("nan")}, ["`min_log_alpha`", "nan"]),
+    "a name": ({"attentional_bias": "l2"}, ["`attentional_bias`", "AttentionalBias", "'l2'"]),
+    "a class": ({"retention": KL}, ["`retention`", "RetentionGate", "KL"]),
 }
 
 

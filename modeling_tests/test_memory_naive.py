@@ -17,7 +17,7 @@ import pytest
 import torch
 from memory_cases import OTHER_RULES, RULES, assert_same, gradients, make_case, rule_of
 
-from miras_hf.memory import Momentum, recurrent_miras
+from miras_hf.memory import L2, Decay, DeltaRule, Implicit, MatrixMemory, MirasRule, Momentum, recurrent_miras
 from miras_hf.memory.naive import naive_miras
 
 
@@ -47,13 +47,9 @@ def naive(case):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4])
-@pytest.mark.parametrize(
-    "name", [name for name in (*RULES, *OTHER_RULES) if not name.endswith("last")]
-)  # it writes every layer
+@pytest.mark.parametrize("name", [*RULES, *OTHER_RULES])
 def test_the_reference_says_the_same(name, chunk_size):
-    # it knows no means of channels' gates, which weights between hidden units have
-    gates = "head" if name == "deep" else "channel"
-    case = make_case(rule_of(name, chunk_size=chunk_size), tokens=9, heads=2, batch=2, gates=gates).requires_grad()
+    case = make_case(rule_of(name, chunk_size=chunk_size), tokens=9, heads=2, batch=2).requires_grad()
     found, expected = {"y": naive(case)}, {"y": case(recurrent_miras, read="exact")[0]}
     assert_same(found, expected, 1e-12)
     leaves = case.named_leaves()
@@ -70,6 +66,20 @@ def test_gates_of_heads(gates):
 def test_momentum(name):
     case = make_case(rule_of(name, algorithm=Momentum()), tokens=9, gates="head")
     case.inputs["log_momentum"] = -torch.rand(2, 9, 2, generator=torch.Generator().manual_seed(1)).double()
+    assert_same({"y": naive(case)}, {"y": case(recurrent_miras, read="exact")[0]}, 1e-12)
+
+
+@pytest.mark.parametrize("algorithm", [DeltaRule(), Implicit()], ids=repr)
+def test_steps_are_those_that_the_algorithm_takes(algorithm):
+    rule = MirasRule(MatrixMemory(), L2(residual_clip=None), Decay(), algorithm)
+    case = make_case(rule, tokens=9, gates="head")
+    case.inputs["eta"] = 40 * case.inputs["eta"]  # up to four, of which two turn an error round
+    assert_same({"y": naive(case)}, {"y": case(recurrent_miras, read="exact")[0]}, 1e-12)
+
+
+def test_log_retention_is_cut_at_the_rules_bound():
+    case = make_case(rule_of("yaad", min_log_alpha=-0.2), tokens=9)
+    assert (case.inputs["log_alpha"] < -0.2).any()
     assert_same({"y": naive(case)}, {"y": case(recurrent_miras, read="exact")[0]}, 1e-12)
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from memory_cases import MODELS, OTHER_RULES, Case, gradients, make_case, rule_of, state_tensors
 
-from miras_hf.memory import KL, MemoryParameters, MirasRule, chunk_miras
+from miras_hf.memory import KL, MemoryParameters, MirasRule, chunk_miras, step_miras
 from miras_hf.memory.inputs import KEY_CAP, VALUE_CAP
 
 
@@ -183,6 +183,38 @@ def test_gradients_over_8192_tokens(name):
     y, _ = leaves(chunk_miras)
     found = gradients({"y": y}, leaves.named_leaves())
     assert all(x.isfinite().all() for x in found.values())
+
+
+@pytest.mark.parametrize("name", ["yaad", "yaad_norm"])
+def test_an_infinite_threshold_is_none(name):
+    rule = rule_of(name)
+    case = make_case(rule, tokens=13).requires_grad()
+    without = case._replace(inputs=case.inputs | {"delta": torch.full_like(case.inputs["delta"], math.inf)})
+    large = case._replace(inputs=case.inputs | {"delta": torch.full_like(case.inputs["delta"], 1e9)})
+    y, _ = without(chunk_miras)
+    torch.testing.assert_close(y, large(chunk_miras)[0], rtol=1e-9, atol=1e-9)
+    leaves = {name: leaf for name, leaf in case.named_leaves().items() if name != "delta"}
+    for name, gradient in gradients({"y": y}, leaves).items():
+        assert gradient.isfinite().all(), name
+
+
+def test_shapes_are_told_without_data():
+    case = make_case(rule_of("yaad_norm"), tokens=13)
+    meta = case.map(lambda x: x.to("meta"))._replace(parameters=on_meta(case.parameters))
+    y, state = meta(chunk_miras, output_final_state=True)
+    assert y.is_meta and y.shape == case.inputs["q"].shape
+    y, _ = meta.tokens(0, 1)(step_miras, initial_state=state, output_final_state=True)
+    assert y.is_meta and y.shape == case.inputs["q"][:, :1].shape
+
+
+def on_meta(parameters: MemoryParameters) -> MemoryParameters:
+    initial, *norm = parameters
+    return MemoryParameters(tuple(a.to("meta") for a in initial), *(p.to("meta") for p in norm))
+
+
+def test_a_batch_of_nothing_is_read():
+    case = make_case(rule_of("yaad"), tokens=13).map(lambda x: x[:0])
+    assert case(chunk_miras)[0].shape == case.inputs["q"].shape
 
 
 def test_magnitudes_are_cut():

@@ -21,21 +21,28 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from memory_cases import assert_same, make_case, values_and_gradients
 from torch import Tensor
 
 from miras_hf import MirasConfig, MirasForCausalLM, YaadConfig, load_memory, save_memory
 from miras_hf.backend import kernel_choices
 from miras_hf.memory import (
     ATTENTIONAL_BIASES,
+    KL,
     L2,
     RETENTION_GATES,
     AttentionalBias,
+    ChiSquared,
     Decay,
     HuberNorm,
     Lp,
     MatrixMemory,
+    MirasRule,
+    MLPMemory,
     RetentionGate,
+    chunk_miras,
     parameter,
+    recurrent_miras,
     register_attentional_bias,
     register_memory_architecture,
     register_retention_gate,
@@ -166,6 +173,26 @@ class Deaf(AttentionalBias):
 class Broken(AttentionalBias):
     def gradient(self, error: Tensor, delta=None) -> Tensor:
         return error / 0.0
+
+
+class Uncentred(KL):
+    def centred(self, weight, hidden_axis):
+        return 3.0 * weight
+
+
+class Steeper(KL):
+    def slope(self, dual, hidden_axis):
+        return 2.0 * super().slope(dual, hidden_axis)
+
+
+class UncentredChiSquared(ChiSquared):
+    centred = Uncentred.centred
+
+
+@pytest.mark.parametrize("cls", [Uncentred, Steeper, UncentredChiSquared])
+def test_gradients_are_those_of_a_part_that_was_overridden(cls):
+    case = make_case(MirasRule(MLPMemory(expansion=2), L2(), cls(), chunk_size=4), tokens=9).requires_grad()
+    assert_same(values_and_gradients(case, chunk_miras), values_and_gradients(case, recurrent_miras), 1e-9)
 
 
 @pytest.mark.parametrize("cls", [Deaf, Broken])

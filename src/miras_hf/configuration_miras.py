@@ -597,9 +597,9 @@ class MirasConfig(PreTrainedConfig):
         for name in ("hidden_act", "output_gate_act"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(f"`{name}` must be one of {sorted(ACT2FN)}, got {getattr(self, name)!r}.")
-        if self.lp_power * max(1.0, self.lp_power - 1) * self.lp_error_cap ** (self.lp_power - 1) > 1e30:
+        if self.lp_power * max(1.0, self.lp_power - 1) * self.lp_error_cap ** (self.lp_power - 1) > 1e17:
             raise ValueError(
-                f"`lp_error_cap` ** (`lp_power` - 1) must stay below 1e28 or so in float32, got {self.lp_error_cap} ** "
+                f"`lp_error_cap` ** (`lp_power` - 1) must stay below 1e15 or so, of which float32 holds the square, got {self.lp_error_cap} ** "
                 f"{self.lp_power - 1}."
             )
         if self.lq_norm_floor**self.lq_power < _FLOAT32_TINY:

@@ -68,8 +68,9 @@ class AttentionalBias(Choice):
         return self.loss(self.error(prediction, value), delta)
 
     def loss(self, error: Tensor, delta: Any = None) -> Tensor:
-        """The loss `[..., 1]` of errors `[..., head_dim]`, summed over channels, without the guard."""
-        raise NotImplementedError
+        """The loss `[..., 1]` of errors `[..., head_dim]`, summed over channels, without the guard. Only measured, never
+        learned from: where there is none it is not a number."""
+        return torch.full_like(error[..., :1], math.nan)
 
     def gradient(self, error: Tensor, delta: Any = None) -> Tensor:
         """`dloss/de`, same shape as the error, without the guard."""

@@ -103,7 +103,7 @@ def memory_statistics(
     # the writes that wait in a chunk not yet full: slots not taken have no step, and the decay of the last one taken
     momentum = state.log_momentum_until(state.count % rule.chunk_size)
     gates = rule.chunk_gates(state.eta, state.log_decay.cummin(-2).values, *momentum)
-    folded = rule.fold(state.matrices, state.factors, gates)
+    folded = rule.fold(state.matrices, state.factors, gates, chunk_ends=False)
     weights = [w.weight for w in rule.weights(folded, parameters.base(rule, valid.shape[0], x.q.dtype))]
     squares = sum(w.square().sum((-2, -1)).view(-1, heads).mean(0) for w in weights)
     # a mean over tokens, then the rate's half-life, then over channels: the order in which they mean something

@@ -44,7 +44,8 @@ def without_autocast(function):
 
     @functools.wraps(function)
     def wrapped(q: Tensor, *args, **kwargs):
-        if not (torch.compiler.is_compiling() or torch.is_autocast_enabled(q.device.type)):
+        # autocast knows nothing of tensors without data
+        if q.is_meta or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(q.device.type)):
             return function(q, *args, **kwargs)
         with torch.autocast(q.device.type, enabled=False):
             return function(q, *args, **kwargs)
@@ -236,7 +237,10 @@ def hold_broken(x: MemoryInputs) -> tuple[MemoryInputs, Tensor | None]:
     written = [t for name, t in zip(x._fields, x, strict=True) if t is not None and name != "q"]
     if torch.compiler.is_compiling() or (can_look_at(x.k) and all(math.isfinite(t.sum().item()) for t in written)):
         return x, None
-    finite = torch.stack([t.sum(-1).isfinite() for t in written]).all(0)
+    # an infinite threshold is none
+    finite = torch.stack(
+        [~t.isnan().any(-1) if t is x.delta else t.sum(-1).isfinite() for t in written],
+    ).all(0)
     broken = ((~finite).cumsum(-1) > 0).unsqueeze(-1)
     held = [
         t if t is None else torch.where(broken, float(name == "delta"), t)

@@ -87,6 +87,8 @@ class ChunkLayout:
     def from_groups(self, outputs: list[Tensor], heads: int) -> Tensor:
         """The inverse of `to_groups` and `merge_chunks`, zeros at pads."""
         size, features = outputs[0].shape[1:]
+        if self.batch == 0:
+            return outputs[0].new_zeros(0, self.tokens, heads, features)
         if self.slot_of_token is None:
             outputs = [y.view(-1, self.batch, heads, size, features).permute(1, 0, 3, 2, 4) for y in outputs]
             x = torch.cat(outputs, dim=1)

@@ -17,6 +17,7 @@ Every other form computes the same for many heads, rows and packs at once, goes 
 `recurrent.py`, which is tested against this.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -58,32 +59,36 @@ def naive_miras(
         `y` of shape `[tokens, head_dim]`.
     """
     memory, axes = rule.architecture, rule.architecture.gate_axes
-    layers, link = range(len(initial)), rule.retention.link
-    alpha = alpha if rule.retention.forgets else torch.ones_like(alpha)
+    # the weights that a text writes, behind those that it leaves as they are
+    layers, link = range(memory.fixed, len(initial)), rule.retention.link
+    alpha = alpha.clamp(min=math.exp(rule.min_log_alpha)) if rule.retention.forgets else torch.ones_like(alpha)
+    eta = rule.algorithm.bound_step_size(eta, k, erase)
     base = [a if rule.decay_target == "init" else torch.zeros_like(a) for a in initial]
     dual, momentum = list(initial), [torch.zeros_like(a) for a in initial]
     covariance, bias = torch.zeros_like(initial[0]), rule.written_bias
     outputs = []
     for t in range(len(q)):
-        gates = [[x[t].unsqueeze(-1 if axes[i] == "input" else 0) for x in (eta, alpha)] for i in layers]
-        at = dual
+        gates = {i: (of_axis(eta[t], axes[i]), of_axis(alpha[t].log(), axes[i]).exp()) for i in layers}
+        at = list(dual)
         if rule.algorithm.gradient_at == "decayed":
-            at = [base[i] + keep * (dual[i] - base[i]) for i, (_, keep) in zip(layers, gates, strict=True)]
+            for i, (_, keep) in gates.items():
+                at[i] = base[i] + keep * (dual[i] - base[i])
         # (28): all gradients of a chunk are taken at its first token's weights, but for the delta rule
         if t % rule.chunk_size == 0 or rule.algorithm.gradient_at != "chunk":
-            start = [link(at[i], rule.hidden_axis(i)) for i in layers]
+            start = [link(a, rule.hidden_axis(i)) for i, a in enumerate(at)]
             start = [w if w.requires_grad else w.detach().requires_grad_() for w in start]
         asked = k if erase is None else erase
         prediction = memory.read(lambda i, x, start=start: x @ start[i], asked[t : t + 1], *norm)
         error = bias.error(prediction, v[t : t + 1])
         residual = bias.residual(error, None if delta is None else delta[t])
-        gradients = torch.autograd.grad(prediction, start, residual, create_graph=True, retain_graph=True)
+        written = [start[i] for i in layers]
+        gradients = torch.autograd.grad(prediction, written, residual, create_graph=True, retain_graph=True)
         if erase is not None:
             gradients = [torch.outer(k[t], residual[0])]
-        for i, (step, keep) in zip(layers, gates, strict=True):
-            momentum[i] = -step * gradients[i] if mu is None else mu[t] * momentum[i] - step * gradients[i]
+        for (i, (step, keep)), gradient in zip(gates.items(), gradients, strict=True):
+            momentum[i] = -step * gradient if mu is None else mu[t] * momentum[i] - step * gradient
             dual[i] = base[i] + keep * (dual[i] - base[i]) + momentum[i]
-        now = [link(dual[i], rule.hidden_axis(i)) for i in layers]
+        now = [link(a, rule.hidden_axis(i)) for i, a in enumerate(dual)]
         query = q[t : t + 1]
         if isinstance(rule.algorithm, Exact):
             covariance = alpha[t] * covariance + eta[t] * torch.outer(k[t], k[t])
@@ -91,5 +96,11 @@ def naive_miras(
             query = torch.linalg.solve(covariance + ridge.diag(), query.mT).mT
         outputs.append(memory.read(lambda i, x, now=now: x @ now[i], query, *norm))
         if (t + 1) % rule.chunk_size == 0:
-            dual = [base[i] + rule.retention.at_chunk_end(dual[i] - base[i], rule.chunk_size) for i in layers]
+            for i in layers:
+                dual[i] = base[i] + rule.retention.at_chunk_end(dual[i] - base[i], rule.chunk_size)
     return torch.cat(outputs)
+
+
+def of_axis(gate: Tensor, axis: str) -> Tensor:
+    """Steps or logarithms `[head_dim or 1]` of a token for a weight with that axis; of a weight without, their mean."""
+    return gate.mean() if axis == "hidden" else gate.unsqueeze(-1 if axis == "input" else 0)

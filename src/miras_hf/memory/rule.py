@@ -31,7 +31,8 @@ from .learning import Gates, GradientDescent, LearningAlgorithm, MomentumGates
 from .retention import ChunkWeights, Decay, RetentionGate
 
 
-# exp(80) is the largest factor 1/B_i that leaves float32 room for the numbers it multiplies
+# exp(80) is the largest factor 1/B_i that leaves float32 room for the numbers it multiplies: a factor of thousands, which
+# unit keys and the steps that configs derive stay far below, and keys of norm 5 under steps of 1 do not
 _LARGEST_CHUNK_LOG_DECAY = 160.0
 _MIN_LOG_ALPHA = -2.5
 
@@ -74,6 +75,15 @@ class MirasRule:
     min_log_alpha: float = _MIN_LOG_ALPHA
 
     def __post_init__(self):
+        kinds = {
+            "architecture": MemoryArchitecture,
+            "attentional_bias": AttentionalBias,
+            "retention": RetentionGate,
+            "algorithm": LearningAlgorithm,
+        }
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"`{name}` must be a {kind.__name__}, got {value!r}.")
         if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"`chunk_size` must be an integer of at least 1, got {self.chunk_size}.")
         if self.decay_target not in ("init", "zero"):
@@ -266,13 +276,18 @@ class MirasRule:
         return self.architecture.read(lambda layer, h: h @ at_start[layer], x, *norm[:2])
 
     def fold(
-        self, states: Sequence[Tensor], factors: Sequence[Factors], gates: Gates | MomentumGates | ExactGates
+        self,
+        states: Sequence[Tensor],
+        factors: Sequence[Factors],
+        gates: Gates | MomentumGates | ExactGates,
+        chunk_ends: bool = True,
     ) -> tuple[Tensor, ...]:
-        """The states after the chunk."""
+        """The states after the chunk, or after those of its tokens that have been read if it has not ended."""
         layers, fixed = len(factors), self.architecture.fixed
         slots = [
             self.algorithm.fold(axis, tuple(states[i::layers]), factors[i], self.gates_of(fixed + i, gates))
             for i, axis in enumerate(self.written_axes)
         ]
-        slots = [(self.retention.at_chunk_end(dual, self.chunk_size), *held) for dual, *held in slots]
+        if chunk_ends:
+            slots = [(self.retention.at_chunk_end(dual, self.chunk_size), *held) for dual, *held in slots]
         return tuple(state for of_kind in zip(*slots, strict=True) for state in of_kind)

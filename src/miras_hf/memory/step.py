@@ -92,11 +92,14 @@ def step_miras(
     if mask is not None:
         ended = ended & mask[:, 0]
     # the fold costs a pass over the whole state; a traced graph takes it always, since it cannot branch on the phase
-    if by_formulas() or bool(ended.any()):
+    if by_formulas() or ended.is_meta or bool(ended.any()):
         ended = ended.repeat_interleave(heads).view(-1, 1, 1)
         folded = zip(_folded(rule, state), state.matrices, strict=True)
         state = state.with_matrices([torch.where(ended, new, old) for new, old in folded])
         state = state.map_slots(lambda t: torch.where(ended, 0.0, t))
+    else:
+        # nobody's memory: whoever goes on in place must not write into the state that was given
+        state = state.with_matrices([t.clone() for t in state.matrices])
     return y, state.parted(heads)
 
 
@@ -165,7 +168,7 @@ def step_miras_(
     ended = state.count % rule.chunk_size == 0
     if mask is not None:
         ended = ended & mask[:, 0]
-    if compiling or bool(ended.any()):
+    if compiling or ended.is_meta or bool(ended.any()):
         ended = ended.view(-1, 1, 1, 1)
         for old, new in zip(state.matrices, _folded(rule, state.merged(dtype)), strict=True):
             old.copy_(torch.where(ended, new.view_as(old), old))
@@ -217,5 +220,9 @@ def _read(rule: MirasRule, weights, state: MemoryState, q: Tensor, log_decay: Te
 
 def _folded(rule: MirasRule, state: MemoryState) -> tuple[Tensor, ...]:
     """The matrices of a merged state with what waits in its slots, as if its rows' chunks had ended."""
-    gates = rule.chunk_gates(state.eta, *state.logs)
+    # in rows whose chunks have not, slots that are not taken hold the decay of the last one that is: with none of their own
+    # a strong decay would overflow there, and gradients of what nobody takes would not be numbers
+    phase = state.count % rule.chunk_size
+    momentum = state.log_momentum_until(torch.where(phase == 0, rule.chunk_size, phase))
+    gates = rule.chunk_gates(state.eta, state.log_decay.cummin(-2).values, *momentum)
     return rule.fold(state.matrices, state.factors, gates)

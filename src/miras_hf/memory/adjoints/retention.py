@@ -113,7 +113,7 @@ def simplex(gate: Simplex, state: Tensor, base: Tensor | None, hidden_axis: int)
     return ChunkWeights(weight, constant=weight), vjp
 
 
-@derivative_of(KL.link)
+@derivative_of(KL.link, KL.simplex, KL.slope, KL.centred)
 def softmax(gate: KL, dual: Tensor, hidden_axis: int):
     weight, (mass, size) = gate.link(dual, hidden_axis), gate.simplex(dual, hidden_axis)
 
@@ -127,7 +127,7 @@ def softmax(gate: KL, dual: Tensor, hidden_axis: int):
     return weight, vjp
 
 
-@derivative_of(ChiSquared.link, ChiSquared.support)
+@derivative_of(ChiSquared.link, ChiSquared.support, ChiSquared.slope, ChiSquared.simplex, ChiSquared.centred)
 def chi_squared(gate: ChiSquared, dual: Tensor, hidden_axis: int):
     weight, slope = gate.link(dual, hidden_axis), gate.slope(dual, hidden_axis)
     support = gate.support(dual, hidden_axis)
@@ -141,7 +141,7 @@ def chi_squared(gate: ChiSquared, dual: Tensor, hidden_axis: int):
     return weight, vjp
 
 
-@derivative_of(Simplex.writes)
+@derivative_of(Simplex.writes, Simplex.slope)
 def simplex_writes(gate: Simplex, weights: ChunkWeights, factors: Factors, hidden_axis: int):
     # centring is symmetric: the map on the writes is its own adjoint
     return gate.writes(weights, factors, hidden_axis), lambda bars: (
