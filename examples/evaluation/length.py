@@ -55,6 +55,7 @@ from study import markdown, quiet, without_nan, write_json, write_report_files  
 
 PARTS = ("long", "saved")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RESTART = 512
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{Path(self.checkpoint).name.removesuffix('.json')}-{self.part}-{self.dtype}"
+        anew = f"-restart{self.restart}" if self.part == "long" and self.restart != RESTART else ""
+        return f"{Path(self.checkpoint).name.removesuffix('.json')}-{self.part}-{self.dtype}{anew}"
 
 
 def run_job(job: Job, model, documents: list[torch.Tensor], folder: Path) -> dict[str, Any]:
@@ -271,7 +273,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--text", nargs="+", default=[], help="files or globs, a document each, instead of held-out ones"
     )
     parser.add_argument("--tokens", type=int, default=100_000, help="of the long text")
-    parser.add_argument("--restart", type=int, default=512, help="tokens after which the other reading begins anew")
+    parser.add_argument(
+        "--restart", type=int, default=RESTART, help="tokens after which the other reading begins anew"
+    )
     parser.add_argument("--piece", type=int, default=512, help="tokens of a call")
     parser.add_argument("--earlier", type=int, default=16_384, help="tokens of the text before the memory is saved")
     parser.add_argument("--documents", type=int, default=16, help="how many are read after it, at most")

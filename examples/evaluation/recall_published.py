@@ -65,7 +65,7 @@ PUBLISHED = [
 ]
 
 WITHOUT = {
-    "mqar": "published as plots (arXiv 2312.04927), in which attention answers everything at widths from 64",
+    "mqar": "published as plots (arXiv 2312.04927, 2402.18668), of models with other layers",
     "forgetting-mqar": "no figure has been published",
     "needle": "no figure has been published for random tokens",
 }

@@ -19,13 +19,17 @@ tokens of the rest of the sequence; the place of each is drawn without repetitio
 `place ** (power - 1)`, so that most stand soon after the pairs. All other tokens of the rest are random, of the whole
 vocabulary: what stands after a query is never its value, except by chance.
 
-**Published protocol**: V = 8192, `power` 0.01, training on length 64 with 4 pairs (100,000 sequences), 128/8, 256/16,
-256/32 and 256/64 (20,000 each), tests of 1,000 sequences on 64/4, 64/8, 64/16, 128/32, 256/64, 512/128 and 1024/256,
-batches of 256, 32 epochs, learning rates logspace(-3, -1.5, 4), widths 64 to 256, two layers without MLPs, a
-convolution of three tokens before every attention and every recurrence: with it a layer can join a key to its value,
-without it a Llama must first learn to look one token back, which it did not in 1,600 steps of the size `cpu`.
-Published are plots: attention answers everything at every width, recurrent models the more the larger their state is.
-Our models have MLPs besides, for equal parameters.
+**Published protocol**, that of Based (arXiv 2402.18668, figure 2, in Zoology's repository): V = 8192, `power` 0.01,
+training on length 64 with 4 pairs (100,000 sequences), 128/8, 256/16, 256/32 and 256/64 (20,000 each), tests of 1,000
+sequences on 64/4, 64/8, 64/16, 128/32, 256/64, 512/128 and 1024/256, batches of 256, 32 epochs, learning rates
+logspace(-3, -1.5, 4), widths 48 to 256, two layers without MLPs: a gated convolution of three tokens, and behind it the
+attention or recurrence. Published are plots, in which recurrent models recall the more the larger their state is.
+(Zoology's own figure, arXiv 2312.04927, trains on one length at a time, with tokens that are 0 where ours are random.)
+
+**Not as published** are the models: both of our layers are attention or recurrence, each behind a convolution of three
+tokens that is not gated, and all have MLPs, for equal parameters. So the published plots are no figures for them, and
+*memory* counts one layer of the two. With a convolution a layer can join a key to its value; without it a Llama must
+first learn to look one token back, which it did not in 1,600 steps of the size `cpu`.
 
 In a small vocabulary random tokens would be keys and values all the time. At the size `cpu` the rest is token 0
 instead, as in the repository's second configuration (`random_non_queries=False`).
