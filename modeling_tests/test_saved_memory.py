@@ -14,6 +14,7 @@
 """A memory on disk: generation goes on from it as from the one in memory, and no other model or file is taken for it."""
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import pytest
 import torch
 from memory_effects import SENSITIVE, assert_memory_matters, relative_error
 from safetensors.torch import load_file, safe_open, save_file
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, StaticCache
 
 from miras_hf import MemoraConfig, MirasConfig, MonetaConfig, YaadConfig
 from miras_hf.memory_file import HEADER
@@ -251,6 +252,125 @@ def test_adapters_change_the_weights_and_merging_keeps_what_they_read(tmp_path):
     load_memory(tmp_path / "text.safetensors", merged, check_weights=False)
 
 
+def adapted(alpha=8, others=(), name="first", **kwargs):
+    """A model with one adapter that is always the same but for its scaling, and idle ones."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(init_lora_weights=False, lora_alpha=alpha, **{"target_modules": ["q_proj"], **kwargs})
+    model = get_peft_model(build("moneta", **SENSITIVE), config, adapter_name=name)
+    with torch.no_grad():
+        # copies and tokens that are trained start as what they are copies of
+        for key, parameter in model.named_parameters():
+            if "modules_to_save" in key or "trainable_tokens_delta" in key:
+                parameter.add_(torch.randn_like(parameter))
+    for other in others:
+        model.add_adapter(other, config)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if f".{other}." in f"{key}.":
+                    parameter.add_(torch.randn_like(parameter))
+    return model.eval()
+
+
+ADAPTERS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "two-modules": {"target_modules": ["embed_tokens", "v_proj"]},
+    "parameter": {"target_parameters": ["q_conv.weight"]},
+    "modules-to-save": {"modules_to_save": ["memory", "lm_head"]},
+    "modules-to-save-embeddings": {"modules_to_save": ["embed_tokens"]},
+    "tokens": {"trainable_token_indices": [1, 2]},
+}
+
+
+@pytest.mark.parametrize("kwargs", ADAPTERS.values(), ids=ADAPTERS.keys())
+def test_of_adapters_those_count_that_are_in_use(kwargs, tmp_path):
+    plain, path = weights_fingerprint(build("moneta", **SENSITIVE)), tmp_path / "text.safetensors"
+    model = adapted(others=["second"], **kwargs)
+    save_memory(read(model, text(11)), path, model)
+    assert load_memory(path, model).get_seq_length() == 11
+    # without the idle one, and under another name
+    for same in (adapted(**kwargs), adapted(name="third", **kwargs)):
+        assert_equal(ask(same, load_memory(path, same), text(3)), ask(model, read(model, text(11)), text(3)))
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        with model.disable_adapter():
+            assert weights_fingerprint(model) == plain
+            with pytest.raises(ValueError, match="other weights.*with the same adapters in use"):
+                load_memory(path, model)
+    with pytest.raises(ValueError, match="other weights"):
+        load_memory(path, model)
+    model.base_model.set_adapter("first")
+    load_memory(path, model)
+    # some have no scaling
+    other = adapted(alpha=16, **kwargs)
+    with pytest.raises(ValueError, match="other weights"):
+        load_memory(path, other)
+    # and all of this is about what is computed
+    with torch.no_grad():
+        found = [m(text(11)).logits[:, -1] for m in (model, other)]
+    assert not torch.allclose(*found, atol=1e-5)
+
+
+def test_several_adapters_at_once_are_not_one_of_them():
+    model = adapted(others=["second"])
+    one = weights_fingerprint(model)
+    model.base_model.set_adapter(["first", "second"])
+    assert weights_fingerprint(model) != one
+    model.delete_adapter("second")
+    assert weights_fingerprint(model) == one
+
+
+def test_merged_adapters_are_part_of_the_weights(tmp_path):
+    model, path = adapted(others=["second"], modules_to_save=["memory"]), tmp_path / "text.safetensors"
+    plain = weights_fingerprint(build("moneta", **SENSITIVE))
+    model.merge_adapter()
+    save_memory(read(model, text(11)), path, model)
+    with model.disable_adapter():
+        with pytest.raises(ValueError, match=r"merged and disabled \(first\).*call `unmerge_adapter\(\)` before"):
+            load_memory(path, model)
+        # which is what PEFT does
+        read(model, text(3))
+        assert weights_fingerprint(model) == plain
+    model.merge_adapter()
+    assert load_memory(path, model.merge_and_unload()).get_seq_length() == 11
+
+
+def earlier_fingerprint(model):
+    """As versions made it that looked at names and at parameters of floating point only."""
+    from miras_hf.memory_file import as_bytes
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(getattr(model, "model", model).named_parameters()):
+        if parameter.is_floating_point():
+            flat = parameter.detach().flatten()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(as_bytes(flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16)))
+    return digest.hexdigest()
+
+
+def test_digests_of_earlier_versions_without_adapters(model):
+    assert weights_fingerprint(model) == earlier_fingerprint(model)
+
+
+def test_digests_of_earlier_versions_with_one_adapter_in_use(tmp_path, monkeypatch):
+    from miras_hf import saved_memory
+
+    def written_earlier(model, name):
+        with monkeypatch.context() as patch:
+            patch.setattr(saved_memory, "weights_fingerprint", earlier_fingerprint)
+            save_memory(read(model, text(11)), tmp_path / name, model)
+        return tmp_path / name
+
+    one, two = adapted(modules_to_save=["memory"]), adapted(others=["second"], modules_to_save=["memory"])
+    assert load_memory(written_earlier(one, "one"), one).get_seq_length() == 11
+    # it does not tell what has read
+    with one.disable_adapter(), pytest.raises(ValueError, match="other weights"):
+        load_memory(tmp_path / "one", one)
+    with pytest.raises(ValueError, match="other weights"):
+        load_memory(written_earlier(two, "two"), two)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.04), (torch.float64, 1e-4)])
 def test_the_same_weights_in_another_dtype(dtype, tolerance, tmp_path):
     model = build("yaad", hybrid=True, seed=1, **SENSITIVE)
@@ -301,6 +421,81 @@ def test_quantized_weights_are_other_weights(yaad, saved, tmp_path):
     save_memory(cache, tmp_path / "own.safetensors", quantized)
     loaded = load_memory(tmp_path / "own.safetensors", quantized)
     assert_equal(ask(quantized, loaded, text(3, seed=1)), ask(quantized, cache, text(3, seed=1)))
+
+
+BITSANDBYTES = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+}
+
+
+@pytest.fixture(params=BITSANDBYTES.values(), ids=BITSANDBYTES.keys())
+def quantized(request, tmp_path):
+    """What loads a model quantized by bitsandbytes, with its projections changed as a merged adapter would or not."""
+    pytest.importorskip("bitsandbytes")
+    model = build("yaad", hidden_size=64, intermediate_size=128)
+
+    def load(change=lambda weight: weight):
+        changed = copy.deepcopy(model)
+        for name, parameter in changed.named_parameters():
+            if name.endswith("mixer.v_proj.weight"):
+                parameter.data = change(parameter.data)
+        changed.save_pretrained(tmp_path / "model")
+        config = BitsAndBytesConfig(**request.param)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config).eval()
+
+    return load
+
+
+def test_integers_of_quantized_weights_count(quantized, tmp_path):
+    model, path = quantized(), tmp_path / "text.safetensors"
+    before = weights_fingerprint(model)
+    cache = read(model, text(19))
+    # the first forward moves what scales the integers
+    assert weights_fingerprint(model) == before
+    save_memory(cache, path, model)
+    again = quantized()
+    assert_equal(ask(again, load_memory(path, again), text(3, seed=1)), ask(model, cache, text(3, seed=1)))
+    noise = 0.2 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    # with the same integers, other scales
+    for change in (lambda weight: weight + noise, lambda weight: 2 * weight):
+        other = quantized(change)
+        with pytest.raises(ValueError, match="other weights"):
+            load_memory(path, other)
+        assert load_memory(path, other, check_weights=False).get_seq_length() == 19
+
+
+def test_weights_of_four_bits_are_the_same_when_packed_for_a_cpu(quantized):
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    model = quantized()
+    before, packed = weights_fingerprint(model), 0
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "quant_state", None) is not None:
+            # in the first forward, on processors that have the instructions
+            bits = parameter.data.clone()
+            parameter.data, _ = _convert_weight_packed_for_cpu(parameter.data, parameter.quant_state)
+            packed += not torch.equal(parameter.data.flatten(), bits.flatten())
+    assert packed or not model.config.quantization_config.load_in_4bit
+    # twice: it leaves the weights as they are
+    assert weights_fingerprint(model) == before == weights_fingerprint(model)
+
+
+def test_resized_embeddings_are_other_weights_only(yaad, saved):
+    model = copy.deepcopy(yaad)
+    model.resize_token_embeddings(110)
+    with pytest.raises(ValueError, match="other weights.*`check_weights=False`.*resized embeddings"):
+        load_memory(saved, model)
+    loaded, question = load_memory(saved, model, check_weights=False), text(3, seed=1)
+    with torch.no_grad():
+        (mine, its), mask = ((model, loaded), (yaad, load_memory(saved, yaad))), torch.ones(1, 22)
+        found, expected = (m(question, attention_mask=mask, past_key_values=cache).logits for m, cache in (mine, its))
+    torch.testing.assert_close(found[..., :99], expected)
+    # earlier versions wrote it down
+    for size in (99, 110):
+        resigned(saved, config(vocab_size=size))
+        assert load_memory(saved, yaad).get_seq_length() == 19
 
 
 def test_fields_that_differ_are_named_with_both_values(saved):
@@ -637,8 +832,13 @@ def test_mistakes_are_named_before_anything_is_written(yaad, tmp_path):
     path = tmp_path / "text.safetensors"
     with pytest.raises(ValueError, match=r"must have read a text, the same in all layers, got lengths \[0\]"):
         save_memory(DynamicCache(config=yaad.config), path, yaad)
-    with pytest.raises(ValueError, match="`cache` must be made for this model.*StaticSlidingWindowLayer"):
-        save_memory(StaticCache(config=yaad.config, max_cache_len=32), path, yaad)
+    static = StaticCache(config=yaad.config, max_cache_len=32)
+    with torch.no_grad():
+        yaad(text(3), past_key_values=static)
+    with pytest.raises(
+        ValueError, match=r"StaticCache, which cannot be saved: read with `DynamicCache\(config=model.config"
+    ):
+        save_memory(static, path, yaad)
     with pytest.raises(ValueError, match="`cache` must be made for this model"):
         save_memory(read(build("yaad"), text(3)), path, yaad)
     with pytest.raises(ValueError, match="`model` must be a Miras model, got Linear"):

@@ -17,9 +17,12 @@ The file holds what `generate()` needs to go on exactly where the reading stoppe
 tells whether a model understands it: the config's fields, a digest of the weights, and a checksum of the whole.
 """
 
+import copy
 import hashlib
 import json
 import os
+import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -28,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
 
 from .built_config import check_as_built
 from .cache import MirasLayer
@@ -65,6 +68,8 @@ NEUTRAL_FIELDS = {
     "pad_token_id",
     "tie_word_embeddings",
     "use_cache",
+    # what was read is in the memory, not its ids
+    "vocab_size",
 }
 WEIGHT_SAMPLES = 64
 
@@ -88,7 +93,8 @@ def save_memory(
     of full attention, whose keys and values are written, too.
 
     Args:
-        cache (`Cache`): The cache after reading, of `generate()` or of a forward with `use_cache=True`.
+        cache (`Cache`):
+            The cache after reading, of `generate()` or of a forward with `use_cache=True`; not a `StaticCache`.
         path (`str` or `os.PathLike`): File to write. It appears complete or not at all.
         model (`nn.Module`): The Miras model that has read, with any head, wrapped by PEFT or not.
         attention_mask (`torch.Tensor` of shape `[rows, tokens]`, *optional*):
@@ -179,8 +185,9 @@ def load_memory(
         model (`nn.Module`): The model to go on with, which must be the one that has read.
         check_weights (`bool`, *optional*, defaults to `True`):
             Whether to compare the weights, by a sample rounded to bfloat16, so that they may be loaded in another
-            dtype. `False` for weights that are meant to differ: quantized, or fine-tuned since; and for files that were
-            saved without their digest.
+            dtype. Adapters of PEFT count while they are in use, with their scaling; idle ones do not. `False` for
+            weights that are meant to differ: quantized, fine-tuned, or with resized embeddings since; and for files that
+            were saved without their digest.
         return_attention_mask (`bool`, *optional*, defaults to `False`):
             Whether to return the mask of the text read, too.
 
@@ -237,25 +244,158 @@ def weights_fingerprint(model: nn.Module) -> str:
     """
     A digest of a Miras model's weights, without its head, that is the same in float32 and bfloat16.
 
-    It takes `WEIGHT_SAMPLES` numbers of every floating point parameter: enough to notice any training step, and no
-    guard against forgery.
+    It takes `WEIGHT_SAMPLES` numbers of every parameter, and of what scales those that are integers: enough to notice any
+    training step, and no guard against forgery. Of PEFT's adapters it sees those in use, with their scaling: a model whose
+    adapters are disabled or idle has the digest of the one without them.
 
     Raises:
-        `ValueError`: if weights are not in this process's memory.
+        `ValueError`: if weights are not in this process's memory, or are about to be changed by PEFT.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(_decoder(model).named_parameters()):
-        if not parameter.is_floating_point():
-            continue
+    decoder = _decoder(model)
+    names = {name: _name_in_use(decoder, name) for name, _ in decoder.named_parameters()}
+    digest = _digest(decoder, {name: used for name, used in names.items() if used is not None})
+    for name, layer in decoder.named_modules():
+        for i, adapter in enumerate(_adapters_in_use(layer) if _is_adapted(layer) else ()):
+            for key, scales in sorted(vars(layer).items()):
+                if key.endswith("scaling") and isinstance(scales, Mapping) and adapter in scales:
+                    digest.update(f"{name}.{key}.{i} {float(scales[adapter])}".encode())
+    return digest.hexdigest()
+
+
+def _earlier_fingerprint(decoder: MirasModel) -> str | None:
+    """
+    The digest of earlier versions, which took the floating point parameters of all adapters, and no scaling. `None` without
+    adapters, where it is the same as now, and where it leaves open which of them were in use or what the integers were.
+    """
+    layers = [layer for layer in decoder.modules() if _is_adapted(layer) or _is_wrapper(layer)]
+    loaded = {adapter for layer in layers for by_adapter in _by_adapter(layer).values() for adapter in by_adapter}
+    if len(loaded) != 1 or any(layer.disable_adapters or {*layer.active_adapters} != loaded for layer in layers):
+        return None
+    if not all(parameter.is_floating_point() for parameter in decoder.parameters()):
+        return None
+    return _digest(decoder, {name: name for name, _ in decoder.named_parameters()}).hexdigest()
+
+
+def _digest(decoder: MirasModel, names: Mapping[str, str]) -> "hashlib._Hash":
+    """
+    Of a sample of some parameters.
+
+    Args:
+        decoder (`MirasModel`): whose they are.
+        names (`Mapping[str, str]`): their names, and under which they are taken.
+
+    Raises:
+        `ValueError`: if one is not in this process's memory.
+    """
+    digest, parameters = hashlib.sha256(), dict(decoder.named_parameters())
+    for name, used in sorted(names.items(), key=lambda pair: pair[1]):
+        parameter = parameters[name]
         if parameter.is_meta:
             raise ValueError(f"`model` has offloaded weights ({name}): pass `check_weights=False` to do without them.")
-        weight = parameter.detach()
+        weight = _unpacked(parameter)
         # torchao's quantized tensors are made of others and have no flat view
-        flat = (weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight).flatten()
-        sample = flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES]
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(as_bytes(sample.to(device="cpu", dtype=torch.bfloat16)))
-    return digest.hexdigest()
+        sample = _sample(weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight)
+        if sample.is_floating_point():
+            digest.update(f"{used} {tuple(weight.shape)}".encode())
+            digest.update(as_bytes(sample.to(device="cpu", dtype=torch.bfloat16)))
+            continue
+        digest.update(f"{used} {tuple(weight.shape)} {sample.dtype}".encode())
+        digest.update(as_bytes(sample.cpu()))
+        scales = _scales(parameter, decoder.get_submodule(name.rpartition(".")[0]))
+        if scales is not None:
+            digest.update(as_bytes(_sample(scales).to(device="cpu", dtype=torch.bfloat16)))
+    return digest
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.flatten()
+    return flat[:: max(1, flat.numel() // WEIGHT_SAMPLES)][:WEIGHT_SAMPLES]
+
+
+def _unpacked(parameter: nn.Parameter) -> Tensor:
+    """A weight in the order in which it was loaded: on some CPUs the first forward of bitsandbytes changes that of 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return parameter.detach()
+    # its inverse changes the state that it is given
+    unpack = sys.modules["bitsandbytes"].functional._convert_weight_packed_for_cpu_inverse
+    return unpack(parameter.detach(), copy.copy(state))[0]
+
+
+def _scales(parameter: nn.Parameter, module: nn.Module) -> Tensor | None:
+    """What bitsandbytes multiplies integers by, the same before and after the first forward, which moves it."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        scales = getattr(parameter, "SCB", None)
+        return getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+    if getattr(state, "packing_format_for_cpu", False):
+        return state.absmax.T
+    if not state.nested:
+        return state.absmax
+    outer = state.state2
+    blocks = outer.absmax.repeat_interleave(outer.blocksize)[: state.absmax.numel()]
+    return outer.code[state.absmax.flatten().long()] * blocks + state.offset
+
+
+# PEFT's layers are known by what they have: it need not be installed.
+def _is_adapted(module: nn.Module) -> bool:
+    return "base_layer" in module._modules and hasattr(module, "active_adapters")
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return "modules_to_save" in module._modules and "original_module" in module._modules
+
+
+def _by_adapter(layer: Any) -> dict[str, nn.ModuleDict | nn.ParameterDict]:
+    """Those parts of one of PEFT's layers that have something for each adapter."""
+    children = layer.named_children()
+    return {
+        name: x for name, x in children if isinstance(x, nn.ModuleDict | nn.ParameterDict) and name != "base_layer"
+    }
+
+
+def _adapters_in_use(layer: Any) -> list[str]:
+    """The adapters that one of PEFT's layers computes beside what it wraps.
+
+    Raises:
+        `ValueError`: if they are merged and disabled.
+    """
+    merged = getattr(layer, "merged_adapters", ())
+    if merged and layer.disable_adapters:
+        raise ValueError(
+            f"`model` has adapters that are merged and disabled ({', '.join(merged)}), which PEFT takes out of the weights "
+            "at its next call only: call `unmerge_adapter()` before, or pass `check_weights=False`."
+        )
+    return [] if merged or layer.disable_adapters else list(layer.active_adapters)
+
+
+def _name_in_use(decoder: MirasModel, name: str) -> str | None:
+    """
+    The name of a parameter as if PEFT had wrapped nothing, with an adapter's place among those in use for its name. `None`
+    if the model computes without it.
+    """
+    module: Any = decoder
+    names, parts = [], iter(name.split("."))
+    for part in parts:
+        inside = getattr(module, part)
+        if _is_wrapper(module):
+            # it computes what it wraps, or one adapter's copy of that
+            copies, adapters = module.modules_to_save, _adapters_in_use(module)
+            wanted = adapters[0] if adapters and {*adapters} <= {*copies} else None
+            adapter = next(parts) if inside is copies else None
+            if adapter != wanted:
+                return None
+            inside = inside if adapter is None else copies[adapter]
+        elif _is_adapted(module) and part in _by_adapter(module):
+            adapter, adapters = next(parts), _adapters_in_use(module)
+            if adapter not in adapters:
+                return None
+            inside = inside[adapter]
+            names += [part, str(adapters.index(adapter))]
+        elif part != "token_adapter" and not (part == "base_layer" and _is_adapted(module)):
+            names.append(part)
+        module = inside
+    return ".".join(names)
 
 
 def _path(path: str | os.PathLike) -> Path:
@@ -318,6 +458,11 @@ def _tensors(cache: Cache, decoder: MirasModel) -> dict[str, Tensor]:
     Raises:
         `ValueError`: if the cache is of another model or has read nothing.
     """
+    if isinstance(cache, StaticCache):
+        raise ValueError(
+            "`cache` must be a `DynamicCache`, the default, got a StaticCache, which cannot be saved: read with "
+            '`DynamicCache(config=model.config)`, or `generate()` without `cache_implementation="static"`.'
+        )
     kinds = [_CACHE_LAYERS[layer_type] for layer_type in decoder.config.layer_types]
     layers = cache.layers if isinstance(cache, Cache) else ()
     if [type(layer) for layer in layers] != kinds:
@@ -377,8 +522,9 @@ def _first_count(tensors: dict[str, Tensor]) -> Tensor:
 def _check_model(path: str | os.PathLike, header: Header, decoder: MirasModel, check_weights: bool) -> None:
     """Raises a `ValueError` unless the file is of this model."""
     here, stored = config_fingerprint(decoder.config), with_later_fields(header.config)
-    # earlier versions also wrote fields that mean nothing under the choices that are made
+    # earlier versions also wrote fields that mean nothing, under the choices that are made or at all
     there = without_meaningless(type(decoder.config), stored, {})
+    there = {name: value for name, value in there.items() if name not in NEUTRAL_FIELDS}
     # any other field younger than the file means, at its default, what was computed before it was there
     default = config_fingerprint(type(decoder.config)()) | there
     differing = [
@@ -393,10 +539,11 @@ def _check_model(path: str | os.PathLike, header: Header, decoder: MirasModel, c
         raise ValueError(
             f"{path} has no digest of the weights, since it was saved with `check_weights=False`: pass that here, too."
         )
-    if check_weights and header.weights != weights_fingerprint(decoder):
+    if check_weights and header.weights not in (weights_fingerprint(decoder), _earlier_fingerprint(decoder)):
         raise ValueError(
-            f"{path} is the memory of a model with other weights: load the weights that have read, or pass "
-            "`check_weights=False` if they are meant to differ (quantized or fine-tuned since)."
+            f"{path} is the memory of a model with other weights: load the weights that have read, with the same adapters "
+            "in use, or pass `check_weights=False` if they are meant to differ (quantized, fine-tuned or with resized "
+            "embeddings since)."
         )
 
 
