@@ -196,7 +196,8 @@ def test_ids_of_both_integer_types_give_one_answer(model, ids, head):
             logits = answer.logits.flatten(0, -2)
             targets = labels["labels"]
             if head == "ForCausalLM":
-                logits, targets = answer.logits[:, :-1].flatten(0, 1), targets[:, 1:]
+                predicts = mask[:, :-1] == 1  # no pad does
+                logits, targets = answer.logits[:, :-1][predicts], targets[:, 1:][predicts]
                 following = F.pad(labels["labels"], (0, 1), value=-100)[:, 1:]  # a view with gaps
                 shifted = wide(ids, attention_mask=mask, shift_labels=following)
                 torch.testing.assert_close(shifted.loss, answer.loss)

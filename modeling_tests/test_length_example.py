@@ -54,6 +54,7 @@ from length_measures import (  # noqa: E402
 from miras_hf import MemoraConfig, MemoraForCausalLM, MirasConfig, MirasForCausalLM, YaadConfig, YaadForCausalLM  # noqa: E402
 from miras_hf.compat import CACHE_NAME  # noqa: E402
 from miras_hf.modeling_miras import MirasMemory  # noqa: E402
+from miras_hf.presets import MODELS as PUBLISHED  # noqa: E402
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "chunk_size": 8}
@@ -210,6 +211,20 @@ def test_a_frozen_memory_is_where_it_was_and_thaws(kind):
     assert isinstance(model.model.layers[0].mixer.eta, type(new(kind).model.layers[0].mixer.eta))
 
 
+@pytest.mark.parametrize("preset", sorted(PUBLISHED))
+def test_frozen_memories_of_published_models_stay_where_they_were(preset):
+    """Gates that erase, and one that says step and retention at once, are silenced, too."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "chunk_size": 16, "vocab_size": 64}
+    model = MirasForCausalLM(MirasConfig(**{**sizes, "intermediate_size": 64, **PUBLISHED[preset].fields})).eval()
+    cache = read(model, text(64), DynamicCache(config=model.config))
+    before = [[t.clone() for t in layer.memory.dual] for layer in cache.layers]
+    with frozen(model):
+        read(model, text(32, seed=1), cache)
+    for layer, duals in zip(cache.layers, before, strict=True):
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(layer.memory.dual, duals, strict=True))
+
+
 def test_a_dtype_is_that_of_the_parameters_as_when_loaded_in_it(folder):  # noqa: F811
     model, tokenizer = trained_model(str(folder), torch.bfloat16, "cpu")
     other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -290,7 +305,8 @@ def test_a_checkpoint_is_measured_once_and_other_settings_are_refused(folder, tm
     flags = [str(folder), "--text", str(tmp_path / "*.txt"), "--tokens", "600", "--restart", "100", "--piece", "64"]
     flags += ["--earlier", "200", "--document-tokens", "150", "--out", str(out)]
     length.main(flags)
-    names = [f"{folder.name}-{part}-{dtype}.json" for part in ("long", "saved") for dtype in ("float32", "bfloat16")]
+    parts = {"long": "-restart100", "saved": ""}
+    names = [f"{folder.name}-{part}-{dtype}{end}.json" for part, end in parts.items() for dtype in length.DTYPES]
     results = {name: json.loads((out / name).read_text()) for name in names}
     first = results[names[0]]
     assert first["by_position"][-1]["last"] == 600 and first["states"][-1]["tokens"] == 600
@@ -312,6 +328,13 @@ def test_a_checkpoint_is_measured_once_and_other_settings_are_refused(folder, tm
     assert "| 1 - 1 | not a number |" in said and "-float32: " not in said
     with pytest.raises(ValueError, match="was made with tokens 600, not 601: take another --out"):
         length.main([*flags, "--tokens", "601"])
+    for change, words in (
+        ({"weights": "0" * 16}, "is of other weights"),
+        ({"weights": None}, "does not say of which"),
+    ):
+        (out / names[0]).write_text(json.dumps(first | change))
+        with pytest.raises(ValueError, match=f"{words}.*take another --out"):
+            length.main(flags)
 
 
 def test_mistakes_are_named(tmp_path, folder, capsys):  # noqa: F811

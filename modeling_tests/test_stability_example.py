@@ -109,6 +109,11 @@ def test_a_training_is_read_with_its_weights_and_tokenizer(stability, folder, tm
     )
     assert (out / "yaad-lr0.01-seed3-pieces-2000.json").exists()
     assert "| yaad-lr0.01-seed3 | 16 |" in capsys.readouterr().out
+    # another training of that name, in another folder or later in this one
+    model.model.norm.weight.data.mul_(1.5)
+    save_model(model, file.with_suffix(".safetensors"))
+    with pytest.raises(ValueError, match="seed3-pieces-2000.json is of other weights: move it away, or take another"):
+        stability.main(["--checkpoint", str(file), "--tokens", "2000", "--cuts", "pieces", "--out", str(out)])
 
 
 def test_a_result_of_other_defaults_is_refused(stability, tmp_path):
@@ -136,3 +141,6 @@ def test_new_models_have_the_preset_s_heads(stability):
         assert ids.shape == (1, 2000) and bytes(ids[0, :50].tolist()) == text[:50]
     with pytest.raises(SystemExit):
         stability.arguments(["--tokens", "100"])
+    for flag in (["--models", "memora"], ["--sizes", "340m"], ["--chunks", "16"], ["--seed", "0"]):
+        with pytest.raises(SystemExit):
+            stability.arguments(["--checkpoint", "runs/demo", *flag])

@@ -18,7 +18,7 @@
     python examples/evaluation/ablations.py --only yaad 'yaad-*'         # one model, its noisy trainings included
     python examples/evaluation/ablations.py --learning-rates 4e-3 --seeds 0  # one training each
     python examples/evaluation/ablations.py --report                     # tables and plot of what is there
-    python examples/evaluation/ablations.py --smoke --out runs/smoke     # a minute: everything runs
+    python examples/evaluation/ablations.py --smoke                      # a minute: everything runs
     python examples/evaluation/ablations.py --device cuda --minutes 9    # a wider model on more tokens
 
 Every training is one JSON in `--out`; those that are there are skipped. One command at a time works in a folder, with

@@ -18,7 +18,7 @@ the same tokens over a grid of learning rates.
     python examples/evaluation/bridge.py                           # all of them: hours on a CPU, resumed where it stopped
     python examples/evaluation/bridge.py --only mlp 'yaad*'        # some of them
     python examples/evaluation/bridge.py --report                  # table and plot of what is there
-    python examples/evaluation/bridge.py --smoke --out runs/smoke  # seconds: everything runs
+    python examples/evaluation/bridge.py --smoke                   # seconds: everything runs
     python examples/evaluation/bridge.py --device cuda             # a wider model on more tokens
 
 Every training is one JSON in `--out`; those that are there are skipped. One command at a time works in a folder, with

@@ -30,7 +30,7 @@ from bridge_points import ENDS, RUNGS
 from models import ModelShape
 from provenance import command_line, machine
 from safetensors.torch import save_model
-from study import OutOfTime, number, train, write_json
+from study import OutOfTime, elsewhere, number, train, write_json
 from torch import Tensor, nn
 
 from miras_hf.callbacks import measure_memories
@@ -290,9 +290,9 @@ def run_training(
     if time.time() >= deadline:
         return None
     rows = {name: ids.long().to(device) for name, ids in prepare_data(folder, size).items()}
-    with torch.device(device):
-        model, arguments = build()
-    model.to(device)  # those of `benchmarks/models.py` choose their own
+    # a seed's initial weights are the same on every device
+    model, arguments = build()
+    model.to(device)
 
     def precision():
         return torch.autocast(device, torch.bfloat16) if size.bf16 else nullcontext()
@@ -319,7 +319,7 @@ def run_training(
             intervals=intervals,
             measure=validation_at,
             unfinished=unfinished,
-            what={"job": asdict(job), "size": asdict(size), **about},
+            what={"job": asdict(job), "size": asdict(size), **about, **elsewhere(device)},
             deadline=deadline,
         )
     except OutOfTime:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Models that have been trained: a saved folder, or what a training of the bridge or of the ablations has kept."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -79,4 +80,20 @@ def trained_model(checkpoint: str, dtype: torch.dtype, device: str) -> tuple[nn.
     return model.to(device).eval(), AutoTokenizer.from_pretrained(tokenizer)
 
 
-__all__ = ["model_of_training", "trained_model"]
+def fingerprint(model: nn.Module) -> str:
+    """Of all weights, in the dtype that they have: what was measured of one model is nothing of another by its name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_fingerprint(file: Path, model: nn.Module) -> None:
+    """Raises a `ValueError` if a file of results is there that is of another model, or does not say of which."""
+    if file.exists() and (there := json.loads(file.read_text()).get("weights")) != fingerprint(model):
+        of = "does not say of which weights it is" if there is None else "is of other weights"
+        raise ValueError(f"{file} {of}: move it away, or take another --out.")
+
+
+__all__ = ["check_fingerprint", "fingerprint", "model_of_training", "trained_model"]

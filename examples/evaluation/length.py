@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from checkpoints import trained_model  # noqa: E402
+from checkpoints import check_fingerprint, fingerprint, trained_model  # noqa: E402
 from length_measures import (  # noqa: E402
     CONDITIONS,
     held_out,
@@ -110,6 +110,7 @@ def run_job(job: Job, model, documents: list[torch.Tensor], folder: Path) -> dic
         found = read_with_saved_memory(model, earlier.to(job.device), tests, job.piece, file)
     result = {
         "job": asdict(job),
+        "weights": fingerprint(model),
         **found,
         "seconds": time.perf_counter() - started,
         "command": command_line(),
@@ -309,9 +310,11 @@ def main(argv: list[str] | None = None) -> list[str]:
         for dtype in args.dtypes:
             jobs = [Job(checkpoint, dtype, part, files, **settings) for part in args.parts]
             waiting = [job for job in jobs if not done(job, args.out)]
+            model, tokenizer = trained_model(checkpoint, DTYPES[dtype], args.device)
+            for job in jobs:
+                check_fingerprint(args.out / f"{job.name}.json", model)
             if not waiting:
                 continue
-            model, tokenizer = trained_model(checkpoint, DTYPES[dtype], args.device)
             texts = [Path(file).read_text(encoding="utf-8", errors="replace") for file in files] or None
             documents = held_out(tokenizer, texts)
             for job in waiting:

@@ -25,6 +25,7 @@ import torch
 from memory_probe import reset_peak, status_kib
 from perplexity_by_position import bucketed, edges_of, losses_of
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
@@ -171,16 +172,17 @@ class _Constant(nn.Module):
         super().__init__()
         self.gate, self.value = gate, value
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return torch.full_like(self.gate(hidden_states), self.value)
+    def forward(self, hidden_states: Tensor) -> Tensor | tuple[Tensor, ...]:
+        # a tied gate says step and retention at once
+        return tree_map(lambda gate: torch.full_like(gate, self.value), self.gate(hidden_states))
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, the memories of a model are read, and neither written nor forgotten. Convolutions and attention layers go on
     as always. Its modules have other names meanwhile: memories are loaded before."""
-    # no step, no log retention, and nothing left of a momentum
-    silent = {"eta": 0.0, "alpha": 0.0, "momentum": -1e9}
+    # no step, no log retention, nothing erased, and nothing left of a momentum
+    silent = {"eta": 0.0, "alpha": 0.0, "erase": 0.0, "momentum": -1e9}
     before = [(mixer, {name: getattr(mixer, name) for name in silent}) for mixer in mixers_of(model).values()]
     for mixer, gates in before:
         for name, gate in gates.items():

@@ -17,7 +17,7 @@
     python examples/evaluation/recall.py                               # about an hour of one thread, resumed
     python examples/evaluation/recall.py --only needle '*-recall/llama' # some tasks, with all models or some
     python examples/evaluation/recall.py --report                      # tables and plot of what is there
-    python examples/evaluation/recall.py --smoke --out runs/smoke      # seconds: everything runs
+    python examples/evaluation/recall.py --smoke                       # seconds: everything runs
     python examples/evaluation/recall.py --device cuda --only 'mqar/yaad' --minutes 9  # the published size
 
 Every training is one JSON in `--out`; those that are there are skipped. One command at a time works in a folder, with

@@ -37,7 +37,7 @@ from recall_models import (
     state_size,
 )
 from recall_tasks import TASKS, UNSCORED, Examples, Part, Protocol, Task
-from study import OutOfTime, number, train, write_json
+from study import OutOfTime, elsewhere, number, train, write_json
 from torch import Tensor
 
 
@@ -214,12 +214,12 @@ def run_job(
     task = TASKS[job.task]
     protocol = task.protocols[size.name]
     shape = shape_of(size, protocol, job.width)
-    with torch.device(device):
-        model, arguments = build_model(job.model, shape, job.seed)
-        if protocol.convolution:
-            add_convolutions(model)
-        reader = (StateReader if task.reads_last_state else Reader)(model, arguments)
-    reader.to(device)  # models of `benchmarks/models.py` choose their own
+    # a seed's initial weights are the same on every device
+    model, arguments = build_model(job.model, shape, job.seed)
+    if protocol.convolution:
+        add_convolutions(model)
+    reader = (StateReader if task.reads_last_state else Reader)(model, arguments)
+    reader.to(device)
     batches = TrainingSet(task, protocol, job.seed)
 
     about = {
@@ -249,7 +249,7 @@ def run_job(
             weight_decay=job.weight_decay,
             intervals=size.intervals,
             unfinished=unfinished,
-            what=about,
+            what={**about, **elsewhere(device)},
             deadline=deadline,
         )
     except OutOfTime:

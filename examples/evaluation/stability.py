@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from checkpoints import trained_model  # noqa: E402
+from checkpoints import check_fingerprint, fingerprint, trained_model  # noqa: E402
 from pretrain import stdlib_files  # noqa: E402
 from probe import text_ids  # noqa: E402
 from provenance import command_line, machine  # noqa: E402
@@ -190,6 +190,7 @@ def run_job(job: Job, model, ids: Tensor, expected: Tensor, folder: Path) -> dic
         "layers": config.num_hidden_layers,
         "chunk_size": config.chunk_size,
         "config": config_fields(config),
+        **({} if job.size else {"weights": fingerprint(model)}),
         "window": WINDOW,
         "deviation": [x if math.isfinite(x) else None for x in by_window],
         "seconds": time.perf_counter() - started,
@@ -245,18 +246,24 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="whose width of a head")
-    parser.add_argument("--chunks", nargs="+", type=int, default=list(CHUNKS))
+    of_new_models = {"models": list(MODELS), "sizes": list(SIZES), "chunks": list(CHUNKS), "seed": 0}
+    parser.add_argument("--models", nargs="+", choices=MODELS)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="whose width of a head")
+    parser.add_argument("--chunks", nargs="+", type=int)
     parser.add_argument(
         "--checkpoint", help="a trained model in the place of new ones, its folder or its training's JSON"
     )
     parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
     parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/stability"))
     parser.add_argument("--report", action="store_true", help="the table of what is done, run nothing")
     args = parser.parse_args(argv)
+    for name, default in of_new_models.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.checkpoint is not None:
+            parser.error(f"--{name} is of new models, and goes with no --checkpoint")
     if args.tokens < 2 * WINDOW:
         parser.error(f"--tokens must be at least {2 * WINDOW}, got {args.tokens}")
     return args
@@ -279,11 +286,15 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args.out.mkdir(parents=True, exist_ok=True)
     read_results(args.out)  # refused before any work
     for jobs in jobs_of(args) if not args.report else ():
-        waiting = [job for job in jobs if not (args.out / f"{job.name}.json").exists()]
+        files = {job: args.out / f"{job.name}.json" for job in jobs}
+        waiting = [job for job, file in files.items() if not file.exists()]
+        if not waiting and args.checkpoint is None:
+            continue
+        model, ids = model_and_text(jobs[0])
+        for file in files.values() if args.checkpoint is not None else ():
+            check_fingerprint(file, model)
         if not waiting:
             continue
-        job = waiting[0]
-        model, ids = model_and_text(job)
         expected = hidden_states(model, ids, None)
         for job in waiting:
             result = run_job(job, model, ids, expected, args.out)

@@ -143,7 +143,8 @@ def train(
     what = plain(what)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if unfinished is not None and unfinished.exists():
-        saved = torch.load(unfinished, map_location=device)
+        # its parts bring what they load to where it belongs, and leave AdamW's count of steps on the CPU
+        saved = torch.load(unfinished, map_location="cpu")
         if saved.get("what") != what:
             raise ValueError(
                 f"{unfinished} is a training of {saved.get('what')}, and this one is of {what}: move it away to train anew."
@@ -190,6 +191,11 @@ def train(
     values = losses[:step].tolist()
     reached = step == steps and math.isfinite(values[-1])
     return Course(values, norms[:step].tolist(), every, measured, reached, seconds())
+
+
+def elsewhere(device: str) -> dict[str, str]:
+    """For `train`'s `what`: the device of a training that is not on the CPU, which no other goes on with."""
+    return {} if device == "cpu" else {"device": device}
 
 
 def run_all(jobs: Sequence[Any], run: Callable[[Any], Any], say: Callable[[int, Any], None], workers: int) -> None:
